@@ -1,0 +1,6 @@
+"""``python -m port_checker``: the same as ``port-checker``."""
+
+from port_checker.cli import main
+
+if __name__ == "__main__":
+    main()

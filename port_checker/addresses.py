@@ -1,0 +1,55 @@
+"""IP addresses and networks, as every other module understands them.
+
+One rule lives here so that it holds everywhere: an IPv4-mapped IPv6 address (``::ffff:a.b.c.d``,
+RFC 4291 section 2.5.5.2) *is* the IPv4 address that it wraps; the kernel reaches it over IPv4.
+"""
+
+import ipaddress
+from collections.abc import Iterable
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+
+Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
+
+# The longest literal: eight groups, the last two as dotted IPv4 (INET6_ADDRSTRLEN less its NUL).
+_LONGEST_LITERAL = 45
+_MAPPED = IPv6Network("::ffff:0:0/96")
+
+
+def parse_address(text: str) -> Address:
+    """Return the address that an IPv4 or IPv6 literal stands for.
+
+    Args:
+        text: The literal alone: no scope id (``fe80::1%eth0``), brackets, port or white space.
+
+    Raises:
+        ValueError: ``text`` is anything else.
+    """
+    if len(text) > _LONGEST_LITERAL or "%" in text:
+        raise ValueError("not an IPv4 or IPv6 address")
+    address = ipaddress.ip_address(text)
+    if isinstance(address, IPv6Address) and (mapped := address.ipv4_mapped):
+        return mapped
+    return address
+
+
+def parse_networks(text: str) -> tuple[Network, ...]:
+    """Return the networks of a comma-separated list; an address alone is a network of one.
+
+    Raises:
+        ValueError: An entry is not a network, or has bits set to the right of its prefix.
+    """
+    return tuple(_parse_network(entry.strip()) for entry in text.split(",") if entry.strip())
+
+
+def _parse_network(text: str) -> Network:
+    network = ipaddress.ip_network(text)
+    if isinstance(network, IPv6Network) and network.subnet_of(_MAPPED):
+        mapped = network.network_address.ipv4_mapped
+        return IPv4Network((mapped or 0, network.prefixlen - 96))
+    return network
+
+
+def lies_in(address: Address, networks: Iterable[Network]) -> bool:
+    """Whether ``address`` lies in one of ``networks``."""
+    return any(address in network for network in networks)

@@ -1,0 +1,99 @@
+"""One check: rounds of attempts with a delay between them, within the capacity of the process."""
+
+import asyncio
+from collections.abc import Sequence
+
+from port_checker.addresses import Address
+from port_checker.connect import Verdict, attempt
+
+
+class Overloaded(Exception):
+    """The check would put more ports in flight than the checker may have.
+
+    Attributes:
+        asked: Ports that the refused check asked for.
+        max_in_flight: Ports that may be in flight at once.
+        retry_after: Whole seconds after which room is to be expected.
+    """
+
+    def __init__(self, asked: int, max_in_flight: int, retry_after: int) -> None:
+        super().__init__(f"{asked} more ports would pass {max_in_flight} in flight")
+        self.asked = asked
+        self.max_in_flight = max_in_flight
+        self.retry_after = retry_after
+
+
+class Checker:
+    """Checks ports, many targets at a time.
+
+    It lives in one event loop. What it promises for a check is its bound in time:
+    ``retries * timeout + (retries - 1) * retry_delay`` seconds and some milliseconds, since a
+    check that there is no room for is refused rather than queued.
+
+    Args:
+        retries: Attempts for each port, all told.
+        retry_delay: Seconds between the end of a round of attempts and the next.
+        timeout: Seconds that one attempt may last.
+        max_in_flight: Ports that may be under check at once.
+    """
+
+    def __init__(
+        self, *, retries: int, retry_delay: float, timeout: float, max_in_flight: int
+    ) -> None:
+        self.in_flight = 0
+        self._retries = retries
+        self._retry_delay = retry_delay
+        self._timeout = timeout
+        self._max_in_flight = max_in_flight
+        self._turn = asyncio.Lock()
+
+    def require_room(self, ports: int) -> None:
+        """Refuse a check for which there is no room.
+
+        Args:
+            ports: How many ports it asks for.
+
+        Raises:
+            Overloaded: They would pass ``max_in_flight``.
+        """
+        if self.in_flight + ports > self._max_in_flight:
+            # Nothing is certain to end sooner than the attempts of one round.
+            retry_after = max(1, round(self._timeout))
+            raise Overloaded(ports, self._max_in_flight, retry_after)
+
+    async def check(self, target: Address, ports: Sequence[int]) -> dict[int, Verdict]:
+        """Tell which of ``ports`` can be connected to.
+
+        All of them are tried at once; those that fail are tried again, all at once, after the
+        delay. The first success of a port ends it, and its place in flight is free after the
+        round. When the check is cancelled nothing of it remains.
+
+        Args:
+            target: The address that the ports are on.
+            ports: TCP ports, each at most once.
+
+        Returns:
+            A verdict for each port, in the order of ``ports``; of a port that failed to the end,
+            the last one.
+
+        Raises:
+            Overloaded: There is no room for them; nothing was attempted.
+            CheckFailed: The checker's own trouble; nothing can be said about any port.
+        """
+        self.require_room(len(ports))
+        verdicts: dict[int, Verdict] = {}
+        failed = list(ports)
+        self.in_flight += len(failed)
+        try:
+            for round_ in range(self._retries):
+                if round_:
+                    await asyncio.sleep(self._retry_delay)
+                verdicts |= await attempt(target, failed, self._timeout, self._turn)
+                still_failed = [port for port in failed if not verdicts[port].accessible]
+                self.in_flight -= len(failed) - len(still_failed)
+                failed = still_failed
+                if not failed:
+                    break
+        finally:
+            self.in_flight -= len(failed)
+        return {port: verdicts[port] for port in ports}

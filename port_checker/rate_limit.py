@@ -1,0 +1,78 @@
+"""How often a caller may ask, and how many ports may be asked of a target."""
+
+import math
+from ipaddress import IPv6Address, IPv6Network
+
+from throttled.asyncio import MemoryStore, Quota, RateLimiterType, Throttled, per_duration
+
+from port_checker.addresses import Address
+from port_checker.settings import Rate
+
+# Keys that each of the two stores holds, the least recently used making way. A key takes about
+# 300 bytes (measured), so this bounds both stores together to about 60 MiB.
+MAX_KEYS = 100_000
+
+
+class RateLimited(Exception):
+    """A limit was reached.
+
+    Attributes:
+        retry_after: Whole seconds, at least 1, after which the same request would be let through.
+    """
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = max(1, math.ceil(retry_after))
+
+
+class RateLimiter:
+    """The limits per caller and per target, by the generic cell rate algorithm (GCRA).
+
+    A limit of N in a period lets N through at once and then one each N-th of the period. Both are
+    kept in this process, in constant time and bounded memory however many callers there are.
+
+    Args:
+        per_caller: Requests that one caller may make; None for no limit.
+        per_target: Ports that may be asked of one target; None for no limit.
+    """
+
+    def __init__(self, per_caller: Rate | None, per_target: Rate | None) -> None:
+        self._callers = per_caller and _throttle(per_caller)
+        self._targets = per_target and _throttle(per_target)
+
+    async def pay_caller(self, caller: Address | None) -> None:
+        """Count one request of ``caller``; those without an address share one limit.
+
+        Raises:
+            RateLimited: It has none left.
+        """
+        if self._callers:
+            result = await self._callers.limit(_caller_key(caller))
+            if result.limited:
+                raise RateLimited("You ask too often.", result.state.retry_after)
+
+    async def pay_target(self, target: Address, ports: int) -> None:
+        """Count ``ports`` asked of ``target``, whoever asks.
+
+        Raises:
+            RateLimited: It has fewer left.
+        """
+        if self._targets:
+            result = await self._targets.limit(str(target), ports)
+            if result.limited:
+                raise RateLimited(
+                    f"Too many ports of {target} were asked for.", result.state.retry_after
+                )
+
+
+def _throttle(rate: Rate) -> Throttled:
+    quota: Quota = per_duration(rate.period, rate.count)
+    store = MemoryStore(options={"MAX_SIZE": MAX_KEYS})
+    return Throttled(using=RateLimiterType.GCRA.value, quota=quota, store=store)
+
+
+def _caller_key(caller: Address | None) -> str:
+    """An IPv6 user is given a /64 (RFC 6177), so all of its addresses are one caller."""
+    if isinstance(caller, IPv6Address):
+        return str(IPv6Network((caller, 64), strict=False))
+    return str(caller)

@@ -1,0 +1,199 @@
+"""The request and response models, and the examples that /docs shows."""
+
+import json
+from typing import Annotated, Final, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+)
+from pydantic_core import PydanticCustomError, from_json
+
+from port_checker.addresses import Address, parse_address
+from port_checker.connect import Verdict
+from port_checker.errors import ApiError, ErrorCode
+
+MAX_PORT: Final = 65535
+_LONGEST_SHOWN: Final = 40  # characters of a wrong value
+
+
+def _shown(value: object) -> str:
+    """The value as JSON, short enough for a message."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "…"
+
+
+def _validate_ip(value: object) -> Address:
+    try:
+        if isinstance(value, str):
+            return parse_address(value)
+    except ValueError:
+        pass
+    raise PydanticCustomError(
+        "INVALID_IP",
+        "{shown} is not an IP address. Give an IPv4 or IPv6 address in a string, such as "
+        '"203.0.113.7" or "2001:db8::7", without a host name, port, brackets or scope.',
+        {"shown": _shown(value)},
+    )
+
+
+def _validate_ports(value: object, info: ValidationInfo) -> list[int]:
+    if not isinstance(value, list) or not value:
+        raise PydanticCustomError("INVALID_REQUEST", "ports must be a list of at least one port.")
+    most = (info.context or {}).get("max_ports", len(value))
+    if len(value) > most:
+        raise PydanticCustomError(
+            "TOO_MANY_PORTS",
+            "{asked} ports are too many for one request. Ask for at most {most} at a time.",
+            {"asked": len(value), "most": most},
+        )
+    for port in value:
+        if type(port) is not int:  # isinstance() would let true in: bool is a subclass of int
+            raise PydanticCustomError(
+                "INVALID_PORT",
+                "Port {shown} is not an integer (1-65535).",
+                {"shown": _shown(port)},
+            )
+        if not 1 <= port <= MAX_PORT:
+            raise PydanticCustomError(
+                "INVALID_PORT",
+                "Port {shown} is out of range (1-65535).",
+                {"shown": _shown(port)},
+            )
+    return list(dict.fromkeys(value))
+
+
+class CheckRequest(BaseModel):
+    """A provider's address and the ports to check on it."""
+
+    provider_ip: Annotated[
+        Address,
+        PlainValidator(_validate_ip),
+        WithJsonSchema({"type": "string", "anyOf": [{"format": "ipv4"}, {"format": "ipv6"}]}),
+        Field(description="The address to connect to, usually your own: an IPv4 or IPv6 literal."),
+    ]
+    ports: Annotated[
+        list[int],
+        PlainValidator(_validate_ports),
+        WithJsonSchema(
+            {
+                "type": "array",
+                "items": {"type": "integer", "minimum": 1, "maximum": MAX_PORT},
+                "minItems": 1,
+            }
+        ),
+        Field(description="The TCP ports to check. One that is named twice counts once."),
+    ]
+
+    @classmethod
+    def parse(cls, body: bytes, max_ports: int) -> Self:
+        """Read a request's body.
+
+        Args:
+            body: JSON in UTF-8.
+            max_ports: How many entries ``ports`` may have.
+
+        Raises:
+            ApiError: Tells the first fault: of the body as a whole, ``provider_ip``, ``ports``.
+        """
+        try:
+            document = from_json(body, allow_inf_nan=False)
+        except ValueError as error:
+            raise ApiError(
+                ErrorCode.INVALID_REQUEST, f"The body is not JSON in UTF-8: {error}."
+            ) from None
+        try:
+            return cls.model_validate(document, context={"max_ports": max_ports})
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        match first["type"]:
+            case "missing":
+                message = f"{first['loc'][0]} is missing."
+            case "model_type":
+                message = "The body must be a JSON object with provider_ip and ports."
+            case code:
+                raise ApiError(ErrorCode(code), first["msg"])
+        raise ApiError(ErrorCode.INVALID_REQUEST, message)
+
+
+class CheckResponse(BaseModel):
+    """What the attempts told, port by port."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "success": True,
+                "results": {
+                    "7466": {"accessible": True, "error": None},
+                    "50800": {"accessible": True, "error": None},
+                    "50801": {"accessible": False, "error": "Connection refused"},
+                },
+                "message": "Successfully verified 2 out of 3 ports",
+            }
+        }
+    )
+
+    success: bool = Field(description="Whether at least one port is accessible.")
+    results: dict[str, Verdict] = Field(
+        description="A verdict for each port, in the order in which they were asked."
+    )
+    message: str = Field(description="How many of the ports are accessible.")
+
+    @classmethod
+    def of(cls, verdicts: dict[int, Verdict]) -> Self:
+        """Put the verdicts of a check into words."""
+        accessible = sum(verdict.accessible for verdict in verdicts.values())
+        return cls(
+            success=accessible > 0,
+            results={str(port): verdict for port, verdict in verdicts.items()},
+            message=f"Successfully verified {accessible} out of {len(verdicts)} ports",
+        )
+
+
+class Health(BaseModel):
+    """The service answers."""
+
+    status: Literal["ok"] = "ok"
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, for programs and for people."""
+
+    code: ErrorCode
+    message: str = Field(description="A sentence that says what to do.")
+
+
+class ErrorResponse(BaseModel):
+    """The one shape of every error."""
+
+    detail: ErrorDetail
+
+
+# What /docs shows for each code that a check can end in: what the service really says, as the
+# tests compare.
+ERROR_EXAMPLES: Final = {
+    ErrorCode.INVALID_IP: (
+        '"provider.example" is not an IP address. Give an IPv4 or IPv6 address in a string, such '
+        'as "203.0.113.7" or "2001:db8::7", without a host name, port, brackets or scope.'
+    ),
+    ErrorCode.INVALID_PORT: "Port 70000 is out of range (1-65535).",
+    ErrorCode.TOO_MANY_PORTS: (
+        "1001 ports are too many for one request. Ask for at most 1000 at a time."
+    ),
+    ErrorCode.INVALID_REQUEST: "ports is missing.",
+    ErrorCode.TARGET_NOT_ALLOWED: (
+        "192.168.1.100 is a private address. Ask for the address that you ask from, 127.0.0.1."
+    ),
+    ErrorCode.REQUEST_TOO_LARGE: "The body is over 65536 bytes. Ask for fewer ports.",
+    ErrorCode.RATE_LIMITED: "You ask too often. Try again in 2 s.",
+    ErrorCode.OVERLOADED: ("This service is checking as many ports as it can. Try again in 5 s."),
+    ErrorCode.CHECK_FAILED: (
+        "This service could not do its work (no route to 2001:db8::7: Network is unreachable), "
+        "which says nothing about your ports. Try again later."
+    ),
+}

@@ -1,0 +1,255 @@
+"""The environment, validated: made once at the start and passed to whoever needs it."""
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from dotenv import dotenv_values
+from pydantic import (
+    BeforeValidator,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from port_checker.addresses import Network, parse_networks
+
+ENV_FILE = Path(".env")
+
+# Providers' software gives up on an answer after this many seconds.
+CLIENT_PATIENCE = 30.0
+
+_LONGEST_SHOWN = 80  # characters of a wrong value, so that the message stays one line
+
+
+class SettingsError(Exception):
+    """A setting has a wrong value; the message is one line for the operator."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """So many in each period, all of which may come at once.
+
+    Attributes:
+        count: How many; at least 1.
+        period: One second, minute or hour.
+    """
+
+    count: int
+    period: timedelta
+
+    def __str__(self) -> str:
+        return f"{self.count}/{_PERIOD_NAMES[self.period]}"
+
+
+_PERIODS = {
+    "second": timedelta(seconds=1),
+    "minute": timedelta(minutes=1),
+    "hour": timedelta(hours=1),
+}
+_PERIOD_NAMES = {period: name for name, period in _PERIODS.items()}
+
+
+def _parse_rate(text: object) -> object:
+    if text == "off":
+        return None
+    if not isinstance(text, str):
+        return text
+    match = re.fullmatch(r"([1-9][0-9]{0,8})/(second|minute|hour)", text)
+    if not match:
+        raise ValueError
+    return Rate(int(match[1]), _PERIODS[match[2]])
+
+
+def _parse_networks(text: object) -> object:
+    return parse_networks(text) if isinstance(text, str) else text
+
+
+_Networks = Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_parse_networks)]
+_RateOrOff = Annotated[Rate | None, NoDecode, BeforeValidator(_parse_rate)]
+
+
+def _setting(variable: str, default: Any, allowed: str, **bounds: Any) -> Any:
+    """A field, the variable that sets it, and its bounds: for pydantic, and in words."""
+    return Field(default, validation_alias=variable, description=allowed, **bounds)
+
+
+class Settings(BaseSettings):
+    """Everything that an operator can set; each field's description says what is allowed.
+
+    Values come from the arguments (by field name), the environment and ``.env``, in this order.
+    """
+
+    model_config = SettingsConfigDict(
+        env_file=ENV_FILE,
+        env_file_encoding="utf-8",
+        case_sensitive=True,
+        extra="ignore",
+        frozen=True,
+        validate_by_name=True,
+        validate_by_alias=True,
+        validate_default=False,
+    )
+
+    host: str = _setting(
+        "PORT_CHECKER_HOST",
+        "0.0.0.0",  # noqa: S104  # a public service listens everywhere
+        "an IP address to listen on, such as 0.0.0.0 or ::, or localhost",
+    )
+    port: int = _setting(
+        "PORT_CHECKER_PORT", 9000, "a port to listen on, from 1 to 65535", ge=1, le=65535
+    )
+    debug: bool = _setting("PORT_CHECKER_DEBUG", False, "true or false")
+    workers: int = _setting(
+        "PORT_CHECKER_WORKERS", 1, "a number of processes, from 1 to 64", ge=1, le=64
+    )
+    trusted_proxies: _Networks = _setting(
+        "PORT_CHECKER_TRUSTED_PROXIES",
+        parse_networks("127.0.0.1,::1"),
+        "addresses or networks, such as 192.0.2.7,2001:db8::/64, or empty for none",
+    )
+    caller_rate_limit: _RateOrOff = _setting(
+        "PORT_CHECKER_RATE_LIMIT",
+        Rate(30, timedelta(minutes=1)),
+        "a whole number per second, minute or hour, such as 30/minute, or off",
+    )
+    rate_limit_store: Literal["memory://"] = _setting(
+        "PORT_CHECKER_RATE_LIMIT_STORE",
+        "memory://",
+        "memory:// (this version cannot keep its limits in Redis)",
+    )
+    metrics: Literal[False] = _setting(
+        "PORT_CHECKER_METRICS", False, "false (this version does not serve metrics)"
+    )
+    retries: int = _setting(
+        "PORT_CHECK_RETRIES", 3, "a number of attempts, from 1 to 10", ge=1, le=10
+    )
+    retry_delay: float = _setting(
+        "PORT_CHECK_RETRY_DELAY",
+        1.0,
+        "seconds, from 0 to 30",
+        ge=0,
+        le=CLIENT_PATIENCE,
+        allow_inf_nan=False,
+    )
+    timeout: float = _setting(
+        "PORT_CHECK_TIMEOUT",
+        5.0,
+        "seconds, from 0.1 to 30",
+        ge=0.1,
+        le=CLIENT_PATIENCE,
+        allow_inf_nan=False,
+    )
+    max_ports: int = _setting(
+        "PORT_CHECK_MAX_PORTS", 1000, "a number of ports, from 1 to 10000", ge=1, le=10_000
+    )
+    max_in_flight: int = _setting(
+        "PORT_CHECK_MAX_IN_FLIGHT",
+        10_000,
+        "a number of ports, from 1 to 1000000",
+        ge=1,
+        le=1_000_000,
+    )
+    targets: Literal["public", "caller"] = _setting(
+        "PORT_CHECK_TARGETS", "public", "public or caller"
+    )
+    allowed_networks: _Networks = _setting(
+        "PORT_CHECK_ALLOWED_NETWORKS",
+        (),
+        "networks, such as 10.0.0.0/8,fd00::/8, or empty for none",
+    )
+    target_rate_limit: _RateOrOff = _setting(
+        "PORT_CHECK_TARGET_RATE_LIMIT",
+        Rate(2000, timedelta(minutes=1)),
+        "a whole number per second, minute or hour, such as 2000/minute, or off",
+    )
+
+    @property
+    def longest_check(self) -> float:
+        """Seconds within which every check is answered, give or take some milliseconds."""
+        return self.retries * self.timeout + (self.retries - 1) * self.retry_delay
+
+    @field_validator("host")
+    @classmethod
+    def _check_host(cls, host: str) -> str:
+        if host != "localhost":
+            ip_address(host)
+        return host
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _check_metrics(cls, metrics: object) -> object:
+        return TypeAdapter(bool).validate_python(metrics)
+
+    @model_validator(mode="after")
+    def _check_full_request_fits(self) -> Self:
+        rate = self.target_rate_limit
+        if rate and rate.count < self.max_ports:
+            raise PydanticCustomError(
+                "wrong",
+                _wrong(
+                    "PORT_CHECK_TARGET_RATE_LIMIT",
+                    str(rate),
+                    f"off or at least {self.max_ports} (PORT_CHECK_MAX_PORTS), since it would "
+                    "refuse a full request for ever",
+                ),
+            )
+        return self
+
+
+def load_settings() -> Settings:
+    """Read the environment and ``.env``.
+
+    Raises:
+        SettingsError: A value is wrong, or ``.env`` cannot be read.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise SettingsError("; ".join(map(_explain, error.errors()))) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{ENV_FILE} cannot be read: {error}") from None
+
+
+def _explain(error: ErrorDetails) -> str:
+    if not error["loc"]:  # from the model as a whole, which explained itself
+        return error["msg"]
+    variable = str(error["loc"][0])
+    (allowed,) = (
+        field.description or ""
+        for field in Settings.model_fields.values()
+        if field.validation_alias == variable
+    )
+    return _wrong(variable, str(error["input"]), allowed)
+
+
+def _wrong(variable: str, value: str, allowed: str) -> str:
+    shown = value if len(value) <= _LONGEST_SHOWN else value[:_LONGEST_SHOWN] + "…"
+    return f"{variable}={shown!r} is wrong: it must be {allowed}"
+
+
+def unknown_names(environment: Mapping[str, str]) -> dict[str, str | None]:
+    """Find variables that look like settings and are none: misspelt, most likely.
+
+    Args:
+        environment: ``os.environ``; ``.env`` is read besides.
+
+    Returns:
+        Each such name, with the known name that is nearest to it, if any is near.
+    """
+    known = [str(field.validation_alias) for field in Settings.model_fields.values()]
+    names = [*environment, *dotenv_values(ENV_FILE)]
+    return {
+        name: next(iter(difflib.get_close_matches(name, known, n=1)), None)
+        for name in names
+        if name.startswith(("PORT_CHECK_", "PORT_CHECKER_")) and name not in known
+    }

@@ -1,0 +1,146 @@
+"""Who may be checked, and whether this machine can reach out to it at all.
+
+Anyone can ask this service to connect somewhere, so what it will connect to is the one thing that
+keeps it from being a port scanner of other people's machines and of the network it runs in.
+"""
+
+import socket
+from collections.abc import Callable
+from ipaddress import IPv4Network, IPv6Address, IPv6Network
+
+from port_checker.addresses import Address, Network, lies_in
+from port_checker.connect import own_failures
+from port_checker.settings import Settings
+
+
+class TargetNotAllowed(Exception):
+    """The caller may not have this target checked."""
+
+
+# The IANA special-purpose address registries, row by row (as of 2025-10), and the multicast blocks
+# of the address space registries. None of these is a provider's: even those that are "globally
+# reachable" are anycast services, whose answer comes from whatever network the checker is in.
+# https://www.iana.org/assignments/iana-ipv4-special-registry
+_SPECIAL_IPV4: dict[Network, str] = {
+    IPv4Network("0.0.0.0/8"): "an address of this network",  # RFC 791
+    IPv4Network("10.0.0.0/8"): "a private address",  # RFC 1918
+    IPv4Network("100.64.0.0/10"): "a shared address of a provider's NAT",  # RFC 6598
+    IPv4Network("127.0.0.0/8"): "a loopback address",  # RFC 1122
+    IPv4Network("169.254.0.0/16"): "a link-local address",  # RFC 3927
+    IPv4Network("172.16.0.0/12"): "a private address",  # RFC 1918
+    IPv4Network("192.0.0.0/24"): "reserved for protocols",  # RFC 6890; dummy, PCP, TURN, NAT64
+    IPv4Network("192.0.2.0/24"): "a documentation address",  # RFC 5737
+    IPv4Network("192.31.196.0/24"): "an AS112 anycast address",  # RFC 7535
+    IPv4Network("192.52.193.0/24"): "an AMT anycast address",  # RFC 7450
+    IPv4Network("192.88.99.0/24"): "a 6to4 relay's anycast address",  # RFC 7526
+    IPv4Network("192.168.0.0/16"): "a private address",  # RFC 1918
+    IPv4Network("192.175.48.0/24"): "an AS112 anycast address",  # RFC 7534
+    IPv4Network("198.18.0.0/15"): "a benchmarking address",  # RFC 2544
+    IPv4Network("198.51.100.0/24"): "a documentation address",  # RFC 5737
+    IPv4Network("203.0.113.0/24"): "a documentation address",  # RFC 5737
+    IPv4Network("224.0.0.0/4"): "a multicast address",  # RFC 5771
+    IPv4Network("240.0.0.0/4"): "a reserved address",  # RFC 1112; with 255.255.255.255
+}
+# https://www.iana.org/assignments/iana-ipv6-special-registry. The more special rows stand first:
+# the first that holds an address names it.
+_SPECIAL_IPV6: dict[Network, str] = {
+    IPv6Network("::1/128"): "a loopback address",  # RFC 4291
+    IPv6Network("::/128"): "the unspecified address",  # RFC 4291
+    IPv6Network("::/96"): "an IPv4-compatible address",  # RFC 4291, deprecated
+    IPv6Network("64:ff9b::/96"): "an IPv4 address behind NAT64",  # RFC 6052
+    IPv6Network("64:ff9b:1::/48"): "an IPv4 address behind NAT64",  # RFC 8215
+    IPv6Network("100::/64"): "a discard-only address",  # RFC 6666
+    IPv6Network("100:0:0:1::/64"): "a dummy address",  # RFC 9780
+    IPv6Network("2001::/32"): "an IPv4 address behind Teredo",  # RFC 4380
+    IPv6Network("2001:2::/48"): "a benchmarking address",  # RFC 5180
+    IPv6Network("2001::/23"): "reserved for protocols",  # RFC 2928; AMT, AS112, ORCHID, DRIP
+    IPv6Network("2001:db8::/32"): "a documentation address",  # RFC 3849
+    IPv6Network("2002::/16"): "an IPv4 address behind 6to4",  # RFC 3056
+    IPv6Network("2620:4f:8000::/48"): "an AS112 anycast address",  # RFC 7534
+    IPv6Network("3fff::/20"): "a documentation address",  # RFC 9637
+    IPv6Network("5f00::/16"): "a segment routing identifier",  # RFC 9602
+    IPv6Network("fc00::/7"): "a private address",  # RFC 4193
+    IPv6Network("fe80::/10"): "a link-local address",  # RFC 4291
+    IPv6Network("ff00::/8"): "a multicast address",  # RFC 4291
+}
+_ANY_PORT = 9  # nothing is ever sent to it
+
+_GLOBAL_UNICAST_IPV6 = IPv6Network("2000::/3")  # RFC 4291 section 2.4
+
+
+def special_purpose(address: Address) -> str | None:
+    """Say what ``address`` is when it is not public unicast, and None when it is.
+
+    The answer comes from the tables above alone, so it is the same on every version of Python.
+    """
+    table = _SPECIAL_IPV6 if isinstance(address, IPv6Address) else _SPECIAL_IPV4
+    for network, name in table.items():
+        if address in network:
+            return name
+    if isinstance(address, IPv6Address) and address not in _GLOBAL_UNICAST_IPV6:
+        return "a reserved address"
+    return None
+
+
+def is_own_address(address: Address) -> bool:
+    """Whether ``address`` is one of this machine's.
+
+    The kernel is asked by binding a socket to it: unlike the source address of a connected socket,
+    that also tells the secondary addresses of an interface. Where programs may bind to anything
+    (``net.ipv4.ip_nonlocal_bind``), connecting from an IPv4 address still needs it to be local.
+    """
+    with _udp_socket(address) as sock:
+        try:
+            sock.bind((str(address), 0))
+            sock.connect((str(address), _ANY_PORT))
+        except OSError:
+            return False
+    return True
+
+
+def require_allowed(
+    caller: Address | None,
+    target: Address,
+    settings: Settings,
+    is_own: Callable[[Address], bool] = is_own_address,
+) -> None:
+    """Refuse a target that ``caller`` may not have checked.
+
+    A pure function, but for what it asks ``is_own``.
+
+    Args:
+        caller: Who asks; None when that is not known, which has no address of its own.
+        target: The address to check.
+        settings: ``targets`` and ``allowed_networks`` count.
+        is_own: Whether an address is one of this machine's. Somebody else may not have those
+            checked: a connection from a machine to itself walks around its firewall.
+
+    Raises:
+        TargetNotAllowed: Says why, and what the caller can do.
+    """
+    if target == caller or lies_in(target, settings.allowed_networks):
+        return
+    instead = f"Ask for the address that you ask from{f', {caller}' if caller else ''}."
+    if special := special_purpose(target):
+        raise TargetNotAllowed(f"{target} is {special}. {instead}")
+    if settings.targets == "caller":
+        raise TargetNotAllowed(f"Only a caller's own address is checked here. {instead}")
+    if is_own(target):
+        raise TargetNotAllowed(f"{target} is this service's own address. {instead}")
+
+
+def verify_local_binding(target: Address) -> None:
+    """Verify that this machine can bind a source address with a route to ``target``.
+
+    Connecting a UDP socket makes the kernel choose both, and sends no packet.
+
+    Raises:
+        CheckFailed: There is none: no IPv6 on this machine, say.
+    """
+    with own_failures(f"no route to {target}"), _udp_socket(target) as sock:
+        sock.connect((str(target), _ANY_PORT))
+
+
+def _udp_socket(address: Address) -> socket.socket:
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    return socket.socket(family, socket.SOCK_DGRAM)
