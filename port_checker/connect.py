@@ -8,7 +8,7 @@ ends in ``CheckFailed`` because the trouble was the checker's own.
 import asyncio
 import errno
 import os
-import selectors
+import select
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,7 +45,6 @@ TIMED_OUT = Verdict(accessible=False, error="Connection timed out")
 # What the socket says once the attempt has ended (SO_ERROR). The texts are glibc's, written out
 # because clients read them and other C libraries word them otherwise.
 _VERDICTS = {
-    0: OPEN,
     # TCP gives these two only after the peer had answered our SYN with its own (Linux tcp_reset():
     # a reset of an attempt still under way is ECONNREFUSED). The port did accept the connection.
     errno.ECONNRESET: OPEN,
@@ -68,10 +67,6 @@ _OWN = {
     errno.EADDRNOTAVAIL,
     errno.EPERM,
 }
-
-# What a non-blocking connect() returns when it has done its part. A refusal may come at once where
-# the loopback interface answers synchronously (BSD).
-_UNDER_WAY = {0, errno.EINPROGRESS}
 
 
 @contextmanager
@@ -120,85 +115,88 @@ async def attempt(
                     await asyncio.sleep(0)
                 async with turn:
                     round_.open(ports[start : start + _OPENED_AT_A_TIME])
-            await round_.settle(timeout)
+                    round_.collect()
+            await round_.wait(timeout)
         finally:
             round_.close()
         return round_.verdicts
 
 
 class _Round:
-    """The sockets of one round, watched by a selector that the event loop watches in its turn.
+    """The sockets of one round, watched by an epoll that the event loop watches in its turn.
 
-    An epoll (or kqueue) descriptor is itself pollable, so the loop knows one descriptor a round
-    instead of one for each port: a round of 100 then costs little more than a bare epoll loop, and
-    closing the round cannot forget a callback.
+    An epoll descriptor can itself be polled, so the loop knows one descriptor a round instead of
+    one for each port: a round of 100 costs little more than a bare epoll loop would, and closing
+    the round cannot forget a callback. A closed socket leaves its epoll by itself.
     """
 
     def __init__(self, target: Address) -> None:
         self.verdicts: dict[int, Verdict] = {}
         self._target = target
-        self._family = socket.AF_INET if target.version == 4 else socket.AF_INET6
         self._host = str(target)
-        self._loop = asyncio.get_running_loop()
-        self._ended: asyncio.Future[None] = self._loop.create_future()
-        self._failure: OSError | None = None
-        self._all_open = False
-        self._sockets: dict[socket.socket, int] = {}
-        self._selector = selectors.DefaultSelector()
-        self._loop.add_reader(self._selector, self._on_ready)
+        self._family = socket.AF_INET if target.version == 4 else socket.AF_INET6
+        self._waiting: dict[int, tuple[socket.socket, int]] = {}  # by descriptor
+        self._epoll = select.epoll()
 
     def open(self, ports: Sequence[int]) -> None:
         """Begin an attempt to each of ``ports``."""
         for port in ports:
-            sock = socket.socket(self._family, socket.SOCK_STREAM)
-            self._sockets[sock] = port
-            sock.setblocking(False)
+            sock = socket.socket(self._family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            descriptor = sock.fileno()
+            self._waiting[descriptor] = sock, port
             error = sock.connect_ex((self._host, port))
-            if error in _UNDER_WAY:
-                self._selector.register(sock, selectors.EVENT_WRITE, port)
-            elif error == errno.ECONNREFUSED:
-                self._settle(sock, REFUSED)
-            else:
+            if error != errno.EINPROGRESS:
                 raise OSError(error, os.strerror(error))
+            self._epoll.register(descriptor, select.EPOLLOUT)
 
-    async def settle(self, timeout: float) -> None:
+    def collect(self) -> None:
+        """Take the verdicts that are there; a loopback target's are when connect() returns."""
+        for descriptor, events in self._epoll.poll(0):
+            sock, port = self._waiting[descriptor]
+            self.verdicts[port] = self._verdict(sock, port, events)
+            del self._waiting[descriptor]
+            sock.close()
+
+    async def wait(self, timeout: float) -> None:
         """Wait until each attempt has ended, or ``timeout`` seconds; then there are verdicts."""
-        self._all_open = True
-        if self._sockets:
-            timer = self._loop.call_later(timeout, self._end)
+        if not self._waiting:
+            return
+        loop = asyncio.get_running_loop()
+        ended = loop.create_future()
+
+        def on_events() -> None:
             try:
-                await self._ended
-            finally:
-                timer.cancel()
-        if self._failure:
-            raise self._failure
-        self.verdicts.update(dict.fromkeys(self._sockets.values(), TIMED_OUT))
+                self.collect()
+            except OSError as error:
+                _settle(ended, error)
+            if not self._waiting:
+                _settle(ended)
+
+        loop.add_reader(self._epoll.fileno(), on_events)
+        timer = loop.call_later(timeout, _settle, ended)
+        try:
+            await ended
+        finally:
+            timer.cancel()
+            loop.remove_reader(self._epoll.fileno())
+        for _, port in self._waiting.values():
+            self.verdicts[port] = TIMED_OUT
 
     def close(self) -> None:
         """Give back every descriptor."""
-        self._loop.remove_reader(self._selector)
-        self._selector.close()
-        for sock in self._sockets:
+        self._epoll.close()
+        for sock, _ in self._waiting.values():
             sock.close()
-        self._sockets.clear()
+        self._waiting.clear()
 
-    def _on_ready(self) -> None:
-        try:
-            for key, _ in self._selector.select(0):
-                self._selector.unregister(key.fileobj)
-                sock: socket.socket = key.fileobj  # type: ignore[assignment]  # we registered it
-                self._settle(sock, self._verdict(sock, key.data))
-        except OSError as error:
-            self._failure = error
-        if self._failure or (self._all_open and not self._sockets):
-            self._end()
-
-    def _verdict(self, sock: socket.socket, port: int) -> Verdict:
-        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    def _verdict(self, sock: socket.socket, port: int, events: int) -> Verdict:
+        # EPOLLERR or EPOLLHUP come with a failure; without them there is nothing to ask for.
+        failed = events != select.EPOLLOUT
+        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if failed else 0
         if error in _OWN:
             raise OSError(error, os.strerror(error))
-        if error == 0 and self._is_echo(sock, port):
-            return REFUSED
+        if error == 0:
+            return REFUSED if self._is_echo(sock, port) else OPEN
         return _VERDICTS.get(error) or Verdict(accessible=False, error=os.strerror(error))
 
     def _is_echo(self, sock: socket.socket, port: int) -> bool:
@@ -210,10 +208,10 @@ class _Round:
         host, local_port = sock.getsockname()[:2]
         return bool(local_port == port and parse_address(host.partition("%")[0]) == self._target)
 
-    def _settle(self, sock: socket.socket, verdict: Verdict) -> None:
-        self.verdicts[self._sockets.pop(sock)] = verdict
-        sock.close()
 
-    def _end(self) -> None:
-        if not self._ended.done():
-            self._ended.set_result(None)
+def _settle(future: asyncio.Future[None], error: OSError | None = None) -> None:
+    if not future.done():
+        if error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)

@@ -1,11 +1,40 @@
 """One line for each event, on stderr: in colours on a terminal, plain elsewhere."""
 
+import logging
 import os
 import sys
 from typing import Any
 
-_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+import colorlog
+
+_TIME = "%Y-%m-%d %H:%M:%S"
+_PLAIN = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _COLOURED = "%(asctime)s %(log_color)s%(levelname)s%(reset)s %(name)s: %(message)s"
+
+
+class _Clock(logging.Formatter):
+    """Formats the time once a second rather than for each line.
+
+    glibc looks at /etc/localtime whenever it is asked for the local time, and here it is asked
+    twice a line.
+    """
+
+    _second = -1
+    _time = ""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
+        second = int(record.created)
+        if second != self._second:
+            self._second, self._time = second, super().formatTime(record, datefmt)
+        return self._time
+
+
+class PlainFormatter(_Clock):
+    """For files, pipes and the journal."""
+
+
+class ColouredFormatter(_Clock, colorlog.ColoredFormatter):
+    """For terminals."""
 
 
 def logging_config(*, debug: bool) -> dict[str, Any]:
@@ -15,19 +44,19 @@ def logging_config(*, debug: bool) -> dict[str, Any]:
         debug: Whether to log a line for each port and each HTTP request, too.
     """
     colours = sys.stderr.isatty() and not os.environ.get("NO_COLOR")  # https://no-color.org
-    formatter = (
-        {"()": "colorlog.ColoredFormatter", "format": _COLOURED} if colours else {"format": _FORMAT}
-    )
-    level = "DEBUG" if debug else "INFO"
     return {
         "version": 1,
         "disable_existing_loggers": False,
-        "formatters": {"line": formatter},
+        "formatters": {
+            "line": {"()": ColouredFormatter, "fmt": _COLOURED, "datefmt": _TIME}
+            if colours
+            else {"()": PlainFormatter, "fmt": _PLAIN, "datefmt": _TIME}
+        },
         "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
         "root": {"handlers": ["stderr"], "level": "WARNING"},
         "loggers": {
-            "port_checker": {"level": level},
-            # Its INFO is the steps of starting and stopping, which our own lines tell in one.
+            "port_checker": {"level": "DEBUG" if debug else "INFO"},
+            # At INFO it tells the steps of starting and stopping, which our own lines tell.
             "uvicorn": {"level": "DEBUG" if debug else "WARNING"},
         },
     }

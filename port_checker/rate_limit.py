@@ -3,7 +3,13 @@
 import math
 from ipaddress import IPv6Address, IPv6Network
 
-from throttled.asyncio import MemoryStore, Quota, RateLimiterType, Throttled, per_duration
+from throttled.asyncio import (
+    BaseRateLimiter,
+    MemoryStore,
+    RateLimiterRegistry,
+    RateLimiterType,
+    per_duration,
+)
 
 from port_checker.addresses import Address
 from port_checker.settings import Rate
@@ -37,8 +43,8 @@ class RateLimiter:
     """
 
     def __init__(self, per_caller: Rate | None, per_target: Rate | None) -> None:
-        self._callers = per_caller and _throttle(per_caller)
-        self._targets = per_target and _throttle(per_target)
+        self._callers = per_caller and _gcra(per_caller)
+        self._targets = per_target and _gcra(per_target)
 
     async def pay_caller(self, caller: Address | None) -> None:
         """Count one request of ``caller``; those without an address share one limit.
@@ -65,10 +71,11 @@ class RateLimiter:
                 )
 
 
-def _throttle(rate: Rate) -> Throttled:
-    quota: Quota = per_duration(rate.period, rate.count)
-    store = MemoryStore(options={"MAX_SIZE": MAX_KEYS})
-    return Throttled(using=RateLimiterType.GCRA.value, quota=quota, store=store)
+def _gcra(rate: Rate) -> BaseRateLimiter:
+    limiter = RateLimiterRegistry.get(RateLimiterType.GCRA.value)
+    return limiter(
+        per_duration(rate.period, rate.count), MemoryStore(options={"MAX_SIZE": MAX_KEYS})
+    )
 
 
 def _caller_key(caller: Address | None) -> str:
