@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 
 from port_checker.addresses import Address
-from port_checker.connect import Verdict, attempt
+from port_checker.connect import Pace, Verdict, attempt
 
 
 class Overloaded(Exception):
@@ -45,7 +45,7 @@ class Checker:
         self._retry_delay = retry_delay
         self._timeout = timeout
         self._max_in_flight = max_in_flight
-        self._turn = asyncio.Lock()
+        self._pace = Pace()
 
     def require_room(self, ports: int) -> None:
         """Refuse a check for which there is no room.
@@ -88,7 +88,7 @@ class Checker:
             for round_ in range(self._retries):
                 if round_:
                     await asyncio.sleep(self._retry_delay)
-                verdicts |= await attempt(target, failed, self._timeout, self._turn)
+                verdicts |= await attempt(target, failed, self._timeout, self._pace)
                 still_failed = [port for port in failed if not verdicts[port].accessible]
                 self.in_flight -= len(failed) - len(still_failed)
                 failed = still_failed

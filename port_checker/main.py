@@ -14,8 +14,16 @@ from port_checker.rate_limit import RateLimiter
 from port_checker.settings import Settings, SettingsError, load_settings
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """Make an application of ``settings``; each has its own limits and capacity."""
+def create_app(
+    settings: Settings, *, limiter: RateLimiter | None = None, checker: Checker | None = None
+) -> FastAPI:
+    """Make an application; each has its own limits and capacity.
+
+    Args:
+        settings: How it behaves.
+        limiter: Used instead of one made of the settings.
+        checker: Used instead of one made of the settings.
+    """
     app = FastAPIOffline(
         title="Golem Port Checker",
         version=__version__,
@@ -30,14 +38,17 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,  # a wrong path is told as NOT_FOUND, not redirected
     )
-    limiter = RateLimiter(settings.caller_rate_limit, settings.target_rate_limit)
-    checker = Checker(
-        retries=settings.retries,
-        retry_delay=settings.retry_delay,
-        timeout=settings.timeout,
-        max_in_flight=settings.max_in_flight,
-    )
-    Api(settings, limiter, checker).add_routes(app)
+    Api(
+        settings,
+        limiter or RateLimiter(settings.caller_rate_limit, settings.target_rate_limit),
+        checker
+        or Checker(
+            retries=settings.retries,
+            retry_delay=settings.retry_delay,
+            timeout=settings.timeout,
+            max_in_flight=settings.max_in_flight,
+        ),
+    ).add_routes(app)
     answer_errors(app)
     return app
 

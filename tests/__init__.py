@@ -1,0 +1,1 @@
+"""Tests on real sockets: loopback, and network namespaces where loopback is not enough."""

@@ -1,0 +1,57 @@
+"""Ports of this machine in each state that a check can meet."""
+
+import select
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+
+
+def family_of(host: str) -> socket.AddressFamily:
+    """The address family of an IP literal."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+@contextmanager
+def open_listener(host: str = "127.0.0.1", port: int = 0) -> Iterator[socket.socket]:
+    """A listener; the kernel completes the handshakes of its backlog."""
+    with socket.create_server((host, port), family=family_of(host), backlog=4096) as listener:
+        yield listener
+
+
+@contextmanager
+def open_port(host: str = "127.0.0.1") -> Iterator[int]:
+    """A port that accepts connections."""
+    with open_listener(host) as listener:
+        yield listener.getsockname()[1]
+
+
+@contextmanager
+def refused_port(host: str = "127.0.0.1") -> Iterator[int]:
+    """A port on which nobody listens, and nobody else can: it is bound."""
+    with socket.socket(family_of(host), socket.SOCK_STREAM) as sock:
+        sock.bind((host, 0))
+        yield sock.getsockname()[1]
+
+
+@contextmanager
+def silent_port(host: str = "127.0.0.1") -> Iterator[int]:
+    """A port that times out: its listener's backlog is full, so the kernel drops each SYN."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(
+            socket.create_server((host, 0), family=family_of(host), backlog=1)
+        )
+        address = listener.getsockname()
+        connected = True
+        while connected:  # on loopback the handshake is over when connect() returns
+            client = stack.enter_context(socket.socket(family_of(host), socket.SOCK_STREAM))
+            client.setblocking(False)
+            client.connect_ex(address)
+            connected = bool(select.select([], [client], [], 0)[1])
+        yield address[1]
+
+
+@contextmanager
+def ports(count: int, kind: Callable[[], AbstractContextManager[int]]) -> Iterator[list[int]]:
+    """``count`` ports of one kind: ``open_port``, ``refused_port`` or ``silent_port``."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(kind()) for _ in range(count)]

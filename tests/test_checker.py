@@ -1,0 +1,128 @@
+"""Rounds of attempts, capacity and what is left of a check."""
+
+import asyncio
+import os
+import time
+from contextlib import suppress
+
+import pytest
+
+from port_checker.addresses import parse_address
+from port_checker.checker import Checker, Overloaded
+from port_checker.connect import OPEN, REFUSED, TIMED_OUT, CheckFailed, Verdict
+from tests.loopback import open_listener, open_port, ports, refused_port, silent_port
+
+LOOPBACK = parse_address("127.0.0.1")
+
+
+def make_checker(
+    retries: int = 1, retry_delay: float = 0, timeout: float = 5, max_in_flight: int = 1000
+) -> Checker:
+    return Checker(
+        retries=retries, retry_delay=retry_delay, timeout=timeout, max_in_flight=max_in_flight
+    )
+
+
+def test_verdicts_come_in_the_order_asked() -> None:
+    with open_port() as opened, refused_port() as refused, silent_port() as silent:
+        asked = [silent, opened, refused]
+        verdicts = asyncio.run(make_checker(timeout=0.1).check(LOOPBACK, asked))
+    assert list(verdicts.items()) == [(silent, TIMED_OUT), (opened, OPEN), (refused, REFUSED)]
+
+
+def test_a_port_that_opens_after_the_first_attempt_is_found() -> None:
+    with refused_port() as port:
+        pass
+
+    async def run() -> dict[int, Verdict]:
+        check = asyncio.create_task(
+            make_checker(retries=2, retry_delay=0.2).check(LOOPBACK, [port])
+        )
+        await asyncio.sleep(0)  # the first attempt is made, and refused at once
+        with open_listener(port=port):
+            return await check
+
+    assert asyncio.run(run()) == {port: OPEN}
+
+
+@pytest.mark.parametrize("retries", [1, 2, 4])
+def test_a_port_gets_that_many_attempts_with_the_delay_between(retries: int) -> None:
+    with refused_port() as refused:
+        started = time.monotonic()
+        asyncio.run(make_checker(retries=retries, retry_delay=0.05).check(LOOPBACK, [refused]))
+        lasted = time.monotonic() - started
+    assert (retries - 1) * 0.05 <= lasted < (retries - 1) * 0.05 + 0.5
+
+
+def test_an_open_port_is_attempted_once() -> None:
+    with open_listener() as listener, refused_port() as refused:
+        port = listener.getsockname()[1]
+        asyncio.run(make_checker(retries=3).check(LOOPBACK, [port, refused]))
+        listener.setblocking(False)
+        listener.accept()[0].close()
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
+def test_a_check_without_room_is_refused_up_front() -> None:
+    with ports(3, silent_port) as silent:
+
+        async def run() -> None:
+            checker = make_checker(max_in_flight=4, timeout=5)
+            check = asyncio.create_task(checker.check(LOOPBACK, silent))
+            await asyncio.sleep(0)
+            assert checker.in_flight == 3
+            checker.require_room(1)
+            with pytest.raises(Overloaded) as refusal:
+                await checker.check(LOOPBACK, [1, 2])
+            assert (refusal.value.asked, refusal.value.max_in_flight) == (2, 4)
+            assert refusal.value.retry_after == 5
+            check.cancel()
+            with suppress(asyncio.CancelledError):
+                await check
+            assert checker.in_flight == 0
+
+        asyncio.run(run())
+
+
+def test_settled_ports_are_in_flight_no_more() -> None:
+    with open_port() as opened, silent_port() as silent:
+
+        async def run() -> None:
+            checker = make_checker(retries=2, retry_delay=30, timeout=0.05)
+            check = asyncio.create_task(checker.check(LOOPBACK, [opened, silent]))
+            while checker.in_flight != 1:  # after the first round; pytest would stop it otherwise
+                assert not check.done()
+                await asyncio.sleep(0.01)
+            check.cancel()
+            with suppress(asyncio.CancelledError):
+                await check
+            assert checker.in_flight == 0
+
+        asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def test_the_checkers_own_failure_gives_its_room_back() -> None:
+    async def run() -> None:
+        checker = make_checker()
+        with pytest.raises(CheckFailed):  # a broadcast address: connect() is not permitted
+            await checker.check(parse_address("127.255.255.255"), [80])
+        assert checker.in_flight == 0
+
+    asyncio.run(run())
+
+
+def test_nothing_grows_with_the_number_of_checks() -> None:
+    """In descriptors and tasks; ``make bench`` shows it of the memory, too."""
+    with open_port() as opened, refused_port() as refused:
+
+        async def run() -> None:
+            checker = make_checker()
+            before = len(os.listdir("/proc/self/fd"))
+            for _ in range(300):
+                await checker.check(LOOPBACK, [opened, refused])
+            assert len(os.listdir("/proc/self/fd")) == before
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+            assert checker.in_flight == 0
+
+        asyncio.run(run())

@@ -1,0 +1,285 @@
+"""One round of attempts, on sockets of this machine."""
+
+import asyncio
+import os
+import resource
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+
+from port_checker.addresses import parse_address
+from port_checker.connect import OPEN, REFUSED, TIMED_OUT, CheckFailed, Pace, Verdict, attempt
+from tests.loopback import open_listener, open_port, ports, refused_port, silent_port
+
+LOOPBACK = parse_address("127.0.0.1")
+
+
+def try_once(
+    asked: Sequence[int], host: str = "127.0.0.1", timeout: float = 5
+) -> dict[int, Verdict]:
+    async def run() -> dict[int, Verdict]:
+        return await attempt(parse_address(host), asked, timeout, Pace())
+
+    return asyncio.run(run())
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "::ffff:127.0.0.1"])
+def test_tells_open_refused_and_silent_ports_apart(host: str) -> None:
+    listening_host = "127.0.0.1" if "ffff" in host else host
+    with (
+        open_port(listening_host) as opened,
+        refused_port(listening_host) as refused,
+        silent_port(listening_host) as silent,
+    ):
+        verdicts = try_once([opened, refused, silent], host, timeout=0.2)
+    assert verdicts == {opened: OPEN, refused: REFUSED, silent: TIMED_OUT}
+    assert Verdict(accessible=False, error="Connection refused") == REFUSED
+    assert Verdict(accessible=False, error="Connection timed out") == TIMED_OUT
+
+
+def test_all_attempts_go_at_once() -> None:
+    with ports(100, silent_port) as silent, ports(100, open_port) as opened:
+        started = time.monotonic()
+        verdicts = try_once(silent + opened, timeout=0.3)
+        lasted = time.monotonic() - started
+    assert verdicts == dict.fromkeys(silent, TIMED_OUT) | dict.fromkeys(opened, OPEN)
+    assert 0.3 <= lasted < 3  # one after the other the silent ones alone would take 30 s
+
+
+def test_a_round_without_silent_ports_does_not_wait() -> None:
+    with ports(70, open_port) as opened, ports(70, refused_port) as refused:
+        started = time.monotonic()
+        try_once(opened + refused, timeout=30)
+        assert time.monotonic() - started < 5
+
+
+def test_no_ports_are_no_verdicts() -> None:
+    assert try_once([]) == {}
+
+
+def test_a_verdict_that_comes_later_is_waited_for() -> None:
+    """The listener's backlog is full, so the SYN is dropped, until its owner accepts."""
+    with socket.create_server(("127.0.0.1", 0), backlog=1) as listener:
+        address = listener.getsockname()
+        waiting = []
+        while True:
+            client = socket.socket()
+            client.setblocking(False)
+            client.connect_ex(address)
+            waiting.append(client)
+            if not select.select([], [client], [], 0)[1]:
+                break
+
+        async def run() -> dict[int, Verdict]:
+            loop = asyncio.get_running_loop()
+
+            def make_room() -> None:
+                for client in waiting:
+                    client.close()
+                listener.setblocking(False)
+                while select.select([listener], [], [], 0)[0]:
+                    listener.accept()[0].close()
+
+            loop.call_later(0.2, make_room)
+            return await attempt(LOOPBACK, [address[1]], 5, Pace())
+
+        assert asyncio.run(run()) == {address[1]: OPEN}
+
+
+def test_closes_politely_at_once_and_sends_nothing() -> None:
+    with open_listener() as listener:
+        listener.settimeout(5)
+        try_once([listener.getsockname()[1]])
+        connection, _ = listener.accept()
+        with connection:
+            connection.settimeout(5)
+            # The end of the stream, not a reset, which recv() would raise.
+            assert connection.recv(1) == b""
+
+
+def test_a_port_that_resets_what_it_accepted_is_open() -> None:
+    """It did accept: when the reset arrives must not decide what the verdict is."""
+    with open_listener() as listener:
+        port = listener.getsockname()[1]
+        stop = threading.Event()
+
+        def reset_all() -> None:
+            listener.settimeout(0.05)
+            while not stop.is_set():
+                try:
+                    connection, _ = listener.accept()
+                except TimeoutError:
+                    continue
+                linger = b"\1\0\0\0\0\0\0\0"  # on, for 0 s: close() sends a reset
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                connection.close()
+
+        thread = threading.Thread(target=reset_all)
+        thread.start()
+        try:
+            verdicts = [try_once([port]) for _ in range(200)]
+        finally:
+            stop.set()
+            thread.join()
+    assert verdicts == [{port: OPEN}] * 200
+
+
+def in_namespace(script: str, *setup: str) -> str:
+    """Run Python inside a network namespace of its own that has only loopback."""
+    commands = " && ".join(["ip link set lo up", *setup, f'exec {sys.executable} -c "$0"'])
+    done = subprocess.run(
+        ["unshare", "--net", "sh", "-c", commands, script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+NEEDS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="making a network namespace needs root")
+
+PRELUDE = """
+import asyncio
+from port_checker.addresses import parse_address
+from port_checker.connect import CheckFailed, Pace, attempt
+
+def try_once(ports, host="127.0.0.1", timeout=1.0):
+    return asyncio.run(_run(ports, host, timeout))
+
+async def _run(ports, host, timeout):
+    return await attempt(parse_address(host), ports, timeout, Pace())
+"""
+
+
+@NEEDS_ROOT
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_connection_with_itself_is_no_open_port(host: str) -> None:
+    """With one ephemeral port left, connecting to it on loopback meets itself."""
+    script = PRELUDE + f"print(try_once([40001, 40000], {host!r}))"
+    told = in_namespace(script, "sysctl -qw net.ipv4.ip_local_port_range='40001 40001'")
+    refused = "Verdict(accessible=False, error='Connection refused')"
+    assert told == f"{{40001: {refused}, 40000: {refused}}}\n"
+
+
+@NEEDS_ROOT
+def test_running_out_of_local_ports_is_the_checkers_failure() -> None:
+    script = (
+        PRELUDE
+        + """
+import socket
+with socket.create_server(("127.0.0.1", 50000)) as listener:
+    target = listener.getsockname()
+    held = [socket.create_connection(target) for _ in range(2)]
+    try:
+        print(try_once([target[1]]))
+    except CheckFailed as error:
+        print(error)
+    for connection in held:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes([1] + [0] * 7))
+        connection.close()
+    print(try_once([target[1]])[target[1]].accessible)
+"""
+    )
+    told = in_namespace(script, "sysctl -qw net.ipv4.ip_local_port_range='40000 40001'")
+    assert told == "could not connect: Cannot assign requested address\nTrue\n"
+
+
+@NEEDS_ROOT
+def test_a_prohibition_and_a_lack_of_route_are_the_checkers_failures() -> None:
+    script = (
+        PRELUDE
+        + """
+for host in ("192.0.2.1", "198.51.100.1", "203.0.113.1"):
+    try:
+        print(try_once([80], host))
+    except CheckFailed as error:
+        print(error)
+"""
+    )
+    told = in_namespace(
+        script, "ip route add prohibit 192.0.2.0/24", "ip route add unreachable 198.51.100.0/24"
+    )
+    assert told.splitlines() == [
+        "could not connect: Permission denied",
+        "could not connect: No route to host",
+        "could not connect: Network is unreachable",
+    ]
+
+
+@contextmanager
+def descriptors_left(count: int) -> Iterator[None]:
+    """Let this process open only ``count`` more files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    with open("/dev/null") as filler:
+        fillers = [os.dup(filler.fileno()) for _ in range(highest - open_descriptors())]
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_descriptors() - 1 + count, hard))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in fillers:
+            os.close(descriptor)
+
+
+@pytest.mark.parametrize("left", [0, 1, 5])
+def test_running_out_of_descriptors_is_the_checkers_failure(left: int) -> None:
+    """None for the epoll; one for it and none for a socket; some for sockets."""
+    with ports(20, open_port) as opened:
+
+        async def run() -> dict[int, Verdict]:
+            with descriptors_left(left):
+                return await attempt(LOOPBACK, opened, 5, Pace())
+
+        before = open_descriptors()
+        with pytest.raises(CheckFailed, match="could not connect: Too many open files"):
+            asyncio.run(run())
+        assert open_descriptors() == before
+        assert try_once(opened) == dict.fromkeys(opened, OPEN)
+
+
+def test_cancellation_leaves_nothing() -> None:
+    with ports(100, silent_port) as silent:
+
+        async def run() -> None:
+            before = open_descriptors()
+            pace = Pace()
+            for delay in (0, 0.01, 0.2):  # while it opens, and while it waits
+                task = asyncio.create_task(attempt(LOOPBACK, silent, 30, pace))
+                await asyncio.sleep(delay)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                assert open_descriptors() == before
+                assert asyncio.all_tasks() == {asyncio.current_task()}
+
+        asyncio.run(run())
+
+
+def test_many_rounds_at_once_do_not_hold_up_the_loop() -> None:
+    """They take turns: 30 rounds open 3,000 connections a few at a time, the loop going round."""
+    with ports(100, open_port) as opened:
+
+        async def run() -> int:
+            pace = Pace()
+            rounds = [asyncio.create_task(attempt(LOOPBACK, opened, 5, pace)) for _ in range(30)]
+            times_around = 0
+            while not all(round_.done() for round_ in rounds):
+                await asyncio.sleep(0)
+                times_around += 1
+            return times_around
+
+        assert asyncio.run(run()) > 40
