@@ -114,7 +114,9 @@ def to_api_error(error: Exception) -> ApiError:
             )
         case _:
             return ApiError(
-                ErrorCode.INTERNAL_ERROR, "This service has a bug, and its operators a trace of it."
+                ErrorCode.INTERNAL_ERROR,
+                "This service has a bug, and its operators a trace of it.",
+                {"Connection": "close"},  # the server will, once it has logged the traceback
             )
 
 

@@ -9,7 +9,10 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Callable
+from typing import Any
 
+from fastapi import FastAPI
 from uvicorn import Config, Server
 from uvicorn.supervisors import Multiprocess
 
@@ -29,7 +32,8 @@ def serve(settings: Settings) -> int:
     Returns:
         The exit status of the program: 0, or 1 if it could not listen.
     """
-    logging.config.dictConfig(logging_config(debug=settings.debug))
+    log_config = logging_config(debug=settings.debug)
+    logging.config.dictConfig(log_config)
     _warn_of_unknown_names()
     settings = fit_descriptor_limit(settings, raise_descriptor_limit())
     try:
@@ -39,7 +43,7 @@ def serve(settings: Settings) -> int:
         sys.stderr.write(f"port-checker: cannot listen on {address}: {error.strerror}\n")
         return 1
     _log_start(settings, listener)
-    config = server_config(settings)
+    config = server_config(settings, functools.partial(create_app, settings), log_config)
     # uvicorn raises the signal that ended it once more, when all is done: the process is then
     # ended by that signal, unless somebody takes it.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -52,17 +56,25 @@ def serve(settings: Settings) -> int:
     return 0
 
 
-def server_config(settings: Settings) -> Config:
-    """Return uvicorn's configuration for the application of ``settings``."""
+def server_config(
+    settings: Settings, make_app: Callable[[], FastAPI], log_config: dict[str, Any] | None = None
+) -> Config:
+    """Return uvicorn's configuration.
+
+    Args:
+        settings: How to serve.
+        make_app: Makes the application, once in each process.
+        log_config: For ``logging.config.dictConfig``, in each process; None leaves logging alone.
+    """
     return Config(
-        functools.partial(create_app, settings),
+        make_app,
         factory=True,
         workers=settings.workers,
         http="httptools",
         loop="uvloop",
         ws="none",
         lifespan="on",
-        log_config=logging_config(debug=settings.debug),
+        log_config=log_config,
         # A line for each request costs a fifth of all (measured) and says less than ours does.
         access_log=settings.debug,
         # The application decides who the caller is; uvicorn would lose whether it was forwarded.

@@ -2,8 +2,8 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -26,9 +26,6 @@ def _no_settings_of_the_developer(
     monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))  # without a .env
 
 
-Serve = Callable[..., AbstractContextManager[httpx.Client]]
-
-
 @contextmanager
 def serve(
     app: FastAPI | None = None, host: str = "127.0.0.1", **values: Any
@@ -44,12 +41,8 @@ def serve(
         A client of it.
     """
     settings = Settings(**values)
-    app = app or create_app(settings)
-    config = server_config(settings)
-    config.app = lambda: app
-    config.log_config = None
     with listen(host, 0) as listener:
-        server = Server(config)
+        server = Server(server_config(settings, lambda: app or create_app(settings)))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -5,8 +5,6 @@ import os
 import resource
 import select
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +15,7 @@ import pytest
 from port_checker.addresses import parse_address
 from port_checker.connect import OPEN, REFUSED, TIMED_OUT, CheckFailed, Pace, Verdict, attempt
 from tests.loopback import open_listener, open_port, ports, refused_port, silent_port
+from tests.namespace import in_namespace, needs_root
 
 LOOPBACK = parse_address("127.0.0.1")
 
@@ -135,22 +134,6 @@ def test_a_port_that_resets_what_it_accepted_is_open() -> None:
     assert verdicts == [{port: OPEN}] * 200
 
 
-def in_namespace(script: str, *setup: str) -> str:
-    """Run Python inside a network namespace of its own that has only loopback."""
-    commands = " && ".join(["ip link set lo up", *setup, f'exec {sys.executable} -c "$0"'])
-    done = subprocess.run(
-        ["unshare", "--net", "sh", "-c", commands, script],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-NEEDS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="making a network namespace needs root")
-
 PRELUDE = """
 import asyncio
 from port_checker.addresses import parse_address
@@ -164,7 +147,7 @@ async def _run(ports, host, timeout):
 """
 
 
-@NEEDS_ROOT
+@needs_root
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_a_connection_with_itself_is_no_open_port(host: str) -> None:
     """With one ephemeral port left, connecting to it on loopback meets itself."""
@@ -174,7 +157,7 @@ def test_a_connection_with_itself_is_no_open_port(host: str) -> None:
     assert told == f"{{40001: {refused}, 40000: {refused}}}\n"
 
 
-@NEEDS_ROOT
+@needs_root
 def test_running_out_of_local_ports_is_the_checkers_failure() -> None:
     script = (
         PRELUDE
@@ -197,7 +180,7 @@ with socket.create_server(("127.0.0.1", 50000)) as listener:
     assert told == "could not connect: Cannot assign requested address\nTrue\n"
 
 
-@NEEDS_ROOT
+@needs_root
 def test_a_prohibition_and_a_lack_of_route_are_the_checkers_failures() -> None:
     script = (
         PRELUDE
