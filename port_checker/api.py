@@ -8,12 +8,14 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
 
+from port_checker.addresses import Address
 from port_checker.caller import find_caller
 from port_checker.checker import Checker
 from port_checker.errors import STATUS, ApiError, ErrorCode
 from port_checker.rate_limit import RateLimiter
 from port_checker.schemas import (
     ERROR_EXAMPLES,
+    CallerAddress,
     CheckRequest,
     CheckResponse,
     ErrorResponse,
@@ -67,6 +69,16 @@ class Api:
             openapi_extra={"requestBody": self._documented_body()},
         )
         app.add_api_route(
+            "/ip",
+            self.ip,
+            methods=["GET"],
+            operation_id="ip",
+            summary="Tell the caller's address",
+            tags=["checks"],
+            response_model=CallerAddress,
+            response_description="The address",
+        )
+        app.add_api_route(
             "/health",
             self.health,
             methods=["GET"],
@@ -85,15 +97,13 @@ class Api:
         be public.
         """
         started = time.perf_counter()
-        caller = find_caller(
-            request.client.host if request.client else None,
-            request.headers.getlist("x-forwarded-for"),
-            self._settings.trusted_proxies,
-        )
+        caller = self._caller(request)
         asked = CheckRequest.parse(await _read_body(request), self._settings.max_ports)
         await self._limiter.pay_caller(caller)
         require_allowed(caller, asked.provider_ip, self._settings)
-        verify_local_binding(asked.provider_ip)
+        if not request.client or request.client.host != str(asked.provider_ip):
+            # For the other end of this very connection, the connection is the proof.
+            verify_local_binding(asked.provider_ip)
         self._checker.require_room(len(asked.ports))
         await self._limiter.pay_target(asked.provider_ip, len(asked.ports))
         verdicts = await self._checker.check(asked.provider_ip, asked.ports)
@@ -111,9 +121,22 @@ class Api:
                 logger.debug("%s port %d: %s", asked.provider_ip, port, verdict.error or "open")
         return Response(answer.model_dump_json(), media_type="application/json")
 
+    async def ip(self, request: Request) -> Response:
+        """Answer with the address that requests come from, as a check would see it."""
+        caller = self._caller(request)
+        answer = CallerAddress(ip=str(caller) if caller else None)
+        return Response(answer.model_dump_json(), media_type="application/json")
+
     async def health(self, _: Request) -> Response:
         """Answer at once, whatever else the service is doing."""
         return Response('{"status":"ok"}', media_type="application/json")
+
+    def _caller(self, request: Request) -> Address | None:
+        return find_caller(
+            request.client.host if request.client else None,
+            request.headers.getlist("x-forwarded-for"),
+            self._settings.trusted_proxies,
+        )
 
     def _documented_body(self) -> dict[str, Any]:
         schema = CheckRequest.model_json_schema()
@@ -162,9 +185,9 @@ def _documented_errors(*codes: ErrorCode) -> dict[int | str, dict[str, Any]]:
 class _PlainRoute(APIRoute):
     """A route whose function takes the request and returns the response.
 
-    FastAPI documents it and finds the way to it, but does not stand in between: reading and
-    checking bodies as it does costs as much as checking a port (measured: 2.7 times the published
-    version's requests a second for one port with it, 3.1 times without).
+    FastAPI documents it and finds the way to it, but does not stand in between: its reading and
+    checking of bodies would cost a third of the requests a second for one port (measured: 4,800
+    instead of 6,800, in a service that did nothing else).
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:

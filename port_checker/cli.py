@@ -1,16 +1,229 @@
-"""The program ``port-checker``."""
+"""The program ``port-checker``: the server, and the provider's side."""
 
+import asyncio
+import dataclasses
+import json
 import sys
+from collections.abc import Iterable
+from typing import Annotated
 
-from port_checker.server import serve
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from port_checker import __version__
+from port_checker.addresses import parse_address
+from port_checker.client import PortReport, Report, verify
+from port_checker.descriptors import raise_descriptor_limit
+from port_checker.server import serve as run_server
 from port_checker.settings import SettingsError, load_settings
+
+# What a provider of the Golem network opens by default.
+_DEFAULT_PORTS = "50800-50899"
+
+_ALL_REACHABLE, _SOME_NOT, _NOBODY_ASKED, _INTERRUPTED = 0, 1, 3, 130
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # which puts the lines of a docstring's paragraph together
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 def main() -> None:
-    """Start the server; exit with 0 after a stop, 1 if it cannot listen, 2 for a wrong setting."""
+    """Run the program."""
+    app()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"port-checker {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    context: typer.Context,
+    _: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Tells a provider which of its TCP ports the world can reach.
+
+    Without a command it starts the server, as "serve" does.
+    """
+    if context.invoked_subcommand is None:
+        serve()
+
+
+@app.command()
+def serve() -> None:
+    """Start the server; environment variables and .env set it up.
+
+    Exit status: 0 after a stop, 1 if it cannot listen, 2 for a wrong setting.
+    """
     try:
         settings = load_settings()
     except SettingsError as error:
         sys.stderr.write(f"port-checker: {error}\n")
-        sys.exit(2)
-    sys.exit(serve(settings))
+        raise typer.Exit(2) from None
+    raise typer.Exit(run_server(settings))
+
+
+@app.command()
+def check(
+    ports: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Ports and ranges of ports, such as 7466 50800-50899.",
+            show_default=_DEFAULT_PORTS,
+        ),
+    ] = None,
+    servers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--server",
+            envvar="PORT_CHECKER_URL",
+            metavar="URL",
+            help="A port checker to ask. May be given several times.",
+        ),
+    ] = None,
+    ip: Annotated[
+        str | None,
+        typer.Option(help="This machine's address as the world sees it; else the server tells it."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Check that the world reaches this machine on its ports.
+
+    Run it on the provider's machine. It opens a listener on each port, asks a server to connect to
+    it from outside, and says what to do about those that are not reached.
+
+    Exit status: 0 all ports are reachable, 1 some are not, 2 wrong usage, 3 no server could be
+    asked.
+    """
+    numbers = _parse_ports(ports or [_DEFAULT_PORTS])
+    if not servers:
+        raise typer.BadParameter("name one, or set PORT_CHECKER_URL.", param_hint="--server")
+    for url in servers:
+        if not url.startswith(("http://", "https://")):
+            raise typer.BadParameter(
+                f"{url!r} must begin with http:// or https://.", param_hint="--server"
+            )
+    if ip:
+        _require_address(ip)
+    raise_descriptor_limit()
+    waiting = Console(stderr=True).status("")
+    try:
+        if waiting.console.is_terminal and not as_json:
+            waiting.start()
+        report = asyncio.run(
+            verify(
+                numbers,
+                servers=servers,
+                ip=ip,
+                on_progress=lambda text: waiting.update(escape(text)),
+            )
+        )
+    except KeyboardInterrupt:
+        raise typer.Exit(_INTERRUPTED) from None
+    finally:
+        waiting.stop()
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(report), indent=2))
+    else:
+        _show(report, Console(highlight=False))
+    if not any(server.asked for server in report.servers):
+        raise typer.Exit(_NOBODY_ASKED)
+    raise typer.Exit(_ALL_REACHABLE if report.reachable == report.total else _SOME_NOT)
+
+
+def _parse_ports(words: Iterable[str]) -> list[int]:
+    """Return the ports that words like ``7466`` and ``50800-50899`` name, in order, each once."""
+    ports: dict[int, None] = {}
+    for word in words:
+        first, _, last = word.replace("–", "-").partition("-")  # noqa: RUF001  # as tables print it
+        try:
+            low, high = int(first), int(last or first)
+        except ValueError:
+            low = high = 0
+        if not 1 <= low <= high <= 65535:
+            raise typer.BadParameter(
+                f"{word!r} is neither a port (1-65535) nor a range such as 50800-50899.",
+                param_hint="PORTS",
+            )
+        ports |= dict.fromkeys(range(low, high + 1))
+    return list(ports)
+
+
+def _require_address(ip: str) -> None:
+    try:
+        parse_address(ip)
+    except ValueError:
+        raise typer.BadParameter(f"{ip!r} is not an IP address.", param_hint="--ip") from None
+
+
+# Showing a report
+
+
+def _show(report: Report, console: Console) -> None:
+    """Print a table on a terminal, and plain lines elsewhere."""
+    table = Table("Ports", "Local binding", "From outside", "What to do")
+    for ports, local, outside, advice in _rows(report.ports):
+        if console.is_terminal:
+            table.add_row(ports, local, Text(outside, "red" if advice else "green"), advice)
+        else:
+            typer.echo(f"{ports}: {local}; {outside}. {advice}".rstrip())
+    if console.is_terminal:
+        console.print(table)
+    for note in _notes(report):
+        console.print(note, markup=False, soft_wrap=True)
+
+
+def _rows(ports: Iterable[PortReport]) -> list[tuple[str, str, str, str]]:
+    """Put ports of which the same is to be said into one row."""
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for port in ports:
+        key = port.local, _outside(port), port.advice or ""
+        groups.setdefault(key, []).append(port.port)
+    return [(_ranges(numbers), *key) for key, numbers in groups.items()]
+
+
+def _outside(port: PortReport) -> str:
+    if port.reachable:
+        said = "reachable"
+    elif not port.answers:
+        said = "not asked"
+    else:
+        said = port.error or "accessible, but not here"
+    if len({verdict.accessible for verdict in port.answers.values()}) > 1:
+        said += "; but " + ", ".join(
+            f"{url}: {verdict.error or 'accessible'}"
+            for url, verdict in port.answers.items()
+            if verdict.accessible != port.reachable
+        )
+    return said
+
+
+def _ranges(ports: list[int]) -> str:
+    """Write ports like ``7466, 50800–50899``."""  # noqa: RUF002  # an en dash, for people
+    runs: list[list[int]] = []
+    for port in sorted(ports):
+        if runs and runs[-1][1] == port - 1:
+            runs[-1][1] = port
+        else:
+            runs.append([port, port])
+    return ", ".join(str(low) if low == high else f"{low}–{high}" for low, high in runs)  # noqa: RUF001  # the same
+
+
+def _notes(report: Report) -> Iterable[str]:
+    for server in report.servers:
+        if server.error:
+            extent = " about all of them" if server.asked else ""
+            yield f"{server.url} could not be asked{extent}: {server.error}."
+    whose = report.ip or "this machine"
+    yield f"{report.reachable} of {report.total} ports of {whose} are reachable."

@@ -161,6 +161,16 @@ class Health(BaseModel):
     status: Literal["ok"] = "ok"
 
 
+class CallerAddress(BaseModel):
+    """Who is asking."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"ip": "203.0.113.7"}})
+
+    ip: str | None = Field(
+        description="The caller's address as this service sees it; null when it does not know."
+    )
+
+
 class ErrorDetail(BaseModel):
     """What went wrong, for programs and for people."""
 

@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from uvicorn import Config, Server
 from uvicorn.supervisors import Multiprocess
 
+from port_checker.descriptors import raise_descriptor_limit
 from port_checker.logs import logging_config
 from port_checker.main import create_app
 from port_checker.settings import CLIENT_PATIENCE, Settings, unknown_names
@@ -106,13 +107,6 @@ def listen(host: str, port: int) -> socket.socket:
     # Worker processes inherit it.
     listener.set_inheritable(True)
     return listener
-
-
-def raise_descriptor_limit() -> int:
-    """Raise this process's limit of open files to its hard bound, and return that."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard
 
 
 def fit_descriptor_limit(settings: Settings, limit: int) -> Settings:

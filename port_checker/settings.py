@@ -28,6 +28,9 @@ ENV_FILE = Path(".env")
 # Providers' software gives up on an answer after this many seconds.
 CLIENT_PATIENCE = 30.0
 
+# A variable of the provider's side, which is no setting of the server and no mistake either.
+_CLIENTS_OWN = "PORT_CHECKER_URL"
+
 _LONGEST_SHOWN = 80  # characters of a wrong value, so that the message stays one line
 
 
@@ -247,6 +250,7 @@ def unknown_names(environment: Mapping[str, str]) -> dict[str, str | None]:
         Each such name, with the known name that is nearest to it, if any is near.
     """
     known = [str(field.validation_alias) for field in Settings.model_fields.values()]
+    known.append(_CLIENTS_OWN)
     names = [*environment, *dotenv_values(ENV_FILE)]
     return {
         name: next(iter(difflib.get_close_matches(name, known, n=1)), None)

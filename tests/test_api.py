@@ -102,6 +102,16 @@ def test_health_to_the_byte(client: httpx.Client) -> None:
     assert answer.headers["content-type"] == "application/json"
 
 
+def test_ip_tells_callers_their_address() -> None:
+    with serve(host="::") as client:
+        assert client.get("/ip").text == '{"ip":"::1"}'
+        port = client.base_url.port
+        assert httpx.get(f"http://127.0.0.1:{port}/ip").text == '{"ip":"127.0.0.1"}'
+        forwarded = {"x-forwarded-for": "203.0.113.7"}
+        assert client.get("/ip", headers=forwarded).text == '{"ip":"203.0.113.7"}'
+        assert client.get("/ip", headers={"x-forwarded-for": "?"}).text == '{"ip":null}'
+
+
 # Errors
 
 
@@ -364,7 +374,7 @@ def test_default_settings_answer_in_time_and_health_meanwhile(requests: int) -> 
 
 def test_openapi_tells_the_truth(client: httpx.Client) -> None:
     schema = client.get("/openapi.json").json()
-    assert list(schema["paths"]) == ["/check-ports", "/health"]
+    assert list(schema["paths"]) == ["/check-ports", "/ip", "/health"]
     check = schema["paths"]["/check-ports"]["post"]
     health = schema["paths"]["/health"]["get"]
     assert (check["operationId"], health["operationId"]) == ("check_ports", "health")
@@ -374,7 +384,15 @@ def test_openapi_tells_the_truth(client: httpx.Client) -> None:
     assert sorted(check["responses"]) == ["200", "403", "413", "422", "429", "503"]
     assert sorted(health["responses"]) == ["200"]
     assert sorted(schema["components"]["schemas"]) == [
-        *("CheckResponse", "ErrorCode", "ErrorDetail", "ErrorResponse", "Health", "Verdict"),
+        *(
+            "CallerAddress",
+            "CheckResponse",
+            "ErrorCode",
+            "ErrorDetail",
+            "ErrorResponse",
+            "Health",
+            "Verdict",
+        ),
     ]
     error = {"$ref": "#/components/schemas/ErrorResponse"}
     documented = {}

@@ -1,0 +1,142 @@
+"""The checker alone, without HTTP: how fast it is, and what remains after many checks."""
+
+import asyncio
+import os
+import resource
+import select
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from pathlib import Path
+
+import uvloop
+
+from benchmarks import HOST
+from port_checker.checker import Checker
+
+SECONDS = 1.0
+
+# How the checks go that look for growth.
+WARM_UP = 1_000
+CHECKS = 10_000
+OPEN_EACH = 3
+REFUSED_EACH = 2
+AT_ONCE = 10
+
+_TARGET = IPv4Address(HOST)
+_TIMEOUT = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a process holds.
+
+    Attributes:
+        descriptors: Open files and sockets.
+        tasks: asyncio's, of the running loop.
+        resident: Memory, in bytes.
+    """
+
+    descriptors: int
+    tasks: int
+    resident: int
+
+    @classmethod
+    def now(cls) -> "Usage":
+        """Return what this process holds now, garbage not collected."""
+        return cls(
+            descriptors=len(os.listdir("/proc/self/fd")),
+            tasks=len(asyncio.all_tasks()),
+            resident=int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize(),
+        )
+
+
+def checker_ports_per_second(ports: Sequence[int]) -> float:
+    """Return how many ports a second the checker checks, in one check of ``ports`` after another.
+
+    Args:
+        ports: Open ports.
+    """
+
+    async def check_over_and_over() -> float:
+        checker = _checker(retries=3)
+        started = time.perf_counter()
+        checked = 0
+        while (elapsed := time.perf_counter() - started) < SECONDS:
+            verdicts = await checker.check(_TARGET, ports)
+            assert all(verdict.accessible for verdict in verdicts.values())
+            checked += len(ports)
+        return checked / elapsed
+
+    return uvloop.run(check_over_and_over())
+
+
+def bare_ports_per_second(ports: Sequence[int]) -> float:
+    """Return how many ports a second the plainest loop in Python connects to.
+
+    It does what cannot be left out: a socket for each port, connect, wait, ask, close.
+
+    Args:
+        ports: Open ports, all of them connected to at once, over and over.
+    """
+    started = time.perf_counter()
+    connected = 0
+    with select.epoll() as epoll:
+        while (elapsed := time.perf_counter() - started) < SECONDS:
+            waiting: dict[int, socket.socket] = {}
+            for port in ports:
+                sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+                sock.connect_ex((HOST, port))
+                epoll.register(sock.fileno(), select.EPOLLOUT)
+                waiting[sock.fileno()] = sock
+            while waiting:
+                events = epoll.poll(_TIMEOUT)
+                assert events
+                for descriptor, _ in events:
+                    sock = waiting.pop(descriptor)
+                    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+                    sock.close()
+            connected += len(ports)
+    return connected / elapsed
+
+
+def usage_before_and_after(open_ports: Sequence[int]) -> tuple[Usage, Usage]:
+    """Return what this process holds before and after ``CHECKS`` checks.
+
+    ``WARM_UP`` checks come first, since the first of anything takes what it keeps.
+
+    Args:
+        open_ports: At least ``OPEN_EACH`` of them.
+    """
+
+    async def before_and_after(ports: Sequence[int]) -> tuple[Usage, Usage]:
+        checker = _checker(retries=1)
+        await _check(checker, ports, WARM_UP)
+        before = Usage.now()
+        await _check(checker, ports, CHECKS)
+        return before, Usage.now()
+
+    with ExitStack() as bound:
+        refused = []
+        for _ in range(REFUSED_EACH):
+            # Bound but not listening: refused, and nobody else can begin to listen there.
+            sock = bound.enter_context(socket.socket())
+            sock.bind((HOST, 0))
+            refused.append(sock.getsockname()[1])
+        return uvloop.run(before_and_after([*open_ports[:OPEN_EACH], *refused]))
+
+
+async def _check(checker: Checker, ports: Sequence[int], checks: int) -> None:
+    for _ in range(0, checks, AT_ONCE):
+        async with asyncio.TaskGroup() as group:
+            under_check = [group.create_task(checker.check(_TARGET, ports)) for _ in range(AT_ONCE)]
+        for task in under_check:
+            accessible = [verdict.accessible for verdict in task.result().values()]
+            assert accessible == [True] * OPEN_EACH + [False] * REFUSED_EACH
+
+
+def _checker(*, retries: int) -> Checker:
+    return Checker(retries=retries, retry_delay=1.0, timeout=_TIMEOUT, max_in_flight=10_000)
