@@ -19,10 +19,17 @@ from uvicorn.supervisors import Multiprocess
 from port_checker.descriptors import raise_descriptor_limit
 from port_checker.logs import logging_config
 from port_checker.main import create_app
+from port_checker.protocol import BoundedProtocol, Room
 from port_checker.settings import CLIENT_PATIENCE, Settings, unknown_names
 
 # Connections that wait for accept(). The kernel lowers it to net.core.somaxconn.
 _BACKLOG = 4096
+
+# Connections of callers in one process, however many descriptors there are.
+_MOST_CONNECTIONS = 50_000
+
+# Descriptors of the process itself: its log, its event loop, its listening socket, some to spare.
+_OWN_DESCRIPTORS = 50
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +51,8 @@ def serve(settings: Settings) -> int:
         sys.stderr.write(f"port-checker: cannot listen on {address}: {error.strerror}\n")
         return 1
     _log_start(settings, listener)
-    config = server_config(settings, functools.partial(create_app, settings), log_config)
+    room = Room(max_connections(settings))
+    config = server_config(settings, functools.partial(create_app, settings), room, log_config)
     # uvicorn raises the signal that ended it once more, when all is done: the process is then
     # ended by that signal, unless somebody takes it.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -58,20 +66,25 @@ def serve(settings: Settings) -> int:
 
 
 def server_config(
-    settings: Settings, make_app: Callable[[], FastAPI], log_config: dict[str, Any] | None = None
+    settings: Settings,
+    make_app: Callable[[], FastAPI],
+    room: Room,
+    log_config: dict[str, Any] | None = None,
 ) -> Config:
     """Return uvicorn's configuration.
 
     Args:
         settings: How to serve.
         make_app: Makes the application, once in each process.
+        room: Bounds the connections; each process has its own.
         log_config: For ``logging.config.dictConfig``, in each process; None leaves logging alone.
     """
     return Config(
         make_app,
         factory=True,
         workers=settings.workers,
-        http="httptools",
+        # Called like the class that uvicorn expects.
+        http=functools.partial(BoundedProtocol, room),  # type: ignore[arg-type]
         loop="uvloop",
         ws="none",
         lifespan="on",
@@ -110,12 +123,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def fit_descriptor_limit(settings: Settings, limit: int) -> Settings:
-    """Return settings under which the ports in flight fit ``limit`` descriptors.
+    """Return settings under which the ports in flight take at most half of ``limit`` descriptors.
 
-    A port takes one descriptor. A quarter of them, but not more than 1,000, is kept for callers'
-    connections and what each check and the process need besides.
+    A port takes one descriptor. The other half is for callers' connections, and what each check
+    and the process need besides.
     """
-    fitting = max(1, limit - min(limit // 4, 1000))
+    fitting = max(1, limit // 2)
     if limit == resource.RLIM_INFINITY or settings.max_in_flight <= fitting:
         return settings
     logger.warning(
@@ -126,6 +139,17 @@ def fit_descriptor_limit(settings: Settings, limit: int) -> Settings:
         limit,
     )
     return settings.model_copy(update={"max_in_flight": fitting})
+
+
+def max_connections(settings: Settings) -> int:
+    """Return how many connections of callers fit this process's descriptors, beside the ports.
+
+    Each may have a check, which takes a descriptor of its own; and some are the process's own.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return _MOST_CONNECTIONS
+    return min(_MOST_CONNECTIONS, max(1, (limit - settings.max_in_flight - _OWN_DESCRIPTORS) // 2))
 
 
 def _warn_of_unknown_names() -> None:

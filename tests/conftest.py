@@ -1,5 +1,6 @@
 """Fixtures: the service on a real uvicorn, and an environment without settings of the developer."""
 
+import functools
 import os
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from fastapi import FastAPI
 from uvicorn import Server
 
 from port_checker.main import create_app
+from port_checker.protocol import Room
 from port_checker.server import listen, server_config
 from port_checker.settings import Settings
 
@@ -28,13 +30,14 @@ def _no_settings_of_the_developer(
 
 @contextmanager
 def serve(
-    app: FastAPI | None = None, host: str = "127.0.0.1", **values: Any
+    app: FastAPI | None = None, host: str = "127.0.0.1", room: Room | None = None, **values: Any
 ) -> Iterator[httpx.Client]:
     """Serve an application from a thread, on a port of its own.
 
     Args:
         app: The application; else one is made of the settings.
         host: The address to listen on.
+        room: Bounds the connections.
         values: Settings, by field name.
 
     Yields:
@@ -42,7 +45,8 @@ def serve(
     """
     settings = Settings(**values)
     with listen(host, 0) as listener:
-        server = Server(server_config(settings, lambda: app or create_app(settings)))
+        make_app = functools.partial(create_app, settings) if app is None else lambda: app
+        server = Server(server_config(settings, make_app, room or Room(1000)))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

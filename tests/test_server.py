@@ -266,15 +266,15 @@ def test_the_descriptor_limit_is_raised_and_bounds_the_ports_in_flight() -> None
     (files,) = (line.split() for line in limits.splitlines() if line.startswith("Max open files"))
     assert files[3:5] == ["1024", "1024"]
     assert (
-        "PORT_CHECK_MAX_IN_FLIGHT=10000 lowered to 768: this process may open 1024"
+        "PORT_CHECK_MAX_IN_FLIGHT=10000 lowered to 512: this process may open 1024"
         in (running.lines[0])
     )
-    assert "768 ports in flight" in running.lines[1]
+    assert "512 ports in flight" in running.lines[1]
 
 
 @pytest.mark.parametrize(
     ("limit", "asked", "fitting"),
-    [(20_000, 10_000, 10_000), (11_000, 10_000, 10_000), (10_999, 10_000, 9999), (256, 300, 192)],
+    [(20_000, 10_000, 10_000), (19_999, 10_000, 9999), (256, 300, 128), (1, 1, 1)],
 )
 def test_ports_in_flight_fit_the_descriptor_limit(limit: int, asked: int, fitting: int) -> None:
     settings = Settings(max_in_flight=asked)

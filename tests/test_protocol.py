@@ -1,0 +1,223 @@
+"""Connections that misbehave, and those that do not."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import httpx
+import pytest
+
+from port_checker.protocol import Room
+from tests.conftest import serve
+from tests.loopback import open_port, silent_port
+
+QUICK = 0.5  # seconds of a deadline that tests wait for
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+def check_of(*ports: int) -> bytes:
+    """A request for a check of ports of 127.0.0.1."""
+    body = json.dumps({"provider_ip": "127.0.0.1", "ports": ports}).encode()
+    head = f"POST /check-ports HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+@contextmanager
+def connected(client: httpx.Client) -> Iterator[socket.socket]:
+    """A raw connection to what the client is for."""
+    with socket.create_connection(("127.0.0.1", client.base_url.port or 0), timeout=20) as sock:
+        yield sock
+
+
+def read_answer(sock: socket.socket) -> tuple[bytes, bytes]:
+    """The head and body of one answer; both empty when the connection was closed."""
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        byte = sock.recv(1)
+        if not byte:
+            return b"", b""
+        head += byte
+    length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+    body = b""
+    while len(body) < length:
+        body += sock.recv(length - len(body))
+    return head, body
+
+
+def seconds_until_closed(sock: socket.socket, trickle: bytes = b"") -> float:
+    """How long the other side leaves the connection open, sending a byte now and then."""
+    started = time.monotonic()
+    sock.settimeout(QUICK / 5)
+    while time.monotonic() - started < 20 * QUICK:
+        try:
+            if not sock.recv(1000):
+                break
+        except TimeoutError:
+            if trickle:
+                try:
+                    sock.sendall(trickle[:1])
+                except ConnectionError:
+                    break
+                trickle = trickle[1:]
+        except ConnectionError:
+            break
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize(
+    ("sent", "trickle"),
+    [
+        (b"", b""),
+        (b"GET /health HTT", b""),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nX: ", b"y" * 1000),
+        (b"", b"\r\n" * 1000),
+        (b"POST /check-ports HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{", b""),
+        (b"POST /check-ports HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n", b" " * 1000),
+        (b"POST /check-ports HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n"),
+        (b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n", b" " * 1000),
+        (HEALTH + b"G", b"ET /health HTTP/1.1\r\n" + b"x" * 1000),
+    ],
+)
+def test_a_request_that_does_not_arrive_in_time_is_closed(sent: bytes, trickle: bytes) -> None:
+    with serve(room=Room(100, QUICK)) as client, connected(client) as sock:
+        sock.sendall(sent)
+        assert QUICK * 0.8 < seconds_until_closed(sock, trickle) < QUICK * 8
+        assert client.get("/health").status_code == 200
+
+
+def test_a_check_that_lasts_longer_is_not_touched() -> None:
+    with (
+        silent_port() as silent,
+        serve(room=Room(100, QUICK), retries=1, timeout=3 * QUICK) as client,
+        connected(client) as sock,
+    ):
+        # A line end behind the body, as old browsers sent, and the beginning of a further request.
+        sock.sendall(check_of(silent) + b"\r\n" + HEALTH[:9])
+        assert b'"success":false' in read_answer(sock)[1]
+        sock.sendall(HEALTH[9:])
+        assert read_answer(sock)[1] == b'{"status":"ok"}'
+
+
+def test_keep_alive_and_pipelining_work() -> None:
+    with serve(room=Room(100, QUICK)) as client, connected(client) as sock:
+        for _ in range(5):
+            sock.sendall(HEALTH)
+            assert read_answer(sock)[1] == b'{"status":"ok"}'
+        sock.sendall(HEALTH * 5)
+        for _ in range(5):
+            assert read_answer(sock)[1] == b'{"status":"ok"}'
+
+
+def test_each_request_on_a_connection_has_a_deadline_of_its_own() -> None:
+    with serve(room=Room(100, QUICK)) as client, connected(client) as sock:
+        started = time.monotonic()
+        while time.monotonic() - started < 3 * QUICK:
+            for part in (HEALTH[:10], HEALTH[10:]):
+                sock.sendall(part)
+                time.sleep(QUICK / 3)
+            assert read_answer(sock)[1] == b'{"status":"ok"}'
+
+
+def test_a_caller_that_does_not_take_its_answers_is_cut_off() -> None:
+    with serve(room=Room(100, QUICK)) as client, connected(client) as sock:
+        request = b"GET /static-offline-docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n"
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        sock.settimeout(0.05)
+        deadline = time.monotonic() + 20 * QUICK
+        cut_off = False
+        while not cut_off:
+            assert time.monotonic() < deadline
+            try:
+                sock.sendall(request)
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                cut_off = True
+        assert client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("part", [b"GET /", b"GET /health HTTP/1.1\r\nX: "])
+def test_a_head_without_end_is_refused(part: bytes) -> None:
+    with serve() as client, connected(client) as sock:
+        sock.sendall(part + b"x" * 65536)
+        head, body = read_answer(sock)
+        assert head.startswith(b"HTTP/1.1 413 ")
+        assert json.loads(body)["detail"]["code"] == "REQUEST_TOO_LARGE"
+        assert sock.recv(1) == b""
+
+
+def test_what_is_not_http_gets_the_one_shape() -> None:
+    with serve() as client, connected(client) as sock:
+        sock.sendall(b"\x16\x03\x01 is how TLS begins\r\n\r\n")
+        head, body = read_answer(sock)
+        assert head.startswith(b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n")
+        assert json.loads(body)["detail"]["code"] == "INVALID_REQUEST"
+        assert sock.recv(1) == b""
+
+
+def test_the_one_that_owes_longest_makes_way() -> None:
+    with serve(room=Room(5)) as client, ExitStack() as stack:
+        crowd = [stack.enter_context(connected(client)) for _ in range(5)]
+        crowd[1].sendall(HEALTH[:10])
+        crowd[2].sendall(HEALTH)  # answered, and idle since: the one that owes for the shortest
+        assert read_answer(crowd[2])[1] == b'{"status":"ok"}'
+        for _ in range(2):
+            newcomer = stack.enter_context(connected(client))
+            newcomer.sendall(HEALTH)
+            assert read_answer(newcomer)[1] == b'{"status":"ok"}'
+        assert crowd[0].recv(1) == b""
+        assert crowd[3].recv(1) == b"" or crowd[1].recv(1) == b""
+        crowd[2].sendall(HEALTH)
+        assert read_answer(crowd[2])[1] == b'{"status":"ok"}'
+
+
+def test_when_all_are_being_answered_the_newcomer_is_told() -> None:
+    with (
+        open_port() as opened,
+        silent_port() as silent,
+        serve(room=Room(1), retries=1, timeout=1) as client,
+        connected(client) as busy,
+    ):
+        body = json.dumps({"provider_ip": "127.0.0.1", "ports": [opened, silent]}).encode()
+        busy.sendall(
+            b"POST /check-ports HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+        )
+        busy.sendall(body)
+        told = b""
+        deadline = time.monotonic() + 0.8
+        while not told and time.monotonic() < deadline:
+            with connected(client) as newcomer:
+                head, told = read_answer(newcomer)
+        assert json.loads(told)["detail"]["code"] == "OVERLOADED"
+        assert b"\r\nretry-after: 10\r\n" in head
+        assert b'"success":true' in read_answer(busy)[1]
+
+
+def test_many_bad_connections_leave_room_for_honest_ones() -> None:
+    """Half a head, a byte now and then, half a body: and an honest caller all the while."""
+    room = Room(400, QUICK)
+    with serve(room=room) as client, ExitStack() as stack:
+        bad = [stack.enter_context(connected(client)) for _ in range(300)]
+        for number, sock in enumerate(bad):
+            sock.sendall(
+                [HEALTH[:20], b"\r", b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\n{"][number % 3]
+            )
+        closed = threading.Event()
+
+        def wait_for_all() -> None:
+            for sock in bad:
+                while sock.recv(1000):
+                    pass
+            closed.set()
+
+        threading.Thread(target=wait_for_all).start()
+        deadline = time.monotonic() + 10 * QUICK
+        while not closed.is_set():
+            assert time.monotonic() < deadline
+            with connected(client) as honest:
+                honest.sendall(HEALTH)
+                assert read_answer(honest)[1] == b'{"status":"ok"}'
+        assert len(room.owing) <= 2
