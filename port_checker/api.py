@@ -1,5 +1,6 @@
 """The routes: what comes in, whom it is passed to, what goes out."""
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -7,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
 
 from port_checker.addresses import Address
 from port_checker.caller import find_caller
@@ -25,6 +27,10 @@ from port_checker.settings import Settings
 from port_checker.targets import require_allowed, verify_local_binding
 
 MAX_BODY = 64 * 1024  # bytes
+
+# Seconds before somebody looks out for the caller's leaving: most checks of open ports are over
+# by then, and do not pay for it.
+_WATCHED_AFTER = 0.05
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +112,8 @@ class Api:
             verify_local_binding(asked.provider_ip)
         self._checker.require_room(len(asked.ports))
         await self._limiter.pay_target(asked.provider_ip, len(asked.ports))
-        verdicts = await self._checker.check(asked.provider_ip, asked.ports)
+        with _EndedWhenCallerLeaves(request):
+            verdicts = await self._checker.check(asked.provider_ip, asked.ports)
         answer = CheckResponse.of(verdicts)
         logger.info(
             "%s checked %s: %d ports, %d accessible, %.3f s",
@@ -192,6 +199,41 @@ class _PlainRoute(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         return self.endpoint
+
+
+class _EndedWhenCallerLeaves:
+    """Cancels a block when the request's connection is lost; the body must have been read.
+
+    The block raises ``ClientDisconnect`` then.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._watching: asyncio.Task[None] | None = None
+        self._has_left = False
+
+    def __enter__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._timer = loop.call_later(_WATCHED_AFTER, self._begin_to_watch, loop)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._timer.cancel()
+        if self._watching:
+            self._watching.cancel()
+        if self._has_left and self._task and kind is asyncio.CancelledError:
+            self._task.uncancel()
+            raise ClientDisconnect
+
+    def _begin_to_watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._watching = loop.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+        self._has_left = True
+        if self._task:
+            self._task.cancel()
 
 
 async def _read_body(request: Request) -> bytes:

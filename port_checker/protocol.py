@@ -57,7 +57,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._deadline: asyncio.TimerHandle | None = None
         self._cut_off: asyncio.TimerHandle | None = None
         self._head_bytes: int | None = None  # None outside a head
-        self._has_completed = False  # a request, in the data that is being fed
+        self._has_begun = self._has_completed = False  # a request, in the data that is being fed
 
     # What the transport tells
 
@@ -73,15 +73,20 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser; see to it that there is a deadline for what is missing."""
-        self._has_completed = False
+        self._has_begun = self._has_completed = False
         super().data_received(data)
-        if self.transport.is_closing():
-            return
-        if self._head_bytes is not None and not self._has_completed:
-            self._head_bytes += len(data)
-        if self._head_bytes is not None and self._head_bytes > MAX_HEAD:
-            self._refuse(413, ErrorCode.REQUEST_TOO_LARGE, f"The head is over {MAX_HEAD} bytes.")
-        elif self._deadline is None and not self._is_answering():
+        if self._head_bytes is not None:
+            # (Not what came before the head in the same data.)
+            self._head_bytes += 0 if self._has_completed else len(data)
+            if self._head_bytes > MAX_HEAD and not self.transport.is_closing():
+                self._refuse(
+                    413, ErrorCode.REQUEST_TOO_LARGE, f"The head is over {MAX_HEAD} bytes."
+                )
+        if (
+            (self._has_begun or not self._deadline)
+            and not self._is_answering()
+            and not self.transport.is_closing()
+        ):
             self._start_deadline()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -109,8 +114,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """The first byte of a request."""
         super().on_message_begin()
         self._head_bytes = 0
-        if not self._is_answering():
-            self._start_deadline()
+        self._has_begun = True
 
     def on_headers_complete(self) -> None:
         """The head is here."""
@@ -120,6 +124,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """The request is here."""
         super().on_message_complete()
+        self._has_begun = False
         self._has_completed = True
         self._stop_deadline()
 

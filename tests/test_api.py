@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import os
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -202,6 +203,20 @@ def test_a_caller_that_leaves_amid_its_body_is_no_bug(caplog: pytest.LogCaptureF
         with socket.create_connection(("127.0.0.1", client.base_url.port or 0)) as caller:
             caller.sendall(b"POST /check-ports HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
         client.get("/health")
+    assert not caplog.records
+
+
+def test_a_caller_that_leaves_takes_its_check_with_it(caplog: pytest.LogCaptureFixture) -> None:
+    checker = Checker(retries=3, retry_delay=1, timeout=5, max_in_flight=100)
+    with ports(20, silent_port) as silent, serve(create_app(Settings(), checker=checker)) as client:
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(httpx.ReadTimeout):
+            ask(client, silent, timeout=0.3)
+        left = time.monotonic()
+        while checker.in_flight or len(os.listdir("/proc/self/fd")) > before:
+            assert time.monotonic() - left < 0.1
+            time.sleep(0.005)
+        assert client.get("/health").status_code == 200
     assert not caplog.records
 
 
