@@ -10,8 +10,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
-from port_checker.addresses import Address
-from port_checker.caller import find_caller
+from port_checker.caller import Callers
 from port_checker.checker import Checker
 from port_checker.errors import STATUS, ApiError, ErrorCode
 from port_checker.rate_limit import RateLimiter
@@ -46,6 +45,7 @@ class Api:
 
     def __init__(self, settings: Settings, limiter: RateLimiter, checker: Checker) -> None:
         self._settings = settings
+        self._callers = Callers(settings.trusted_proxies)
         self._limiter = limiter
         self._checker = checker
 
@@ -103,7 +103,7 @@ class Api:
         be public.
         """
         started = time.perf_counter()
-        caller = self._caller(request)
+        caller = self._callers.find(request)
         asked = CheckRequest.parse(await _read_body(request), self._settings.max_ports)
         await self._limiter.pay_caller(caller)
         require_allowed(caller, asked.provider_ip, self._settings)
@@ -130,20 +130,13 @@ class Api:
 
     async def ip(self, request: Request) -> Response:
         """Answer with the address that requests come from, as a check would see it."""
-        caller = self._caller(request)
+        caller = self._callers.find(request)
         answer = CallerAddress(ip=str(caller) if caller else None)
         return Response(answer.model_dump_json(), media_type="application/json")
 
     async def health(self, _: Request) -> Response:
         """Answer at once, whatever else the service is doing."""
         return Response('{"status":"ok"}', media_type="application/json")
-
-    def _caller(self, request: Request) -> Address | None:
-        return find_caller(
-            request.client.host if request.client else None,
-            request.headers.getlist("x-forwarded-for"),
-            self._settings.trusted_proxies,
-        )
 
     def _documented_body(self) -> dict[str, Any]:
         schema = CheckRequest.model_json_schema()

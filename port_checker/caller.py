@@ -1,12 +1,53 @@
 """Who is asking: the peer of the connection, or the address that a trusted proxy forwarded."""
 
+import logging
 from collections.abc import Sequence
+
+from starlette.requests import HTTPConnection
 
 from port_checker.addresses import Address, Network, lies_in, parse_address
 
+# Fields by which a proxy shows itself without telling, or not so that it counts, for whom it asks
+# (RFC 7239, RFC 9110 section 7.6.3, and nginx's custom).
+OTHER_PROXY_FIELDS = ("forwarded", "via", "x-real-ip")
+
+logger = logging.getLogger(__name__)
+
+
+class Callers:
+    """Names the caller of a request.
+
+    Args:
+        trusted_proxies: The peers whose ``X-Forwarded-For`` counts.
+    """
+
+    def __init__(self, trusted_proxies: Sequence[Network]) -> None:
+        self._trusted_proxies = trusted_proxies
+        self._has_warned = False
+
+    def find(self, connection: HTTPConnection) -> Address | None:
+        """Return the caller's address, or None when it is not known."""
+        peer = connection.client.host if connection.client else None
+        headers = connection.headers
+        forwarded_for = headers.getlist("x-forwarded-for")
+        is_proxy = not forwarded_for and any(name in headers for name in OTHER_PROXY_FIELDS)
+        caller = find_caller(peer, forwarded_for, self._trusted_proxies, is_proxy=is_proxy)
+        if is_proxy and peer and not caller and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "A proxy at %s, which is in PORT_CHECKER_TRUSTED_PROXIES, forwards no address: "
+                "callers behind it are unknown. Let it set X-Forwarded-For.",
+                peer,
+            )
+        return caller
+
 
 def find_caller(
-    peer: str | None, forwarded_for: Sequence[str], trusted_proxies: Sequence[Network]
+    peer: str | None,
+    forwarded_for: Sequence[str],
+    trusted_proxies: Sequence[Network],
+    *,
+    is_proxy: bool = False,
 ) -> Address | None:
     """Return the caller's address, or None when it is not known.
 
@@ -18,17 +59,18 @@ def find_caller(
         peer: The other end of the TCP connection; None where there is no address.
         forwarded_for: The request's ``X-Forwarded-For`` fields, in their order.
         trusted_proxies: The peers whose ``X-Forwarded-For`` counts.
+        is_proxy: Whether the request has come through a proxy that forwarded no address.
 
     Returns:
-        The address; None for a peer without one, for a forwarded text that is not an address, and
-        when every forwarded address is a trusted proxy's.
+        The address; None for a peer without one, when a trusted proxy forwarded none or a text
+        that is none, and when every forwarded address is a trusted proxy's.
     """
     if peer is None:
         return None
     try:
         # A link-local peer comes with a scope id, which is this machine's affair.
         address = parse_address(peer.partition("%")[0])
-        if not forwarded_for or not lies_in(address, trusted_proxies):
+        if not (forwarded_for or is_proxy) or not lies_in(address, trusted_proxies):
             return address
         for hop in reversed(",".join(forwarded_for).split(",")):
             address = parse_address(_without_port(hop.strip()))

@@ -282,6 +282,20 @@ def test_x_forwarded_for_counts_only_from_trusted_proxies() -> None:
             assert ask(client, [opened]).json()["success"] is True
 
 
+@pytest.mark.parametrize("field", ["Forwarded", "X-Real-IP", "Via"])
+def test_a_trusted_proxy_that_forwards_nothing_leaves_the_caller_unknown(
+    field: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_port() as opened, serve(retries=1) as client:
+        for _ in range(3):
+            silent = {field: "for=198.51.100.9"}
+            assert error_of(ask(client, [opened], headers=silent))[1] == "TARGET_NOT_ALLOWED"
+        both = {field: "for=198.51.100.9", "x-forwarded-for": "198.51.100.9"}
+        assert client.get("/ip", headers=both).json() == {"ip": "198.51.100.9"}
+    (warning,) = caplog.messages
+    assert "A proxy at 127.0.0.1, which is in PORT_CHECKER_TRUSTED_PROXIES" in warning
+
+
 # Limits
 
 
