@@ -1,0 +1,1 @@
+"""A lab of network namespaces: verdicts against what is known to be true."""
