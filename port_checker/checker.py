@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 
 from port_checker.addresses import Address
-from port_checker.connect import Pace, Verdict, attempt
+from port_checker.connect import TIMED_OUT, Pace, Verdict, attempt
 
 
 class Overloaded(Exception):
@@ -74,7 +74,7 @@ class Checker:
 
         Returns:
             A verdict for each port, in the order of ``ports``; of a port that failed to the end,
-            the last one.
+            that of the last attempt which was answered.
 
         Raises:
             Overloaded: There is no room for them; nothing was attempted.
@@ -88,7 +88,12 @@ class Checker:
             for round_ in range(self._retries):
                 if round_:
                     await asyncio.sleep(self._retry_delay)
-                verdicts |= await attempt(target, failed, self._timeout, self._pace)
+                for port, verdict in (
+                    await attempt(target, failed, self._timeout, self._pace)
+                ).items():
+                    # Routers answer some attempts and are silent at others, as they limit ICMP.
+                    if verdict is not TIMED_OUT or port not in verdicts:
+                        verdicts[port] = verdict
                 still_failed = [port for port in failed if not verdicts[port].accessible]
                 self.in_flight -= len(failed) - len(still_failed)
                 failed = still_failed

@@ -10,6 +10,7 @@ import errno
 import os
 import select
 import socket
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,6 +68,12 @@ _OWN = {
     errno.EADDRNOTAVAIL,
     errno.EPERM,
 }
+
+
+# Linux' numbers, which the socket module does not have.
+_IPV6_RECVERR = 25  # linux/in6.h
+_ORIGIN_ICMP, _ORIGIN_ICMP6 = 2, 3  # linux/errqueue.h
+_HOST_UNREACHABLE = {(_ORIGIN_ICMP, 3, 1), (_ORIGIN_ICMP6, 1, 3)}  # type and code
 
 
 @contextmanager
@@ -145,6 +152,39 @@ async def attempt(
         return round_.verdicts
 
 
+def _cannot_send(sock: socket.socket) -> bool:
+    """Whether the kernel could not send a SYN again: an outgoing firewall drops it, say.
+
+    connect() is not told (Linux tcp_connect() looks at ECONNREFUSED alone). But of the struct
+    tcp_info, ``tcpi_total_retrans`` counts what should have been sent again, and ``tcpi_retrans``
+    what was. Needs an attempt of more than a second, when the first SYN is sent again.
+    """
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    (retrans,) = struct.unpack_from("=I", info, 36)
+    (total_retrans,) = struct.unpack_from("=I", info, 100)
+    return bool(total_retrans and not retrans)
+
+
+def _is_rejected_here(sock: socket.socket) -> bool:
+    """Whether the ICMP error that ended an attempt is of this machine's own making.
+
+    A host on a link of ours that does not answer is told so, too: that is its own fault.
+    """
+    try:
+        _, ancillary, *_ = sock.recvmsg(0, 512, socket.MSG_ERRQUEUE)
+    except BlockingIOError:  # it was not ended by an ICMP error
+        return False
+    for *_, data in ancillary:
+        # struct sock_extended_err, and behind it the address of who sent the error (ip(7))
+        origin, kind, code = struct.unpack_from("=4xBBB", data)
+        offender = data[20:24] if origin == _ORIGIN_ICMP else data[24:40]
+        family = socket.AF_INET if origin == _ORIGIN_ICMP else socket.AF_INET6
+        own = sock.getsockname()[0].partition("%")[0]
+        if (origin, kind, code) not in _HOST_UNREACHABLE:
+            return bool(socket.inet_ntop(family, offender) == own)
+    return False
+
+
 class _Round:
     """The sockets of one round, watched by an epoll that the event loop watches in its turn.
 
@@ -167,6 +207,9 @@ class _Round:
             sock = socket.socket(self._family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             descriptor = sock.fileno()
             self._waiting[descriptor] = sock, port
+            if self._family == socket.AF_INET6:
+                # Has ICMPv6 errors reported at once; those of ICMP are anyway.
+                sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVERR, 1)
             error = sock.connect_ex((self._host, port))
             if error != errno.EINPROGRESS:
                 raise OSError(error, os.strerror(error))
@@ -176,9 +219,11 @@ class _Round:
         """Take the verdicts that are there; a loopback target's are when connect() returns."""
         for descriptor, events in self._epoll.poll(0):
             sock, port = self._waiting[descriptor]
-            self.verdicts[port] = self._verdict(sock, port, events)
-            del self._waiting[descriptor]
-            sock.close()
+            verdict = self._verdict(sock, port, events)
+            if verdict:
+                self.verdicts[port] = verdict
+                del self._waiting[descriptor]
+                sock.close()
 
     async def wait(self, timeout: float) -> None:
         """Wait until each attempt has ended, or ``timeout`` seconds; then there are verdicts."""
@@ -202,8 +247,8 @@ class _Round:
         finally:
             timer.cancel()
             loop.remove_reader(self._epoll.fileno())
-        for _, port in self._waiting.values():
-            self.verdicts[port] = TIMED_OUT
+        for sock, port in self._waiting.values():
+            self.verdicts[port] = self._verdict_at_timeout(sock)
 
     def close(self) -> None:
         """Give back every descriptor."""
@@ -212,14 +257,29 @@ class _Round:
             sock.close()
         self._waiting.clear()
 
-    def _verdict(self, sock: socket.socket, port: int, events: int) -> Verdict:
-        # EPOLLERR or EPOLLHUP come with a failure; without them there is nothing to ask for.
-        failed = events != select.EPOLLOUT
-        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if failed else 0
+    def _verdict(self, sock: socket.socket, port: int, events: int) -> Verdict | None:
+        """What an event tells: the end of an attempt, or None when it goes on."""
+        if events == select.EPOLLOUT:
+            return REFUSED if self._is_echo(sock, port) else OPEN
+        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        # An ICMP error is queued, which is an event, before it becomes the socket's: in between
+        # there is nothing to be told yet (seen on Linux 6.18). The event will come again.
+        return self._verdict_of(sock, error) if error else None
+
+    def _verdict_at_timeout(self, sock: socket.socket) -> Verdict:
+        # An ICMP error that met the socket in use was put aside; SO_ERROR gives it out.
+        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            return self._verdict_of(sock, error)
+        if _cannot_send(sock):
+            raise OSError(errno.EPERM, "this machine's own firewall drops what it sends")
+        return TIMED_OUT
+
+    def _verdict_of(self, sock: socket.socket, error: int) -> Verdict:
         if error in _OWN:
             raise OSError(error, os.strerror(error))
-        if error == 0:
-            return REFUSED if self._is_echo(sock, port) else OPEN
+        if _is_rejected_here(sock):
+            raise OSError(errno.EPERM, "this machine's own firewall rejects what it sends")
         return _VERDICTS.get(error) or Verdict(accessible=False, error=os.strerror(error))
 
     def _is_echo(self, sock: socket.socket, port: int) -> bool:

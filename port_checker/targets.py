@@ -88,8 +88,11 @@ def is_own_address(address: Address) -> bool:
     The kernel is asked by binding a socket to it: unlike the source address of a connected socket,
     that also tells the secondary addresses of an interface. Where programs may bind to anything
     (``net.ipv4.ip_nonlocal_bind``), connecting from an IPv4 address still needs it to be local.
+
+    Raises:
+        CheckFailed: There is no socket to be had.
     """
-    with _udp_socket(address) as sock:
+    with own_failures("no socket"), _udp_socket(address) as sock:
         try:
             sock.bind((str(address), 0))
             sock.connect((str(address), _ANY_PORT))
