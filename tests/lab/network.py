@@ -358,6 +358,11 @@ class Lab:
             match = f"tcp {direction} {ports[0]}-{ports[-1]}"
             self._rule("internet", "forward", f"{match} numgen random mod 100 < {percent} drop")
 
+    def drop_answers(self, ports: range) -> None:
+        """Have the router drop what comes back from ports: the way there works alone."""
+        match = f"tcp sport {ports[0]}-{ports[-1]}"
+        self._rule("router", "forward", f"{match} drop")
+
     def drop_at_first(self, ports: range, seconds: float) -> None:
         """Have the router drop what is sent to each of ports in the time after its first packet."""
         new = "tcp dport != @attempted add @attempted { tcp dport }"

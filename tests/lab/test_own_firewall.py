@@ -1,0 +1,35 @@
+"""The checker's own firewall must not be taken for the provider's."""
+
+from itertools import product
+
+from tests.lab import network
+from tests.lab.network import Lab
+
+DROPS = "this machine's own firewall drops what it sends"
+REJECTS = "this machine's own firewall rejects what it sends"
+STATEMENTS = {
+    "drop": DROPS,
+    "reject": REJECTS,
+    "reject with icmpx admin-prohibited": REJECTS,
+    "reject with icmpx no-route": REJECTS,
+}
+
+
+def test_what_the_checker_does_not_let_out_blames_nobody(lab: Lab) -> None:
+    opened = lab.take(3)
+    lab.listen("provider", opened)
+    lab.forward(opened)
+    failing, passing = [], []
+    for (statement, said), version in product(STATEMENTS.items(), (4, 6)):
+        firewalled = lab.take(3)
+        lab.listen("provider", firewalled)
+        lab.forward(firewalled)
+        lab.filter("checker", "output", firewalled, statement, version=version)
+        target = network.PROVIDER[version]
+        failing.append((said, lab.ask("provider", target, [*firewalled, *opened])))
+        passing.append(lab.ask("provider", target, opened))
+    for said, answer in failing:
+        assert (answer.result().status, answer.result().code) == (503, "CHECK_FAILED")
+        assert said in answer.result().body["detail"]["message"]
+    for answer in passing:
+        assert all(verdict["accessible"] for verdict in answer.result().body["results"].values())
