@@ -124,20 +124,6 @@ class CheckRequest(BaseModel):
 class CheckResponse(BaseModel):
     """What the attempts told, port by port."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "example": {
-                "success": True,
-                "results": {
-                    "7466": {"accessible": True, "error": None},
-                    "50800": {"accessible": True, "error": None},
-                    "50801": {"accessible": False, "error": "Connection refused"},
-                },
-                "message": "Successfully verified 2 out of 3 ports",
-            }
-        }
-    )
-
     success: bool = Field(description="Whether at least one port is accessible.")
     results: dict[str, Verdict] = Field(
         description="A verdict for each port, in the order in which they were asked."
@@ -183,6 +169,17 @@ class ErrorResponse(BaseModel):
 
     detail: ErrorDetail
 
+
+# What /docs shows of an answer.
+CHECK_EXAMPLE: Final = {
+    "success": True,
+    "results": {
+        "7466": {"accessible": True, "error": None},
+        "50800": {"accessible": True, "error": None},
+        "50801": {"accessible": False, "error": "Connection refused"},
+    },
+    "message": "Successfully verified 2 out of 3 ports",
+}
 
 # What /docs shows for each code that a check can end in: what the service really says, as the
 # tests compare.

@@ -15,7 +15,7 @@ from port_checker.addresses import Address
 from port_checker.checker import Checker
 from port_checker.errors import STATUS, ErrorCode
 from port_checker.main import create_app
-from port_checker.schemas import ERROR_EXAMPLES
+from port_checker.schemas import ERROR_EXAMPLES, CheckResponse
 from port_checker.settings import Settings
 from tests.conftest import serve
 from tests.loopback import open_port, ports, refused_port, silent_port
@@ -437,7 +437,12 @@ def test_openapi_tells_the_truth(client: httpx.Client) -> None:
     request = check["requestBody"]["content"]["application/json"]
     assert request["schema"]["required"] == ["provider_ip", "ports"]
     assert request["schema"]["properties"]["ports"]["maxItems"] == 1000
-    assert schema["components"]["schemas"]["CheckResponse"]["example"]["success"] is True
+    example = check["responses"]["200"]["content"]["application/json"]["example"]
+    assert example == CheckResponse.model_validate(example).model_dump(mode="json")
+    assert list(example["results"]["50801"].items()) == [
+        *(("accessible", False), ("error", "Connection refused")),
+    ]
+    assert example["results"]["7466"] == {"accessible": True, "error": None}
 
 
 def test_documented_errors_are_what_is_answered(client: httpx.Client) -> None:
