@@ -2,6 +2,7 @@
 #
 #   make run      start the service on port 9000
 #   make test     run the tests
+#   make lab      run the tests in network namespaces alone; needs root, iproute2 and nftables
 #   make lint     ruff and mypy
 #   make bench    measure, side by side with the published version
 
@@ -10,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run test lint bench clean
+.PHONY: run test lab lint bench clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/run.stamp
@@ -18,6 +19,9 @@ run: $(VENV)/run.stamp
 
 test: $(VENV)/dev.stamp
 	@$(BIN)/pytest
+
+lab: $(VENV)/dev.stamp
+	@$(BIN)/pytest tests/lab
 
 lint: $(VENV)/dev.stamp
 	@$(BIN)/ruff format --check .
