@@ -13,7 +13,6 @@ from dotenv import dotenv_values
 from pydantic import (
     BeforeValidator,
     Field,
-    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
@@ -99,6 +98,9 @@ class Settings(BaseSettings):
         extra="ignore",
         frozen=True,
         validate_by_name=True,
+        # By name means from arguments: it would also read variables called port or timeout, were
+        # it not for a prefix that no variable has.
+        env_prefix="no variable's ",
         validate_by_alias=True,
         validate_default=False,
     )
@@ -130,7 +132,7 @@ class Settings(BaseSettings):
         "memory://",
         "memory:// (this version cannot keep its limits in Redis)",
     )
-    metrics: Literal[False] = _setting(
+    metrics: bool = _setting(
         "PORT_CHECKER_METRICS", False, "false (this version does not serve metrics)"
     )
     retries: int = _setting(
@@ -188,10 +190,12 @@ class Settings(BaseSettings):
             ip_address(host)
         return host
 
-    @field_validator("metrics", mode="before")
+    @field_validator("metrics")
     @classmethod
-    def _check_metrics(cls, metrics: object) -> object:
-        return TypeAdapter(bool).validate_python(metrics)
+    def _check_metrics(cls, metrics: bool) -> bool:
+        if metrics:
+            raise ValueError
+        return metrics
 
     @model_validator(mode="after")
     def _check_full_request_fits(self) -> Self:

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable
 from ipaddress import IPv4Network, IPv6Address, IPv6Network
 
-from port_checker.addresses import Address, Network, lies_in
+from port_checker.addresses import Address, Network, lies_in, parse_address
 from port_checker.connect import own_failures
 from port_checker.settings import Settings
 
@@ -85,20 +85,22 @@ def special_purpose(address: Address) -> str | None:
 def is_own_address(address: Address) -> bool:
     """Whether ``address`` is one of this machine's.
 
-    The kernel is asked by binding a socket to it: unlike the source address of a connected socket,
-    that also tells the secondary addresses of an interface. Where programs may bind to anything
-    (``net.ipv4.ip_nonlocal_bind``), connecting from an IPv4 address still needs it to be local.
+    The kernel is asked. A socket can be bound to an IPv4 address, and connect from there, only if
+    it is local; the source address that it would choose by itself is the interface's first one. For
+    IPv6 that choice tells: it is the destination's own address if there is one (RFC 6724 rule 1).
+    (So neither is misled by ``ip_nonlocal_bind``.)
 
     Raises:
         CheckFailed: There is no socket to be had.
     """
     with own_failures("no socket"), _udp_socket(address) as sock:
         try:
-            sock.bind((str(address), 0))
+            if address.version == 4:
+                sock.bind((str(address), 0))
             sock.connect((str(address), _ANY_PORT))
         except OSError:
             return False
-    return True
+        return parse_address(sock.getsockname()[0].partition("%")[0]) == address
 
 
 def require_allowed(
