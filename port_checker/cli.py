@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import io
 import json
 import sys
 from collections.abc import Iterable
@@ -117,6 +118,8 @@ def check(
     if ip:
         _require_address(ip)
     raise_descriptor_limit()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an encoding may have no dash
     waiting = Console(stderr=True).status("")
     try:
         if waiting.console.is_terminal and not as_json:
@@ -136,8 +139,8 @@ def check(
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(report), indent=2))
     else:
-        _show(report, Console(highlight=False))
-    if not any(server.asked for server in report.servers):
+        _show(report, Console(markup=False, emoji=False, highlight=False))
+    if all(server.error and not server.asked for server in report.servers):
         raise typer.Exit(_NOBODY_ASKED)
     raise typer.Exit(_ALL_REACHABLE if report.reachable == report.total else _SOME_NOT)
 
@@ -175,13 +178,14 @@ def _show(report: Report, console: Console) -> None:
     table = Table("Ports", "Local binding", "From outside", "What to do")
     for ports, local, outside, advice in _rows(report.ports):
         if console.is_terminal:
-            table.add_row(ports, local, Text(outside, "red" if advice else "green"), advice)
+            seen = Text(outside, "red" if advice else "green")
+            table.add_row(Text(ports), Text(local), seen, Text(advice))
         else:
             typer.echo(f"{ports}: {local}; {outside}. {advice}".rstrip())
     if console.is_terminal:
         console.print(table)
     for note in _notes(report):
-        console.print(note, markup=False, soft_wrap=True)
+        console.print(note, soft_wrap=True)
 
 
 def _rows(ports: Iterable[PortReport]) -> list[tuple[str, str, str, str]]:
@@ -195,18 +199,15 @@ def _rows(ports: Iterable[PortReport]) -> list[tuple[str, str, str, str]]:
 
 def _outside(port: PortReport) -> str:
     if port.reachable:
-        said = "reachable"
+        outside = "reachable"
     elif not port.answers:
-        said = "not asked"
+        outside = "not asked"
     else:
-        said = port.error or "accessible, but not here"
+        outside = port.error or "accessible, but not here"
     if len({verdict.accessible for verdict in port.answers.values()}) > 1:
-        said += "; but " + ", ".join(
-            f"{url}: {verdict.error or 'accessible'}"
-            for url, verdict in port.answers.items()
-            if verdict.accessible != port.reachable
-        )
-    return said
+        answers = [f"{url}: {said.error or 'accessible'}" for url, said in port.answers.items()]
+        outside += f" ({', '.join(answers)})"
+    return outside
 
 
 def _ranges(ports: list[int]) -> str:

@@ -39,6 +39,8 @@ _PATIENCE = 120.0
 _MOST_AT_ONCE = 1000
 # Bytes of an answer that are read. One on 10,000 ports has less than 1 MiB.
 _LONGEST_ANSWER = 4 * 1024 * 1024
+# Characters of a server's words that are shown.
+_LONGEST_WORDS = 300
 # Seconds after the answer in which a listener may still see what the server said it did: when the
 # last packet of the handshake is lost, the next comes after the sender's retransmission timeout.
 _AFTERMATH = 3.0
@@ -228,8 +230,8 @@ def _judge(port: int, local: LocalBinding, seen: bool, answers: dict[str, Verdic
     """Put together what was done here and what was seen from there."""
     accessible = any(verdict.accessible for verdict in answers.values())
     errors = [verdict.error for verdict in answers.values()]
-    confirmed = None if local == "in use" else accessible and seen
-    reachable = accessible and confirmed is not False
+    confirmed = accessible and seen if local == "bound" else None
+    reachable = accessible if local == "in use" else confirmed is True
     advice: str | None
     if local == "not permitted":
         advice = _NOT_PERMITTED
@@ -371,7 +373,7 @@ class _Server:
         self._on_progress = on_progress
         self._patience = _PATIENCE
         self._most = _MOST_AT_ONCE
-        self._error: str | None = None
+        self._error: str | None = None if _is_url(url) else "it is no URL of a server"
         self._knows_not: str | None = None
 
     def report(self) -> ServerReport:
@@ -381,6 +383,8 @@ class _Server:
 
     async def tell_address(self) -> Address | None:
         """Return this machine's address as the server sees it; None if it cannot tell."""
+        if self._error:
+            return None
         try:
             response, body = await self._request("GET", "/ip")
             if response.status_code == HTTPStatus.OK:
@@ -419,7 +423,10 @@ class _Server:
             results = _parse(CheckResponse, response, body).results
             if list(results) != [str(port) for port in ports]:
                 raise _ServerError("it answered for other ports than it was asked about")
-            return dict(zip(ports, results.values(), strict=True))
+            return {
+                port: Verdict(said.accessible, said.error and _printable(said.error))
+                for port, said in zip(ports, results.values(), strict=True)
+            }
         error = _parse(ErrorResponse, response, body).detail
         if error.code in (ErrorCode.TOO_MANY_PORTS, ErrorCode.OVERLOADED) and len(ports) > 1:
             self._most = (len(ports) + 1) // 2
@@ -432,11 +439,11 @@ class _Server:
     async def _wait_as_told(self, response: httpx.Response, body: bytes) -> None:
         """Honour ``Retry-After``, in seconds, within our patience."""
         try:
-            seconds = int(response.headers["retry-after"])
+            seconds = max(1, int(response.headers["retry-after"]))
         except (KeyError, ValueError):
             raise _ServerError(_told(response, body)) from None
         self._patience -= seconds
-        if self._patience < 0 or seconds < 0:
+        if self._patience < 0:
             raise _ServerError(_told(response, body))
         self._on_progress(f"{self.url} asks to wait {seconds} s")
         await asyncio.sleep(seconds)
@@ -459,6 +466,14 @@ class _Server:
         except httpx.HTTPError as error:
             raise _ServerError(_why(error)) from error
         return response, bytes(body)
+
+
+def _is_url(text: str) -> bool:
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL:
+        return False
+    return url.scheme in ("http", "https") and bool(url.host) and (url.port or 1) in range(1, 65536)
 
 
 def _why(error: BaseException) -> str:
@@ -490,5 +505,9 @@ def _told(response: httpx.Response, body: bytes) -> str:
         detail = ErrorResponse.model_validate_json(body).detail
     except ValidationError:
         return f"its answer is no port checker's (HTTP status {response.status_code})"
-    message = "".join(letter if letter.isprintable() else "?" for letter in detail.message[:300])
-    return f"{message} ({detail.code})"
+    return f"{_printable(detail.message)} ({detail.code})"
+
+
+def _printable(text: str) -> str:
+    """A server's words, which must not steer the reader's terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:_LONGEST_WORDS])
