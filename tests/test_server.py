@@ -73,6 +73,7 @@ def program(
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=limit_descriptors,
+        start_new_session=True,  # a group to be killed as a whole, workers too
     ) as process:
         running = Program(process, port)
         try:
@@ -85,8 +86,8 @@ def program(
                 time.sleep(0.02)
             yield running
         finally:
-            if process.poll() is None:
-                process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             running.wait()
 
 
