@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import io
 import json
+import re
 import sys
 from collections.abc import Iterable
 from typing import Annotated
@@ -111,7 +112,7 @@ def check(
     if not servers:
         raise typer.BadParameter("name one, or set PORT_CHECKER_URL.", param_hint="--server")
     for url in servers:
-        if not url.startswith(("http://", "https://")):
+        if not url.lower().startswith(("http://", "https://")):
             raise typer.BadParameter(
                 f"{url!r} must begin with http:// or https://.", param_hint="--server"
             )
@@ -149,11 +150,8 @@ def _parse_ports(words: Iterable[str]) -> list[int]:
     """Return the ports that words like ``7466`` and ``50800-50899`` name, in order, each once."""
     ports: dict[int, None] = {}
     for word in words:
-        first, _, last = word.replace("–", "-").partition("-")  # noqa: RUF001  # as tables print it
-        try:
-            low, high = int(first), int(last or first)
-        except ValueError:
-            low = high = 0
+        match = re.fullmatch("([0-9]{1,5})(?:[-–]([0-9]{1,5}))?", word)  # noqa: RUF001  # as shown
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not 1 <= low <= high <= 65535:
             raise typer.BadParameter(
                 f"{word!r} is neither a port (1-65535) nor a range such as 50800-50899.",

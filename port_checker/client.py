@@ -183,7 +183,9 @@ async def _verify_part(
             and any(verdict.accessible for verdict in answers[port].values())
         ]
         await listeners.wait_until_seen(open_outside, _AFTERMATH)
-        seen = listeners.seen | half_open_ports()
+        seen = listeners.seen
+        if any(listeners.local[port] == "bound" and port not in seen for port in answers):
+            seen = seen | half_open_ports()
         return [_judge(port, listeners.local[port], port in seen, answers[port]) for port in ports]
 
 
@@ -275,16 +277,12 @@ class Listeners:
         self._news = asyncio.Event()
 
     def __enter__(self) -> Self:
-        loop = asyncio.get_running_loop()
-        for port in self._ports:
-            try:
-                listener = self._listen(port)
-            except OSError as error:
-                self.local[port] = _BINDINGS.get(error.errno or 0, "failed")
-            else:
-                self.local[port] = "bound"
-                self._listeners[port] = listener
-                loop.add_reader(listener, self._on_connection, port)
+        try:
+            for port in self._ports:
+                self._open(port)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -302,6 +300,16 @@ class Listeners:
                 while missing - self.seen:
                     self._news.clear()
                     await self._news.wait()
+
+    def _open(self, port: int) -> None:
+        try:
+            listener = self._listen(port)
+        except OSError as error:
+            self.local[port] = _BINDINGS.get(error.errno or 0, "failed")
+        else:
+            self.local[port] = "bound"
+            self._listeners[port] = listener
+            asyncio.get_running_loop().add_reader(listener, self._on_connection, port)
 
     def _listen(self, port: int) -> socket.socket:
         listener = socket.socket(socket.AF_INET6 if self._ipv6 else socket.AF_INET)

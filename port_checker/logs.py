@@ -43,7 +43,8 @@ def logging_config(*, debug: bool) -> dict[str, Any]:
     Args:
         debug: Whether to log a line for each port and each HTTP request, too.
     """
-    colours = sys.stderr.isatty() and not os.environ.get("NO_COLOR")  # https://no-color.org
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()  # None when it was closed
+    colours = on_terminal and not os.environ.get("NO_COLOR")  # https://no-color.org
     return {
         "version": 1,
         "disable_existing_loggers": False,

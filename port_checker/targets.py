@@ -4,6 +4,7 @@ Anyone can ask this service to connect somewhere, so what it will connect to is 
 keeps it from being a port scanner of other people's machines and of the network it runs in.
 """
 
+import errno
 import socket
 from collections.abc import Callable
 from ipaddress import IPv4Network, IPv6Address, IPv6Network
@@ -65,6 +66,15 @@ _SPECIAL_IPV6: dict[Network, str] = {
 }
 _ANY_PORT = 9  # nothing is ever sent to it
 
+# How the kernel says that an address is not this machine's, or that there is no way to it.
+_NOT_LOCAL = {
+    errno.EADDRNOTAVAIL,
+    errno.EINVAL,
+    errno.ENETUNREACH,
+    errno.EHOSTUNREACH,
+    errno.EACCES,  # a broadcast address, or a route that prohibits
+}
+
 _GLOBAL_UNICAST_IPV6 = IPv6Network("2000::/3")  # RFC 4291 section 2.4
 
 
@@ -91,15 +101,17 @@ def is_own_address(address: Address) -> bool:
     (So neither is misled by ``ip_nonlocal_bind``.)
 
     Raises:
-        CheckFailed: There is no socket to be had.
+        CheckFailed: The kernel cannot tell now: no descriptor or port is left, say.
     """
-    with own_failures("no socket"), _udp_socket(address) as sock:
+    with own_failures(f"cannot tell whose {address} is"), _udp_socket(address) as sock:
         try:
             if address.version == 4:
                 sock.bind((str(address), 0))
             sock.connect((str(address), _ANY_PORT))
-        except OSError:
-            return False
+        except OSError as error:
+            if error.errno in _NOT_LOCAL:
+                return False
+            raise
         return parse_address(sock.getsockname()[0].partition("%")[0]) == address
 
 
