@@ -4,14 +4,18 @@
 #   make test     run the tests
 #   make lab      run the tests in network namespaces alone; needs root, iproute2 and nftables
 #   make lint     ruff and mypy
+#   make fuzz     run the tests that make up requests, for minutes; FUZZ_EXAMPLES sets how many
 #   make bench    measure, side by side with the published version
+#   make soak     keep the service busy and watch what grows; SOAK_MINUTES sets how long
 
 PYTHON ?= python3
 VENV ?= .venv
+FUZZ_EXAMPLES ?= 2000
+SOAK_MINUTES ?= 2
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run test lab lint bench clean
+.PHONY: run test lab lint fuzz bench soak clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/run.stamp
@@ -28,11 +32,17 @@ lint: $(VENV)/dev.stamp
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
+fuzz: $(VENV)/dev.stamp
+	@FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/pytest tests/test_fuzz.py tests/test_schema.py
+
 bench: $(VENV)/dev.stamp
 	@$(BIN)/python -m benchmarks
 
+soak: $(VENV)/dev.stamp
+	@$(BIN)/python -m benchmarks.soak $(SOAK_MINUTES)
+
 clean:
-	rm -rf $(VENV) .benchmarks .coverage .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .benchmarks .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \

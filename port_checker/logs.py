@@ -57,7 +57,8 @@ def logging_config(*, debug: bool) -> dict[str, Any]:
         "root": {"handlers": ["stderr"], "level": "WARNING"},
         "loggers": {
             "port_checker": {"level": "DEBUG" if debug else "INFO"},
-            # At INFO it tells the steps of starting and stopping, which our own lines tell.
-            "uvicorn": {"level": "DEBUG" if debug else "WARNING"},
+            # At INFO it tells the steps of starting and stopping, which our own lines tell; its
+            # warnings are of strangers' malformed requests, and as many as they like.
+            "uvicorn": {"level": "DEBUG" if debug else "ERROR"},
         },
     }

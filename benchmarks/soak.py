@@ -1,0 +1,321 @@
+"""``python -m benchmarks.soak [MINUTES]``: keep the service busy, and see what grows.
+
+It is asked for most of what it can do. Each answer is compared with the truth, every minute has its
+line, and the growth since the first minute is told in the end. A wrong verdict or an answer other
+than 200 is a failure; figures are for people to judge.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import uvloop
+
+from benchmarks import HOST, BenchmarkFailed
+from benchmarks.processes import OURS_COMMAND, open_ports, service
+
+MINUTES = 2.0
+LONGEST = 600.0  # minutes; it ends by itself
+SHARE = 0.7  # of what it can do, that it is asked for
+
+PORTS = 100  # that are open; each request is for the next PORTS_EACH of them
+PORTS_EACH = 20
+REFUSED_EVERY = 20  # requests of which one has a refused port, which is tried for two seconds
+
+_CAPACITY_SECONDS = 5.0
+_CAPACITY_CONNECTIONS = 8
+_MOST_UNDER_WAY = 256  # with all their ports, half of what the service takes on before it says no
+_HEALTH_EVERY = 0.02  # seconds
+_PATIENCE = 30.0  # seconds for an answer
+
+_CATCH_UP = 0.1  # seconds by which asking may be late, and is then made up for
+
+# Seconds for which a connection is kept for the next request: fewer than the service keeps it.
+_IDLE = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A request, and the only right answer to it."""
+
+    request: bytes
+    results: dict[str, object]
+
+
+@dataclass(slots=True)
+class Minute:
+    """What came of the requests that ended in one minute."""
+
+    requests: int = 0
+    wrong: int = 0
+    statuses: Counter[int] = field(default_factory=Counter)  # but for 200
+    failed: int = 0  # connections that ended without an answer
+    health: list[float] = field(default_factory=list)  # seconds
+
+
+class Load:
+    """Asks a service, and judges the answers.
+
+    Args:
+        port: Where the service listens on loopback.
+        checks: What to ask, in turn.
+    """
+
+    def __init__(self, port: int, checks: Sequence[Check]) -> None:
+        self.minute = Minute()
+        self._port = port
+        self._checks = cycle(checks)
+        self._idle: list[tuple[float, asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._under_way: set[asyncio.Task[None]] = set()
+
+    async def capacity(self, seconds: float) -> float:
+        """Return how many requests a second are answered, with always some under way."""
+        started = time.perf_counter()
+
+        async def ask_over_and_over() -> None:
+            while time.perf_counter() - started < seconds:
+                await self.check()
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(_CAPACITY_CONNECTIONS):
+                group.create_task(ask_over_and_over())
+        return self.minute.requests / (time.perf_counter() - started)
+
+    async def run(self, rate: float, seconds: float) -> None:
+        """Ask so many times a second, however long the answers take; wait for all of them.
+
+        On a machine that has other work to do it asks less often, rather than more at once.
+        """
+        loop = asyncio.get_running_loop()
+        started = due = loop.time()
+        while due < started + seconds:
+            await asyncio.sleep(due - loop.time())
+            if len(self._under_way) >= _MOST_UNDER_WAY:
+                await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
+            task = asyncio.create_task(self.check())
+            self._under_way.add(task)
+            task.add_done_callback(self._under_way.discard)
+            due = max(due + 1 / rate, loop.time() - _CATCH_UP)
+        await asyncio.gather(*self._under_way)
+
+    async def check(self) -> None:
+        """Ask for the next check, and count what comes."""
+        check = next(self._checks)
+        try:
+            status, body = await self._ask(check.request)
+        except (OSError, EOFError):
+            self.minute.failed += 1
+            return
+        self.minute.requests += 1
+        if status != 200:
+            self.minute.statuses[status] += 1
+        elif json.loads(body)["results"] != check.results:
+            self.minute.wrong += 1
+
+    async def watch_health(self) -> None:
+        """Ask for /health until cancelled, and keep how many seconds it takes."""
+        while True:
+            started = time.perf_counter()
+            status, _ = await self._ask(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            self.minute.health.append(time.perf_counter() - started)
+            if status != 200:
+                self.minute.statuses[status] += 1
+            await asyncio.sleep(_HEALTH_EVERY)
+
+    def close(self) -> None:
+        """Close the connections that are idle."""
+        for _, _, writer in self._idle:
+            writer.close()
+
+    async def _ask(self, request: bytes) -> tuple[int, bytes]:
+        async with asyncio.timeout(_PATIENCE):
+            reader, writer = await self._connection()
+            try:
+                writer.write(request)
+                head = (await reader.readuntil(b"\r\n\r\n")).lower()
+                length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+                body = await reader.readexactly(length)
+            except BaseException:
+                writer.close()
+                raise
+        self._idle.append((time.perf_counter(), reader, writer))
+        return int(head.split()[1]), body
+
+    async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """The connection that was used last, or a new one; ones long idle are closed."""
+        oldest = time.perf_counter() - _IDLE
+        while self._idle and self._idle[0][0] < oldest:
+            self._idle.pop(0)[2].close()
+        if self._idle:
+            _, reader, writer = self._idle.pop()
+            return reader, writer
+        return await asyncio.open_connection(HOST, self._port)
+
+
+def checks_of(ports: Sequence[int], refused: int) -> list[Check]:
+    """Return requests for open ports in turn, one in ``REFUSED_EVERY`` with a refused one.
+
+    Args:
+        ports: ``PORTS`` of them, open.
+        refused: A port that is not.
+    """
+    checks = []
+    for number in range(REFUSED_EVERY):
+        start = number * PORTS_EACH % len(ports)
+        asked = list(ports[start : start + PORTS_EACH])
+        if number == 0:
+            asked[0] = refused
+        body = json.dumps({"provider_ip": HOST, "ports": asked}).encode()
+        head = f"POST /check-ports HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        results: dict[str, object] = {
+            str(port): {
+                "accessible": port != refused,
+                "error": "Connection refused" if port == refused else None,
+            }
+            for port in asked
+        }
+        checks.append(Check(head.encode() + body, results))
+    return checks
+
+
+def main() -> int:
+    """Measure and print.
+
+    Returns:
+        The exit status: 0; 1 for a wrong verdict, an answer other than 200 or none, or if something
+        could not be measured; 2 for a wrong argument.
+    """
+    try:
+        minutes = float(sys.argv[1]) if len(sys.argv) > 1 else MINUTES
+    except ValueError:
+        minutes = 0
+    if not 0 < minutes <= LONGEST:
+        sys.stderr.write(f"soak: give a number of minutes, up to {LONGEST:g}\n")
+        return 2
+    # So that what was started is ended, as it is after Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(TemporaryDirectory(prefix="port-checker-soak-")))
+        try:
+            ports = stack.enter_context(open_ports(PORTS))
+            # Bound but not listening: refused, and nobody else can begin to listen there.
+            sock = stack.enter_context(socket.socket())
+            sock.bind((HOST, 0))
+            others = _children()
+            port = stack.enter_context(service("this", OURS_COMMAND, directory))
+            (process,) = _children() - others
+            checks = checks_of(ports, sock.getsockname()[1])
+            is_clean = uvloop.run(_soak(port, process, checks, minutes))
+        except BenchmarkFailed as error:
+            sys.stderr.write(f"soak: {error}\n")
+            return 1
+        is_clean &= _has_clean_log((directory / "this.log").read_text(errors="replace"))
+    return 0 if is_clean else 1
+
+
+async def _soak(port: int, process: int, checks: Sequence[Check], minutes: float) -> bool:
+    load = Load(port, checks[1:])
+    capacity = await load.capacity(_CAPACITY_SECONDS)
+    is_clean = _is_clean(load.minute)
+    load.close()
+    load = Load(port, checks)
+    rate = SHARE * capacity
+    print(
+        f"It answers {capacity:,.0f} requests a second of {PORTS_EACH} open ports; now "
+        f"{rate:,.0f} a second for {minutes:g} min, each {REFUSED_EVERY}th with a refused port.\n"
+    )
+    print(
+        f"{'minute':>7}{'requests':>10}{'wrong':>7}{'not 200':>9}{'unanswered':>12}"
+        f"{'resident, KiB':>15}{'descriptors':>13}{'/health p99, ms':>17}"
+    )
+    before = _Held.by(process)
+    first: _Held | None = None
+    watching = asyncio.create_task(load.watch_health())
+    run = asyncio.create_task(load.run(rate, minutes * 60))
+    started = time.perf_counter()
+    while not run.done():
+        await asyncio.wait([run, watching], timeout=60, return_when=asyncio.FIRST_COMPLETED)
+        if watching.done():
+            run.cancel()
+            raise BenchmarkFailed("/health did not answer") from watching.exception()
+        minute, load.minute = load.minute, Minute()
+        held = _Held.by(process)
+        first = first or held
+        is_clean &= _is_clean(minute)
+        _print_minute((time.perf_counter() - started) / 60, minute, held)
+    watching.cancel()
+    run.result()
+    load.close()
+    after = _Held.by(process)
+    # Of the service's tasks nothing is known from outside: benchmarks/alone.py counts them.
+    print(f"\n  {'':24}{'before':>10}{'1st minute':>12}{'end':>10}{'growth':>10}")
+    for name, was, at_first, is_ in (
+        ("resident memory, KiB", before.resident, (first or before).resident, after.resident),
+        (
+            "descriptors",
+            before.descriptors,
+            (first or before).descriptors,
+            after.descriptors,
+        ),
+    ):
+        print(f"  {name:24}{was:>10,}{at_first:>12,}{is_:>10,}{is_ - at_first:>+10,}")
+    return is_clean
+
+
+def _is_clean(minute: Minute) -> bool:
+    return not (minute.wrong or minute.statuses or minute.failed)
+
+
+def _print_minute(minute: float, count: Minute, held: "_Held") -> None:
+    health = sorted(count.health)
+    p99 = f"{health[int(0.99 * len(health))] * 1000:.1f}" if health else "none"
+    statuses = ", ".join(f"{number} x {status}" for status, number in count.statuses.items())
+    print(
+        f"{minute:>7.1f}{count.requests:>10,}{count.wrong:>7,}{statuses or '0':>9}"
+        f"{count.failed:>12,}{held.resident:>15,}{held.descriptors:>13,}{p99:>17}",
+        flush=True,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What another process holds: KiB of memory, and descriptors."""
+
+    resident: int
+    descriptors: int
+
+    @classmethod
+    def by(cls, process: int) -> "_Held":
+        try:
+            status = Path(f"/proc/{process}/status").read_text()
+            descriptors = len(os.listdir(f"/proc/{process}/fd"))
+        except OSError as error:
+            raise BenchmarkFailed("the service has ended") from error
+        return cls(int(status.partition("VmRSS:")[2].split()[0]), descriptors)
+
+
+def _children() -> set[int]:
+    told = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+    return {int(child) for child in told.split()}
+
+
+def _has_clean_log(log: str) -> bool:
+    bad = [line for line in log.splitlines() if " ERROR " in line or "Traceback" in line]
+    for line in bad[:10]:
+        print(line)
+    return not bad
+
+
+if __name__ == "__main__":
+    sys.exit(main())
