@@ -240,14 +240,15 @@ async def _read_body(request: Request) -> bytes:
     Raises:
         ApiError: It is longer than ``MAX_BODY``; no more than that was read.
     """
-    declared = request.headers.get("content-length", "0")
     body = bytearray()
-    if int(declared) <= MAX_BODY:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MAX_BODY:
-                break
-        else:
+    is_too_large = int(request.headers.get("content-length", "0")) > MAX_BODY
+    while not is_too_large:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        body += message.get("body", b"")
+        is_too_large = len(body) > MAX_BODY
+        if not (is_too_large or message.get("more_body")):
             return bytes(body)
     raise ApiError(
         ErrorCode.REQUEST_TOO_LARGE, f"The body is over {MAX_BODY} bytes. Ask for fewer ports."

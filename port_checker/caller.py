@@ -9,7 +9,7 @@ from port_checker.addresses import Address, Network, lies_in, parse_address
 
 # Fields by which a proxy shows itself without telling, or not so that it counts, for whom it asks
 # (RFC 7239, RFC 9110 section 7.6.3, and nginx's custom).
-OTHER_PROXY_FIELDS = ("forwarded", "via", "x-real-ip")
+OTHER_PROXY_FIELDS = frozenset((b"forwarded", b"via", b"x-real-ip"))
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +27,15 @@ class Callers:
 
     def find(self, connection: HTTPConnection) -> Address | None:
         """Return the caller's address, or None when it is not known."""
-        peer = connection.client.host if connection.client else None
-        headers = connection.headers
-        forwarded_for = headers.getlist("x-forwarded-for")
-        is_proxy = not forwarded_for and any(name in headers for name in OTHER_PROXY_FIELDS)
+        peer = connection.scope["client"][0] if connection.scope.get("client") else None
+        forwarded_for: list[str] = []
+        is_proxy = False
+        for name, value in connection.scope["headers"]:
+            if name == b"x-forwarded-for":
+                forwarded_for.append(value.decode("latin-1"))
+            elif name in OTHER_PROXY_FIELDS:
+                is_proxy = True
+        is_proxy = is_proxy and not forwarded_for
         caller = find_caller(peer, forwarded_for, self._trusted_proxies, is_proxy=is_proxy)
         if is_proxy and peer and not caller and not self._has_warned:
             self._has_warned = True
