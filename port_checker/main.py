@@ -24,6 +24,9 @@ def create_app(
         limiter: Used instead of one made of the settings.
         checker: Used instead of one made of the settings.
     """
+    limits = limiter or RateLimiter(
+        settings.caller_rate_limit, settings.target_rate_limit, settings.rate_limit_store
+    )
     app = FastAPIOffline(
         title="Golem Port Checker",
         version=__version__,
@@ -37,10 +40,11 @@ def create_app(
         swagger_ui_parameters={"tryItOutEnabled": True, "validatorUrl": None},
         redoc_url=None,
         redirect_slashes=False,  # a wrong path is told as NOT_FOUND, not redirected
+        lifespan=lambda _: limits.shared(),
     )
     Api(
         settings,
-        limiter or RateLimiter(settings.caller_rate_limit, settings.target_rate_limit),
+        limits,
         checker
         or Checker(
             retries=settings.retries,

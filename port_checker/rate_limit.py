@@ -1,6 +1,8 @@
 """How often a caller may ask, and how many ports may be asked of a target."""
 
+import contextlib
 import math
+from collections.abc import AsyncIterator
 from ipaddress import IPv6Address, IPv6Network
 
 from throttled.asyncio import (
@@ -12,11 +14,15 @@ from throttled.asyncio import (
 )
 
 from port_checker.addresses import Address
-from port_checker.settings import Rate
+from port_checker.settings import IN_PROCESS, Rate
+from port_checker.shared_limit import Redis, SharedLimit
 
 # Keys that each of the two stores holds, the least recently used making way. A key takes about
 # 300 bytes (measured), so this bounds both stores together to about 60 MiB.
 MAX_KEYS = 100_000
+
+
+_Limit = BaseRateLimiter | SharedLimit
 
 
 class RateLimited(Exception):
@@ -35,16 +41,39 @@ class RateLimiter:
     """The limits per caller and per target, by the generic cell rate algorithm (GCRA).
 
     A limit of N in a period lets N through at once and then one each N-th of the period. Both are
-    kept in this process, in constant time and bounded memory however many callers there are.
+    kept in this process, in constant time and bounded memory however many callers there are; while
+    ``shared`` is entered, they are kept where ``store`` says.
 
     Args:
         per_caller: Requests that one caller may make; None for no limit.
         per_target: Ports that may be asked of one target; None for no limit.
+        store: ``memory://``, or the URL of the Redis that other processes share.
     """
 
-    def __init__(self, per_caller: Rate | None, per_target: Rate | None) -> None:
-        self._callers = per_caller and _gcra(per_caller)
-        self._targets = per_target and _gcra(per_target)
+    def __init__(
+        self, per_caller: Rate | None, per_target: Rate | None, store: str = IN_PROCESS
+    ) -> None:
+        self._store = store
+        self._own_callers = _gcra(per_caller) if per_caller else None
+        self._own_targets = _gcra(per_target) if per_target else None
+        self._callers: _Limit | None = self._own_callers
+        self._targets: _Limit | None = self._own_targets
+
+    @contextlib.asynccontextmanager
+    async def shared(self) -> AsyncIterator[None]:
+        """Hold the limits together with other processes in the block, if the store is Redis."""
+        if self._store == IN_PROCESS:
+            yield
+            return
+        async with Redis(self._store) as redis:
+            if self._own_callers:
+                self._callers = redis.share("callers", self._own_callers)
+            if self._own_targets:
+                self._targets = redis.share("targets", self._own_targets)
+            try:
+                yield
+            finally:
+                self._callers, self._targets = self._own_callers, self._own_targets
 
     async def pay_caller(self, caller: Address | None) -> None:
         """Count one request of ``caller``; those without an address share one limit.

@@ -5,9 +5,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
 from pydantic import (
@@ -26,6 +28,17 @@ ENV_FILE = Path(".env")
 
 # Providers' software gives up on an answer after this many seconds.
 CLIENT_PATIENCE = 30.0
+
+# Where limits are kept, other than in Redis.
+IN_PROCESS = "memory://"
+
+_REDIS_URL = re.compile(
+    r"rediss?://"
+    r"([^\s:@/?#\[\]]*:[^\s@/?#\[\]]+@)?"
+    r"([\w.-]+|\[[0-9A-Fa-f:.]+\])"
+    r"(:[0-9]+)?(/[0-9]*)?",
+    re.ASCII,
+)
 
 # A variable of the provider's side, which is no setting of the server and no mistake either.
 _CLIENTS_OWN = "PORT_CHECKER_URL"
@@ -127,10 +140,11 @@ class Settings(BaseSettings):
         Rate(30, timedelta(minutes=1)),
         "a whole number per second, minute or hour, such as 30/minute, or off",
     )
-    rate_limit_store: Literal["memory://"] = _setting(
+    rate_limit_store: str = _setting(
         "PORT_CHECKER_RATE_LIMIT_STORE",
-        "memory://",
-        "memory:// (this version cannot keep its limits in Redis)",
+        IN_PROCESS,
+        "memory:// or redis://[[user]:password@]host[:port][/db], or the latter with rediss://",
+        repr=False,  # it can hold a password; neither does a message about a wrong value show it
     )
     metrics: bool = _setting(
         "PORT_CHECKER_METRICS", False, "false (this version does not serve metrics)"
@@ -197,6 +211,15 @@ class Settings(BaseSettings):
             raise ValueError
         return metrics
 
+    @field_validator("rate_limit_store")
+    @classmethod
+    def _check_rate_limit_store(cls, store: str) -> str:
+        if store != IN_PROCESS and not (
+            _REDIS_URL.fullmatch(store) and urlsplit(store).port != 0  # ValueError from 65536
+        ):
+            raise ValueError
+        return store
+
     @model_validator(mode="after")
     def _check_full_request_fits(self) -> Self:
         rate = self.target_rate_limit
@@ -209,6 +232,16 @@ class Settings(BaseSettings):
                     f"off or at least {self.max_ports} (PORT_CHECK_MAX_PORTS), since it would "
                     "refuse a full request for ever",
                 ),
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_redis_is_installed(self) -> Self:
+        if self.rate_limit_store != IN_PROCESS and not find_spec("redis"):
+            raise PydanticCustomError(
+                "missing",
+                "PORT_CHECKER_RATE_LIMIT_STORE in Redis needs a package that is not installed: "
+                "pip install 'golem-port-checker[redis]'",
             )
         return self
 
@@ -231,12 +264,13 @@ def _explain(error: ErrorDetails) -> str:
     if not error["loc"]:  # from the model as a whole, which explained itself
         return error["msg"]
     variable = str(error["loc"][0])
-    (allowed,) = (
-        field.description or ""
-        for field in Settings.model_fields.values()
-        if field.validation_alias == variable
+    (field,) = (
+        field for field in Settings.model_fields.values() if field.validation_alias == variable
     )
-    return _wrong(variable, str(error["input"]), allowed)
+    value = str(error["input"])
+    if not field.repr:  # a secret may be anywhere in what is wrong
+        value = re.sub(r"(:/*)[^/].*", r"\1…", value, flags=re.DOTALL)
+    return _wrong(variable, value, field.description or "")
 
 
 def _wrong(variable: str, value: str, allowed: str) -> str:

@@ -59,6 +59,16 @@ def test_the_defaults() -> None:
         ("PORT_CHECKER_RATE_LIMIT", "5/minute", Rate(5, timedelta(minutes=1))),
         ("PORT_CHECKER_RATE_LIMIT", "999999999/hour", Rate(999_999_999, timedelta(hours=1))),
         ("PORT_CHECKER_RATE_LIMIT_STORE", "memory://", "memory://"),
+        *[
+            ("PORT_CHECKER_RATE_LIMIT_STORE", store, store)
+            for store in (
+                "redis://localhost",
+                "redis://redis.example:6379/0",
+                "redis://:s3cret@192.0.2.7/15",
+                "redis://user:s3:cr%2Fet@[2001:db8::7]:65535/",
+                "rediss://user:s3cret@redis.example:6380/0",
+            )
+        ],
         ("PORT_CHECKER_METRICS", "false", False),
         ("PORT_CHECKER_METRICS", "0", False),
         ("PORT_CHECK_RETRIES", "1", 1),
@@ -158,8 +168,8 @@ ALLOWED: dict[str, tuple[str, list[str]]] = {
         BAD_RATES,
     ),
     "PORT_CHECKER_RATE_LIMIT_STORE": (
-        "memory:// (this version cannot keep its limits in Redis)",
-        ["", "memory", "memory:", "MEMORY://", "redis://", "redis://localhost:6379/0", "\udcff"],
+        "memory:// or redis://[[user]:password@]host[:port][/db], or the latter with rediss://",
+        ["", " ", "memory", "memory:", "MEMORY://", "redis", "redis:", "redis://", "\udcff"],
     ),
     "PORT_CHECKER_METRICS": (
         "false (this version does not serve metrics)",
@@ -219,6 +229,48 @@ def test_a_bad_value_is_one_line(monkeypatch: pytest.MonkeyPatch, variable: str)
     for text in bad:
         monkeypatch.setenv(variable, text)
         assert complaint() == f"{variable}={shown(text)} is wrong: it must be {allowed}"
+
+
+@pytest.mark.parametrize(
+    "store",
+    [
+        "redis://:s3cret@",
+        "redis://:s3cret",
+        "redis://s3cret@redis.example",
+        "redis://:s3c/s3cret@redis.example",
+        "redis://:s3cret@redis.example:0",
+        "redis://:s3cret@redis.example:65536",
+        "redis://:s3cret@redis.example/zero",
+        "redis://:s3cret@redis.example/0/1",
+        "redis://:s3cret@redis.example/0?db=1",
+        "redis://redis.example?password=s3cret",
+        "redis://:s3cret@redis.example:6379\n",
+        "redis://:s3cret @redis.example:6379",
+        "redis://:s3cret@[2001:db8::7",
+        "redis:\n//:s3cret@redis.example",
+        "redis:/:s3cret@redis.example",
+        "redis:s3cret@redis.example",
+        "redis+cluster://:s3cret@redis.example",
+        "REDIS://:s3cret@redis.example",
+        "unix://:s3cret@/run/redis.sock",
+        "http://user:s3cret@redis.example",
+        " redis://:s3cret@redis.example",
+    ],
+)
+def test_the_password_of_a_wrong_store_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, store: str
+) -> None:
+    monkeypatch.setenv("PORT_CHECKER_RATE_LIMIT_STORE", store)
+    told = complaint()
+    assert told.startswith(f"PORT_CHECKER_RATE_LIMIT_STORE='{store.partition(':')[0]}:")
+    assert "…' is wrong: it must be memory:// or redis://" in told
+    assert "3c" not in told
+
+
+def test_the_password_of_the_store_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORT_CHECKER_RATE_LIMIT_STORE", "redis://:s3cret@redis.example")
+    settings = load_settings()
+    assert "s3cret" not in f"{settings} {settings!r}"
 
 
 def test_metrics_are_not_served_yet(monkeypatch: pytest.MonkeyPatch) -> None:

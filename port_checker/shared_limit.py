@@ -1,0 +1,188 @@
+"""Limits that many processes hold together in Redis, and each by itself while Redis is lost."""
+
+import asyncio
+import contextlib
+import logging
+import math
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Self, cast
+
+from throttled.asyncio import (
+    BaseRateLimiter,
+    Quota,
+    RateLimiterRegistry,
+    RateLimiterType,
+    RateLimitResult,
+    RedisStore,
+    per_sec,
+)
+
+if TYPE_CHECKING:
+    import redis.asyncio
+
+# Seconds that a request waits for Redis; it is 0.1 at the most, timers being late by a millisecond
+# each. Redis is back when it answers in half of that, so that one which is about as slow as this is
+# not lost and found without end.
+_PATIENCE = 0.08
+
+# Patience is counted in this many turns of the event loop: time in which this process was too
+# busy to listen is not Redis' fault.
+_TURNS = 10
+
+# Requests that ask Redis at once; each takes a connection.
+_MOST_AT_ONCE = 16
+
+# Seconds between attempts to return to a lost Redis.
+_RETURN_INTERVAL = 0.5
+
+# Redis flaps when it is lost within the first number of seconds since it came back, and the second
+# since that was last told. Such a loss is told only if it lasts for the third.
+_STEADY = 10.0
+_QUIET = 60.0
+_LASTING = 3.0
+
+logger = logging.getLogger(__name__)
+
+
+class SharedLimit:
+    """A limit in Redis, which another one stands in for while Redis is lost."""
+
+    def __init__(self, redis: "Redis", shared: BaseRateLimiter, substitute: BaseRateLimiter):
+        self._redis = redis
+        self._shared = shared
+        self._substitute = substitute
+
+    async def limit(self, key: str, cost: int = 1) -> RateLimitResult:
+        """Take ``cost`` from what ``key`` has left, if that is enough."""
+        result = await self._redis.limit(self._shared, key, cost)
+        return result or await self._substitute.limit(key, cost)
+
+
+class Redis:
+    """A Redis server that may be lost, and is returned to when it answers again.
+
+    It is lost when it does not answer in time, or with an error, or not at all. An asynchronous
+    context manager, for use in one event loop; leaving it closes all connections.
+
+    Args:
+        url: ``redis://`` or, with TLS, ``rediss://``.
+    """
+
+    def __init__(self, url: str) -> None:
+        # Of the timeouts, this one bounds the closing; what a request waits for, and an attempt to
+        # return, are bounded as a whole.
+        self._store = _Store(url, options={"SOCKET_CONNECT_TIMEOUT": 1})
+        self._turn = asyncio.Semaphore(_MOST_AT_ONCE)
+        # A limit, too, so that a Redis which answers and refuses to write is not taken for well.
+        self._probe = self._limiter("probe", per_sec(1000))
+        self._lost = False
+        self._returning: asyncio.Task[None] | None = None
+        self._came_back = self._told = -math.inf
+
+    def share(self, name: str, limiter: BaseRateLimiter) -> SharedLimit:
+        """Return the limit of that name in Redis; ``limiter`` says how much, and stands in."""
+        return SharedLimit(self, self._limiter(name, limiter.quota), limiter)
+
+    def _limiter(self, name: str, quota: Quota) -> BaseRateLimiter:
+        gcra = RateLimiterRegistry.get(RateLimiterType.GCRA.value)
+        return gcra(quota, self._store, key_prefix=f"port-checker:{name}")
+
+    async def __aenter__(self) -> Self:
+        await self.limit(self._probe, "", 1)  # tells at once if Redis is not there
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._lost = True
+        if self._returning:
+            self._returning.cancel()
+            await asyncio.wait([self._returning])
+        await self._store.disconnect()
+
+    async def limit(self, limiter: BaseRateLimiter, key: str, cost: int) -> RateLimitResult | None:
+        """Ask ``limiter``; None if Redis is lost, which takes no time if that is known."""
+        async with self._turn:
+            if self._lost:
+                return None
+            try:
+                async with _patience(_PATIENCE):
+                    return await limiter.limit(key, cost)
+            except Exception as error:  # whatever goes wrong with Redis, checks go on
+                self._lose(error)
+                return None
+
+    def _lose(self, error: Exception) -> None:
+        if not self._lost:
+            self._lost = True
+            self._returning = asyncio.create_task(self._return(_reason(error)))
+
+    async def _return(self, reason: str) -> None:
+        """Wait until Redis answers; tell that it is lost, and that it is back."""
+        now = asyncio.get_running_loop().time
+        flaps = now() < min(self._came_back + _STEADY, self._told + _QUIET)
+        tell_at = now() + (_LASTING if flaps else 0)
+        tell = True
+        # Nobody shall go on waiting on connections whose other end may be gone, nor use them again.
+        await self._store.disconnect()
+        while True:
+            if tell and now() >= tell_at:
+                logger.warning(
+                    "Redis is lost (%s): limits are kept in each process until it is back", reason
+                )
+                tell = False
+                self._told = now()
+            await asyncio.sleep(_RETURN_INTERVAL)
+            with contextlib.suppress(Exception):
+                async with _patience(_PATIENCE / 2):
+                    await self._probe.limit("")
+                break
+        self._lost = False
+        self._came_back = now()
+        if not tell:
+            logger.info("Redis is back: limits are shared again")
+
+
+class _Store(RedisStore):
+    """throttled's store, with an end."""
+
+    async def disconnect(self) -> None:
+        """Close all connections; the next command makes a new one."""
+        client = cast("redis.asyncio.Redis", self._backend.get_client())
+        with contextlib.suppress(Exception):  # closed or not, they are not used again
+            await client.connection_pool.disconnect()
+
+
+@contextlib.asynccontextmanager
+async def _patience(seconds: float) -> AsyncIterator[None]:
+    """Raise TimeoutError once the block has taken that long, and ``_TURNS`` of the event loop."""
+    loop = asyncio.get_running_loop()
+    timer: asyncio.TimerHandle
+    async with asyncio.timeout(None) as timeout:
+
+        def turn(turns_left: int) -> None:
+            nonlocal timer
+            if turns_left:
+                timer = loop.call_later(seconds / _TURNS, turn, turns_left - 1)
+            else:
+                timeout.reschedule(loop.time())
+
+        timer = loop.call_later(seconds / _TURNS, turn, _TURNS - 1)
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+
+def _reason(error: Exception) -> str:
+    """Say what went wrong in the system's words, or name the kind of error.
+
+    Never in Redis' own: an error of its can quote what it was sent, and that may be the password.
+    """
+    if isinstance(error, TimeoutError):
+        return f"no answer within {_PATIENCE:g} s"
+    kind = type(error.__cause__ or error).__name__
+    cause: BaseException | None = error
+    while cause:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return kind
