@@ -69,7 +69,6 @@ _OWN = {
     errno.EPERM,
 }
 
-
 # Linux' numbers, which the socket module does not have.
 _IPV6_RECVERR = 25  # linux/in6.h
 _ORIGIN_ICMP, _ORIGIN_ICMP6 = 2, 3  # linux/errqueue.h
@@ -165,10 +164,11 @@ def _cannot_send(sock: socket.socket) -> bool:
     return bool(total_retrans and not retrans)
 
 
-def _is_rejected_here(sock: socket.socket) -> bool:
-    """Whether the ICMP error that ended an attempt is of this machine's own making.
+def _is_rejected_here(sock: socket.socket, host: str) -> bool:
+    """Whether the ICMP error that ended an attempt to ``host`` is of this machine's own making.
 
-    A host on a link of ours that does not answer is told so, too: that is its own fault.
+    A host on a link of ours that does not answer is told so, too: that is its own fault. So it is
+    when this machine is the target.
     """
     try:
         _, ancillary, *_ = sock.recvmsg(0, 512, socket.MSG_ERRQUEUE)
@@ -180,7 +180,7 @@ def _is_rejected_here(sock: socket.socket) -> bool:
         offender = data[20:24] if origin == _ORIGIN_ICMP else data[24:40]
         family = socket.AF_INET if origin == _ORIGIN_ICMP else socket.AF_INET6
         own = sock.getsockname()[0].partition("%")[0]
-        if (origin, kind, code) not in _HOST_UNREACHABLE:
+        if own != host and (origin, kind, code) not in _HOST_UNREACHABLE:
             return bool(socket.inet_ntop(family, offender) == own)
     return False
 
@@ -247,6 +247,8 @@ class _Round:
         finally:
             timer.cancel()
             loop.remove_reader(self._epoll.fileno())
+        # When the loop was held up, an attempt may have ended in time without being noticed.
+        self.collect()
         for sock, port in self._waiting.values():
             self.verdicts[port] = self._verdict_at_timeout(sock)
 
@@ -278,7 +280,7 @@ class _Round:
     def _verdict_of(self, sock: socket.socket, error: int) -> Verdict:
         if error in _OWN:
             raise OSError(error, os.strerror(error))
-        if _is_rejected_here(sock):
+        if _is_rejected_here(sock, self._host):
             raise OSError(errno.EPERM, "this machine's own firewall rejects what it sends")
         return _VERDICTS.get(error) or Verdict(accessible=False, error=os.strerror(error))
 

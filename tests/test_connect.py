@@ -7,13 +7,23 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import pytest
+import uvloop
 
 from port_checker.addresses import parse_address
-from port_checker.connect import OPEN, REFUSED, TIMED_OUT, CheckFailed, Pace, Verdict, attempt
+from port_checker.connect import (
+    OPEN,
+    REFUSED,
+    TIMED_OUT,
+    CheckFailed,
+    Pace,
+    Verdict,
+    _Round,
+    attempt,
+)
 from tests.loopback import open_listener, open_port, ports, refused_port, silent_port
 from tests.namespace import in_namespace, needs_root
 
@@ -67,33 +77,54 @@ def test_no_ports_are_no_verdicts() -> None:
     assert try_once([]) == {}
 
 
-def test_a_verdict_that_comes_later_is_waited_for() -> None:
-    """The listener's backlog is full, so the SYN is dropped, until its owner accepts."""
-    with socket.create_server(("127.0.0.1", 0), backlog=1) as listener:
-        address = listener.getsockname()
-        waiting = []
-        while True:
-            client = socket.socket()
+@contextmanager
+def full_backlog() -> Iterator[tuple[int, Callable[[], None]]]:
+    """A port whose backlog is full, and what makes room in it: the next SYN, a second later."""
+    with socket.create_server(("127.0.0.1", 0), backlog=1) as listener, ExitStack() as stack:
+        connected = True
+        clients = []
+        while connected:
+            client = stack.enter_context(socket.socket())
             client.setblocking(False)
-            client.connect_ex(address)
-            waiting.append(client)
-            if not select.select([], [client], [], 0)[1]:
-                break
+            client.connect_ex(listener.getsockname())
+            clients.append(client)
+            connected = bool(select.select([], [client], [], 0)[1])
+
+        def make_room() -> None:
+            for client in clients:
+                client.close()
+            while select.select([listener], [], [], 0)[0]:
+                listener.accept()[0].close()
+
+        yield listener.getsockname()[1], make_room
+
+
+def test_a_verdict_that_comes_later_is_waited_for() -> None:
+    with full_backlog() as (port, make_room):
 
         async def run() -> dict[int, Verdict]:
-            loop = asyncio.get_running_loop()
+            asyncio.get_running_loop().call_later(0.2, make_room)
+            return await attempt(LOOPBACK, [port], 5, Pace())
 
-            def make_room() -> None:
-                for client in waiting:
-                    client.close()
-                listener.setblocking(False)
-                while select.select([listener], [], [], 0)[0]:
-                    listener.accept()[0].close()
+        assert asyncio.run(run()) == {port: OPEN}
 
-            loop.call_later(0.2, make_room)
-            return await attempt(LOOPBACK, [address[1]], 5, Pace())
 
-        assert asyncio.run(run()) == {address[1]: OPEN}
+def test_a_connection_made_in_time_counts_however_late_the_loop_is() -> None:
+    """The time is over before the loop looks at sockets, and yet the connection stands."""
+    with full_backlog() as (port, make_room):
+
+        async def run() -> dict[int, Verdict]:
+            round_ = _Round(LOOPBACK)
+            try:
+                round_.open([port])
+                make_room()
+                time.sleep(1.5)  # the loop is held up, while the SYN is sent again
+                await round_.wait(0)
+            finally:
+                round_.close()
+            return round_.verdicts
+
+        assert uvloop.run(run()) == {port: OPEN}
 
 
 def test_closes_politely_at_once_and_sends_nothing() -> None:
@@ -200,6 +231,24 @@ for host in ("192.0.2.1", "198.51.100.1", "203.0.113.1"):
         "could not connect: No route to host",
         "could not connect: Network is unreachable",
     ]
+
+
+@needs_root
+def test_rejection_by_the_target_is_its_verdict_when_it_is_this_machine() -> None:
+    script = (
+        PRELUDE
+        + """
+for host in ("127.0.0.1", "::1"):
+    print(try_once([80], host, timeout=5)[80].error)
+"""
+    )
+    told = in_namespace(
+        script,
+        "nft add table inet t",
+        "nft add chain inet t i '{ type filter hook input priority 0; }'",
+        "nft add rule inet t i tcp dport 80 reject with icmpx admin-prohibited",
+    )
+    assert told == "No route to host\nPermission denied\n"
 
 
 @contextmanager
