@@ -247,8 +247,6 @@ class _Round:
         finally:
             timer.cancel()
             loop.remove_reader(self._epoll.fileno())
-        # When the loop was held up, an attempt may have ended in time without being noticed.
-        self.collect()
         for sock, port in self._waiting.values():
             self.verdicts[port] = self._verdict_at_timeout(sock)
 

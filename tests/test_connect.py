@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import pytest
-import uvloop
 
 from port_checker.addresses import parse_address
 from port_checker.connect import (
@@ -21,7 +20,6 @@ from port_checker.connect import (
     CheckFailed,
     Pace,
     Verdict,
-    _Round,
     attempt,
 )
 from tests.loopback import open_listener, open_port, ports, refused_port, silent_port
@@ -107,24 +105,6 @@ def test_a_verdict_that_comes_later_is_waited_for() -> None:
             return await attempt(LOOPBACK, [port], 5, Pace())
 
         assert asyncio.run(run()) == {port: OPEN}
-
-
-def test_a_connection_made_in_time_counts_however_late_the_loop_is() -> None:
-    """The time is over before the loop looks at sockets, and yet the connection stands."""
-    with full_backlog() as (port, make_room):
-
-        async def run() -> dict[int, Verdict]:
-            round_ = _Round(LOOPBACK)
-            try:
-                round_.open([port])
-                make_room()
-                time.sleep(1.5)  # the loop is held up, while the SYN is sent again
-                await round_.wait(0)
-            finally:
-                round_.close()
-            return round_.verdicts
-
-        assert uvloop.run(run()) == {port: OPEN}
 
 
 def test_closes_politely_at_once_and_sends_nothing() -> None:
