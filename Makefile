@@ -2,6 +2,7 @@
 #
 #   make run      start the service on port 9000
 #   make test     run the tests
+#   make cover    run the tests and tell which lines they did not reach
 #   make lab      run the tests in network namespaces alone; needs root, iproute2 and nftables
 #   make lint     ruff and mypy
 #   make fuzz     run the tests that make up requests, for minutes; FUZZ_EXAMPLES sets how many
@@ -15,7 +16,7 @@ SOAK_MINUTES ?= 2
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run test lab lint fuzz bench soak clean
+.PHONY: run test cover lab lint fuzz bench soak clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/run.stamp
@@ -23,6 +24,9 @@ run: $(VENV)/run.stamp
 
 test: $(VENV)/dev.stamp
 	@$(BIN)/pytest
+
+cover: $(VENV)/dev.stamp
+	@$(BIN)/pytest --cov --cov-report=term-missing
 
 lab: $(VENV)/dev.stamp
 	@$(BIN)/pytest tests/lab

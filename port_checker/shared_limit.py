@@ -29,8 +29,9 @@ _PATIENCE = 0.08
 # busy to listen is not Redis' fault.
 _TURNS = 10
 
-# Requests that ask Redis at once; each takes a connection.
-_MOST_AT_ONCE = 16
+# Requests that ask Redis at once; each takes a connection. The others wait for their turn, which is
+# short while Redis is well, and nothing when it is lost.
+_MOST_AT_ONCE = 4
 
 # Seconds between attempts to return to a lost Redis.
 _RETURN_INTERVAL = 0.5

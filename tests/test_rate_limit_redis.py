@@ -19,6 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import redis
 import uvloop
@@ -290,14 +291,15 @@ def test_servers_and_workers_hold_one_limit(server: RedisServer) -> None:
     ):
         wait_until(lambda: server.connections() >= 4)  # each process has one
 
-        def outcome(running: Program) -> str:
-            with running.client() as client:  # each on a connection of its own: for all workers
-                answer = ask(client, opened).json()
+        def outcome(client: httpx.Client) -> str:
+            answer = ask(client, opened).json()
             return str(answer["detail"]["message"] if "detail" in answer else answer["success"])
 
-        with ThreadPoolExecutor(8) as pool:
+        with one.client() as client, other.client() as others, ThreadPoolExecutor(8) as pool:
+            for each in (client, others):
+                each.headers["Connection"] = "close"  # always another one, so all workers get some
             outcomes = Counter(
-                text.partition(". ")[0] for text in pool.map(outcome, [one, other] * 60)
+                text.partition(". ")[0] for text in pool.map(outcome, [client, others] * 60)
             )
         assert not count(one, LOST) + count(other, LOST)
         assert outcomes == {
@@ -478,7 +480,7 @@ def test_many_ask_when_redis_falls_silent(wire: Wire, log: Log) -> None:
         limiter = hourly(1_000_000, wire.url)
         async with limiter.shared():
             await asyncio.gather(*(limiter.pay_caller(CALLER) for _ in range(100)))
-            assert 10 < wire.connections < 20  # however many ask
+            assert 2 <= wire.connections <= 5  # however many ask
             wire.answer = b""
             began = time.monotonic()
             await asyncio.gather(*(limiter.pay_caller(CALLER) for _ in range(1000)))
@@ -490,13 +492,15 @@ def test_many_ask_when_redis_falls_silent(wire: Wire, log: Log) -> None:
 
 def test_connections_whose_other_end_is_gone_are_not_used_again(wire: Wire, log: Log) -> None:
     async def run() -> None:
-        limiter = hourly(1_000_000, wire.url)
+        limiter = hourly(150, wire.url)
         async with limiter.shared():
             await asyncio.gather(*(limiter.pay_caller(CALLER) for _ in range(100)))
             wire.cut()
             await limiter.pay_caller(CALLER)  # on one of them
             await log.wait_for(BACK, seconds=5)
-            await asyncio.gather(*(limiter.pay_caller(CALLER) for _ in range(100)))
+            paying = (limiter.pay_caller(CALLER) for _ in range(100))
+            refused = await asyncio.gather(*paying, return_exceptions=True)
+            assert refused.count(None) == 50  # as Redis counts; in this process, all would be left
 
     uvloop.run(run())
     assert log.count(LOST) == log.count(BACK) == 1
