@@ -29,9 +29,8 @@ _PATIENCE = 0.08
 # busy to listen is not Redis' fault.
 _TURNS = 10
 
-# Requests that ask Redis at once; each takes a connection. The others wait for their turn, which is
-# short while Redis is well, and nothing when it is lost.
-_MOST_AT_ONCE = 4
+# Requests that ask Redis at once; each takes a connection. The others wait for their turn.
+_MOST_AT_ONCE = 8
 
 # Seconds between attempts to return to a lost Redis.
 _RETURN_INTERVAL = 0.5
@@ -62,8 +61,9 @@ class SharedLimit:
 class Redis:
     """A Redis server that may be lost, and is returned to when it answers again.
 
-    It is lost when it does not answer in time, or with an error, or not at all. An asynchronous
-    context manager, for use in one event loop; leaving it closes all connections.
+    It is lost when it cannot be reached, answers with an error, or answered nobody for as long as
+    a request waited. An asynchronous context manager, for one event loop; leaving it closes all
+    connections.
 
     Args:
         url: ``redis://`` or, with TLS, ``rediss://``.
@@ -76,6 +76,7 @@ class Redis:
         self._turn = asyncio.Semaphore(_MOST_AT_ONCE)
         # A limit, too, so that a Redis which answers and refuses to write is not taken for well.
         self._probe = self._limiter("probe", per_sec(1000))
+        self._answered = -math.inf
         self._lost = False
         self._returning: asyncio.Task[None] | None = None
         self._came_back = self._told = -math.inf
@@ -100,16 +101,22 @@ class Redis:
         await self._store.disconnect()
 
     async def limit(self, limiter: BaseRateLimiter, key: str, cost: int) -> RateLimitResult | None:
-        """Ask ``limiter``; None if Redis is lost, which takes no time if that is known."""
-        async with self._turn:
-            if self._lost:
-                return None
-            try:
-                async with _patience(_PATIENCE):
-                    return await limiter.limit(key, cost)
-            except Exception as error:  # whatever goes wrong with Redis, checks go on
+        """Ask ``limiter``; None if there is no answer in time, or at once if Redis is lost."""
+        now = asyncio.get_running_loop().time
+        asked = now()
+        try:
+            async with _patience(_PATIENCE), self._turn:
+                if self._lost:
+                    return None
+                result = await limiter.limit(key, cost)
+                self._answered = now()
+                return result
+        except TimeoutError as error:
+            if self._answered <= asked:
                 self._lose(error)
-                return None
+        except Exception as error:  # whatever goes wrong with Redis, checks go on
+            self._lose(error)
+        return None
 
     def _lose(self, error: Exception) -> None:
         if not self._lost:

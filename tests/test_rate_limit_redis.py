@@ -373,7 +373,6 @@ def test_redis_is_lost_under_load_and_comes_back(server: RedisServer, loss: str)
         assert sum((asker.statuses for asker in askers), Counter()).keys() == {200}
         assert max(seconds) < 0.1 + NOISE
         assert statistics.median(seconds) < 0.08  # else each would have waited for Redis
-        print(f"{loss}: worst {max(seconds):.3f} s, median {statistics.median(seconds):.4f} s")  # noqa: T201
     assert count(running, LOST) == count(running, BACK) == 1
 
 
@@ -480,7 +479,7 @@ def test_many_ask_when_redis_falls_silent(wire: Wire, log: Log) -> None:
         limiter = hourly(1_000_000, wire.url)
         async with limiter.shared():
             await asyncio.gather(*(limiter.pay_caller(CALLER) for _ in range(100)))
-            assert 2 <= wire.connections <= 5  # however many ask
+            assert 2 <= wire.connections < 10  # however many ask
             wire.answer = b""
             began = time.monotonic()
             await asyncio.gather(*(limiter.pay_caller(CALLER) for _ in range(1000)))
@@ -488,6 +487,19 @@ def test_many_ask_when_redis_falls_silent(wire: Wire, log: Log) -> None:
 
     uvloop.run(run())
     assert log.count(LOST) == 1
+
+
+def test_more_ask_than_redis_can_answer_in_time(wire: Wire, log: Log) -> None:
+    async def run() -> None:
+        limiter = hourly(1_000_000, wire.url)
+        async with limiter.shared():
+            wire.delay = 0.03
+            began = time.monotonic()
+            await asyncio.gather(*(limiter.pay_caller(CALLER) for _ in range(500)))
+            assert time.monotonic() - began < 0.1 + NOISE
+
+    uvloop.run(run())
+    assert log.count(LOST) == 0  # it answers as well as ever
 
 
 def test_connections_whose_other_end_is_gone_are_not_used_again(wire: Wire, log: Log) -> None:
