@@ -15,7 +15,7 @@ from throttled.asyncio import (
 
 from port_checker.addresses import Address
 from port_checker.settings import IN_PROCESS, Rate
-from port_checker.shared_limit import Redis, SharedLimit
+from port_checker.shared_limit import PATIENCE, Redis, SharedLimit
 
 # Keys that each of the two stores holds, the least recently used making way. A key takes about
 # 300 bytes (measured), so this bounds both stores together to about 60 MiB.
@@ -48,12 +48,18 @@ class RateLimiter:
         per_caller: Requests that one caller may make; None for no limit.
         per_target: Ports that may be asked of one target; None for no limit.
         store: ``memory://``, or the URL of the Redis that other processes share.
+        patience: Seconds that a payment waits for Redis before it is made in this process.
     """
 
     def __init__(
-        self, per_caller: Rate | None, per_target: Rate | None, store: str = IN_PROCESS
+        self,
+        per_caller: Rate | None,
+        per_target: Rate | None,
+        store: str = IN_PROCESS,
+        patience: float = PATIENCE,
     ) -> None:
         self._store = store
+        self._patience = patience
         self._own_callers = _gcra(per_caller) if per_caller else None
         self._own_targets = _gcra(per_target) if per_target else None
         self._callers: _Limit | None = self._own_callers
@@ -65,7 +71,7 @@ class RateLimiter:
         if self._store == IN_PROCESS:
             yield
             return
-        async with Redis(self._store) as redis:
+        async with Redis(self._store, self._patience) as redis:
             if self._own_callers:
                 self._callers = redis.share("callers", self._own_callers)
             if self._own_targets:

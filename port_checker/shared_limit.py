@@ -20,17 +20,19 @@ from throttled.asyncio import (
 if TYPE_CHECKING:
     import redis.asyncio
 
-# Seconds that a request waits for Redis; it is 0.1 at the most, timers being late by a millisecond
-# each. Redis is back when it answers in half of that, so that one which is about as slow as this is
-# not lost and found without end.
-_PATIENCE = 0.08
+# Seconds that a payment waits for Redis. A request pays its caller's limit and its target's and
+# shall wait for 0.1 at the most, all told; each turn may end a millisecond late.
+PATIENCE = 0.04
 
 # Patience is counted in this many turns of the event loop: time in which this process was too
 # busy to listen is not Redis' fault.
-_TURNS = 10
+_TURNS = 5
 
-# Requests that ask Redis at once; each takes a connection. The others wait for their turn.
+# Payments at once; each takes a connection. The others wait for their turn.
 _MOST_AT_ONCE = 8
+
+# Seconds in which all connections are made, before anybody pays.
+_CONNECTED_IN = 0.5
 
 # Seconds between attempts to return to a lost Redis.
 _RETURN_INTERVAL = 0.5
@@ -67,11 +69,13 @@ class Redis:
 
     Args:
         url: ``redis://`` or, with TLS, ``rediss://``.
+        patience: Seconds that a payment waits. Redis is back when it answers in half of that, so
+            that one which is about as slow as this is not lost and found without end.
     """
 
-    def __init__(self, url: str) -> None:
-        # Of the timeouts, this one bounds the closing; what a request waits for, and an attempt to
-        # return, are bounded as a whole.
+    def __init__(self, url: str, patience: float = PATIENCE) -> None:
+        self._patience = patience
+        # Of the timeouts, this one bounds the closing; all else is bounded as a whole.
         self._store = _Store(url, options={"SOCKET_CONNECT_TIMEOUT": 1})
         self._turn = asyncio.Semaphore(_MOST_AT_ONCE)
         # A limit, too, so that a Redis which answers and refuses to write is not taken for well.
@@ -90,7 +94,10 @@ class Redis:
         return gcra(quota, self._store, key_prefix=f"port-checker:{name}")
 
     async def __aenter__(self) -> Self:
-        await self.limit(self._probe, "", 1)  # tells at once if Redis is not there
+        try:
+            await self._connect()
+        except Exception as error:  # it is told at once if Redis is not there
+            self._lose(error)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -105,7 +112,7 @@ class Redis:
         now = asyncio.get_running_loop().time
         asked = now()
         try:
-            async with _patience(_PATIENCE), self._turn:
+            async with _patience(self._patience), self._turn:
                 if self._lost:
                     return None
                 result = await limiter.limit(key, cost)
@@ -117,6 +124,12 @@ class Redis:
         except Exception as error:  # whatever goes wrong with Redis, checks go on
             self._lose(error)
         return None
+
+    async def _connect(self) -> None:
+        """Make all connections, so that no payment waits for that."""
+        async with _patience(_CONNECTED_IN), asyncio.TaskGroup() as group:
+            for _ in range(_MOST_AT_ONCE):
+                group.create_task(self._probe.limit(""))
 
     def _lose(self, error: Exception) -> None:
         if not self._lost:
@@ -140,7 +153,8 @@ class Redis:
                 self._told = now()
             await asyncio.sleep(_RETURN_INTERVAL)
             with contextlib.suppress(Exception):
-                async with _patience(_PATIENCE / 2):
+                await self._connect()
+                async with _patience(self._patience / 2):
                     await self._probe.limit("")
                 break
         self._lost = False
@@ -185,8 +199,10 @@ def _reason(error: Exception) -> str:
 
     Never in Redis' own: an error of its can quote what it was sent, and that may be the password.
     """
+    if isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
     if isinstance(error, TimeoutError):
-        return f"no answer within {_PATIENCE:g} s"
+        return "no answer in time"
     kind = type(error.__cause__ or error).__name__
     cause: BaseException | None = error
     while cause:

@@ -48,6 +48,10 @@ PASSWORD = "s3cret"  # noqa: S105  # of the Redis that the tests start
 # Seconds that a check and a busy machine take, beside what a request may wait for Redis.
 NOISE = 0.4
 
+# Seconds that a payment waits in tests of what is counted where: a busy machine's Redis, which may
+# take longer than the default patience, must not seem lost.
+PATIENT = 0.2
+
 
 def wait_until(happened: Callable[[], object], seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
@@ -226,7 +230,7 @@ def log(caplog: pytest.LogCaptureFixture) -> Iterator[Log]:
 
 def hourly(callers: int, store: str) -> RateLimiter:
     hour = timedelta(hours=1)
-    return RateLimiter(Rate(callers, hour), Rate(callers, hour), store)
+    return RateLimiter(Rate(callers, hour), Rate(callers, hour), store, PATIENT)
 
 
 async def let_through(limiter: RateLimiter, most: int = 100) -> int:
@@ -238,7 +242,7 @@ async def let_through(limiter: RateLimiter, most: int = 100) -> int:
         except RateLimited:
             return count
         finally:
-            assert time.monotonic() - began < 0.1 + NOISE
+            assert time.monotonic() - began < PATIENT + NOISE
     return most
 
 
@@ -400,7 +404,7 @@ def test_redis_is_not_there_at_the_start(log: Log) -> None:
             ["ACL", "SETUSER", "checker", "+evalsha"],
             "NoPermission",
         ),
-        (["CLIENT", "PAUSE", "60000", "WRITE"], ["CLIENT", "UNPAUSE"], "no answer within"),
+        (["CLIENT", "PAUSE", "60000", "WRITE"], ["CLIENT", "UNPAUSE"], "no answer in time"),
     ],
 )
 def test_redis_refuses_and_is_mended(
@@ -433,8 +437,8 @@ def test_redis_refuses_and_is_mended(
         ),
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", ""),
         (b"$2\r\n\xff\xff\r\n", ""),
-        (b"$1000\r\nOK", "no answer within"),
-        (b"", "no answer within"),
+        (b"$1000\r\nOK", "no answer in time"),
+        (b"", "no answer in time"),
     ],
 )
 def test_something_else_answers(wire: Wire, log: Log, answer: bytes, told: str) -> None:
@@ -459,9 +463,11 @@ def test_a_slow_redis_is_a_lost_one(wire: Wire, log: Log) -> None:
             assert await let_through(limiter, 2) == 2
             wire.delay = 0.3
             assert await let_through(limiter) == 5
+            # A payment would not wait for so long in vain; but that is too little to return for.
+            wire.delay = PATIENT * 0.7
             before = wire.connections
             async with asyncio.timeout(20):
-                while wire.connections < before + 3:  # attempts to return
+                while wire.connections <= before + 2 * 8:  # in the third attempt to return
                     await asyncio.sleep(0.01)
             assert log.count(LOST) == 1
             assert log.count(BACK) == 0
@@ -471,19 +477,20 @@ def test_a_slow_redis_is_a_lost_one(wire: Wire, log: Log) -> None:
             assert await let_through(limiter) == 2
 
     uvloop.run(run())
-    assert log.count(f"{LOST} (no answer within 0.08 s): ") == log.count(LOST) == 1
+    assert log.count(f"{LOST} (no answer in time): ") == log.count(LOST) == 1
 
 
 def test_many_ask_when_redis_falls_silent(wire: Wire, log: Log) -> None:
     async def run() -> None:
         limiter = hourly(1_000_000, wire.url)
         async with limiter.shared():
+            assert wire.connections == 8  # before anybody waits for them
             await asyncio.gather(*(limiter.pay_caller(CALLER) for _ in range(100)))
-            assert 2 <= wire.connections < 10  # however many ask
+            assert wire.connections == 8  # however many ask
             wire.answer = b""
             began = time.monotonic()
             await asyncio.gather(*(limiter.pay_caller(CALLER) for _ in range(1000)))
-            assert time.monotonic() - began < 0.1 + NOISE
+            assert time.monotonic() - began < PATIENT + NOISE
 
     uvloop.run(run())
     assert log.count(LOST) == 1
@@ -493,10 +500,10 @@ def test_more_ask_than_redis_can_answer_in_time(wire: Wire, log: Log) -> None:
     async def run() -> None:
         limiter = hourly(1_000_000, wire.url)
         async with limiter.shared():
-            wire.delay = 0.03
+            wire.delay = PATIENT * 0.4
             began = time.monotonic()
             await asyncio.gather(*(limiter.pay_caller(CALLER) for _ in range(500)))
-            assert time.monotonic() - began < 0.1 + NOISE
+            assert time.monotonic() - began < PATIENT + NOISE
 
     uvloop.run(run())
     assert log.count(LOST) == 0  # it answers as well as ever
@@ -504,12 +511,12 @@ def test_more_ask_than_redis_can_answer_in_time(wire: Wire, log: Log) -> None:
 
 def test_connections_whose_other_end_is_gone_are_not_used_again(wire: Wire, log: Log) -> None:
     async def run() -> None:
-        limiter = hourly(150, wire.url)
+        limiter = hourly(50, wire.url)
         async with limiter.shared():
-            await asyncio.gather(*(limiter.pay_caller(CALLER) for _ in range(100)))
             wire.cut()
             await limiter.pay_caller(CALLER)  # on one of them
             await log.wait_for(BACK, seconds=5)
+            assert wire.connections >= 16
             paying = (limiter.pay_caller(CALLER) for _ in range(100))
             refused = await asyncio.gather(*paying, return_exceptions=True)
             assert refused.count(None) == 50  # as Redis counts; in this process, all would be left
