@@ -7,7 +7,7 @@ waits for ever for an answer to be taken, and bounds neither heads (with httptoo
 import asyncio
 import json
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -56,14 +56,13 @@ class BoundedProtocol(HttpToolsProtocol):
         self._room = room
         self._deadline: asyncio.TimerHandle | None = None
         self._cut_off: asyncio.TimerHandle | None = None
-        self._head_bytes: int | None = None  # None outside a head
-        self._has_begun = self._has_completed = False  # a request, in the data that is being fed
+        self._head_bytes = 0  # of the head that is here in part
 
     # What the transport tells
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         """Make room, or refuse."""
-        super().connection_made(transport)
+        super().connection_made(cast(asyncio.Transport, _Joining(transport, self.loop)))
         if len(self.connections) > self._room.most:
             if not self._room.owing:
                 self._refuse(503, ErrorCode.OVERLOADED, "Too many connections are open.")
@@ -73,20 +72,22 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser; see to it that there is a deadline for what is missing."""
-        self._has_begun = self._has_completed = False
+        scope, cycle = self.scope, self.cycle
+        was_idle = cycle is None or not cycle.more_body
         super().data_received(data)
-        if self._head_bytes is not None:
-            # (Not what came before the head in the same data.)
-            self._head_bytes += 0 if self._has_completed else len(data)
+        if self.cycle is None or self.scope is not self.cycle.scope:
+            # A head is here in part.
+            if self.scope is scope:
+                self._head_bytes += len(data)
+            else:  # it began in this data, which may have the end of another request, too
+                self._head_bytes = len(data) if was_idle and self.cycle is cycle else 0
             if self._head_bytes > MAX_HEAD and not self.transport.is_closing():
                 self._refuse(
                     413, ErrorCode.REQUEST_TOO_LARGE, f"The head is over {MAX_HEAD} bytes."
                 )
-        if (
-            (self._has_begun or not self._deadline)
-            and not self._is_answering()
-            and not self.transport.is_closing()
-        ):
+        if self._is_answering():
+            self._stop_deadline()
+        elif not (self._deadline and self.scope is scope) and not self.transport.is_closing():
             self._start_deadline()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -107,26 +108,6 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._cut_off and not self.transport.is_closing():
             self._cut_off.cancel()
             self._cut_off = None
-
-    # What the parser tells
-
-    def on_message_begin(self) -> None:
-        """The first byte of a request."""
-        super().on_message_begin()
-        self._head_bytes = 0
-        self._has_begun = True
-
-    def on_headers_complete(self) -> None:
-        """The head is here."""
-        self._head_bytes = None
-        super().on_headers_complete()
-
-    def on_message_complete(self) -> None:
-        """The request is here."""
-        super().on_message_complete()
-        self._has_begun = False
-        self._has_completed = True
-        self._stop_deadline()
 
     # What the application tells
 
@@ -190,3 +171,38 @@ class BoundedProtocol(HttpToolsProtocol):
             head.append(f"retry-after: {_RETRY_AFTER}")
         self.transport.write("\r\n".join([*head, "", body]).encode())
         self.close()
+
+
+class _Joining:
+    """A transport that sends at once what is written in one turn of the event loop.
+
+    uvicorn writes an answer's head and its body one after the other, and uvloop sends each as it
+    comes: that is one more system call, and one more packet (measured: a tenth fewer answers of
+    `/health` a second).
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._written: list[bytes] = []
+        self.is_closing = transport.is_closing
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Send ``data`` with what else is written in this turn."""
+        if not self._written:
+            self._loop.call_soon(self._send)
+        self._written.append(data)
+
+    def close(self) -> None:
+        """Send what is written, and close."""
+        self._send()
+        self._transport.close()
+
+    def _send(self) -> None:
+        data = b"".join(self._written)
+        self._written.clear()
+        if data and not self.is_closing():
+            self._transport.write(data)

@@ -1,16 +1,25 @@
 """Connections that misbehave, and those that do not."""
 
+import asyncio
 import json
+import re
 import socket
+import struct
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from typing import Any
 
 import httpx
 import pytest
+import uvloop
+from uvicorn.server import ServerState
 
-from port_checker.protocol import Room
+from port_checker.main import create_app
+from port_checker.protocol import BoundedProtocol, Room
+from port_checker.server import server_config
+from port_checker.settings import Settings
 from tests.conftest import serve
 from tests.loopback import open_port, silent_port
 
@@ -111,6 +120,16 @@ def test_keep_alive_and_pipelining_work() -> None:
             assert read_answer(sock)[1] == b'{"status":"ok"}'
 
 
+def test_an_answer_is_one_packet() -> None:
+    with serve() as client, connected(client) as sock:
+        for answered in range(1, 6):
+            sock.sendall(HEALTH)
+            assert read_answer(sock)[1] == b'{"status":"ok"}'
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
+            (with_data,) = struct.unpack_from("=I", info, 152)  # struct tcp_info: tcpi_data_segs_in
+            assert with_data == answered
+
+
 def test_each_request_on_a_connection_has_a_deadline_of_its_own() -> None:
     with serve(room=Room(100, QUICK)) as client, connected(client) as sock:
         started = time.monotonic()
@@ -137,6 +156,106 @@ def test_a_caller_that_does_not_take_its_answers_is_cut_off() -> None:
             except ConnectionError:
                 cut_off = True
         assert client.get("/health").status_code == 200
+
+
+def test_the_deadline_of_a_first_request_is_from_its_first_byte() -> None:
+    with serve(room=Room(100, QUICK)) as client, connected(client) as sock:
+        time.sleep(QUICK * 0.6)  # it may be late
+        sock.sendall(b"G")
+        assert QUICK * 0.8 < seconds_until_closed(sock) < QUICK * 8
+
+
+class Near(asyncio.Transport):
+    """This end of a connection whose other end says what the test has it say."""
+
+    def __init__(self, protocol: BoundedProtocol) -> None:
+        super().__init__()
+        self.sent = b""
+        self._is_closing = False
+        self._protocol = protocol
+        protocol.connection_made(self)
+
+    async def hear(self, *pieces: bytes, turns: int = 50) -> None:
+        """Have each piece arrive, and the event loop go round so many times after it."""
+        for piece in pieces:
+            self._protocol.data_received(piece)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+
+    def write(self, data: Any) -> None:
+        if self._is_closing:
+            raise RuntimeError  # as uvloop's do
+        self.sent += data
+
+    def close(self) -> None:
+        if not self._is_closing:
+            self._is_closing = True
+            self._protocol.connection_lost(None)
+
+    def is_closing(self) -> bool:
+        return self._is_closing
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return {"peername": ("127.0.0.1", 1), "sockname": ("127.0.0.1", 2)}.get(name, default)
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+
+@asynccontextmanager
+async def near() -> AsyncIterator[Near]:
+    """A connection to an application, over no network, so that pieces arrive as they are cut."""
+    room = Room(100)
+    config = server_config(Settings(), lambda: create_app(Settings()), room)
+    config.load()
+    protocol = BoundedProtocol(room, config=config, server_state=ServerState(), app_state={})
+    transport = Near(protocol)
+    yield transport
+    transport.close()
+
+
+POST = b"POST /check-ports HTTP/1.1\r\nHost: x\r\nContent-Length: 65536\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "statuses"),
+    [
+        ([HEALTH[:-2] + b"X: ", b"x" * 40_000, b"x" * 40_000], [413]),
+        ([HEALTH[:-2] + b"X: ", b"x" * 40_000 + b"\r\n\r\n"], [200]),
+        ([HEALTH * 3000 + HEALTH[:9], HEALTH[9:]], [200] * 3001),
+        ([POST + b"{", b" " * 65_535 + HEALTH[:9], HEALTH[9:]], [422, 200]),
+    ],
+)
+def test_a_head_is_bounded_and_what_comes_before_it_is_not_counted(
+    pieces: list[bytes], statuses: list[int]
+) -> None:
+    async def run() -> None:
+        async with near() as transport:
+            await transport.hear(*pieces, turns=10 * len(statuses) + 50)
+            told = re.findall(rb"HTTP/1.1 (\d+)", transport.sent)
+            assert [int(status) for status in told] == statuses
+
+    uvloop.run(run())
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_a_connection_is_lost_while_it_is_answered(turns: int) -> None:
+    async def run() -> None:
+        failures: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _, failure: failures.append(failure)
+        )
+        async with near() as transport:
+            await transport.hear(HEALTH, turns=turns)
+            transport.close()
+            for _ in range(50):
+                await asyncio.sleep(0)
+        assert failures == []
+
+    uvloop.run(run())
 
 
 @pytest.mark.parametrize("part", [b"GET /", b"GET /health HTTP/1.1\r\nX: "])
