@@ -1,8 +1,10 @@
 """The provider's side: listeners on its own ports, servers that are asked, and what it all means.
 
-report = await verify([7466, 50800], servers=["https://checker.example"])
-for port in report.ports:
-print(port.port, port.reachable, port.advice)
+As a library::
+
+    report = await verify([7466, 50800], servers=["https://checker.example"])
+    for port in report.ports:
+        print(port.port, port.reachable, port.advice)
 """
 
 import asyncio

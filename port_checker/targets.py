@@ -5,11 +5,13 @@ keeps it from being a port scanner of other people's machines and of the network
 """
 
 import errno
+import os
 import socket
+import struct
 from collections.abc import Callable
 from ipaddress import IPv4Network, IPv6Address, IPv6Network
 
-from port_checker.addresses import Address, Network, lies_in, parse_address
+from port_checker.addresses import Address, Network, lies_in
 from port_checker.connect import own_failures
 from port_checker.settings import Settings
 
@@ -66,14 +68,12 @@ _SPECIAL_IPV6: dict[Network, str] = {
 }
 _ANY_PORT = 9  # nothing is ever sent to it
 
-# How the kernel says that an address is not this machine's, or that there is no way to it.
-_NOT_LOCAL = {
-    errno.EADDRNOTAVAIL,
-    errno.EINVAL,
-    errno.ENETUNREACH,
-    errno.EHOSTUNREACH,
-    errno.EACCES,  # a broadcast address, or a route that prohibits
-}
+# linux/rtnetlink.h and linux/netlink.h
+_RTM_GETROUTE, _RTA_DST, _NLM_F_REQUEST, _NLMSG_ERROR = 26, 1, 1, 2
+_OWN_ROUTES = {2, 3, 4}  # RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST
+
+# How the kernel says that it has no route, or one that is prohibited, or leads nowhere.
+_NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL}
 
 _GLOBAL_UNICAST_IPV6 = IPv6Network("2000::/3")  # RFC 4291 section 2.4
 
@@ -93,26 +93,17 @@ def special_purpose(address: Address) -> str | None:
 
 
 def is_own_address(address: Address) -> bool:
-    """Whether ``address`` is one of this machine's.
+    """Whether what is sent to ``address`` stays on this machine.
 
-    The kernel is asked. A socket can be bound to an IPv4 address, and connect from there, only if
-    it is local; the source address that it would choose by itself is the interface's first one. For
-    IPv6 that choice tells: it is the destination's own address if there is one (RFC 6724 rule 1).
-    (So neither is misled by ``ip_nonlocal_bind``.)
+    The kernel's routes tell: they know each address of an interface, what is routed to this
+    machine without being any interface's (``ip route add local``), and subnets' broadcast and
+    anycast addresses.
 
     Raises:
-        CheckFailed: The kernel cannot tell now: no descriptor or port is left, say.
+        CheckFailed: The kernel cannot tell now: no descriptor is left, say.
     """
-    with own_failures(f"cannot tell whose {address} is"), _udp_socket(address) as sock:
-        try:
-            if address.version == 4:
-                sock.bind((str(address), 0))
-            sock.connect((str(address), _ANY_PORT))
-        except OSError as error:
-            if error.errno in _NOT_LOCAL:
-                return False
-            raise
-        return parse_address(sock.getsockname()[0].partition("%")[0]) == address
+    with own_failures(f"cannot tell whose {address} is"):
+        return _route_type(address) in _OWN_ROUTES
 
 
 def require_allowed(
@@ -161,3 +152,27 @@ def verify_local_binding(target: Address) -> None:
 def _udp_socket(address: Address) -> socket.socket:
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     return socket.socket(family, socket.SOCK_DGRAM)
+
+
+def _route_type(address: Address) -> int | None:
+    """Ask the kernel for the type of the route to ``address``; None if there is no route.
+
+    rtnetlink(7): the question is a struct rtmsg with one attribute, the destination; so is the
+    answer, unless it is a struct nlmsgerr.
+    """
+    destination = address.packed
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    attribute = struct.pack("=HH", 4 + len(destination), _RTA_DST) + destination
+    question = struct.pack("=BB10x", family, 8 * len(destination)) + attribute
+    head = struct.pack("=IHHII", 16 + len(question), _RTM_GETROUTE, _NLM_F_REQUEST, 0, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as netlink:
+        netlink.send(head + question)
+        answer = netlink.recv(4096)
+    (kind,) = struct.unpack_from("=4xH", answer)
+    if kind == _NLMSG_ERROR:
+        (error,) = struct.unpack_from("=i", answer, 16)
+        if -error in _NO_ROUTE:
+            return None
+        raise OSError(-error, os.strerror(-error))
+    (route_type,) = struct.unpack_from("=7xB", answer, 16)
+    return int(route_type)

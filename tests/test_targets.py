@@ -312,8 +312,8 @@ def test_loopback_is_ours_and_can_be_bound(address: str) -> None:
     verify_local_binding(parse_address(address))
 
 
-def test_a_broadcast_address_is_nobodys() -> None:
-    assert not is_own_address(parse_address("127.255.255.255"))
+def test_a_broadcast_address_is_ours() -> None:
+    assert is_own_address(parse_address("127.255.255.255"))
 
 
 @contextmanager
@@ -336,7 +336,6 @@ def test_running_out_of_descriptors_is_the_checkers_failure(
 
 PRELUDE = """
 import json
-from pathlib import Path
 from port_checker.addresses import parse_address
 from port_checker.connect import CheckFailed
 from port_checker.targets import is_own_address, verify_local_binding
@@ -364,14 +363,13 @@ def test_without_a_route_there_is_no_local_binding() -> None:
 
 @needs_root
 def test_the_addresses_of_an_interface_are_ours() -> None:
-    """The secondary ones, too, and no others of its networks, wherever programs may bind to."""
+    """The secondary ones, too, and no others of its networks."""
     script = """
 near = "198.51.100.5 198.51.100.6 198.51.100.7 2001:db8::5 2001:db8::6 2001:db8::7".split()
-told = [own(*near), [binding(text) for text in near], binding("192.0.2.1")]
-Path("/proc/sys/net/ipv4/ip_nonlocal_bind").write_text("1")
-print(json.dumps([*told, own(*near, "192.0.2.1")]))
+told = [own(*near, "198.51.100.255", "192.0.2.1", "2001:db8:1::1")]
+print(json.dumps([*told, [binding(text) for text in near], binding("192.0.2.1")]))
 """
-    ours = ["198.51.100.5", "198.51.100.6", "2001:db8::5", "2001:db8::6"]
+    ours = ["198.51.100.5", "198.51.100.6", "2001:db8::5", "2001:db8::6", "198.51.100.255"]
     told = in_namespace(
         PRELUDE + script,
         "ip link add one type veth peer name other",
@@ -383,18 +381,30 @@ print(json.dumps([*told, own(*near, "192.0.2.1")]))
         "ip link set other up",
     )
     unreachable = "no route to 192.0.2.1: Network is unreachable"
-    assert json.loads(told) == [ours, [None] * 6, unreachable, ours]
+    assert json.loads(told) == [ours, [None] * 6, unreachable]
 
 
 @needs_root
-def test_nonlocal_binding_of_ipv6_makes_no_address_ours() -> None:
+def test_the_addresses_of_a_local_route_are_ours() -> None:
+    """Those of routes that prohibit, or lead nowhere, are not."""
     script = """
-Path("/proc/sys/net/ipv6/ip_nonlocal_bind").write_text("1")
-print(json.dumps(own("2001:db8::5", "2001:db8::7")))
+print(json.dumps(own(
+    "192.0.2.5", "192.0.3.5", "198.51.100.1", "198.51.100.129", "203.0.113.1",
+    "2001:db8:1::5", "2001:db8:2::5", "2001:db8:3::5", "2001:db8:4::5", "2001:db8:5::5",
+)))
 """
     told = in_namespace(
         PRELUDE + script,
-        "ip address add 2001:db8::5/64 dev lo",
-        "ip route add 2001:db8::/64 dev lo",
+        "ip address add 2001:db8::1/128 dev lo",
+        "ip route add local 192.0.2.0/24 dev lo",
+        "ip route add local 2001:db8:1::/64 dev lo",
+        "ip route add default dev lo",
+        "ip -6 route add default dev lo",
+        "ip route add prohibit 198.51.100.0/25",
+        "ip route add blackhole 198.51.100.128/25",
+        "ip route add unreachable 203.0.113.0/24",
+        "ip route add prohibit 2001:db8:3::/64",
+        "ip route add blackhole 2001:db8:4::/64",
+        "ip route add unreachable 2001:db8:5::/64",
     )
-    assert json.loads(told) == ["2001:db8::5"]
+    assert json.loads(told) == ["192.0.2.5", "2001:db8:1::5"]
