@@ -11,6 +11,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# Files of tests: they wait more than they work, and each measures by itself.
+TESTS_AT_ONCE ?= 3
 FUZZ_EXAMPLES ?= 2000
 SOAK_MINUTES ?= 2
 BIN := $(VENV)/bin
@@ -23,7 +25,7 @@ run: $(VENV)/run.stamp
 	@$(BIN)/port-checker
 
 test: $(VENV)/dev.stamp
-	@$(BIN)/pytest
+	@$(BIN)/pytest --numprocesses $(TESTS_AT_ONCE) --dist loadfile
 
 cover: $(VENV)/dev.stamp
 	@$(BIN)/pytest --cov --cov-report=term-missing

@@ -1,14 +1,31 @@
 """Ports of this machine in each state that a check can meet."""
 
+import secrets
 import select
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 
 
 def family_of(host: str) -> socket.AddressFamily:
     """The address family of an IP literal."""
     return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports in a row that nobody has; below the ephemeral ones, so that nobody gets them."""
+    while True:
+        start = 10_000 + secrets.randbelow(20_000)
+        with suppress(OSError), ExitStack() as stack:
+            for port in range(start, start + count):
+                for host in ("", "::1"):
+                    stack.enter_context(socket.create_server((host, port), family=family_of(host)))
+            return list(range(start, start + count))
+
+
+def free_port() -> int:
+    """One such port."""
+    return free_ports(1)[0]
 
 
 @contextmanager

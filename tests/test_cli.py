@@ -24,7 +24,7 @@ import pytest
 from port_checker import __version__
 from port_checker.errors import ErrorCode
 from tests.conftest import serve
-from tests.loopback import open_port, refused_port
+from tests.loopback import free_ports, open_port, refused_port
 from tests.namespace import in_namespace, needs_root
 from tests.test_client import (
     ANSWERED_ELSEWHERE,
@@ -35,7 +35,6 @@ from tests.test_client import (
     accessible,
     connect,
     connected,
-    free_ports,
     needs_setpriv,
     refusal,
     refused,

@@ -5,7 +5,6 @@ import contextlib
 import gc
 import json
 import os
-import secrets
 import shutil
 import socket
 import socketserver
@@ -26,7 +25,7 @@ from port_checker.client import Listeners, Report, half_open_ports, verify
 from port_checker.errors import STATUS, ApiError, ErrorCode
 from port_checker.schemas import CheckRequest
 from tests.conftest import serve
-from tests.loopback import family_of, open_listener, refused_port
+from tests.loopback import family_of, free_ports, open_listener, refused_port
 from tests.namespace import ROOT, in_namespace, needs_root
 
 REFUSED, TIMED_OUT = "Connection refused", "Connection timed out"
@@ -48,17 +47,6 @@ needs_setpriv = pytest.mark.skipif(
     os.environ.get("CI") != "true" and not shutil.which("setpriv"),
     reason="giving up a capability needs setpriv of util-linux",
 )
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports in a row that nobody has; below the ephemeral ones, so that nobody gets them."""
-    while True:
-        start = 10_000 + secrets.randbelow(20_000)
-        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-            for port in range(start, start + count):
-                for host in ("", "::1"):
-                    stack.enter_context(socket.create_server((host, port), family=family_of(host)))
-            return list(range(start, start + count))
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:

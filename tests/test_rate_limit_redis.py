@@ -31,8 +31,8 @@ from port_checker.main import create_app
 from port_checker.rate_limit import RateLimited, RateLimiter
 from port_checker.settings import Rate, Settings
 from tests.conftest import serve
-from tests.loopback import open_port, refused_port
-from tests.test_server import Program, ask, free_port, program
+from tests.loopback import free_port, open_port, refused_port
+from tests.test_server import Program, ask, program
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("CI") != "true" and not shutil.which("redis-server"),

@@ -17,15 +17,8 @@ import pytest
 
 from port_checker.server import fit_descriptor_limit, listen
 from port_checker.settings import Settings
-from tests.loopback import open_listener, open_port, silent_port
+from tests.loopback import free_port, open_listener, open_port, silent_port
 from tests.namespace import ROOT
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 class Program:

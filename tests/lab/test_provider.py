@@ -45,7 +45,8 @@ def check_on_a_terminal(lab: Lab, *words: str, columns: int = 120) -> tuple[int,
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     environment = {**os.environ, "TERM": "xterm-256color"}
-    environment.pop("NO_COLOR", None)
+    for name in ("NO_COLOR", "COLUMNS", "LINES"):
+        environment.pop(name, None)
     program = lab.popen(
         "provider", *ONE_COMMAND, *words, "--server", server(4), env=environment, output=its
     )
