@@ -11,7 +11,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Files of tests: they wait more than they work, and each measures by itself.
+# Files of tests that run at once: tests wait more than they work.
 TESTS_AT_ONCE ?= 3
 FUZZ_EXAMPLES ?= 2000
 SOAK_MINUTES ?= 2

@@ -93,11 +93,11 @@ def special_purpose(address: Address) -> str | None:
 
 
 def is_own_address(address: Address) -> bool:
-    """Whether what is sent to ``address`` stays on this machine.
+    """Whether ``address`` is one of this machine's, or a broadcast address of its networks.
 
     The kernel's routes tell: they know each address of an interface, what is routed to this
-    machine without being any interface's (``ip route add local``), and subnets' broadcast and
-    anycast addresses.
+    machine without being any interface's (``ip route add local``), and subnets' anycast and
+    broadcast addresses.
 
     Raises:
         CheckFailed: The kernel cannot tell now: no descriptor is left, say.
