@@ -62,7 +62,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         """Make room, or refuse."""
-        super().connection_made(cast(asyncio.Transport, _Joining(transport, self.loop)))
+        self._joining = _Joining(transport, self.loop)
+        super().connection_made(cast(asyncio.Transport, self._joining))
         if len(self.connections) > self._room.most:
             if not self._room.owing:
                 self._refuse(503, ErrorCode.OVERLOADED, "Too many connections are open.")
@@ -90,6 +91,10 @@ class BoundedProtocol(HttpToolsProtocol):
         elif not (self._deadline and self.scope is scope) and not self.transport.is_closing():
             self._start_deadline()
 
+    def eof_received(self) -> None:
+        """The caller sends no more, and the transport closes by itself: answers go before that."""
+        self._joining.flush()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         self._stop_deadline()
@@ -108,6 +113,15 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._cut_off and not self.transport.is_closing():
             self._cut_off.cancel()
             self._cut_off = None
+
+    # What the parser tells
+
+    def on_message_complete(self) -> None:
+        """The request is here; uvicorn does not note that of one that was answered early."""
+        super().on_message_complete()
+        if self.cycle.more_body:
+            self.cycle.more_body = False
+            self._stop_deadline()
 
     # What the application tells
 
@@ -193,15 +207,16 @@ class _Joining:
     def write(self, data: bytes) -> None:
         """Send ``data`` with what else is written in this turn."""
         if not self._written:
-            self._loop.call_soon(self._send)
+            self._loop.call_soon(self.flush)
         self._written.append(data)
 
     def close(self) -> None:
         """Send what is written, and close."""
-        self._send()
+        self.flush()
         self._transport.close()
 
-    def _send(self) -> None:
+    def flush(self) -> None:
+        """Send what is written."""
         data = b"".join(self._written)
         self._written.clear()
         if data and not self.is_closing():

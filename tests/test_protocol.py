@@ -130,6 +130,27 @@ def test_an_answer_is_one_packet() -> None:
             assert with_data == answered
 
 
+def test_a_caller_that_says_at_once_that_it_sends_no_more_is_answered() -> None:
+    with serve() as client:
+        for _ in range(10):
+            with connected(client) as sock:
+                sock.sendall(HEALTH)
+                sock.shutdown(socket.SHUT_WR)
+                assert read_answer(sock)[1] == b'{"status":"ok"}'
+                assert sock.recv(1) == b""
+
+
+def test_a_request_that_was_answered_early_has_its_deadline_until_it_is_complete() -> None:
+    with serve(room=Room(100, QUICK)) as client, connected(client) as sock:
+        started = time.monotonic()
+        sock.sendall(b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n1")
+        assert b"NOT_FOUND" in read_answer(sock)[1]
+        time.sleep(QUICK * 0.6)
+        sock.sendall(b"2")
+        seconds_until_closed(sock)
+        assert QUICK * 1.4 < time.monotonic() - started < QUICK * 8
+
+
 def test_each_request_on_a_connection_has_a_deadline_of_its_own() -> None:
     with serve(room=Room(100, QUICK)) as client, connected(client) as sock:
         started = time.monotonic()
@@ -226,6 +247,10 @@ POST = b"POST /check-ports HTTP/1.1\r\nHost: x\r\nContent-Length: 65536\r\n\r\n"
         ([HEALTH[:-2] + b"X: ", b"x" * 40_000, b"x" * 40_000], [413]),
         ([HEALTH[:-2] + b"X: ", b"x" * 40_000 + b"\r\n\r\n"], [200]),
         ([HEALTH * 3000 + HEALTH[:9], HEALTH[9:]], [200] * 3001),
+        (
+            [POST.replace(b"/check-ports", b"/nothing"), b" " * 65_536, HEALTH[:-2], b"x" * 65_536],
+            [404, 413],
+        ),
         ([POST + b"{", b" " * 65_535 + HEALTH[:9], HEALTH[9:]], [422, 200]),
     ],
 )
