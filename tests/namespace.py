@@ -11,8 +11,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 needs_root = pytest.mark.skipif(
-    os.environ.get("CI") != "true" and (os.geteuid() != 0 or not shutil.which("ip")),
-    reason="making a network namespace needs root, and ip of iproute2",
+    os.environ.get("CI") != "true"
+    and (os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("nft"))),
+    reason="network namespaces need root, ip of iproute2 and nft of nftables",
 )
 
 

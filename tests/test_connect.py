@@ -163,7 +163,7 @@ async def _run(ports, host, timeout):
 def test_a_connection_with_itself_is_no_open_port(host: str) -> None:
     """With one ephemeral port left, connecting to it on loopback meets itself."""
     script = PRELUDE + f"print(try_once([40001, 40000], {host!r}))"
-    told = in_namespace(script, "sysctl -qw net.ipv4.ip_local_port_range='40001 40001'")
+    told = in_namespace(script, "echo 40001 40001 > /proc/sys/net/ipv4/ip_local_port_range")
     refused = "Verdict(accessible=False, error='Connection refused')"
     assert told == f"{{40001: {refused}, 40000: {refused}}}\n"
 
@@ -187,7 +187,7 @@ with socket.create_server(("127.0.0.1", 50000)) as listener:
     print(try_once([target[1]])[target[1]].accessible)
 """
     )
-    told = in_namespace(script, "sysctl -qw net.ipv4.ip_local_port_range='40000 40001'")
+    told = in_namespace(script, "echo 40000 40001 > /proc/sys/net/ipv4/ip_local_port_range")
     assert told == "could not connect: Cannot assign requested address\nTrue\n"
 
 
