@@ -39,7 +39,7 @@ lint: $(VENV)/dev.stamp
 	@$(BIN)/mypy
 
 fuzz: $(VENV)/dev.stamp
-	@FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/pytest tests/test_fuzz.py tests/test_schema.py
+	@FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/pytest tests/server/test_fuzz.py tests/server/test_openapi.py
 
 bench: $(VENV)/dev.stamp
 	@$(BIN)/python -m benchmarks

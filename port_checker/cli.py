@@ -17,10 +17,10 @@ from rich.text import Text
 
 from port_checker import __version__
 from port_checker.addresses import parse_address
-from port_checker.client import PortReport, Report, verify
-from port_checker.descriptors import raise_descriptor_limit
-from port_checker.server import serve as run_server
-from port_checker.settings import SettingsError, load_settings
+from port_checker.linux import raise_descriptor_limit
+from port_checker.provider.verify import PortReport, Report, verify
+from port_checker.server.run import serve as run_server
+from port_checker.server.settings import SettingsError, load_settings
 
 # What a provider of the Golem network opens by default.
 _DEFAULT_PORTS = "50800-50899"

@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError, from_json
 
 from port_checker.addresses import Address, parse_address
 from port_checker.connect import Verdict
-from port_checker.errors import ApiError, ErrorCode
+from port_checker.server.errors import ApiError, ErrorCode
 
 MAX_PORT: Final = 65535
 _LONGEST_SHOWN: Final = 40  # characters of a wrong value

@@ -12,10 +12,10 @@ import pytest
 from fastapi import FastAPI
 from uvicorn import Server
 
-from port_checker.main import create_app
-from port_checker.protocol import Room
-from port_checker.server import listen, server_config
-from port_checker.settings import Settings
+from port_checker.server.app import create_app
+from port_checker.server.protocol import Room
+from port_checker.server.run import listen, server_config
+from port_checker.server.settings import Settings
 
 
 @pytest.fixture(autouse=True)

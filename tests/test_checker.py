@@ -10,7 +10,7 @@ import pytest
 from port_checker.addresses import parse_address
 from port_checker.checker import Checker, Overloaded
 from port_checker.connect import OPEN, REFUSED, TIMED_OUT, CheckFailed, Verdict
-from tests.loopback import open_listener, open_port, ports, refused_port, silent_port
+from tests.support.loopback import open_listener, open_port, ports, refused_port, silent_port
 
 LOOPBACK = parse_address("127.0.0.1")
 

@@ -22,11 +22,9 @@ from typing import Any
 import pytest
 
 from port_checker import __version__
-from port_checker.errors import ErrorCode
+from port_checker.server.errors import ErrorCode
 from tests.conftest import serve
-from tests.loopback import free_ports, open_port, refused_port
-from tests.namespace import in_namespace, needs_root
-from tests.test_client import (
+from tests.provider.test_verify import (
     ANSWERED_ELSEWHERE,
     NOT_ASKED,
     REFUSED,
@@ -42,7 +40,9 @@ from tests.test_client import (
     verdicts,
     wait_until,
 )
-from tests.test_server import program
+from tests.server.test_run import program
+from tests.support.loopback import free_ports, open_port, refused_port
+from tests.support.namespace import in_namespace, needs_root
 
 PORT_CHECKER = [sys.executable, "-m", "port_checker"]
 DASH = "\N{EN DASH}"

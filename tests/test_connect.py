@@ -22,8 +22,8 @@ from port_checker.connect import (
     Verdict,
     attempt,
 )
-from tests.loopback import open_listener, open_port, ports, refused_port, silent_port
-from tests.namespace import in_namespace, needs_root
+from tests.support.loopback import open_listener, open_port, ports, refused_port, silent_port
+from tests.support.namespace import in_namespace, needs_root
 
 LOOPBACK = parse_address("127.0.0.1")
 

@@ -7,7 +7,6 @@ import pytest
 
 from port_checker.addresses import parse_address
 from port_checker.connect import OPEN, REFUSED, TIMED_OUT
-from port_checker.errors import ApiError, ErrorCode
 from port_checker.schemas import (
     ERROR_EXAMPLES,
     CheckRequest,
@@ -16,6 +15,7 @@ from port_checker.schemas import (
     ErrorResponse,
     Health,
 )
+from port_checker.server.errors import ApiError, ErrorCode
 
 
 def short(value: object) -> str:

@@ -10,10 +10,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
-from port_checker.caller import Callers
 from port_checker.checker import Checker
-from port_checker.errors import STATUS, ApiError, ErrorCode
-from port_checker.rate_limit import RateLimiter
 from port_checker.schemas import (
     CHECK_EXAMPLE,
     ERROR_EXAMPLES,
@@ -23,8 +20,11 @@ from port_checker.schemas import (
     ErrorResponse,
     Health,
 )
-from port_checker.settings import Settings
-from port_checker.targets import require_allowed, verify_local_binding
+from port_checker.server.caller import Callers
+from port_checker.server.errors import STATUS, ApiError, ErrorCode
+from port_checker.server.rate_limit import RateLimiter
+from port_checker.server.settings import Settings
+from port_checker.server.targets import require_allowed, verify_local_binding
 
 MAX_BODY = 64 * 1024  # bytes
 

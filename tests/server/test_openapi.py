@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.namespace import ROOT, needs_root
-from tests.test_server import program
+from tests.server.test_run import program
+from tests.support.namespace import ROOT, needs_root
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
 
@@ -44,7 +44,7 @@ QUICK: dict[str, Any] = {
 def test_the_service_does_what_its_schema_says(tmp_path: Path) -> None:
     inside = (
         f"import sys; sys.path.append({str(ROOT)!r}); "
-        f"import tests.test_schema; tests.test_schema.run_schemathesis({EXAMPLES})"
+        f"import tests.server.test_openapi; tests.server.test_openapi.run_schemathesis({EXAMPLES})"
     )
     commands = " && ".join([*CABLE_TO_NOBODY, 'exec "$0" -c "$1"'])
     done = subprocess.run(

@@ -15,10 +15,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from port_checker.server import fit_descriptor_limit, listen
-from port_checker.settings import Settings
-from tests.loopback import free_port, open_listener, open_port, silent_port
-from tests.namespace import ROOT
+from port_checker.server.run import fit_descriptor_limit, listen
+from port_checker.server.settings import Settings
+from tests.support.loopback import free_port, open_listener, open_port, silent_port
+from tests.support.namespace import ROOT
 
 
 class Program:
@@ -118,14 +118,15 @@ def test_one_line_at_the_start_and_one_for_each_check() -> None:
     start, check, stop = running.lines
     url = f"http://127.0.0.1:{running.port}/docs"
     assert (
-        f" INFO port_checker.server: Listening on 127.0.0.1:{running.port}, docs at {url};" in start
+        f" INFO port_checker.server.run: Listening on 127.0.0.1:{running.port}, docs at {url};"
+        in start
     )
     for effective in ("1 process(es)", "10000 ports in flight", "30/minute requests per caller"):
         assert effective in start
     assert "2000/minute ports per target" in start
-    told = " INFO port_checker.api: 127.0.0.1 checked 127.0.0.1: 1 ports, 1 accessible, 0."
+    told = " INFO port_checker.server.api: 127.0.0.1 checked 127.0.0.1: 1 ports, 1 accessible, 0."
     assert told in check
-    assert stop.endswith(" INFO port_checker.server: Stopped\n")
+    assert stop.endswith(" INFO port_checker.server.run: Stopped\n")
 
 
 def test_debugging_tells_of_each_port_and_request() -> None:
@@ -134,7 +135,7 @@ def test_debugging_tells_of_each_port_and_request() -> None:
             ask(client, opened)
         running.stop()
     log = "".join(running.lines)
-    assert f" DEBUG port_checker.api: 127.0.0.1 port {opened}: open\n" in log
+    assert f" DEBUG port_checker.server.api: 127.0.0.1 port {opened}: open\n" in log
     assert '"POST /check-ports HTTP/1.1" 200' in log
 
 
@@ -201,7 +202,7 @@ def test_a_misspelt_setting_is_a_warning() -> None:
     with program(PORT_CHECK_TIMOUT="3", PORT_CHECKER_COLOUR="red") as running:
         running.stop()
     log = "".join(running.lines)
-    assert "WARNING port_checker.server: PORT_CHECK_TIMOUT is not a setting; " in log
+    assert "WARNING port_checker.server.run: PORT_CHECK_TIMOUT is not a setting; " in log
     assert "did you mean PORT_CHECK_TIMEOUT?" in log
     assert "PORT_CHECKER_COLOUR is not a setting" in log
 

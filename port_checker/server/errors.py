@@ -12,8 +12,8 @@ from starlette.requests import ClientDisconnect
 
 from port_checker.checker import Overloaded
 from port_checker.connect import CheckFailed
-from port_checker.rate_limit import RateLimited
-from port_checker.targets import TargetNotAllowed
+from port_checker.server.rate_limit import RateLimited
+from port_checker.server.targets import TargetNotAllowed
 
 logger = logging.getLogger(__name__)
 

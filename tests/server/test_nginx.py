@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from tests.conftest import serve
-from tests.loopback import free_port, open_port
+from tests.support.loopback import free_port, open_port
 
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
 

@@ -9,16 +9,16 @@ import time
 
 import pytest
 
-from port_checker.logs import ColouredFormatter, PlainFormatter, logging_config
-from tests.namespace import ROOT
+from port_checker.server.logs import ColouredFormatter, PlainFormatter, logging_config
+from tests.support.namespace import ROOT
 
 # Logs at each level to each of some loggers, the root's children being ours, uvicorn's and others'.
 SCRIPT = """
 import logging.config, sys
-from port_checker.logs import logging_config
+from port_checker.server.logs import logging_config
 
 logging.config.dictConfig(logging_config(debug=sys.argv[1] == "debug"))
-for name in ("port_checker.api", "uvicorn.error", "uvicorn.access", "asyncio"):
+for name in ("port_checker.server.api", "uvicorn.error", "uvicorn.access", "asyncio"):
     for level in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
         logging.getLogger(name).log(getattr(logging, level), "%d of %s", 3, "100 ports")
 """
@@ -73,7 +73,7 @@ def levels(lines: list[str]) -> dict[str, list[str]]:
 
 def test_plain_lines_where_there_is_no_terminal() -> None:
     assert levels(logged()) == {
-        "port_checker.api": OUR_LINES,
+        "port_checker.server.api": OUR_LINES,
         # Not its warnings, of which strangers make as many as they like.
         "uvicorn.error": ["ERROR", "CRITICAL"],
         "uvicorn.access": ["ERROR", "CRITICAL"],
@@ -83,7 +83,7 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
 
 def test_debugging_tells_more_of_us_and_of_uvicorn() -> None:
     assert levels(logged(debug=True)) == {
-        "port_checker.api": ALL_LINES,
+        "port_checker.server.api": ALL_LINES,
         "uvicorn.error": ALL_LINES,
         "uvicorn.access": ALL_LINES,
         "asyncio": OTHERS_LINES,
@@ -92,7 +92,7 @@ def test_debugging_tells_more_of_us_and_of_uvicorn() -> None:
 
 def test_colours_on_a_terminal() -> None:
     lines = logged(terminal=True, debug=True)
-    assert levels([COLOUR.sub("", line) for line in lines])["port_checker.api"] == ALL_LINES
+    assert levels([COLOUR.sub("", line) for line in lines])["port_checker.server.api"] == ALL_LINES
     colours: dict[str, str] = {}
     for line in lines:
         match = re.search(r"\d (\x1b\[[0-9;]+m)([A-Z]+)(\x1b\[0m) ", line)

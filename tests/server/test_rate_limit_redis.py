@@ -27,20 +27,20 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from port_checker.addresses import parse_address
-from port_checker.main import create_app
-from port_checker.rate_limit import RateLimited, RateLimiter
-from port_checker.settings import Rate, Settings
+from port_checker.server.app import create_app
+from port_checker.server.rate_limit import RateLimited, RateLimiter
+from port_checker.server.settings import Rate, Settings
 from tests.conftest import serve
-from tests.loopback import free_port, open_port, refused_port
-from tests.test_server import Program, ask, program
+from tests.server.test_run import Program, ask, program
+from tests.support.loopback import free_port, open_port, refused_port
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("CI") != "true" and not shutil.which("redis-server"),
     reason="redis-server is not installed",
 )
 
-LOST = "WARNING port_checker.shared_limit: Redis is lost"
-BACK = "INFO port_checker.shared_limit: Redis is back"
+LOST = "WARNING port_checker.server.shared_limit: Redis is lost"
+BACK = "INFO port_checker.server.shared_limit: Redis is back"
 CALLER = parse_address("203.0.113.7")
 CALLERS_KEY = "port-checker:callers:v1:gcra:203.0.113.7"
 PASSWORD = "s3cret"  # noqa: S105  # of the Redis that the tests start

@@ -20,10 +20,10 @@ from typing import Any
 
 import httpx
 
-from tests.loopback import open_port, ports, silent_port
-from tests.namespace import ROOT
-from tests.test_protocol import HEALTH, check_of
-from tests.test_server import Program, program
+from tests.server.test_protocol import HEALTH, check_of
+from tests.server.test_run import Program, program
+from tests.support.loopback import open_port, ports, silent_port
+from tests.support.namespace import ROOT
 
 NO_LIMITS: dict[str, Any] = {
     "PORT_CHECKER_RATE_LIMIT": "off",
@@ -196,7 +196,7 @@ def measure(load: str, *arguments: object) -> Figures:
     """Put a load on a service from a process of its own, and show the figures."""
     words = ", ".join(map(repr, arguments))
     done = subprocess.run(
-        [sys.executable, "-c", f"from tests.test_capacity import *; put({load}({words}))"],
+        [sys.executable, "-c", f"from tests.server.test_capacity import *; put({load}({words}))"],
         cwd=ROOT,
         capture_output=True,
         text=True,

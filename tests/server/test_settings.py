@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from dotenv import dotenv_values
 
-from port_checker.settings import Rate, Settings, SettingsError, load_settings, unknown_names
-from tests.namespace import ROOT
+from port_checker.server.settings import Rate, Settings, SettingsError, load_settings, unknown_names
+from tests.support.namespace import ROOT
 
 DEFAULTS = {
     "PORT_CHECKER_HOST": ("host", "0.0.0.0"),  # noqa: S104  # compared, not bound

@@ -16,11 +16,11 @@ from fastapi import FastAPI
 from uvicorn import Config, Server
 from uvicorn.supervisors import Multiprocess
 
-from port_checker.descriptors import raise_descriptor_limit
-from port_checker.logs import logging_config
-from port_checker.main import create_app
-from port_checker.protocol import BoundedProtocol, Room
-from port_checker.settings import CLIENT_PATIENCE, Settings, unknown_names
+from port_checker.linux import raise_descriptor_limit
+from port_checker.server.app import create_app
+from port_checker.server.logs import logging_config
+from port_checker.server.protocol import BoundedProtocol, Room
+from port_checker.server.settings import CLIENT_PATIENCE, Settings, unknown_names
 
 # Connections that wait for accept(). The kernel lowers it to net.core.somaxconn.
 _BACKLOG = 4096

@@ -16,12 +16,12 @@ import pytest
 import uvloop
 from uvicorn.server import ServerState
 
-from port_checker.main import create_app
-from port_checker.protocol import BoundedProtocol, Room
-from port_checker.server import server_config
-from port_checker.settings import Settings
+from port_checker.server.app import create_app
+from port_checker.server.protocol import BoundedProtocol, Room
+from port_checker.server.run import server_config
+from port_checker.server.settings import Settings
 from tests.conftest import serve
-from tests.loopback import open_port, silent_port
+from tests.support.loopback import open_port, silent_port
 
 QUICK = 0.5  # seconds of a deadline that tests wait for
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"

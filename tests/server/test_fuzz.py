@@ -20,15 +20,15 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from port_checker.addresses import Address, Network, lies_in, parse_address, parse_networks
-from port_checker.caller import find_caller
-from port_checker.errors import STATUS, ApiError
-from port_checker.protocol import Room
 from port_checker.schemas import CheckRequest
-from port_checker.settings import Settings
-from port_checker.targets import TargetNotAllowed, require_allowed, special_purpose
+from port_checker.server.caller import find_caller
+from port_checker.server.errors import STATUS, ApiError
+from port_checker.server.protocol import Room
+from port_checker.server.settings import Settings
+from port_checker.server.targets import TargetNotAllowed, require_allowed, special_purpose
 from tests.conftest import serve
-from tests.loopback import open_port
-from tests.test_protocol import check_of
+from tests.server.test_protocol import check_of
+from tests.support.loopback import open_port
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
 

@@ -23,9 +23,9 @@ from pydantic import BaseModel, ValidationError
 
 from port_checker.addresses import Address, parse_address
 from port_checker.connect import REFUSED, TIMED_OUT, Verdict
-from port_checker.descriptors import descriptors_left
-from port_checker.errors import ErrorCode
+from port_checker.linux import descriptors_left
 from port_checker.schemas import CallerAddress, CheckResponse, ErrorResponse
+from port_checker.server.errors import ErrorCode
 
 _Model = TypeVar("_Model", bound=BaseModel)
 

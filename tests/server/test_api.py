@@ -13,13 +13,13 @@ import pytest
 
 from port_checker.addresses import Address
 from port_checker.checker import Checker
-from port_checker.errors import STATUS, ErrorCode
-from port_checker.main import create_app
 from port_checker.schemas import ERROR_EXAMPLES, CheckResponse
-from port_checker.settings import Settings
+from port_checker.server.app import create_app
+from port_checker.server.errors import STATUS, ErrorCode
+from port_checker.server.settings import Settings
 from tests.conftest import serve
-from tests.loopback import open_port, ports, refused_port, silent_port
-from tests.namespace import in_namespace, needs_root
+from tests.support.loopback import open_port, ports, refused_port, silent_port
+from tests.support.namespace import in_namespace, needs_root
 
 # For tests that ask more often, or for more, than the limits would let them.
 UNLIMITED: Mapping[str, Any] = {"caller_rate_limit": None, "target_rate_limit": None}

@@ -14,8 +14,8 @@ from throttled.asyncio import (
 )
 
 from port_checker.addresses import Address
-from port_checker.settings import IN_PROCESS, Rate
-from port_checker.shared_limit import PATIENCE, Redis, SharedLimit
+from port_checker.server.settings import IN_PROCESS, Rate
+from port_checker.server.shared_limit import PATIENCE, Redis, SharedLimit
 
 # Keys that each of the two stores holds, the least recently used making way. A key takes about
 # 300 bytes (measured), so this bounds both stores together to about 60 MiB.

@@ -21,12 +21,12 @@ from pathlib import Path
 
 import pytest
 
-from port_checker.client import Listeners, Report, half_open_ports, verify
-from port_checker.errors import STATUS, ApiError, ErrorCode
+from port_checker.provider.verify import Listeners, Report, half_open_ports, verify
 from port_checker.schemas import CheckRequest
+from port_checker.server.errors import STATUS, ApiError, ErrorCode
 from tests.conftest import serve
-from tests.loopback import family_of, free_ports, open_listener, refused_port
-from tests.namespace import ROOT, in_namespace, needs_root
+from tests.support.loopback import family_of, free_ports, open_listener, refused_port
+from tests.support.namespace import ROOT, in_namespace, needs_root
 
 REFUSED, TIMED_OUT = "Connection refused", "Connection timed out"
 NO_ROUTE, UNREACHABLE = "No route to host", "Network is unreachable"
@@ -289,7 +289,7 @@ NOT_PERMITTED_SCRIPT = """
 import subprocess, sys
 program = '''
 import asyncio
-from port_checker.client import verify
+from port_checker.provider.verify import verify
 from tests.conftest import serve
 with serve(retries=1) as client:
     report = asyncio.run(verify([80, 20000], servers=[str(client.base_url)]))
@@ -365,7 +365,7 @@ def test_connections_that_arrive_and_do_not_succeed_point_at_the_way_back(error:
 
 HALF_OPEN_SCRIPT = """
 import asyncio
-from port_checker.client import verify
+from port_checker.provider.verify import verify
 from tests.conftest import serve
 with serve(retries=1, timeout=0.3) as client:
     report = asyncio.run(verify([20000, 20001], servers=[str(client.base_url)]))
@@ -654,7 +654,7 @@ def test_a_server_without_tls() -> None:
 
 NO_SUCH_NAME_SCRIPT = """
 import asyncio
-from port_checker.client import verify
+from port_checker.provider.verify import verify
 for ip in (None, "127.0.0.1"):
     url = "http://checker.invalid"
     (server,) = asyncio.run(verify([20000], servers=[url], ip=ip)).servers
@@ -956,7 +956,7 @@ def test_ports_are_free_again_at_once() -> None:
 
 OUT_OF_FILES_SCRIPT = """
 import asyncio, resource, sys
-from port_checker.client import Listeners, verify
+from port_checker.provider.verify import Listeners, verify
 ports = [int(word) for word in sys.argv[2:]]
 
 async def listen():

@@ -11,16 +11,16 @@ import pytest
 
 from port_checker.addresses import Address, lies_in, parse_address, parse_networks
 from port_checker.connect import CheckFailed
-from port_checker.errors import ErrorCode
 from port_checker.schemas import ERROR_EXAMPLES
-from port_checker.settings import Settings
-from port_checker.targets import (
+from port_checker.server.errors import ErrorCode
+from port_checker.server.settings import Settings
+from port_checker.server.targets import (
     TargetNotAllowed,
     is_own_address,
     require_allowed,
     verify_local_binding,
 )
-from tests.namespace import in_namespace, needs_root
+from tests.support.namespace import in_namespace, needs_root
 
 CALLER = parse_address("198.41.0.4")
 STRANGER = parse_address("198.41.0.5")
@@ -338,7 +338,7 @@ PRELUDE = """
 import json
 from port_checker.addresses import parse_address
 from port_checker.connect import CheckFailed
-from port_checker.targets import is_own_address, verify_local_binding
+from port_checker.server.targets import is_own_address, verify_local_binding
 
 def own(*texts):
     return [text for text in texts if is_own_address(parse_address(text))]
