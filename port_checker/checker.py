@@ -1,10 +1,10 @@
 """One check: rounds of attempts with a delay between them, within the capacity of the process."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from port_checker.addresses import Address
-from port_checker.connect import TIMED_OUT, Pace, Verdict, attempt
+from port_checker.connect import TIMED_OUT, OpenConnectionPacer, Verdict, attempt
 
 
 class Overloaded(Exception):
@@ -35,17 +35,25 @@ class Checker:
         retry_delay: Seconds between the end of a round of attempts and the next.
         timeout: Seconds that one attempt may last.
         max_in_flight: Ports that may be under check at once.
+        sleep: Waits for so many seconds between rounds.
     """
 
     def __init__(
-        self, *, retries: int, retry_delay: float, timeout: float, max_in_flight: int
+        self,
+        *,
+        retries: int,
+        retry_delay: float,
+        timeout: float,
+        max_in_flight: int,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.in_flight = 0
         self._retries = retries
         self._retry_delay = retry_delay
         self._timeout = timeout
         self._max_in_flight = max_in_flight
-        self._pace = Pace()
+        self._sleep = sleep
+        self._pacer = OpenConnectionPacer()
 
     def require_room(self, ports: int) -> None:
         """Refuse a check for which there is no room.
@@ -87,9 +95,9 @@ class Checker:
         try:
             for round_ in range(self._retries):
                 if round_:
-                    await asyncio.sleep(self._retry_delay)
+                    await self._sleep(self._retry_delay)
                 for port, verdict in (
-                    await attempt(target, failed, self._timeout, self._pace)
+                    await attempt(target, failed, self._timeout, self._pacer)
                 ).items():
                     # Routers answer some attempts and are silent at others, as they limit ICMP.
                     if verdict is not TIMED_OUT or port not in verdicts:

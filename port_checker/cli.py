@@ -10,17 +10,8 @@ from collections.abc import Iterable
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
 
 from port_checker import __version__
-from port_checker.addresses import parse_address
-from port_checker.linux import raise_descriptor_limit
-from port_checker.provider.verify import PortReport, Report, verify
-from port_checker.server.run import serve as run_server
-from port_checker.server.settings import SettingsError, load_settings
 
 # What a provider of the Golem network opens by default.
 _DEFAULT_PORTS = "50800-50899"
@@ -68,6 +59,9 @@ def serve() -> None:
 
     Exit status: 0 after a stop, 1 if it cannot listen, 2 for a wrong setting.
     """
+    from port_checker.server.run import serve as run_server
+    from port_checker.server.settings import SettingsError, load_settings
+
     try:
         settings = load_settings()
     except SettingsError as error:
@@ -108,6 +102,13 @@ def check(
     Exit status: 0 all ports are reachable, 1 some are not, 2 wrong usage, 3 no server could be
     asked.
     """
+    from rich.console import Console
+    from rich.markup import escape
+
+    from port_checker.linux import raise_descriptor_limit
+    from port_checker.provider import verify
+    from port_checker.provider.screen import show
+
     numbers = _parse_ports(ports or [_DEFAULT_PORTS])
     if not servers:
         raise typer.BadParameter("name one, or set PORT_CHECKER_URL.", param_hint="--server")
@@ -140,7 +141,7 @@ def check(
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(report), indent=2))
     else:
-        _show(report, Console(markup=False, emoji=False, highlight=False))
+        show(report, Console(markup=False, emoji=False, highlight=False))
     if all(server.error and not server.asked for server in report.servers):
         raise typer.Exit(_NOBODY_ASKED)
     raise typer.Exit(_ALL_REACHABLE if report.reachable == report.total else _SOME_NOT)
@@ -162,67 +163,9 @@ def _parse_ports(words: Iterable[str]) -> list[int]:
 
 
 def _require_address(ip: str) -> None:
+    from port_checker.addresses import parse_address
+
     try:
         parse_address(ip)
     except ValueError:
         raise typer.BadParameter(f"{ip!r} is not an IP address.", param_hint="--ip") from None
-
-
-# Showing a report
-
-
-def _show(report: Report, console: Console) -> None:
-    """Print a table on a terminal, and plain lines elsewhere."""
-    table = Table("Ports", "Local binding", "From outside", "What to do")
-    for ports, local, outside, advice in _rows(report.ports):
-        if console.is_terminal:
-            seen = Text(outside, "red" if advice else "green")
-            table.add_row(Text(ports), Text(local), seen, Text(advice))
-        else:
-            typer.echo(f"{ports}: {local}; {outside}. {advice}".rstrip())
-    if console.is_terminal:
-        console.print(table)
-    for note in _notes(report):
-        console.print(note, soft_wrap=True)
-
-
-def _rows(ports: Iterable[PortReport]) -> list[tuple[str, str, str, str]]:
-    """Put ports of which the same is to be said into one row."""
-    groups: dict[tuple[str, str, str], list[int]] = {}
-    for port in ports:
-        key = port.local, _outside(port), port.advice or ""
-        groups.setdefault(key, []).append(port.port)
-    return [(_ranges(numbers), *key) for key, numbers in groups.items()]
-
-
-def _outside(port: PortReport) -> str:
-    if port.reachable:
-        outside = "reachable"
-    elif not port.answers:
-        outside = "not asked"
-    else:
-        outside = port.error or "accessible, but not here"
-    if len({verdict.accessible for verdict in port.answers.values()}) > 1:
-        answers = [f"{url}: {said.error or 'accessible'}" for url, said in port.answers.items()]
-        outside += f" ({', '.join(answers)})"
-    return outside
-
-
-def _ranges(ports: list[int]) -> str:
-    """Write ports like ``7466, 50800–50899``."""  # noqa: RUF002  # an en dash, for people
-    runs: list[list[int]] = []
-    for port in sorted(ports):
-        if runs and runs[-1][1] == port - 1:
-            runs[-1][1] = port
-        else:
-            runs.append([port, port])
-    return ", ".join(str(low) if low == high else f"{low}–{high}" for low, high in runs)  # noqa: RUF001  # the same
-
-
-def _notes(report: Report) -> Iterable[str]:
-    for server in report.servers:
-        if server.error:
-            extent = " about all of them" if server.asked else ""
-            yield f"{server.url} could not be asked{extent}: {server.error}."
-    whose = report.ip or "this machine"
-    yield f"{report.reachable} of {report.total} ports of {whose} are reachable."

@@ -10,16 +10,17 @@ import errno
 import os
 import select
 import socket
-import struct
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from port_checker.addresses import Address, parse_address
+from port_checker.linux import could_not_retransmit, report_icmp_errors, take_icmp_error
 
 # Connections opened before the event loop goes round. One costs about 30 µs to open and close
 # (measured), so nothing else waits longer than about 2 ms behind any number of them.
-_OPENED_AT_A_TIME = 64
+_OPENED_PER_TURN = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +70,8 @@ _OWN = {
     errno.EPERM,
 }
 
-# Linux' numbers, which the socket module does not have.
-_IPV6_RECVERR = 25  # linux/in6.h
-_ORIGIN_ICMP, _ORIGIN_ICMP6 = 2, 3  # linux/errqueue.h
-_HOST_UNREACHABLE = {(_ORIGIN_ICMP, 3, 1), (_ORIGIN_ICMP6, 1, 3)}  # type and code
+# IP version, and the type and code of its ICMP, that say that a host does not answer on its link.
+_HOST_UNREACHABLE = {(4, 3, 1), (6, 1, 3)}
 
 
 @contextmanager
@@ -91,32 +90,45 @@ def own_failures(trouble: str) -> Iterator[None]:
         raise CheckFailed(f"{trouble}: {error.strerror}") from error
 
 
-class Pace:
+class OpenConnectionPacer:
     """Spreads the opening of connections over the turns of one event loop.
 
     Whoever opens connections shares it, so that many rounds which begin together do not hold up
-    everything else.
+    everything else. Those who wait are served in turn.
     """
 
     def __init__(self) -> None:
-        self._left = _OPENED_AT_A_TIME
+        self._left = _OPENED_PER_TURN
+        self._waiting: deque[tuple[asyncio.Future[int], int]] = deque()
 
     async def take(self, wanted: int) -> int:
         """Wait until connections may be opened; return how many of those wanted, at least one."""
-        while not self._left:
-            await asyncio.sleep(0)
-        if self._left == _OPENED_AT_A_TIME:
-            asyncio.get_running_loop().call_soon(self._refill)
-        taken = min(wanted, self._left)
-        self._left -= taken
-        return taken
+        loop = asyncio.get_running_loop()
+        if not self._left:
+            waiter: asyncio.Future[int] = loop.create_future()
+            self._waiting.append((waiter, wanted))
+            return await waiter
+        if self._left == _OPENED_PER_TURN:
+            loop.call_soon(self._begin_turn, loop)
+        return self._grant(wanted)
 
-    def _refill(self) -> None:
-        self._left = _OPENED_AT_A_TIME
+    def _grant(self, wanted: int) -> int:
+        granted = min(wanted, self._left)
+        self._left -= granted
+        return granted
+
+    def _begin_turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._left = _OPENED_PER_TURN
+        while self._waiting and self._left:
+            waiter, wanted = self._waiting.popleft()
+            if not waiter.done():  # it is when the one who waited was cancelled
+                waiter.set_result(self._grant(wanted))
+        if self._left < _OPENED_PER_TURN:
+            loop.call_soon(self._begin_turn, loop)
 
 
 async def attempt(
-    target: Address, ports: Sequence[int], timeout: float, pace: Pace
+    target: Address, ports: Sequence[int], timeout: float, pacer: OpenConnectionPacer
 ) -> dict[int, Verdict]:
     """Try each of ``ports`` once, all at the same time.
 
@@ -127,7 +139,7 @@ async def attempt(
         target: The address to connect to.
         ports: TCP ports, each at most once.
         timeout: Seconds that an attempt may last.
-        pace: Shared by all rounds of the event loop.
+        pacer: Shared by all rounds of the event loop.
 
     Returns:
         A verdict for each port, in no particular order.
@@ -141,7 +153,7 @@ async def attempt(
         try:
             opened = 0
             while opened < len(ports):
-                few = await pace.take(len(ports) - opened)
+                few = await pacer.take(len(ports) - opened)
                 round_.open(ports[opened : opened + few])
                 round_.collect()
                 opened += few
@@ -151,38 +163,19 @@ async def attempt(
         return round_.verdicts
 
 
-def _cannot_send(sock: socket.socket) -> bool:
-    """Whether the kernel could not send a SYN again: an outgoing firewall drops it, say.
+def _is_rejected_here(sock: socket.socket, target: Address) -> bool:
+    """Whether the ICMP error that ended an attempt is of this machine's own making.
 
-    connect() is not told (Linux tcp_connect() looks at ECONNREFUSED alone). But of the struct
-    tcp_info, ``tcpi_total_retrans`` counts what should have been sent again, and ``tcpi_retrans``
-    what was. Needs an attempt of more than a second, when the first SYN is sent again.
+    A host on a link of ours that does not answer is reported by this machine, too: that is the
+    host's own fault. So it is when this machine is the target.
     """
-    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
-    (retrans,) = struct.unpack_from("=I", info, 36)
-    (total_retrans,) = struct.unpack_from("=I", info, 100)
-    return bool(total_retrans and not retrans)
-
-
-def _is_rejected_here(sock: socket.socket, host: str) -> bool:
-    """Whether the ICMP error that ended an attempt to ``host`` is of this machine's own making.
-
-    A host on a link of ours that does not answer is told so, too: that is its own fault. So it is
-    when this machine is the target.
-    """
-    try:
-        _, ancillary, *_ = sock.recvmsg(0, 512, socket.MSG_ERRQUEUE)
-    except BlockingIOError:  # it was not ended by an ICMP error
+    error = take_icmp_error(sock)
+    if error is None:
         return False
-    for *_, data in ancillary:
-        # struct sock_extended_err, and behind it the address of who sent the error (ip(7))
-        origin, kind, code = struct.unpack_from("=4xBBB", data)
-        offender = data[20:24] if origin == _ORIGIN_ICMP else data[24:40]
-        family = socket.AF_INET if origin == _ORIGIN_ICMP else socket.AF_INET6
-        own = sock.getsockname()[0].partition("%")[0]
-        if own != host and (origin, kind, code) not in _HOST_UNREACHABLE:
-            return bool(socket.inet_ntop(family, offender) == own)
-    return False
+    own = parse_address(sock.getsockname()[0].partition("%")[0])
+    if own == target or (error.sender.version, error.type, error.code) in _HOST_UNREACHABLE:
+        return False
+    return error.sender == own
 
 
 class _Round:
@@ -208,8 +201,7 @@ class _Round:
             descriptor = sock.fileno()
             self._waiting[descriptor] = sock, port
             if self._family == socket.AF_INET6:
-                # Has ICMPv6 errors reported at once; those of ICMP are anyway.
-                sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVERR, 1)
+                report_icmp_errors(sock)
             error = sock.connect_ex((self._host, port))
             if error != errno.EINPROGRESS:
                 raise OSError(error, os.strerror(error))
@@ -271,14 +263,14 @@ class _Round:
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
             return self._verdict_of(sock, error)
-        if _cannot_send(sock):
+        if could_not_retransmit(sock):
             raise OSError(errno.EPERM, "this machine's own firewall drops what it sends")
         return TIMED_OUT
 
     def _verdict_of(self, sock: socket.socket, error: int) -> Verdict:
         if error in _OWN:
             raise OSError(error, os.strerror(error))
-        if _is_rejected_here(sock, self._host):
+        if _is_rejected_here(sock, self._target):
             raise OSError(errno.EPERM, "this machine's own firewall rejects what it sends")
         return _VERDICTS.get(error) or Verdict(accessible=False, error=os.strerror(error))
 

@@ -1,6 +1,7 @@
-"""The request and response models, and the examples that /docs shows."""
+"""What the two wings say to each other: requests, answers, error codes, and examples of them."""
 
 import json
+from enum import StrEnum
 from typing import Annotated, Final, Literal, Self
 
 from pydantic import (
@@ -16,10 +17,39 @@ from pydantic_core import PydanticCustomError, from_json
 
 from port_checker.addresses import Address, parse_address
 from port_checker.connect import Verdict
-from port_checker.server.errors import ApiError, ErrorCode
 
 MAX_PORT: Final = 65535
 _LONGEST_SHOWN: Final = 40  # characters of a wrong value
+
+
+class ErrorCode(StrEnum):
+    """What went wrong, for programs to tell apart."""
+
+    INVALID_IP = "INVALID_IP"
+    INVALID_PORT = "INVALID_PORT"
+    TOO_MANY_PORTS = "TOO_MANY_PORTS"
+    INVALID_REQUEST = "INVALID_REQUEST"
+    TARGET_NOT_ALLOWED = "TARGET_NOT_ALLOWED"
+    RATE_LIMITED = "RATE_LIMITED"
+    REQUEST_TOO_LARGE = "REQUEST_TOO_LARGE"
+    OVERLOADED = "OVERLOADED"
+    CHECK_FAILED = "CHECK_FAILED"
+    NOT_FOUND = "NOT_FOUND"
+    METHOD_NOT_ALLOWED = "METHOD_NOT_ALLOWED"
+    INTERNAL_ERROR = "INTERNAL_ERROR"
+
+
+class InvalidRequest(Exception):
+    """A body that is not a valid request.
+
+    Args:
+        code: What is wrong with it.
+        message: A sentence that tells the caller what to do.
+    """
+
+    def __init__(self, code: ErrorCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def _shown(value: object) -> str:
@@ -99,12 +129,12 @@ class CheckRequest(BaseModel):
             max_ports: How many entries ``ports`` may have.
 
         Raises:
-            ApiError: Tells the first fault: of the body as a whole, ``provider_ip``, ``ports``.
+            InvalidRequest: Names the first fault, in the order body, ``provider_ip``, ``ports``.
         """
         try:
             document = from_json(body, allow_inf_nan=False)
         except ValueError as error:
-            raise ApiError(
+            raise InvalidRequest(
                 ErrorCode.INVALID_REQUEST, f"The body is not JSON in UTF-8: {error}."
             ) from None
         try:
@@ -117,8 +147,8 @@ class CheckRequest(BaseModel):
             case "model_type":
                 message = "The body must be a JSON object with provider_ip and ports."
             case code:
-                raise ApiError(ErrorCode(code), first["msg"])
-        raise ApiError(ErrorCode.INVALID_REQUEST, message)
+                raise InvalidRequest(ErrorCode(code), first["msg"])
+        raise InvalidRequest(ErrorCode.INVALID_REQUEST, message)
 
 
 class CheckResponse(BaseModel):

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from port_checker import __version__
-from port_checker.server.errors import ErrorCode
+from port_checker.schemas import ErrorCode
 from tests.conftest import serve
 from tests.provider.test_verify import (
     ANSWERED_ELSEWHERE,

@@ -18,7 +18,7 @@ from port_checker.connect import (
     REFUSED,
     TIMED_OUT,
     CheckFailed,
-    Pace,
+    OpenConnectionPacer,
     Verdict,
     attempt,
 )
@@ -32,7 +32,7 @@ def try_once(
     asked: Sequence[int], host: str = "127.0.0.1", timeout: float = 5
 ) -> dict[int, Verdict]:
     async def run() -> dict[int, Verdict]:
-        return await attempt(parse_address(host), asked, timeout, Pace())
+        return await attempt(parse_address(host), asked, timeout, OpenConnectionPacer())
 
     return asyncio.run(run())
 
@@ -102,7 +102,7 @@ def test_a_verdict_that_comes_later_is_waited_for() -> None:
 
         async def run() -> dict[int, Verdict]:
             asyncio.get_running_loop().call_later(0.2, make_room)
-            return await attempt(LOOPBACK, [port], 5, Pace())
+            return await attempt(LOOPBACK, [port], 5, OpenConnectionPacer())
 
         assert asyncio.run(run()) == {port: OPEN}
 
@@ -148,13 +148,13 @@ def test_a_port_that_resets_what_it_accepted_is_open() -> None:
 PRELUDE = """
 import asyncio
 from port_checker.addresses import parse_address
-from port_checker.connect import CheckFailed, Pace, attempt
+from port_checker.connect import CheckFailed, OpenConnectionPacer, attempt
 
 def try_once(ports, host="127.0.0.1", timeout=1.0):
     return asyncio.run(_run(ports, host, timeout))
 
 async def _run(ports, host, timeout):
-    return await attempt(parse_address(host), ports, timeout, Pace())
+    return await attempt(parse_address(host), ports, timeout, OpenConnectionPacer())
 """
 
 
@@ -254,7 +254,7 @@ def test_running_out_of_descriptors_is_the_checkers_failure(left: int) -> None:
 
         async def run() -> dict[int, Verdict]:
             with descriptors_left(left):
-                return await attempt(LOOPBACK, opened, 5, Pace())
+                return await attempt(LOOPBACK, opened, 5, OpenConnectionPacer())
 
         before = open_descriptors()
         with pytest.raises(CheckFailed, match="could not connect: Too many open files"):
@@ -268,9 +268,9 @@ def test_cancellation_leaves_nothing() -> None:
 
         async def run() -> None:
             before = open_descriptors()
-            pace = Pace()
+            pacer = OpenConnectionPacer()
             for delay in (0, 0.01, 0.2):  # while it opens, and while it waits
-                task = asyncio.create_task(attempt(LOOPBACK, silent, 30, pace))
+                task = asyncio.create_task(attempt(LOOPBACK, silent, 30, pacer))
                 await asyncio.sleep(delay)
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
@@ -286,8 +286,8 @@ def test_many_rounds_at_once_do_not_hold_up_the_loop() -> None:
     with ports(100, open_port) as opened:
 
         async def run() -> int:
-            pace = Pace()
-            rounds = [asyncio.create_task(attempt(LOOPBACK, opened, 5, pace)) for _ in range(30)]
+            pacer = OpenConnectionPacer()
+            rounds = [asyncio.create_task(attempt(LOOPBACK, opened, 5, pacer)) for _ in range(30)]
             times_around = 0
             while not all(round_.done() for round_ in rounds):
                 await asyncio.sleep(0)

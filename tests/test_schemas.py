@@ -11,11 +11,12 @@ from port_checker.schemas import (
     ERROR_EXAMPLES,
     CheckRequest,
     CheckResponse,
+    ErrorCode,
     ErrorDetail,
     ErrorResponse,
     Health,
+    InvalidRequest,
 )
-from port_checker.server.errors import ApiError, ErrorCode
 
 
 def short(value: object) -> str:
@@ -31,9 +32,9 @@ NOT_A_LIST = "ports must be a list of at least one port."
 def fault(body: bytes | dict[str, Any], max_ports: int = 1000) -> tuple[str, str]:
     """The code and the message that a body is refused with."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    with pytest.raises(ApiError) as error:
+    with pytest.raises(InvalidRequest) as error:
         CheckRequest.parse(raw, max_ports)
-    message = error.value.message
+    message = str(error.value)
     assert len(message) < 300
     assert message.isprintable()
     message.encode()

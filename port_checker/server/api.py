@@ -17,11 +17,12 @@ from port_checker.schemas import (
     CallerAddress,
     CheckRequest,
     CheckResponse,
+    ErrorCode,
     ErrorResponse,
     Health,
 )
 from port_checker.server.caller import Callers
-from port_checker.server.errors import STATUS, ApiError, ErrorCode
+from port_checker.server.errors import STATUS, ApiError
 from port_checker.server.rate_limit import RateLimiter
 from port_checker.server.settings import Settings
 from port_checker.server.targets import require_allowed, verify_local_binding

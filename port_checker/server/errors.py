@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping
-from enum import StrEnum
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
@@ -12,27 +11,11 @@ from starlette.requests import ClientDisconnect
 
 from port_checker.checker import Overloaded
 from port_checker.connect import CheckFailed
+from port_checker.schemas import ErrorCode, InvalidRequest
 from port_checker.server.rate_limit import RateLimited
 from port_checker.server.targets import TargetNotAllowed
 
 logger = logging.getLogger(__name__)
-
-
-class ErrorCode(StrEnum):
-    """What went wrong, for programs to tell apart."""
-
-    INVALID_IP = "INVALID_IP"
-    INVALID_PORT = "INVALID_PORT"
-    TOO_MANY_PORTS = "TOO_MANY_PORTS"
-    INVALID_REQUEST = "INVALID_REQUEST"
-    TARGET_NOT_ALLOWED = "TARGET_NOT_ALLOWED"
-    RATE_LIMITED = "RATE_LIMITED"
-    REQUEST_TOO_LARGE = "REQUEST_TOO_LARGE"
-    OVERLOADED = "OVERLOADED"
-    CHECK_FAILED = "CHECK_FAILED"
-    NOT_FOUND = "NOT_FOUND"
-    METHOD_NOT_ALLOWED = "METHOD_NOT_ALLOWED"
-    INTERNAL_ERROR = "INTERNAL_ERROR"
 
 
 STATUS = {
@@ -74,6 +57,8 @@ def to_api_error(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
+        case InvalidRequest():
+            return ApiError(error.code, str(error))
         case TargetNotAllowed():
             return ApiError(ErrorCode.TARGET_NOT_ALLOWED, str(error))
         case RateLimited():
@@ -136,6 +121,7 @@ def answer_errors(app: FastAPI) -> None:
     """Make every failure of ``app`` an answer in the one shape."""
     for error in (
         ApiError,
+        InvalidRequest,
         TargetNotAllowed,
         RateLimited,
         Overloaded,

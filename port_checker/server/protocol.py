@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from port_checker.server.errors import ErrorCode
+from port_checker.schemas import ErrorCode
 
 # Seconds for receiving a request, head and body together, from accept or from its first byte; and
 # for the caller to take what is written to it.

@@ -4,15 +4,13 @@ Anyone can ask this service to connect somewhere, so what it will connect to is 
 keeps it from being a port scanner of other people's machines and of the network it runs in.
 """
 
-import errno
-import os
 import socket
-import struct
 from collections.abc import Callable
 from ipaddress import IPv4Network, IPv6Address, IPv6Network
 
 from port_checker.addresses import Address, Network, lies_in
 from port_checker.connect import own_failures
+from port_checker.linux import RouteType, route_type
 from port_checker.server.settings import Settings
 
 
@@ -68,12 +66,7 @@ _SPECIAL_IPV6: dict[Network, str] = {
 }
 _ANY_PORT = 9  # nothing is ever sent to it
 
-# linux/rtnetlink.h and linux/netlink.h
-_RTM_GETROUTE, _RTA_DST, _NLM_F_REQUEST, _NLMSG_ERROR = 26, 1, 1, 2
-_OWN_ROUTES = {2, 3, 4}  # RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST
-
-# How the kernel says that it has no route, or one that is prohibited, or leads nowhere.
-_NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL}
+_OWN_ROUTES = {RouteType.LOCAL, RouteType.BROADCAST, RouteType.ANYCAST}
 
 _GLOBAL_UNICAST_IPV6 = IPv6Network("2000::/3")  # RFC 4291 section 2.4
 
@@ -103,7 +96,7 @@ def is_own_address(address: Address) -> bool:
         CheckFailed: The kernel cannot tell now: no descriptor is left, say.
     """
     with own_failures(f"cannot tell whose {address} is"):
-        return _route_type(address) in _OWN_ROUTES
+        return route_type(address) in _OWN_ROUTES
 
 
 def require_allowed(
@@ -152,27 +145,3 @@ def verify_local_binding(target: Address) -> None:
 def _udp_socket(address: Address) -> socket.socket:
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     return socket.socket(family, socket.SOCK_DGRAM)
-
-
-def _route_type(address: Address) -> int | None:
-    """Ask the kernel for the type of the route to ``address``; None if there is no route.
-
-    rtnetlink(7): the question is a struct rtmsg with one attribute, the destination; so is the
-    answer, unless it is a struct nlmsgerr.
-    """
-    destination = address.packed
-    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-    attribute = struct.pack("=HH", 4 + len(destination), _RTA_DST) + destination
-    question = struct.pack("=BB10x", family, 8 * len(destination)) + attribute
-    head = struct.pack("=IHHII", 16 + len(question), _RTM_GETROUTE, _NLM_F_REQUEST, 0, 0)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as netlink:
-        netlink.send(head + question)
-        answer = netlink.recv(4096)
-    (kind,) = struct.unpack_from("=4xH", answer)
-    if kind == _NLMSG_ERROR:
-        (error,) = struct.unpack_from("=i", answer, 16)
-        if -error in _NO_ROUTE:
-            return None
-        raise OSError(-error, os.strerror(-error))
-    (route_type,) = struct.unpack_from("=7xB", answer, 16)
-    return int(route_type)

@@ -21,9 +21,11 @@ from pathlib import Path
 
 import pytest
 
-from port_checker.provider.verify import Listeners, Report, half_open_ports, verify
-from port_checker.schemas import CheckRequest
-from port_checker.server.errors import STATUS, ApiError, ErrorCode
+from port_checker.linux import half_open_ports
+from port_checker.provider import Report, verify
+from port_checker.provider.listeners import Listeners
+from port_checker.schemas import CheckRequest, ErrorCode, InvalidRequest
+from port_checker.server.errors import STATUS
 from tests.conftest import serve
 from tests.support.loopback import family_of, free_ports, open_listener, refused_port
 from tests.support.namespace import ROOT, in_namespace, needs_root
@@ -289,7 +291,7 @@ NOT_PERMITTED_SCRIPT = """
 import subprocess, sys
 program = '''
 import asyncio
-from port_checker.provider.verify import verify
+from port_checker.provider import verify
 from tests.conftest import serve
 with serve(retries=1) as client:
     report = asyncio.run(verify([80, 20000], servers=[str(client.base_url)]))
@@ -365,7 +367,7 @@ def test_connections_that_arrive_and_do_not_succeed_point_at_the_way_back(error:
 
 HALF_OPEN_SCRIPT = """
 import asyncio
-from port_checker.provider.verify import verify
+from port_checker.provider import verify
 from tests.conftest import serve
 with serve(retries=1, timeout=0.3) as client:
     report = asyncio.run(verify([20000, 20001], servers=[str(client.base_url)]))
@@ -474,8 +476,8 @@ def taking(most: int, check: Callable[[list[int]], Answer]) -> Callable[[list[in
         body = json.dumps({"provider_ip": "127.0.0.1", "ports": ports}).encode()
         try:
             CheckRequest.parse(body, most)
-        except ApiError as error:
-            return refusal(error.code, error.message)
+        except InvalidRequest as error:
+            return refusal(error.code, str(error))
         return check(ports)
 
     return check_or_refuse
@@ -654,7 +656,7 @@ def test_a_server_without_tls() -> None:
 
 NO_SUCH_NAME_SCRIPT = """
 import asyncio
-from port_checker.provider.verify import verify
+from port_checker.provider import verify
 for ip in (None, "127.0.0.1"):
     url = "http://checker.invalid"
     (server,) = asyncio.run(verify([20000], servers=[url], ip=ip)).servers
@@ -956,7 +958,8 @@ def test_ports_are_free_again_at_once() -> None:
 
 OUT_OF_FILES_SCRIPT = """
 import asyncio, resource, sys
-from port_checker.provider.verify import Listeners, verify
+from port_checker.provider import verify
+from port_checker.provider.listeners import Listeners
 ports = [int(word) for word in sys.argv[2:]]
 
 async def listen():

@@ -13,9 +13,9 @@ import pytest
 
 from port_checker.addresses import Address
 from port_checker.checker import Checker
-from port_checker.schemas import ERROR_EXAMPLES, CheckResponse
+from port_checker.schemas import ERROR_EXAMPLES, CheckResponse, ErrorCode
 from port_checker.server.app import create_app
-from port_checker.server.errors import STATUS, ErrorCode
+from port_checker.server.errors import STATUS
 from port_checker.server.settings import Settings
 from tests.conftest import serve
 from tests.support.loopback import open_port, ports, refused_port, silent_port

@@ -11,8 +11,7 @@ import pytest
 
 from port_checker.addresses import Address, lies_in, parse_address, parse_networks
 from port_checker.connect import CheckFailed
-from port_checker.schemas import ERROR_EXAMPLES
-from port_checker.server.errors import ErrorCode
+from port_checker.schemas import ERROR_EXAMPLES, ErrorCode
 from port_checker.server.settings import Settings
 from port_checker.server.targets import (
     TargetNotAllowed,

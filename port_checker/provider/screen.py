@@ -1,0 +1,67 @@
+"""A report for people's eyes: a table on a terminal, plain lines elsewhere."""
+
+from collections.abc import Iterable
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from port_checker.provider.report import PortReport, Report
+
+
+def show(report: Report, console: Console) -> None:
+    """Print a table on a terminal, and plain lines elsewhere."""
+    table = Table("Ports", "Local binding", "From outside", "What to do")
+    for ports, local, outside, advice in _rows(report.ports):
+        if console.is_terminal:
+            seen = Text(outside, "red" if advice else "green")
+            table.add_row(Text(ports), Text(local), seen, Text(advice))
+        else:
+            typer.echo(f"{ports}: {local}; {outside}. {advice}".rstrip())
+    if console.is_terminal:
+        console.print(table)
+    for note in _notes(report):
+        console.print(note, soft_wrap=True)
+
+
+def _rows(ports: Iterable[PortReport]) -> list[tuple[str, str, str, str]]:
+    """Put ports of which the same is to be said into one row."""
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for port in ports:
+        key = port.local, _outside(port), port.advice or ""
+        groups.setdefault(key, []).append(port.port)
+    return [(_ranges(numbers), *key) for key, numbers in groups.items()]
+
+
+def _outside(port: PortReport) -> str:
+    if port.reachable:
+        outside = "reachable"
+    elif not port.answers:
+        outside = "not asked"
+    else:
+        outside = port.error or "accessible, but not here"
+    if len({verdict.accessible for verdict in port.answers.values()}) > 1:
+        answers = [f"{url}: {said.error or 'accessible'}" for url, said in port.answers.items()]
+        outside += f" ({', '.join(answers)})"
+    return outside
+
+
+def _ranges(ports: list[int]) -> str:
+    """Write ports like ``7466, 50800–50899``."""  # noqa: RUF002  # an en dash, for people
+    runs: list[list[int]] = []
+    for port in sorted(ports):
+        if runs and runs[-1][1] == port - 1:
+            runs[-1][1] = port
+        else:
+            runs.append([port, port])
+    return ", ".join(str(low) if low == high else f"{low}–{high}" for low, high in runs)  # noqa: RUF001  # the same
+
+
+def _notes(report: Report) -> Iterable[str]:
+    for server in report.servers:
+        if server.error:
+            extent = " about all of them" if server.asked else ""
+            yield f"{server.url} could not be asked{extent}: {server.error}."
+    whose = report.ip or "this machine"
+    yield f"{report.reachable} of {report.total} ports of {whose} are reachable."
