@@ -23,26 +23,22 @@ import pytest
 
 from port_checker import __version__
 from port_checker.schemas import ErrorCode
-from tests.conftest import serve
-from tests.provider.test_verify import (
-    ANSWERED_ELSEWHERE,
-    NOT_ASKED,
+from tests.provider.test_verify import ANSWERED_ELSEWHERE, NOT_ASKED, TO_FORWARD
+from tests.support.loopback import free_ports, open_port, refused_port
+from tests.support.namespace import in_namespace, needs_root, needs_setpriv
+from tests.support.scripted import (
     REFUSED,
-    TO_FORWARD,
     Answer,
     accessible,
     connect,
     connected,
-    needs_setpriv,
     refusal,
     refused,
     scripted,
     verdicts,
-    wait_until,
 )
-from tests.server.test_run import program
-from tests.support.loopback import free_ports, open_port, refused_port
-from tests.support.namespace import in_namespace, needs_root
+from tests.support.service import program, serve
+from tests.support.waiting import wait_until
 
 PORT_CHECKER = [sys.executable, "-m", "port_checker"]
 DASH = "\N{EN DASH}"
@@ -258,7 +254,7 @@ def test_a_server_could_not_be_asked_about_all() -> None:
 
 FORBIDDEN_SCRIPT = """
 import subprocess, sys
-from tests.conftest import serve
+from tests.support.service import serve
 with serve(retries=1) as client:
     words = ["setpriv", "--bounding-set=-net_bind_service", sys.executable, "-m", "port_checker"]
     words += ["check", "--server", str(client.base_url), "80", "81"]
@@ -603,7 +599,7 @@ class Screen:
         return self._run("capture-pane", "-p", "-t", "0").splitlines()
 
     def wait_for(self, text: str) -> list[str]:
-        wait_until(lambda: any(text in line for line in self.lines()), 30)
+        wait_until(lambda: any(text in line for line in self.lines()))
         return self.lines()
 
     def press(self, key: str) -> None:

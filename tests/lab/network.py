@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ParamSpec, TypeVar
 
+from tests.support.waiting import wait_until
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -380,19 +382,6 @@ class Lab:
 
     def _rule(self, name: str, chain: str, rule: str) -> None:
         self.run(name, "nft", "add", "rule", "inet", "lab", chain, rule)
-
-
-def wait_until(condition: Callable[[], bool], what: str, seconds: float) -> None:
-    """Poll until ``condition`` holds.
-
-    Raises:
-        TimeoutError: It did not, in so many seconds.
-    """
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {seconds:g} s for {what}")
-        time.sleep(0.02)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

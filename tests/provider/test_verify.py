@@ -5,18 +5,14 @@ import contextlib
 import gc
 import json
 import os
-import shutil
 import socket
-import socketserver
 import ssl
 import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,10 +21,25 @@ from port_checker.linux import half_open_ports
 from port_checker.provider import Report, verify
 from port_checker.provider.listeners import Listeners
 from port_checker.schemas import CheckRequest, ErrorCode, InvalidRequest
-from port_checker.server.errors import STATUS
-from tests.conftest import serve
 from tests.support.loopback import family_of, free_ports, open_listener, refused_port
-from tests.support.namespace import ROOT, in_namespace, needs_root
+from tests.support.namespace import ROOT, in_namespace, needs_root, needs_setpriv
+from tests.support.scripted import (
+    NOT_FOUND,
+    TELLS_IP,
+    Answer,
+    ScriptedServer,
+    accessible,
+    connect,
+    connected,
+    raw_server,
+    refusal,
+    refused,
+    running,
+    scripted,
+    verdicts,
+)
+from tests.support.service import serve
+from tests.support.waiting import wait_until
 
 REFUSED, TIMED_OUT = "Connection refused", "Connection timed out"
 NO_ROUTE, UNREACHABLE = "No route to host", "Network is unreachable"
@@ -45,170 +56,10 @@ NOT_ALLOWED_HERE = "You may not listen on it"
 NOT_LISTENED = "This machine could not listen on it"
 NOT_ASKED = "No server told anything about it"
 
-needs_setpriv = pytest.mark.skipif(
-    os.environ.get("CI") != "true" and not shutil.which("setpriv"),
-    reason="giving up a capability needs setpriv of util-linux",
-)
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
 
 def is_listened_on(port: int, host: str = "127.0.0.1") -> bool:
     with socket.socket(family_of(host)) as client:
         return client.connect_ex((host, port)) == 0
-
-
-def connect(ports: Sequence[int]) -> None:
-    """Do what a checker does."""
-    for port in ports:
-        socket.create_connection(("127.0.0.1", port), 10).close()
-
-
-# Servers whose answers a test scripts
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a scripted server sends: as it is if it is bytes, else as JSON."""
-
-    document: object
-    status: int = 200
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def body(self) -> bytes:
-        if isinstance(self.document, bytes):
-            return self.document
-        return json.dumps(self.document).encode()
-
-
-TELLS_IP = Answer({"ip": "127.0.0.1"})
-NOT_FOUND = Answer({"detail": "Not Found"}, 404)  # as a server without GET /ip has it
-
-
-def verdicts(errors: Mapping[int, str | None]) -> Answer:
-    """An error for each port; None for those that are accessible."""
-    results = {
-        str(port): {"accessible": error is None, "error": error} for port, error in errors.items()
-    }
-    return Answer({"success": None in errors.values(), "results": results, "message": "Verified"})
-
-
-def accessible(ports: Sequence[int]) -> Answer:
-    """Say it, without a look."""
-    return verdicts(dict.fromkeys(ports))
-
-
-def connected(ports: Sequence[int]) -> Answer:
-    """Say it, and do it."""
-    connect(ports)
-    return accessible(ports)
-
-
-def refused(ports: Sequence[int]) -> Answer:
-    return verdicts(dict.fromkeys(ports, REFUSED))
-
-
-def refusal(code: ErrorCode, message: str = "No.", **headers: str) -> Answer:
-    """An error of the service."""
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return Answer({"detail": {"code": code, "message": message}}, STATUS[code], named)
-
-
-class ScriptedServer(ThreadingHTTPServer):
-    """A server over real HTTP.
-
-    Attributes:
-        asked: The ports of each request, in the order in which they came.
-        addresses: The ``provider_ip`` of each.
-    """
-
-    daemon_threads = False  # whoever closes it waits for them
-    request_queue_size = 128
-
-    def __init__(self, check: Callable[[list[int]], Answer], ip: Callable[[], Answer]) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.check = check
-        self.ip = ip
-        self.asked: list[list[int]] = []
-        self.addresses: list[str] = []
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-    def server_bind(self) -> None:
-        """Bind, and do not look up this machine's name as HTTPServer does."""
-        socketserver.TCPServer.server_bind(self)
-
-    def handle_error(self, *_: object) -> None:
-        """Stay quiet: clients that have enough close the connection."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        assert isinstance(self.server, ScriptedServer)
-        self._send(self.server.ip() if self.path == "/ip" else NOT_FOUND)
-
-    def do_POST(self) -> None:
-        assert isinstance(self.server, ScriptedServer)
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert self.path == "/check-ports"
-        self.server.addresses.append(asked["provider_ip"])
-        self.server.asked.append(asked["ports"])
-        self._send(self.server.check(asked["ports"]))
-
-    def _send(self, answer: Answer) -> None:
-        self.send_response(answer.status)
-        for name, value in answer.headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(answer.body)))
-        self.end_headers()
-        self.wfile.write(answer.body)
-
-    def log_message(self, *_: object) -> None:
-        """Stay quiet."""
-
-
-@contextlib.contextmanager
-def running(server: socketserver.TCPServer) -> Iterator[None]:
-    with server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-@contextlib.contextmanager
-def scripted(
-    check: Callable[[list[int]], Answer] = connected, ip: Callable[[], Answer] | Answer = TELLS_IP
-) -> Iterator[ScriptedServer]:
-    """Run a server which answers what the functions return."""
-    server = ScriptedServer(check, (lambda: ip) if isinstance(ip, Answer) else ip)
-    with running(server):
-        yield server
-
-
-@contextlib.contextmanager
-def raw_server(behave: Callable[[socket.socket], None]) -> Iterator[str]:
-    """Run a server that does something of its own with each connection."""
-
-    class Handler(socketserver.BaseRequestHandler):
-        def handle(self) -> None:
-            behave(self.request)
-
-    class Server(socketserver.ThreadingTCPServer):
-        def handle_error(self, *_: object) -> None:
-            """Stay quiet."""
-
-    server = Server(("127.0.0.1", 0), Handler)
-    with running(server):
-        yield f"http://127.0.0.1:{server.server_address[1]}"
 
 
 def check(ports: Sequence[int], *servers: str, ip: str | None = None) -> Report:
@@ -292,7 +143,7 @@ import subprocess, sys
 program = '''
 import asyncio
 from port_checker.provider import verify
-from tests.conftest import serve
+from tests.support.service import serve
 with serve(retries=1) as client:
     report = asyncio.run(verify([80, 20000], servers=[str(client.base_url)]))
 for port in report.ports:
@@ -368,7 +219,7 @@ def test_connections_that_arrive_and_do_not_succeed_point_at_the_way_back(error:
 HALF_OPEN_SCRIPT = """
 import asyncio
 from port_checker.provider import verify
-from tests.conftest import serve
+from tests.support.service import serve
 with serve(retries=1, timeout=0.3) as client:
     report = asyncio.run(verify([20000, 20001], servers=[str(client.base_url)]))
 for port in report.ports:

@@ -17,9 +17,9 @@ from port_checker.schemas import ERROR_EXAMPLES, CheckResponse, ErrorCode
 from port_checker.server.app import create_app
 from port_checker.server.errors import STATUS
 from port_checker.server.settings import Settings
-from tests.conftest import serve
 from tests.support.loopback import open_port, ports, refused_port, silent_port
 from tests.support.namespace import in_namespace, needs_root
+from tests.support.service import serve
 
 # For tests that ask more often, or for more, than the limits would let them.
 UNLIMITED: Mapping[str, Any] = {"caller_rate_limit": None, "target_rate_limit": None}
@@ -241,7 +241,7 @@ def test_a_bug_tells_nothing_of_itself(caplog: pytest.LogCaptureFixture) -> None
 def test_who_may_be_checked() -> None:
     """In a namespace: were one of them not refused, nobody would be reached."""
     script = """
-from tests.conftest import serve
+from tests.support.service import serve
 with serve(retries=1) as client:
     for ip in ("::1", "10.0.0.1", "::ffff:10.0.0.1", "169.254.169.254", "fe80::1", "2002:a00:1::1"):
         print(client.post("/check-ports", json={"provider_ip": ip, "ports": [80]}).text)

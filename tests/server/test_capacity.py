@@ -20,10 +20,10 @@ from typing import Any
 
 import httpx
 
-from tests.server.test_protocol import HEALTH, check_of
-from tests.server.test_run import Program, program
+from tests.support.http import HEALTH, check_of
 from tests.support.loopback import open_port, ports, silent_port
 from tests.support.namespace import ROOT
+from tests.support.service import Program, program
 
 NO_LIMITS: dict[str, Any] = {
     "PORT_CHECKER_RATE_LIMIT": "off",

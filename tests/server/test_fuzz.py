@@ -26,9 +26,9 @@ from port_checker.server.errors import STATUS
 from port_checker.server.protocol import Room
 from port_checker.server.settings import Settings
 from port_checker.server.targets import TargetNotAllowed, require_allowed, special_purpose
-from tests.conftest import serve
-from tests.server.test_protocol import check_of
+from tests.support.http import check_of
 from tests.support.loopback import open_port
+from tests.support.service import serve
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
 

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.server.test_run import program
 from tests.support.namespace import ROOT, needs_root
+from tests.support.service import program
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
 

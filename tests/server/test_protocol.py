@@ -7,11 +7,10 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
-import httpx
 import pytest
 import uvloop
 from uvicorn.server import ServerState
@@ -20,40 +19,11 @@ from port_checker.server.app import create_app
 from port_checker.server.protocol import BoundedProtocol, Room
 from port_checker.server.run import server_config
 from port_checker.server.settings import Settings
-from tests.conftest import serve
+from tests.support.http import HEALTH, check_of, connected, read_answer
 from tests.support.loopback import open_port, silent_port
+from tests.support.service import serve
 
 QUICK = 0.5  # seconds of a deadline that tests wait for
-HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
-
-
-def check_of(*ports: int) -> bytes:
-    """A request for a check of ports of 127.0.0.1."""
-    body = json.dumps({"provider_ip": "127.0.0.1", "ports": ports}).encode()
-    head = f"POST /check-ports HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
-
-
-@contextmanager
-def connected(client: httpx.Client) -> Iterator[socket.socket]:
-    """A raw connection to what the client is for."""
-    with socket.create_connection(("127.0.0.1", client.base_url.port or 0), timeout=20) as sock:
-        yield sock
-
-
-def read_answer(sock: socket.socket) -> tuple[bytes, bytes]:
-    """The head and body of one answer; both empty when the connection was closed."""
-    head = b""
-    while not head.endswith(b"\r\n\r\n"):
-        byte = sock.recv(1)
-        if not byte:
-            return b"", b""
-        head += byte
-    length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
-    body = b""
-    while len(body) < length:
-        body += sock.recv(length - len(body))
-    return head, body
 
 
 def seconds_until_closed(sock: socket.socket, trickle: bytes = b"") -> float:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -30,9 +30,9 @@ from port_checker.addresses import parse_address
 from port_checker.server.app import create_app
 from port_checker.server.rate_limit import RateLimited, RateLimiter
 from port_checker.server.settings import Rate, Settings
-from tests.conftest import serve
-from tests.server.test_run import Program, ask, program
 from tests.support.loopback import free_port, open_port, refused_port
+from tests.support.service import Program, ask, program, serve
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("CI") != "true" and not shutil.which("redis-server"),
@@ -51,13 +51,6 @@ NOISE = 0.4
 # Seconds that a payment waits in tests of what is counted where: a busy machine's Redis, which may
 # take longer than the default patience, must not seem lost.
 PATIENT = 0.2
-
-
-def wait_until(happened: Callable[[], object], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 class RedisServer:
@@ -370,7 +363,7 @@ def test_redis_is_lost_under_load_and_comes_back(server: RedisServer, loss: str)
             else:
                 server.process.send_signal(signal.SIGCONT)
                 server.command("FLUSHALL")
-            wait_until(lambda: count(running, BACK), 5)
+            wait_until(lambda: count(running, BACK))
             askers[0].wait_for_answers()
             assert len(server.key_names()) >= 2
         seconds = [second for asker in askers for second in asker.seconds]

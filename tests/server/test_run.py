@@ -1,6 +1,5 @@
 """The program and the server around the application, as processes."""
 
-import contextlib
 import os
 import resource
 import signal
@@ -9,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -19,73 +17,7 @@ from port_checker.server.run import fit_descriptor_limit, listen
 from port_checker.server.settings import Settings
 from tests.support.loopback import free_port, open_listener, open_port, silent_port
 from tests.support.namespace import ROOT
-
-
-class Program:
-    """A running ``port-checker``, and what it writes to stderr."""
-
-    def __init__(self, process: subprocess.Popen[str], port: int) -> None:
-        self.process = process
-        self.port = port
-        self.lines: list[str] = []
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr
-        self.lines.extend(self.process.stderr)
-
-    def client(self, host: str = "127.0.0.1") -> httpx.Client:
-        return httpx.Client(base_url=f"http://{host}:{self.port}", timeout=30)
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        return self.wait()
-
-    def wait(self) -> int:
-        status = self.process.wait(timeout=60)
-        self._reader.join()
-        return status
-
-
-@contextlib.contextmanager
-def program(
-    *command: str, ready: bool = True, descriptors: int | None = None, **environment: str
-) -> Iterator[Program]:
-    """Start the program on a free port of 127.0.0.1; wait until it answers."""
-    port = int(environment.get("PORT_CHECKER_PORT", free_port()))
-    bounds = {"PORT_CHECKER_HOST": "127.0.0.1", "PORT_CHECKER_PORT": str(port), **environment}
-
-    def limit_descriptors() -> None:
-        if descriptors:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors // 2, descriptors))
-
-    with subprocess.Popen(
-        command or [sys.executable, "-m", "port_checker"],
-        env={**os.environ, **bounds},
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=limit_descriptors,
-        start_new_session=True,  # a group to be killed as a whole, workers too
-    ) as process:
-        running = Program(process, port)
-        try:
-            deadline = time.monotonic() + 30
-            while ready:
-                assert process.poll() is None, "".join(running.lines)
-                assert time.monotonic() < deadline
-                with contextlib.suppress(httpx.TransportError), running.client() as client:
-                    ready = client.get("/health").status_code != 200
-                time.sleep(0.02)
-            yield running
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            running.wait()
-
-
-def ask(client: httpx.Client, *ports: int) -> httpx.Response:
-    return client.post("/check-ports", json={"provider_ip": "127.0.0.1", "ports": ports})
+from tests.support.service import ask, program
 
 
 @pytest.mark.parametrize(

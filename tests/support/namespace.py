@@ -16,6 +16,11 @@ needs_root = pytest.mark.skipif(
     reason="network namespaces need root, ip of iproute2 and nft of nftables",
 )
 
+needs_setpriv = pytest.mark.skipif(
+    os.environ.get("CI") != "true" and not shutil.which("setpriv"),
+    reason="giving up a capability needs setpriv of util-linux",
+)
+
 
 def in_namespace(script: str, *setup: str) -> str:
     """Run Python inside a namespace of its own.

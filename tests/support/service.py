@@ -1,0 +1,130 @@
+"""The service: in a thread of the test's process, and as a program."""
+
+import contextlib
+import functools
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+from uvicorn import Server
+
+from port_checker.server.app import create_app
+from port_checker.server.protocol import Room
+from port_checker.server.run import listen, server_config
+from port_checker.server.settings import Settings
+from tests.support.loopback import free_port
+from tests.support.waiting import wait_until
+
+
+@contextlib.contextmanager
+def serve(
+    app: FastAPI | None = None, host: str = "127.0.0.1", room: Room | None = None, **values: Any
+) -> Iterator[httpx.Client]:
+    """Serve an application from a thread, on a port of its own.
+
+    Args:
+        app: The application; else one is made of the settings.
+        host: The address to listen on.
+        room: Bounds the connections.
+        values: Settings, by field name.
+
+    Yields:
+        A client of it.
+    """
+    settings = Settings(**values)
+    with listen(host, 0) as listener:
+        make_app = functools.partial(create_app, settings) if app is None else lambda: app
+        server = Server(server_config(settings, make_app, room or Room(1000)))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            port = listener.getsockname()[1]
+            reachable = {"::": "[::1]", "::1": "[::1]"}.get(host, "127.0.0.1")
+            with httpx.Client(base_url=f"http://{reachable}:{port}", timeout=30) as client:
+                yield client
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+class Program:
+    """A running ``port-checker``, and what it writes to stderr."""
+
+    def __init__(self, process: subprocess.Popen[str], port: int) -> None:
+        self.process = process
+        self.port = port
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr
+        self.lines.extend(self.process.stderr)
+
+    def client(self, host: str = "127.0.0.1") -> httpx.Client:
+        return httpx.Client(base_url=f"http://{host}:{self.port}", timeout=30)
+
+    def answers(self) -> bool:
+        """Whether it serves by now.
+
+        Raises:
+            AssertionError: It has ended.
+        """
+        assert self.process.poll() is None, "".join(self.lines)
+        with contextlib.suppress(httpx.TransportError), self.client() as client:
+            return client.get("/health").status_code == 200
+        return False
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> int:
+        status = self.process.wait(timeout=60)
+        self._reader.join()
+        return status
+
+
+@contextlib.contextmanager
+def program(
+    *command: str, ready: bool = True, descriptors: int | None = None, **environment: str
+) -> Iterator[Program]:
+    """Start the program on a free port of 127.0.0.1; wait until it answers."""
+    port = int(environment.get("PORT_CHECKER_PORT", free_port()))
+    bounds = {"PORT_CHECKER_HOST": "127.0.0.1", "PORT_CHECKER_PORT": str(port), **environment}
+
+    def prepare() -> None:
+        # A shell may have had its background jobs ignore SIGINT, which processes inherit.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if descriptors:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors // 2, descriptors))
+
+    with subprocess.Popen(
+        command or [sys.executable, "-m", "port_checker"],
+        env={**os.environ, **bounds},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=prepare,
+        start_new_session=True,  # a group to be killed as a whole, workers too
+    ) as process:
+        running = Program(process, port)
+        try:
+            if ready:
+                wait_until(running.answers, "the program to answer")
+            yield running
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            running.wait()
+
+
+def ask(client: httpx.Client, *ports: int) -> httpx.Response:
+    """POST a check of ports of 127.0.0.1."""
+    return client.post("/check-ports", json={"provider_ip": "127.0.0.1", "ports": ports})

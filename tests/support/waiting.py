@@ -1,0 +1,19 @@
+"""Waiting for what another process or thread does."""
+
+import time
+from collections.abc import Callable
+
+
+def wait_until(condition: Callable[[], object], what: str = "it", seconds: float = 60) -> None:
+    """Poll until ``condition`` holds.
+
+    The bound only catches a hang: it is far above what anything waited for takes.
+
+    Raises:
+        TimeoutError: It did not hold within so many seconds.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {seconds:g} s for {what}")
+        time.sleep(0.01)
