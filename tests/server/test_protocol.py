@@ -16,7 +16,7 @@ import uvloop
 from uvicorn.server import ServerState
 
 from port_checker.server.app import create_app
-from port_checker.server.protocol import BoundedProtocol, Room
+from port_checker.server.protocol import BoundedProtocol, ConnectionLimits
 from port_checker.server.run import server_config
 from port_checker.server.settings import Settings
 from tests.support.http import HEALTH, check_of, connected, read_answer
@@ -61,7 +61,7 @@ def seconds_until_closed(sock: socket.socket, trickle: bytes = b"") -> float:
     ],
 )
 def test_a_request_that_does_not_arrive_in_time_is_closed(sent: bytes, trickle: bytes) -> None:
-    with serve(room=Room(100, QUICK)) as client, connected(client) as sock:
+    with serve(room=ConnectionLimits(100, QUICK)) as client, connected(client) as sock:
         sock.sendall(sent)
         assert QUICK * 0.8 < seconds_until_closed(sock, trickle) < QUICK * 8
         assert client.get("/health").status_code == 200
@@ -70,7 +70,7 @@ def test_a_request_that_does_not_arrive_in_time_is_closed(sent: bytes, trickle: 
 def test_a_check_that_lasts_longer_is_not_touched() -> None:
     with (
         silent_port() as silent,
-        serve(room=Room(100, QUICK), retries=1, timeout=3 * QUICK) as client,
+        serve(room=ConnectionLimits(100, QUICK), retries=1, timeout=3 * QUICK) as client,
         connected(client) as sock,
     ):
         # A line end behind the body, as old browsers sent, and the beginning of a further request.
@@ -81,7 +81,7 @@ def test_a_check_that_lasts_longer_is_not_touched() -> None:
 
 
 def test_keep_alive_and_pipelining_work() -> None:
-    with serve(room=Room(100, QUICK)) as client, connected(client) as sock:
+    with serve(room=ConnectionLimits(100, QUICK)) as client, connected(client) as sock:
         for _ in range(5):
             sock.sendall(HEALTH)
             assert read_answer(sock)[1] == b'{"status":"ok"}'
@@ -111,7 +111,7 @@ def test_a_caller_that_says_at_once_that_it_sends_no_more_is_answered() -> None:
 
 
 def test_a_request_that_was_answered_early_has_its_deadline_until_it_is_complete() -> None:
-    with serve(room=Room(100, QUICK)) as client, connected(client) as sock:
+    with serve(room=ConnectionLimits(100, QUICK)) as client, connected(client) as sock:
         started = time.monotonic()
         sock.sendall(b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n1")
         assert b"NOT_FOUND" in read_answer(sock)[1]
@@ -122,7 +122,7 @@ def test_a_request_that_was_answered_early_has_its_deadline_until_it_is_complete
 
 
 def test_each_request_on_a_connection_has_a_deadline_of_its_own() -> None:
-    with serve(room=Room(100, QUICK)) as client, connected(client) as sock:
+    with serve(room=ConnectionLimits(100, QUICK)) as client, connected(client) as sock:
         started = time.monotonic()
         while time.monotonic() - started < 3 * QUICK:
             for part in (HEALTH[:10], HEALTH[10:]):
@@ -132,7 +132,7 @@ def test_each_request_on_a_connection_has_a_deadline_of_its_own() -> None:
 
 
 def test_a_caller_that_does_not_take_its_answers_is_cut_off() -> None:
-    with serve(room=Room(100, QUICK)) as client, connected(client) as sock:
+    with serve(room=ConnectionLimits(100, QUICK)) as client, connected(client) as sock:
         request = b"GET /static-offline-docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n"
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         sock.settimeout(0.05)
@@ -150,7 +150,7 @@ def test_a_caller_that_does_not_take_its_answers_is_cut_off() -> None:
 
 
 def test_the_deadline_of_a_first_request_is_from_its_first_byte() -> None:
-    with serve(room=Room(100, QUICK)) as client, connected(client) as sock:
+    with serve(room=ConnectionLimits(100, QUICK)) as client, connected(client) as sock:
         time.sleep(QUICK * 0.6)  # it may be late
         sock.sendall(b"G")
         assert QUICK * 0.8 < seconds_until_closed(sock) < QUICK * 8
@@ -199,7 +199,7 @@ class Near(asyncio.Transport):
 @asynccontextmanager
 async def near() -> AsyncIterator[Near]:
     """A connection to an application, over no network, so that pieces arrive as they are cut."""
-    room = Room(100)
+    room = ConnectionLimits(100)
     config = server_config(Settings(), lambda: create_app(Settings()), room)
     config.load()
     protocol = BoundedProtocol(room, config=config, server_state=ServerState(), app_state={})
@@ -273,10 +273,10 @@ def test_what_is_not_http_gets_the_one_shape() -> None:
 
 
 def test_the_one_that_owes_longest_makes_way() -> None:
-    room = Room(5)
+    room = ConnectionLimits(5)
     with serve(room=room) as client, ExitStack() as stack:
         crowd = [stack.enter_context(connected(client)) for _ in range(5)]
-        while len(room.owing) < 5:
+        while len(room.awaiting_request) < 5:
             time.sleep(0.01)
         crowd[0].sendall(HEALTH)  # answered, and idle since: the one that owes for the shortest
         assert read_answer(crowd[0])[1] == b'{"status":"ok"}'
@@ -293,7 +293,7 @@ def test_when_all_are_being_answered_the_newcomer_is_told() -> None:
     with (
         open_port() as opened,
         silent_port() as silent,
-        serve(room=Room(1), retries=1, timeout=1) as client,
+        serve(room=ConnectionLimits(1), retries=1, timeout=1) as client,
         connected(client) as busy,
     ):
         body = json.dumps({"provider_ip": "127.0.0.1", "ports": [opened, silent]}).encode()
@@ -313,7 +313,7 @@ def test_when_all_are_being_answered_the_newcomer_is_told() -> None:
 
 def test_many_bad_connections_leave_room_for_honest_ones() -> None:
     """Half a head, a byte now and then, half a body: and an honest caller all the while."""
-    room = Room(400, QUICK)
+    room = ConnectionLimits(400, QUICK)
     with serve(room=room) as client, ExitStack() as stack:
         bad = [stack.enter_context(connected(client)) for _ in range(300)]
         for number, sock in enumerate(bad):
@@ -335,4 +335,4 @@ def test_many_bad_connections_leave_room_for_honest_ones() -> None:
             with connected(client) as honest:
                 honest.sendall(HEALTH)
                 assert read_answer(honest)[1] == b'{"status":"ok"}'
-        assert len(room.owing) <= 2
+        assert len(room.awaiting_request) <= 2
