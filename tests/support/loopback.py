@@ -51,8 +51,8 @@ def refused_port(host: str = "127.0.0.1") -> Iterator[int]:
 
 
 @contextmanager
-def silent_port(host: str = "127.0.0.1") -> Iterator[int]:
-    """A port that times out: its listener's backlog is full, so the kernel drops each SYN."""
+def full_listener(host: str = "127.0.0.1") -> Iterator[socket.socket]:
+    """A listener whose backlog is full, so that the kernel drops each SYN until one is accepted."""
     with ExitStack() as stack:
         listener = stack.enter_context(
             socket.create_server((host, 0), family=family_of(host), backlog=1)
@@ -64,7 +64,14 @@ def silent_port(host: str = "127.0.0.1") -> Iterator[int]:
             client.setblocking(False)
             client.connect_ex(address)
             connected = bool(select.select([], [client], [], 0)[1])
-        yield address[1]
+        yield listener
+
+
+@contextmanager
+def silent_port(host: str = "127.0.0.1") -> Iterator[int]:
+    """A port that times out."""
+    with full_listener(host) as listener:
+        yield listener.getsockname()[1]
 
 
 @contextmanager
