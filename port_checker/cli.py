@@ -55,9 +55,9 @@ def start(
 
 @app.command()
 def serve() -> None:
-    """Start the server; environment variables and .env set it up.
+    """Start the server. Settings come from environment variables and .env.
 
-    Exit status: 0 after a stop, 1 if it cannot listen, 2 for a wrong setting.
+    Exit status: 0 after a normal stop, 1 if it cannot start, 2 if a setting is wrong.
     """
     from port_checker.server.run import serve as run_server
     from port_checker.server.settings import SettingsError, load_settings
