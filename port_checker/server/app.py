@@ -36,7 +36,9 @@ def create_app(
         # No validator: it would send the schema to a site on the internet.
         swagger_ui_parameters={"tryItOutEnabled": True, "validatorUrl": None},
         redoc_url=None,
-        redirect_slashes=False,  # a wrong path is told as NOT_FOUND, not redirected
+        redirect_slashes=False,  # a wrong path is NOT_FOUND, not redirected
+        # Nobody configures OpenTelemetry here, and each request would look for it in vain.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
         lifespan=lambda _: limits.shared(),
     )
     Api(
