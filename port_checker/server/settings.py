@@ -117,7 +117,7 @@ class Settings(BaseModel):
     )
     debug: bool = _setting("PORT_CHECKER_DEBUG", False, "true or false")
     workers: int = _setting(
-        "PORT_CHECKER_WORKERS", 1, "a number of processes from 1 to 64", ge=1, le=64
+        "PORT_CHECKER_WORKERS", 1, "a number of processes, from 1 to 64", ge=1, le=64
     )
     trusted_proxies: _Networks = _setting(
         "PORT_CHECKER_TRUSTED_PROXIES",
@@ -139,12 +139,12 @@ class Settings(BaseModel):
         "PORT_CHECKER_METRICS", False, "false (this version does not serve metrics)"
     )
     retries: int = _setting(
-        "PORT_CHECK_RETRIES", 3, "a number of attempts from 1 to 10", ge=1, le=10
+        "PORT_CHECK_RETRIES", 3, "a number of attempts, from 1 to 10", ge=1, le=10
     )
     retry_delay: float = _setting(
         "PORT_CHECK_RETRY_DELAY",
         1.0,
-        "a number of seconds from 0 to 30",
+        "seconds, from 0 to 30",
         ge=0,
         le=CLIENT_PATIENCE,
         allow_inf_nan=False,
@@ -152,18 +152,18 @@ class Settings(BaseModel):
     timeout: float = _setting(
         "PORT_CHECK_TIMEOUT",
         5.0,
-        "a number of seconds from 0.1 to 30",
+        "seconds, from 0.1 to 30",
         ge=0.1,
         le=CLIENT_PATIENCE,
         allow_inf_nan=False,
     )
     max_ports: int = _setting(
-        "PORT_CHECK_MAX_PORTS", 1000, "a number of ports from 1 to 10000", ge=1, le=10_000
+        "PORT_CHECK_MAX_PORTS", 1000, "a number of ports, from 1 to 10000", ge=1, le=10_000
     )
     max_in_flight: int = _setting(
         "PORT_CHECK_MAX_IN_FLIGHT",
         10_000,
-        "a number of ports from 1 to 1000000",
+        "a number of ports, from 1 to 1000000",
         ge=1,
         le=1_000_000,
     )

@@ -112,7 +112,7 @@ ALLOWED: dict[str, tuple[str, list[str]]] = {
         [*NO_WHOLE_NUMBERS, "65536", "http", "tcp://10.0.0.1:9000"],
     ),
     "PORT_CHECKER_DEBUG": ("true or false", ["", " ", "2", "-1", "maybe", "tru", "\udcff"]),
-    "PORT_CHECKER_WORKERS": ("a number of processes from 1 to 64", [*NO_WHOLE_NUMBERS, "65"]),
+    "PORT_CHECKER_WORKERS": ("a number of processes, from 1 to 64", [*NO_WHOLE_NUMBERS, "65"]),
     "PORT_CHECKER_TRUSTED_PROXIES": (
         "addresses or networks, such as 192.0.2.7,2001:db8::/64, or empty for none",
         NO_NETWORKS,
@@ -126,18 +126,18 @@ ALLOWED: dict[str, tuple[str, list[str]]] = {
         "false (this version does not serve metrics)",
         ["", " ", "maybe", "true", "1", "/metrics", "\udcff"],
     ),
-    "PORT_CHECK_RETRIES": ("a number of attempts from 1 to 10", [*NO_WHOLE_NUMBERS, "11"]),
+    "PORT_CHECK_RETRIES": ("a number of attempts, from 1 to 10", [*NO_WHOLE_NUMBERS, "11"]),
     "PORT_CHECK_RETRY_DELAY": (
-        "a number of seconds from 0 to 30",
+        "seconds, from 0 to 30",
         [*NO_NUMBERS, "-0.001", "30.001"],
     ),
     "PORT_CHECK_TIMEOUT": (
-        "a number of seconds from 0.1 to 30",
+        "seconds, from 0.1 to 30",
         [*NO_NUMBERS, "0", "0.099", "30.001"],
     ),
-    "PORT_CHECK_MAX_PORTS": ("a number of ports from 1 to 10000", [*NO_WHOLE_NUMBERS, "10001"]),
+    "PORT_CHECK_MAX_PORTS": ("a number of ports, from 1 to 10000", [*NO_WHOLE_NUMBERS, "10001"]),
     "PORT_CHECK_MAX_IN_FLIGHT": (
-        "a number of ports from 1 to 1000000",
+        "a number of ports, from 1 to 1000000",
         [*NO_WHOLE_NUMBERS, "1000001"],
     ),
     "PORT_CHECK_TARGETS": ("public or caller", ["", " ", "PUBLIC", "all", "caller ", "\udcff"]),
@@ -177,8 +177,8 @@ def test_several_bad_values_are_one_line_too(monkeypatch: pytest.MonkeyPatch) ->
     for variable, text in (("PORT_CHECK_RETRIES", "0"), ("PORT_CHECK_TIMEOUT", "nan")):
         monkeypatch.setenv(variable, text)
     assert complaint() == (
-        "PORT_CHECK_RETRIES='0' is wrong: it must be a number of attempts from 1 to 10; "
-        "PORT_CHECK_TIMEOUT='nan' is wrong: it must be a number of seconds from 0.1 to 30"
+        "PORT_CHECK_RETRIES='0' is wrong: it must be a number of attempts, from 1 to 10; "
+        "PORT_CHECK_TIMEOUT='nan' is wrong: it must be seconds, from 0.1 to 30"
     )
 
 
