@@ -4,16 +4,15 @@ import os
 import resource
 import signal
 import socket
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
 
 from tests.support.http import HEALTH, check_of
-from tests.support.loopback import full_listener, open_port, ports
+from tests.support.loopback import full_backlog, open_port, ports
 from tests.support.service import Program, ask, program, serve
 from tests.support.waiting import wait_until
 
@@ -43,30 +42,23 @@ def outcome(client: httpx.Client, opened: Sequence[int]) -> str:
 
 def test_what_would_pass_the_limit_is_refused_and_what_is_in_flight_is_not_lost() -> None:
     with (
-        full_listener() as listener,
+        full_backlog() as (silent, make_room),
         open_port() as opened,
         serve(max_in_flight=20, retries=1, timeout=30, caller_rate_limit="off") as client,
         ThreadPoolExecutor(20) as pool,
     ):
-        port = listener.getsockname()[1]
-        checks = [pool.submit(outcome, client, [port]) for _ in range(20)]
+        checks = [pool.submit(outcome, client, [silent]) for _ in range(20)]
         wait_until(lambda: outcome(client, [opened]) == "OVERLOADED", "the service to be full")
         refusal = ask(client, opened)
         assert refusal.status_code == 503
         assert int(refusal.headers["Retry-After"]) >= 1
 
-        def accept() -> None:
-            with suppress(OSError):
-                while True:
-                    listener.accept()[0].close()
+        def all_done() -> bool:
+            make_room()
+            return all(check.done() for check in checks)
 
-        acceptor = threading.Thread(target=accept)
-        acceptor.start()
-        try:
-            assert [check.result(60) for check in checks] == ["right"] * 20
-        finally:
-            listener.shutdown(socket.SHUT_RDWR)
-            acceptor.join()
+        wait_until(all_done, "the checks")
+        assert [check.result() for check in checks] == ["right"] * 20
         assert outcome(client, [opened]) == "right"
 
 
