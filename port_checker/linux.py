@@ -4,9 +4,11 @@ All of it is asked of the kernel at the moment of the call; nothing is kept.
 """
 
 import contextlib
+import ctypes
 import errno
 import os
 import resource
+import signal
 import socket
 import struct
 from dataclasses import dataclass
@@ -165,3 +167,19 @@ def half_open_ports() -> set[int]:
                 if state == _SYN_RECV:
                     ports.add(int(local.rpartition(":")[2], 16))
     return ports
+
+
+# Processes
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def end_with_parent(parent: int) -> None:
+    """Have SIGTERM sent to this process when its parent ends (prctl(2), PR_SET_PDEATHSIG).
+
+    Args:
+        parent: The parent's process id; if that has ended before, the signal is sent now.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        signal.raise_signal(signal.SIGTERM)

@@ -17,7 +17,6 @@ from port_checker.server.settings import Settings
 from tests.support.loopback import free_port, open_listener, open_port, silent_port
 from tests.support.namespace import ROOT
 from tests.support.service import ask, program
-from tests.support.waiting import wait_until
 
 
 @pytest.mark.parametrize(
@@ -131,20 +130,6 @@ def test_what_an_operator_should_look_at_is_a_warning() -> None:
         "A check can take 35 s, but providers' software gives up after 30 s: lower "
         "PORT_CHECK_RETRIES, PORT_CHECK_TIMEOUT or PORT_CHECK_RETRY_DELAY",
     ]
-
-
-def test_workers_share_the_port_and_end_together() -> None:
-    with program(PORT_CHECKER_WORKERS="2") as running, open_port() as opened:
-        for _ in range(8):
-            with running.client() as client:
-                assert ask(client, opened).json()["success"] is True
-        pid = running.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        assert len(children) >= 2
-        assert running.stop() == 0
-    # multiprocessing's own helper ends a moment after the program.
-    wait_until(lambda: not any(Path("/proc", child).exists() for child in children), "their end")
-    assert sum("checked" in line for line in running.lines) == 8
 
 
 def test_the_ipv6_wildcard_serves_both_families() -> None:
