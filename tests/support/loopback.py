@@ -28,6 +28,11 @@ def free_port() -> int:
     return free_ports(1)[0]
 
 
+def is_listened_on(port: int, host: str = "127.0.0.1") -> bool:
+    with socket.socket(family_of(host)) as client:
+        return client.connect_ex((host, port)) == 0
+
+
 @contextmanager
 def open_listener(host: str = "127.0.0.1", port: int = 0) -> Iterator[socket.socket]:
     """A listener; the kernel completes the handshakes of its backlog."""
