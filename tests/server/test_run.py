@@ -177,3 +177,15 @@ def test_the_descriptor_limit_is_raised_and_bounds_the_ports_in_flight() -> None
 def test_ports_in_flight_fit_the_descriptor_limit(limit: int, asked: int, fitting: int) -> None:
     settings = Settings(max_in_flight=asked)
     assert fit_descriptor_limit(settings, limit).max_in_flight == fitting
+
+
+def test_a_stalled_reader_of_the_log_holds_up_nobody() -> None:
+    # stderr becomes a pipe that takes some forty lines, and that nobody reads.
+    stall = "r, w = os.pipe(); fcntl.fcntl(w, fcntl.F_SETPIPE_SZ, 4096); os.dup2(w, 2)"
+    start = "runpy.run_module('port_checker', run_name='__main__')"
+    command = [sys.executable, "-c", f"import fcntl, os, runpy; {stall}; {start}"]
+    with program(*command, PORT_CHECKER_RATE_LIMIT="off") as running, open_port() as opened:
+        with running.client() as client:
+            for _ in range(100):
+                assert ask(client, opened).json()["success"] is True
+        assert running.stop() == 0
