@@ -13,6 +13,7 @@ import socket
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 
 from port_checker.addresses import Address, parse_address
 
@@ -183,3 +184,31 @@ def end_with_parent(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
         signal.raise_signal(signal.SIGTERM)
+
+
+# Connection tracking
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionTracking:
+    """How the firewall's connection tracking is set (nf_conntrack-sysctl in the kernel's manual).
+
+    Attributes:
+        max_entries: Connections that it can track; new ones are dropped when it is full.
+        syn_sent_timeout: Seconds that it keeps a connection of which only the SYN was seen.
+    """
+
+    max_entries: int
+    syn_sent_timeout: int
+
+
+def connection_tracking() -> ConnectionTracking | None:
+    """Return the settings of connection tracking; None if this machine has none."""
+    directory = Path("/proc/sys/net/netfilter")
+    try:
+        return ConnectionTracking(
+            int((directory / "nf_conntrack_max").read_text()),
+            int((directory / "nf_conntrack_tcp_timeout_syn_sent").read_text()),
+        )
+    except OSError:
+        return None

@@ -16,11 +16,11 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn import Config
 
-from port_checker.linux import raise_descriptor_limit
+from port_checker.linux import ConnectionTracking, connection_tracking, raise_descriptor_limit
 from port_checker.server.app import create_app
 from port_checker.server.logs import logging_config
 from port_checker.server.protocol import BoundedProtocol, Room
-from port_checker.server.settings import CLIENT_PATIENCE, Settings, unknown_names
+from port_checker.server.settings import Settings, unknown_names
 from port_checker.server.workers import BEAT, Supervisor
 
 # Connections waiting for accept(). The kernel caps it at net.core.somaxconn.
@@ -31,6 +31,9 @@ _MAX_CONNECTIONS = 50_000
 
 # Descriptors that the process itself needs: log, event loop, listening socket, and some to spare.
 _RESERVED_DESCRIPTORS = 50
+
+# Providers' software, and how many seconds it waits for an answer.
+_PATIENCE = {"golem-vm-provider up to 0.1.63": 30.0, "golem-vm-provider after 0.1.63": 8.0}
 
 logger = logging.getLogger(__name__)
 
@@ -202,8 +205,7 @@ def _log_start(settings: Settings, listener: socket.socket) -> None:
     local = "localhost" if anywhere else host
     logger.info(
         "Listening on %s:%d, docs at http://%s:%d/docs; processes: %d, "
-        "ports in flight in each: %d; limits: %s requests per caller, %s ports per target; "
-        "a check takes up to %g s",
+        "ports in flight in each: %d; limits: %s requests per caller, %s ports per target; %s",
         host,
         port,
         local,
@@ -212,12 +214,56 @@ def _log_start(settings: Settings, listener: socket.socket) -> None:
         settings.max_in_flight,
         settings.caller_rate_limit or "unlimited",
         settings.target_rate_limit or "unlimited",
-        settings.longest_check,
+        _longest_check(settings),
     )
-    if settings.longest_check > CLIENT_PATIENCE:
+    if settings.longest_check > max(_PATIENCE.values()):
         logger.warning(
-            "A check can take %g s, but providers' software gives up after %g s: lower "
-            "PORT_CHECK_RETRIES, PORT_CHECK_TIMEOUT or PORT_CHECK_RETRY_DELAY",
-            settings.longest_check,
-            CLIENT_PATIENCE,
+            "Providers' software will give up: %s; lower PORT_CHECK_RETRIES, PORT_CHECK_TIMEOUT "
+            "or PORT_CHECK_RETRY_DELAY",
+            _longest_check(settings),
         )
+    if advice := connection_tracking_advice(settings, connection_tracking()):
+        logger.warning(advice)
+
+
+def _longest_check(settings: Settings) -> str:
+    text = f"a check takes up to {settings.longest_check:g} s"
+    impatient = [
+        f"{software} waits {patience:g} s"
+        for software, patience in _PATIENCE.items()
+        if patience < settings.longest_check
+    ]
+    return f"{text} ({', '.join(impatient)})" if impatient else text
+
+
+def connection_tracking_advice(
+    settings: Settings, tracking: ConnectionTracking | None
+) -> str | None:
+    """Return what to do where checks can fill the firewall's table of connections.
+
+    A port that does not answer leaves an entry for each attempt, which stays long after the attempt
+    has ended. When the table is full the kernel drops every new connection, and ports that are open
+    would look closed.
+
+    Args:
+        settings: The operator's settings.
+        tracking: How connection tracking is set on this machine, if it is there.
+
+    Returns:
+        The advice, or None if the table is large enough.
+    """
+    if tracking is None:
+        return None
+    # One port in flight after the other, none of which answers.
+    attempt = settings.longest_check / settings.retries
+    kept = tracking.syn_sent_timeout + settings.timeout  # SYNs that are sent again prolong it
+    per_port = math.ceil(kept / attempt) * settings.workers
+    needed = settings.max_in_flight * per_port
+    if needed <= tracking.max_entries:
+        return None
+    return (
+        f"If this machine's firewall tracks connections, checks can fill its table of "
+        f"{tracking.max_entries} entries: set net.netfilter.nf_conntrack_max={needed} or more "
+        f"(sysctl), or PORT_CHECK_MAX_IN_FLIGHT={tracking.max_entries // per_port} or less, or "
+        "exempt the checks (notrack in the README)"
+    )
