@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 from throttled.asyncio import RedisStore
-from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
-from uvicorn.supervisors import Multiprocess
 
 import port_checker
 from port_checker.server.protocol import BoundedProtocol
@@ -94,10 +92,6 @@ def test_uvicorn_protocol_is_the_one_that_server_protocol_extends() -> None:
     } - {"close"}  # our own
     assert uses | overrides <= has
     assert {"more_body", "response_complete"} <= {*RequestResponseCycle.__init__.__code__.co_names}
-
-
-def test_uvicorn_supervisor_takes_what_server_run_passes() -> None:
-    inspect.signature(Multiprocess).bind(Config("port_checker.main:app"), sockets=[])
 
 
 def test_throttled_store_has_the_client_that_shared_limit_closes() -> None:
