@@ -6,10 +6,7 @@ import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import Any
 
-import pytest
-from throttled.asyncio import RedisStore
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 import port_checker
@@ -92,9 +89,3 @@ def test_uvicorn_protocol_is_the_one_that_server_protocol_extends() -> None:
     } - {"close"}  # our own
     assert uses | overrides <= has
     assert {"more_body", "response_complete"} <= {*RequestResponseCycle.__init__.__code__.co_names}
-
-
-def test_throttled_store_has_the_client_that_shared_limit_closes() -> None:
-    pytest.importorskip("redis")
-    client: Any = RedisStore("redis://127.0.0.1:1")._backend.get_client()  # connects to nothing yet
-    assert callable(client.connection_pool.disconnect)
