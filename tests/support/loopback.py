@@ -14,7 +14,7 @@ def family_of(host: str) -> socket.AddressFamily:
 
 
 # Where free_ports() looks: below the ephemeral ports, so that the kernel gives them to nobody. Each
-# process of a parallel run has a slice of its own, since a port is free again until its test binds it.
+# process of a parallel run has a slice of its own, as a port is free until its test binds it.
 _SLICE = 2_500
 _FIRST = 10_000 + _SLICE * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 8)
 
