@@ -139,7 +139,8 @@ class Api:
             verdicts = await _unless_caller_leaves(
                 request, self._checker.check(asked.provider_ip, asked.ports)
             )
-            record.accessible = sum(verdict.accessible for verdict in verdicts.values())
+            accessible = sum(verdict.accessible for verdict in verdicts.values())
+            record.result = f"accessible={accessible}"
         answer = CheckResponse.of(verdicts)
         if logger.isEnabledFor(logging.DEBUG):
             for port, verdict in verdicts.items():

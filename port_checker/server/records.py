@@ -43,11 +43,11 @@ class CheckRecord:
         ports: How many ports to check on it.
 
     Attributes:
-        accessible: How many of the ports are accessible; set when the check has completed.
+        result: What came out, as ``name=value``; set when the check has completed.
     """
 
     def __init__(self, caller: Address | None, target: Address, ports: int) -> None:
-        self.accessible: int | None = None
+        self.result: str | None = None
         self._caller = caller or "unknown"
         self._target = target
         self._ports = ports
@@ -60,8 +60,8 @@ class CheckRecord:
         self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
     ) -> None:
         match error:
-            case None if self.accessible is not None:
-                self._log(logging.INFO, "completed", f" accessible={self.accessible}")
+            case None if self.result:
+                self._log(logging.INFO, "completed", f" {self.result}")
             case ClientDisconnect() | asyncio.CancelledError():
                 self._log(logging.INFO, "cancelled")
             case CheckFailed():
