@@ -51,7 +51,7 @@ def serve(settings: Settings) -> int:
         sys.stderr.write(f"port-checker: cannot listen on {address}: {error.strerror}\n")
         return 1
     _log_start(settings, listener)
-    room = ConnectionLimits(max_connections(settings))
+    room = ConnectionLimits(max_connections(settings), trusted_proxies=settings.trusted_proxies)
     config = server_config(settings, functools.partial(create_app, settings), room, log_config)
     # After its shutdown uvicorn raises the signal that it received again, and the default handler
     # would end the process before it returns an exit status.

@@ -116,13 +116,17 @@ class Client(asyncio.Transport):
     def read(self) -> None:
         """Read everything, from now on."""
         self.reads = True
-        self.received += self._unread
-        self._unread = b""
+        self.read_some(len(self._unread))
         if self._has_paused_writing:
             self._has_paused_writing = False
             self.protocol.resume_writing()
         self._lose_if_done()
         self._loop.settle()
+
+    def read_some(self, size: int) -> None:
+        """Read so many bytes."""
+        self.received += self._unread[:size]
+        self._unread = self._unread[size:]
 
     def leave(self) -> None:
         """Close the connection."""

@@ -44,7 +44,8 @@ def serve(
     settings = Settings(**values)
     with listen(host, 0) as listener:
         make_app = functools.partial(create_app, settings) if app is None else lambda: app
-        server = Server(server_config(settings, make_app, room or ConnectionLimits(1000)))
+        room = room or ConnectionLimits(1000, trusted_proxies=settings.trusted_proxies)
+        server = Server(server_config(settings, make_app, room))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
