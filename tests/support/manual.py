@@ -98,7 +98,6 @@ class Client(asyncio.Transport):
             lifespan="off",
             log_config=None,
             proxy_headers=False,
-            timeout_keep_alive=75,
         )
         self.protocol = BoundedProtocol(
             limits, config=config, server_state=state or ServerState(), app_state={}, _loop=loop
