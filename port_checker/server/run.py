@@ -20,7 +20,7 @@ from port_checker.linux import ConnectionTracking, connection_tracking, raise_de
 from port_checker.server import systemd
 from port_checker.server.app import create_app
 from port_checker.server.logs import logging_config
-from port_checker.server.protocol import BoundedProtocol, Room
+from port_checker.server.protocol import BoundedProtocol, ConnectionLimits
 from port_checker.server.settings import Settings, unknown_names
 from port_checker.server.workers import BEAT, Supervisor, write_traceback_when_aborted
 
@@ -94,9 +94,9 @@ def _serve_in_process(
     on_beat: Callable[[], None],
     on_stop: Callable[[], None],
 ) -> None:
-    room = Room(max_connections(settings))
+    limits = ConnectionLimits(max_connections(settings))
     make_app = functools.partial(create_app, settings)
-    server = Server(server_config(settings, make_app, room), on_beat, on_stop)
+    server = Server(server_config(settings, make_app, limits), on_beat, on_stop)
     # After its shutdown uvicorn restores these handlers and raises the signal that it received
     # again: the default one would end the process before it returns an exit status.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -138,19 +138,21 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def server_config(settings: Settings, make_app: Callable[[], FastAPI], room: Room) -> Config:
+def server_config(
+    settings: Settings, make_app: Callable[[], FastAPI], limits: ConnectionLimits
+) -> Config:
     """Return uvicorn's configuration.
 
     Args:
         settings: The operator's settings.
         make_app: Called once.
-        room: Limits the connections.
+        limits: Of the connections.
     """
     return Config(
         make_app,
         factory=True,
         # uvicorn calls it as it would call the class.
-        http=functools.partial(BoundedProtocol, room),  # type: ignore[arg-type]
+        http=functools.partial(BoundedProtocol, limits),  # type: ignore[arg-type]
         loop="uvloop",
         ws="none",
         lifespan="on",
