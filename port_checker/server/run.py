@@ -27,6 +27,13 @@ from port_checker.server.workers import BEAT, Supervisor, write_traceback_when_a
 # Connections waiting for accept(). The kernel caps it at net.core.somaxconn.
 _BACKLOG = 4096
 
+# Bytes that the kernel keeps of what a client has sent and we have not read. It doubles the number
+# for its own use. Requests are much smaller.
+_RECEIVE_BUFFER = 64 * 1024
+
+# Seconds between two looks at whether the requests in progress have finished.
+_STOP_INTERVAL = 0.1
+
 # Clients' connections in one process, however many descriptors there are.
 _MAX_CONNECTIONS = 50_000
 
@@ -94,7 +101,7 @@ def _serve_in_process(
     on_beat: Callable[[], None],
     on_stop: Callable[[], None],
 ) -> None:
-    limits = ConnectionLimits(max_connections(settings))
+    limits = ConnectionLimits(max_connections(settings), trusted_proxies=settings.trusted_proxies)
     make_app = functools.partial(create_app, settings)
     server = Server(server_config(settings, make_app, limits), on_beat, on_stop)
     # After its shutdown uvicorn restores these handlers and raises the signal that it received
@@ -133,8 +140,16 @@ class Server(uvicorn.Server):
         loop.call_later(BEAT, self._keep_beating, loop)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Finish what is in progress."""
+        """Finish what is in progress, and refuse all other requests meanwhile."""
         self._on_stop()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        # uvicorn would stop listening first, and leave new connections without an answer.
+        patience: float = self.config.timeout_graceful_shutdown or 0
+        while self.server_state.tasks and patience > 0 and not self.force_exit:
+            await asyncio.sleep(_STOP_INTERVAL)
+            patience -= _STOP_INTERVAL
+        self.config.timeout_graceful_shutdown = math.ceil(patience) + 1
         await super().shutdown(sockets)
 
 
@@ -184,6 +199,8 @@ def listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Accepted connections inherit it.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address != "::"))
         listener.bind((address, port))

@@ -169,7 +169,7 @@ def test_deadlines_on_a_socket() -> None:
     app = FastAPI()
     app.add_api_route("/large", lambda: Response(b"x" * 20_000_000))
     with (
-        serve(app, room=ConnectionLimits(100, deadline=0.2)) as client,
+        serve(app, limits=ConnectionLimits(100, deadline=0.2)) as client,
         connected(client) as idle,
         connected(client) as slow,
         connected(client) as deaf,
@@ -512,7 +512,7 @@ def test_while_the_service_stops_new_requests_are_refused(service: Service) -> N
 
 def test_bad_connections_leave_room_for_honest_ones() -> None:
     limits = ConnectionLimits(50)
-    with serve(room=limits) as client, ExitStack() as stack:
+    with serve(limits=limits) as client, ExitStack() as stack:
         parts = HEALTH[:20], b"\r", EARLY[:-2], EARLY + b"{"
         for part in parts * 50:
             stack.enter_context(connected(client)).sendall(part)
