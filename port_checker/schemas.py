@@ -228,7 +228,7 @@ ERROR_EXAMPLES: Final = {
     ),
     ErrorCode.REQUEST_TOO_LARGE: "The body is over 65536 bytes. Ask for fewer ports.",
     ErrorCode.RATE_LIMITED: "You ask too often. Try again in 2 s.",
-    ErrorCode.OVERLOADED: ("This service is checking as many ports as it can. Try again in 5 s."),
+    ErrorCode.OVERLOADED: "This service checks at most 10000 ports at once. Try again in 5 s.",
     ErrorCode.CHECK_FAILED: (
         "This service could not do its work (no route to 2600::7: Network is unreachable), "
         "which says nothing about your ports. Try again later."

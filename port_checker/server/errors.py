@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from port_checker.checker import Overloaded
+from port_checker.checker import CallerOverLimit, NoRoom
 from port_checker.connect import CheckFailed
 from port_checker.schemas import ErrorCode, InvalidRequest
 from port_checker.server.rate_limit import RateLimited
@@ -67,18 +67,16 @@ def to_api_error(error: Exception) -> ApiError:
                 f"{error} Try again in {error.retry_after} s.",
                 {"Retry-After": str(error.retry_after)},
             )
-        case Overloaded() if error.asked > error.max_in_flight:
-            return ApiError(
-                ErrorCode.OVERLOADED,
-                f"This service checks at most {error.max_in_flight} ports at once. "
-                "Ask for fewer in one request.",
-                {"Retry-After": str(error.retry_after)},
+        case NoRoom():
+            is_callers = isinstance(error, CallerOverLimit)
+            instead = (
+                "Ask for fewer in one request."
+                if error.asked > error.limit
+                else f"Try again in {error.retry_after} s."
             )
-        case Overloaded():
             return ApiError(
-                ErrorCode.OVERLOADED,
-                "This service is checking as many ports as it can. "
-                f"Try again in {error.retry_after} s.",
+                ErrorCode.RATE_LIMITED if is_callers else ErrorCode.OVERLOADED,
+                f"{error} {instead}",
                 {"Retry-After": str(error.retry_after)},
             )
         case CheckFailed():
@@ -124,7 +122,7 @@ def answer_errors(app: FastAPI) -> None:
         InvalidRequest,
         TargetNotAllowed,
         RateLimited,
-        Overloaded,
+        NoRoom,
         CheckFailed,
         ClientDisconnect,
         HTTPException,

@@ -5,15 +5,16 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import httpx
 import pytest
 
-from port_checker.addresses import Address
+from port_checker.addresses import parse_networks
 from port_checker.checker import Checker
 from port_checker.schemas import ERROR_EXAMPLES, CheckResponse, ErrorCode
+from port_checker.server.api import MAX_BODY
 from port_checker.server.app import create_app
 from port_checker.server.errors import STATUS
 from port_checker.server.settings import Settings
@@ -223,8 +224,8 @@ def test_a_caller_that_leaves_takes_its_check_with_it(caplog: pytest.LogCaptureF
 class BrokenChecker(Checker):
     """A checker with a bug."""
 
-    async def check(self, target: Address, ports: Sequence[int]) -> NoReturn:
-        raise ZeroDivisionError(f"{target} {ports}")
+    async def check(self, *asked: object) -> NoReturn:
+        raise ZeroDivisionError(asked)
 
 
 def test_a_bug_tells_nothing_of_itself(caplog: pytest.LogCaptureFixture) -> None:
@@ -311,55 +312,88 @@ def test_a_caller_is_limited() -> None:
         assert client.get("/health").status_code == 200
 
 
-def test_a_target_is_limited_whoever_asks() -> None:
-    with serve(
-        target_rate_limit="10/minute", max_ports=10, allowed_networks="127.0.0.1", retries=1
-    ) as client:
-        with refused_port() as refused:
-            assert ask(client, [refused, refused]).status_code == 200  # named twice, counted once
-            other = {"x-forwarded-for": "198.51.100.9"}
-            nine = [refused, *range(1, 9)]
-            assert ask(client, nine, headers=other).status_code == 200
-            answer = ask(client, [refused])
+OTHERS = {"x-forwarded-for": "198.51.100.9"}  # another caller than 127.0.0.1
+
+
+def test_a_request_is_paid_for_before_its_body_is_read() -> None:
+    with serve(caller_rate_limit="3/hour") as client:
+        for content in (b"{", b'{"provider_ip": "x", "ports": []}', b"x" * (MAX_BODY + 1)):
+            assert client.post("/check-ports", content=content).status_code in (413, 422)
+        answer = client.post("/check-ports", content=b"x" * (MAX_BODY + 1))
         assert error_of(answer)[:2] == (429, "RATE_LIMITED")
-        assert 1 <= int(answer.headers["retry-after"]) <= 6
+
+
+def test_others_are_limited_and_an_owner_is_not() -> None:
+    with (
+        serve(
+            others_rate_limit="20/hour",
+            target_rate_limit="10/hour",
+            max_ports=10,
+            allowed_networks="127.0.0.0/8",
+            retries=1,
+        ) as client,
+        refused_port() as refused,
+    ):
+        # Named twice, counted once.
+        assert ask(client, [refused, refused], headers=OTHERS).status_code == 200
+        assert ask(client, [refused, *range(1, 9)], headers=OTHERS).status_code == 200
+        limited = ask(client, [refused], headers=OTHERS)
+        assert error_of(limited)[:2] == (429, "RATE_LIMITED")
+        assert 350 <= int(limited.headers["retry-after"]) <= 360
+        assert "Too many ports of 127.0.0.1" in error_of(limited)[2]
+        for _ in range(3):
+            assert ask(client, [refused, *range(1, 9)]).status_code == 200
+        of_another = {"provider_ip": "127.0.0.2", "ports": list(range(1, 11))}
+        assert client.post("/check-ports", json=of_another, headers=OTHERS).status_code == 200
+        limited = client.post("/check-ports", json=of_another, headers=OTHERS)
+        assert "You ask for too many ports of others' addresses." in error_of(limited)[2]
 
 
 def test_a_refused_request_costs_its_target_nothing() -> None:
-    limits: dict[str, Any] = {"target_rate_limit": "2/hour", "max_ports": 2, "max_in_flight": 1}
+    limits: dict[str, Any] = {"target_rate_limit": "2/hour", "max_ports": 2, "max_in_flight": 2}
+    limits["allowed_networks"] = "127.0.0.1"
     with open_port() as opened, refused_port() as refused, serve(**limits, retries=1) as client:
         for _ in range(5):
-            assert error_of(ask(client, [opened, refused]))[1] == "OVERLOADED"
+            assert error_of(ask(client, [opened, refused], headers=OTHERS))[1] == "OVERLOADED"
         for _ in range(2):
-            assert ask(client, [opened]).status_code == 200
-        assert error_of(ask(client, [opened]))[1] == "RATE_LIMITED"
+            assert ask(client, [opened], headers=OTHERS).status_code == 200
+        assert error_of(ask(client, [opened], headers=OTHERS))[1] == "RATE_LIMITED"
 
 
-def test_no_room_is_told_up_front() -> None:
-    checker = Checker(retries=1, retry_delay=0, timeout=1, max_in_flight=3)
+def test_no_room_is_told_at_once() -> None:
+    checker = Checker(retries=1, retry_delay=0, timeout=1, max_in_flight=5, max_per_caller=3)
+    settings = Settings(allowed_networks=parse_networks("127.0.0.1"))
     with (
         ports(3, silent_port) as silent,
-        serve(create_app(Settings(), checker=checker)) as client,
+        serve(create_app(settings, checker=checker)) as client,
         concurrent.futures.ThreadPoolExecutor() as pool,
     ):
         check = pool.submit(ask, client, silent)
         while not checker.in_flight:
             assert not check.done()
             time.sleep(0.01)
-        started = time.monotonic()
-        answer = ask(client, silent[:1])
-        assert time.monotonic() - started < 0.5  # refused, not queued
-        assert error_of(answer) == (
-            503,
-            "OVERLOADED",
-            "This service is checking as many ports as it can. Try again in 1 s.",
-        )
-        assert answer.headers["retry-after"] == "1"
-        too_many = ask(client, [1, 2, 3, 4])
-        assert error_of(too_many)[1:] == (
-            "OVERLOADED",
-            "This service checks at most 3 ports at once. Ask for fewer in one request.",
-        )
+        refusals = [ask(client, silent[:1]), ask(client, [1, 2, 3, 4])]
+        refusals += [ask(client, [1, 2, 3], headers=OTHERS)]
+        assert [error_of(refusal) for refusal in refusals] == [
+            (
+                429,
+                "RATE_LIMITED",
+                "This service checks at most 3 ports at once for one caller. Try again in 1 s.",
+            ),
+            (
+                429,
+                "RATE_LIMITED",
+                "This service checks at most 3 ports at once for one caller. "
+                "Ask for fewer in one request.",
+            ),
+            (
+                503,
+                "OVERLOADED",
+                "This service checks at most 2 ports at once of addresses that are not the "
+                "caller's own. Ask for fewer in one request.",
+            ),
+        ]
+        assert [refusal.headers["retry-after"] for refusal in refusals] == ["1"] * 3
         assert check.result().status_code == 200
         assert ask(client, silent[:1]).status_code == 200
 
