@@ -3,7 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Hashable, Sequence
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 from port_checker.addresses import Address
 from port_checker.connect import TIMED_OUT, OpenConnectionPacer, Verdict, attempt
@@ -22,11 +22,15 @@ class NoRoom(Exception):
 
     Attributes:
         asked: Ports that the refused check asked for.
-        limit: Ports that may be in flight at once, of those that the check would have been among.
+        limit: Ports that may be in flight at once, of those that the check would be among.
         retry_after: Whole seconds after which there may be room.
     """
 
-    def __init__(self, message: str, asked: int, limit: int, retry_after: int) -> None:
+    def __init__(self, asked: int, limit: int, whose: str, retry_after: int) -> None:
+        if asked > limit:
+            message = f"This service checks at most {limit} ports {whose}".rstrip() + " at once."
+        else:
+            message = "Too many checks " + f"{whose} are running.".lstrip()
         super().__init__(message)
         self.asked = asked
         self.limit = limit
@@ -39,6 +43,15 @@ class CallerOverLimit(NoRoom):
 
 class Overloaded(NoRoom):
     """All callers together have as many ports in flight as there may be."""
+
+
+class _Share(NamedTuple):
+    """Of the ports in flight, those that are counted together."""
+
+    holder: Hashable
+    limit: int | None
+    refusal: type[NoRoom]
+    whose: str
 
 
 def max_for_others(max_in_flight: int) -> int:
@@ -139,25 +152,21 @@ class Checker:
             CallerOverLimit: The caller or its network would have more than its share.
             Overloaded: All checks together would have too many.
         """
-        shares: list[tuple[Hashable, int | None, str]] = [
-            (("caller", caller), self._max_per_caller, " for one caller")
-        ]
+        per_caller = self._max_per_caller
+        shares = [_Share(("caller", caller), per_caller, CallerOverLimit, "of one caller")]
         if network is not None:
-            most = self._max_per_caller and _SHARES_OF_NETWORK * self._max_per_caller
-            shares.append((("network", network), most, f" for {network}"))
-        callers_own = len(shares)
+            per_network = per_caller and _SHARES_OF_NETWORK * per_caller
+            whose = f"of {network}"
+            shares.append(_Share(("network", network), per_network, CallerOverLimit, whose))
         if not is_own:
             most = max_for_others(self._max_in_flight)
-            shares.append((_STRANGERS, most, " of addresses that are not the caller's own"))
-        shares.append((_EVERYBODY, self._max_in_flight, ""))
-        for number, (holder, limit, whose) in enumerate(shares):
-            if limit is not None and self._in_flight[holder] + ports > limit:
-                refusal = CallerOverLimit if number < callers_own else Overloaded
+            shares.append(_Share(_STRANGERS, most, Overloaded, "of others' addresses"))
+        shares.append(_Share(_EVERYBODY, self._max_in_flight, Overloaded, ""))
+        for share in shares:
+            if share.limit is not None and self._in_flight[share.holder] + ports > share.limit:
                 # Nothing is certain to end sooner than one round of attempts.
-                retry_after = max(1, round(self._timeout))
-                message = f"This service checks at most {limit} ports at once{whose}."
-                raise refusal(message, ports, limit, retry_after)
-        return Reservation(self._in_flight, [holder for holder, *_ in shares], ports)
+                raise share.refusal(ports, share.limit, share.whose, max(1, round(self._timeout)))
+        return Reservation(self._in_flight, [share.holder for share in shares], ports)
 
     async def check(
         self, target: Address, ports: Sequence[int], reservation: Reservation | None = None

@@ -79,7 +79,7 @@ def test_a_check_without_room_is_refused_at_once() -> None:
             check = asyncio.create_task(checker.check(LOOPBACK, silent))
             await asyncio.sleep(0)
             assert checker.in_flight == 3
-            with pytest.raises(Overloaded, match="at most 4 ports at once") as refusal:
+            with pytest.raises(Overloaded, match="Too many checks are running") as refusal:
                 await checker.check(LOOPBACK, [1, 2])
             assert (refusal.value.asked, refusal.value.limit) == (2, 4)
             assert refusal.value.retry_after == 5
@@ -108,23 +108,21 @@ def test_nobody_can_keep_others_out() -> None:
         assert not reserve(checker, 10, "a/1", is_own)
     for is_own in (True, False):
         assert reserve(checker, 1, "a/1", is_own) == (
-            "CallerOverLimit: This service checks at most 20 ports at once for one caller."
+            "CallerOverLimit: Too many checks of one caller are running."
         )
     assert not reserve(checker, 20, "a/2")
-    assert reserve(checker, 1, "a/3") == (
-        "CallerOverLimit: This service checks at most 40 ports at once for a."
-    )
+    assert reserve(checker, 1, "a/3") == ("CallerOverLimit: Too many checks of a are running.")
     assert not reserve(checker, 20, "b/1", is_own=False)
     assert not reserve(checker, 20, "c/1", is_own=False)
     assert reserve(checker, 1, "d/1", is_own=False) == (
-        "Overloaded: This service checks at most 50 ports at once "
-        "of addresses that are not the caller's own."
+        "Overloaded: Too many checks of others' addresses are running."
     )
     assert not reserve(checker, 20, "d/1")
-    assert reserve(checker, 1, "e/1") == (
-        "Overloaded: This service checks at most 100 ports at once."
-    )
+    assert reserve(checker, 1, "e/1") == ("Overloaded: Too many checks are running.")
     assert checker.in_flight == 100
+    assert reserve(checker, 21, "f/1") == (
+        "CallerOverLimit: This service checks at most 20 ports of one caller at once."
+    )
 
 
 def test_room_comes_back_to_everybody_who_had_it() -> None:

@@ -501,6 +501,6 @@ def test_the_extra_is_not_installed(store: str) -> None:
     else:
         assert done.returncode == 2
         assert done.stderr == (
-            "port-checker: PORT_CHECKER_RATE_LIMIT_STORE in Redis needs a package that is not "
+            "port-checker: PORT_CHECKER_RATE_LIMIT_STORE: Redis needs a package that is not "
             "installed: pip install 'golem-port-checker[redis]'\n"
         )
