@@ -1,9 +1,9 @@
 """One check: rounds of attempts with a delay between them; and who may have how much in flight."""
 
 import asyncio
-from collections import Counter
+import sys
 from collections.abc import Awaitable, Callable, Hashable, Sequence
-from typing import Final, NamedTuple, Self
+from typing import Final, Self
 
 from port_checker.addresses import Address
 from port_checker.connect import TIMED_OUT, OpenConnectionPacer, Verdict, attempt
@@ -45,15 +45,6 @@ class Overloaded(NoRoom):
     """All callers together have as many ports in flight as there may be."""
 
 
-class _Share(NamedTuple):
-    """Of the ports in flight, those that are counted together."""
-
-    holder: Hashable
-    limit: int | None
-    refusal: type[NoRoom]
-    whose: str
-
-
 def max_for_others(max_in_flight: int) -> int:
     """Return how many ports of addresses that are not the caller's own may be in flight at once.
 
@@ -66,26 +57,29 @@ class Reservation:
     """Ports in flight that are held for one check: a context manager, which gives them back."""
 
     def __init__(
-        self, in_flight: Counter[Hashable], holders: Sequence[Hashable], ports: int
+        self, in_flight: dict[Hashable, int], holders: Sequence[Hashable], ports: int
     ) -> None:
         self._in_flight = in_flight
         self._holders = holders
         self._ports = ports
         for holder in holders:
-            in_flight[holder] += ports
+            in_flight[holder] = in_flight.get(holder, 0) + ports
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.release(self._ports)
+        if self._ports:
+            self.release(self._ports)
 
     def release(self, ports: int) -> None:
         """Give back so many, which are in flight no more."""
         self._ports -= ports
         for holder in self._holders:
-            self._in_flight[holder] -= ports
-            if not self._in_flight[holder]:
+            left = self._in_flight[holder] - ports
+            if left:
+                self._in_flight[holder] = left
+            else:
                 del self._in_flight[holder]
 
 
@@ -100,7 +94,7 @@ class Checker:
         retry_delay: Seconds between the end of one round of attempts and the next.
         timeout: Seconds that one attempt may last.
         max_in_flight: Ports that may be under check at once.
-        max_per_caller: Ports of these that one caller may have; None for all.
+        max_per_caller: Ports of these that one caller may have; None for no bound.
         sleep: Waits for so many seconds; called between rounds.
     """
 
@@ -118,15 +112,15 @@ class Checker:
         self._retry_delay = retry_delay
         self._timeout = timeout
         self._max_in_flight = max_in_flight
-        self._max_per_caller = max_per_caller
+        self._max_per_caller = sys.maxsize if max_per_caller is None else max_per_caller
         self._sleep = sleep
         self._pacer = OpenConnectionPacer()
-        self._in_flight: Counter[Hashable] = Counter()  # by who has them; see reserve()
+        self._in_flight: dict[Hashable, int] = {}  # ports by holder; see reserve()
 
     @property
     def in_flight(self) -> int:
         """Ports under check now."""
-        return self._in_flight[_EVERYBODY]
+        return self._in_flight.get(_EVERYBODY, 0)
 
     def reserve(
         self,
@@ -152,21 +146,23 @@ class Checker:
             CallerOverLimit: The caller or its network would have more than its share.
             Overloaded: All checks together would have too many.
         """
-        per_caller = self._max_per_caller
-        shares = [_Share(("caller", caller), per_caller, CallerOverLimit, "of one caller")]
+        shares: list[tuple[Hashable, int]] = [(("caller", caller), self._max_per_caller)]
         if network is not None:
-            per_network = per_caller and _SHARES_OF_NETWORK * per_caller
-            whose = f"of {network}"
-            shares.append(_Share(("network", network), per_network, CallerOverLimit, whose))
+            shares.append((("network", network), _SHARES_OF_NETWORK * self._max_per_caller))
         if not is_own:
-            most = max_for_others(self._max_in_flight)
-            shares.append(_Share(_STRANGERS, most, Overloaded, "of others' addresses"))
-        shares.append(_Share(_EVERYBODY, self._max_in_flight, Overloaded, ""))
-        for share in shares:
-            if share.limit is not None and self._in_flight[share.holder] + ports > share.limit:
+            shares.append((_STRANGERS, max_for_others(self._max_in_flight)))
+        shares.append((_EVERYBODY, self._max_in_flight))
+        for holder, limit in shares:
+            if self._in_flight.get(holder, 0) + ports > limit:
                 # Nothing is certain to end sooner than one round of attempts.
-                raise share.refusal(ports, share.limit, share.whose, max(1, round(self._timeout)))
-        return Reservation(self._in_flight, [share.holder for share in shares], ports)
+                retry_after = max(1, round(self._timeout))
+                if holder is _EVERYBODY:
+                    raise Overloaded(ports, limit, "", retry_after)
+                if holder is _STRANGERS:
+                    raise Overloaded(ports, limit, "of others' addresses", retry_after)
+                whose = "of one caller" if holder == shares[0][0] else f"of {network}"
+                raise CallerOverLimit(ports, limit, whose, retry_after)
+        return Reservation(self._in_flight, [holder for holder, _ in shares], ports)
 
     async def check(
         self, target: Address, ports: Sequence[int], reservation: Reservation | None = None
@@ -203,8 +199,8 @@ class Checker:
                     if verdict is not TIMED_OUT or port not in verdicts:
                         verdicts[port] = verdict
                 still_failed = [port for port in failed if not verdicts[port].accessible]
+                if not still_failed:
+                    break
                 in_flight.release(len(failed) - len(still_failed))
                 failed = still_failed
-                if not failed:
-                    break
         return {port: verdicts[port] for port in ports}
