@@ -431,10 +431,27 @@ def test_a_process_that_is_busy_does_not_blame_redis(server: RedisServer, log: L
     assert log.count(UNAVAILABLE) == 0
 
 
+def test_a_connection_that_breaks_is_replaced_without_ado(server: RedisServer, log: Log) -> None:
+    async def run() -> None:
+        async with SharedStore(server.url, PATIENT) as store:
+            for _ in range(3):
+                server.command("CLIENT", "KILL", "USER", "checker")
+                async with asyncio.timeout(60):
+                    while await store.pay([]) is None:
+                        await asyncio.sleep(0.01)
+
+    uvloop.run(run())
+    assert log.count(UNAVAILABLE) == 0
+
+
 def test_a_redis_that_comes_and_goes_is_logged_once_in_a_while(relay: Relay, log: Log) -> None:
     async def fail(store: SharedStore) -> None:
         relay.answer = b"-LOADING\r\n"
+        asked = relay.asked
         assert await store.pay([]) is None
+        async with asyncio.timeout(60):
+            while relay.asked < asked + 3:  # the payment, a probe in vain, and the next one
+                await asyncio.sleep(0.01)
 
     async def recover(store: SharedStore) -> None:
         relay.answer = None
