@@ -16,6 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn import Config
 
+from port_checker.checker import max_for_others
 from port_checker.linux import ConnectionTracking, connection_tracking, raise_descriptor_limit
 from port_checker.server import systemd
 from port_checker.server.app import create_app
@@ -56,6 +57,7 @@ def serve(settings: Settings) -> int:
     write_traceback_when_aborted()
     _warn_of_unknown_names()
     settings = fit_descriptor_limit(settings, raise_descriptor_limit())
+    warn_of_small_shares(settings)
     try:
         listener = listen(settings.host, settings.port)
     except OSError as error:
@@ -217,7 +219,8 @@ def fit_descriptor_limit(settings: Settings, limit: int) -> Settings:
     """Return settings whose ports in flight use at most half of ``limit`` descriptors.
 
     Each port in flight uses one descriptor. The other half is for clients' connections, for the
-    one more that each check uses, and for the process itself.
+    one more that each check uses, and for the process itself. The share of one caller is lowered
+    in proportion.
     """
     fitting = max(1, limit // 2)
     if limit == resource.RLIM_INFINITY or settings.max_in_flight <= fitting:
@@ -229,7 +232,24 @@ def fit_descriptor_limit(settings: Settings, limit: int) -> Settings:
         fitting,
         limit,
     )
-    return settings.model_copy(update={"max_in_flight": fitting})
+    share = max(1, settings.max_in_flight_per_caller * fitting // settings.max_in_flight)
+    return settings.model_copy(update={"max_in_flight": fitting, "max_in_flight_per_caller": share})
+
+
+def warn_of_small_shares(settings: Settings) -> None:
+    """Log a warning for each share of the ports in flight that a full request does not fit."""
+    for whose, share in (
+        ("one caller", settings.max_in_flight_per_caller),
+        ("all checks of others' addresses together", max_for_others(settings.max_in_flight)),
+    ):
+        if share < settings.max_ports:
+            logger.warning(
+                "A request for PORT_CHECK_MAX_PORTS=%d ports will be refused: %s may have at most "
+                "%d in flight. Raise PORT_CHECK_MAX_IN_FLIGHT, or the limit of open files.",
+                settings.max_ports,
+                whose,
+                share,
+            )
 
 
 def max_connections(settings: Settings) -> int:

@@ -2,13 +2,12 @@
 
 import asyncio
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
 import pytest
 
-from port_checker.addresses import Address
 from port_checker.checker import Checker
 from port_checker.connect import Verdict
 from port_checker.server.app import create_app
@@ -25,7 +24,7 @@ class EndlessChecker(Checker):
         super().__init__(retries=1, retry_delay=0, timeout=1, max_in_flight=100)
         self.running = self.cancelled = 0
 
-    async def check(self, target: Address, ports: Sequence[int]) -> dict[int, Verdict]:
+    async def check(self, *asked: object) -> dict[int, Verdict]:
         self.running += 1
         try:
             await asyncio.Event().wait()
@@ -35,7 +34,7 @@ class EndlessChecker(Checker):
             raise
         finally:
             self.running -= 1
-        raise AssertionError(target, ports)
+        raise AssertionError(asked)
 
 
 @pytest.fixture

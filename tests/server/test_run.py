@@ -13,7 +13,12 @@ import httpx
 import pytest
 
 from port_checker.linux import ConnectionTracking
-from port_checker.server.run import connection_tracking_advice, fit_descriptor_limit, listen
+from port_checker.server.run import (
+    connection_tracking_advice,
+    fit_descriptor_limit,
+    listen,
+    warn_of_small_shares,
+)
 from port_checker.server.settings import Settings
 from tests.support.loopback import free_port, full_backlog, open_listener, open_port
 from tests.support.namespace import ROOT
@@ -138,6 +143,7 @@ def test_what_an_operator_should_look_at_is_a_warning() -> None:
         PORT_CHECK_RETRIES="4",
         PORT_CHECK_TIMEOUT="8",
         PORT_CHECK_MAX_IN_FLIGHT="1000",  # which every machine can track
+        PORT_CHECK_MAX_PORTS="500",
     ) as running:
         running.stop()
     warnings = [
@@ -199,10 +205,13 @@ def test_the_descriptor_limit_is_raised_and_bounds_the_ports_in_flight() -> None
         running.stop()
     (files,) = (line.split() for line in limits.splitlines() if line.startswith("Max open files"))
     assert files[3:5] == ["1024", "1024"]
-    lowered, start, _ = running.lines
+    lowered, of_caller, of_others, start, _ = running.lines
     assert (
         "PORT_CHECK_MAX_IN_FLIGHT=10000 lowered to 512: this process may open only 1024" in lowered
     )
+    assert "PORT_CHECK_MAX_PORTS=1000" in of_caller
+    assert "one caller may have at most 102 in flight" in of_caller
+    assert "others' addresses together may have at most 256 in flight" in of_others
     assert "ports in flight in each: 512" in start
 
 
@@ -216,8 +225,19 @@ def test_the_descriptor_limit_is_raised_and_bounds_the_ports_in_flight() -> None
     ],
 )
 def test_ports_in_flight_fit_the_descriptor_limit(limit: int, asked: int, fitting: int) -> None:
-    settings = Settings(max_in_flight=asked)
-    assert fit_descriptor_limit(settings, limit).max_in_flight == fitting
+    settings = fit_descriptor_limit(Settings(max_in_flight=asked), limit)
+    assert settings.max_in_flight == fitting
+    assert settings.max_in_flight_per_caller == max(1, 2000 * fitting // asked)
+
+
+@pytest.mark.parametrize(
+    ("max_ports", "shares"), [(1000, []), (2500, []), (2501, ["others"]), (5000, ["others"])]
+)
+def test_shares_below_a_full_request_are_warned_of(
+    max_ports: int, shares: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_of_small_shares(Settings(max_in_flight=5000, max_ports=max_ports))
+    assert ["others" if "others" in message else "caller" for message in caplog.messages] == shares
 
 
 def test_a_stalled_reader_of_the_log_holds_up_nobody() -> None:
