@@ -12,8 +12,6 @@ from port_checker.schemas import (
     CheckRequest,
     CheckResponse,
     ErrorCode,
-    ErrorDetail,
-    ErrorResponse,
     Health,
     InvalidRequest,
 )
@@ -216,7 +214,3 @@ def test_responses_to_the_byte() -> None:
         '"message":"Successfully verified 0 out of 1 ports"}'
     )
     assert Health().model_dump_json() == '{"status":"ok"}'
-    detail = ErrorDetail(code=ErrorCode.INVALID_PORT, message="No.")
-    assert ErrorResponse(detail=detail).model_dump_json() == (
-        '{"detail":{"code":"INVALID_PORT","message":"No."}}'
-    )
