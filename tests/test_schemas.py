@@ -12,6 +12,8 @@ from port_checker.schemas import (
     CheckRequest,
     CheckResponse,
     ErrorCode,
+    ErrorDetail,
+    ErrorResponse,
     Health,
     InvalidRequest,
 )
@@ -214,3 +216,7 @@ def test_responses_to_the_byte() -> None:
         '"message":"Successfully verified 0 out of 1 ports"}'
     )
     assert Health().model_dump_json() == '{"status":"ok"}'
+    detail = ErrorDetail(code=ErrorCode.INVALID_PORT, message="No.")
+    assert ErrorResponse(detail=detail).model_dump_json(exclude_none=True) == (
+        '{"detail":{"code":"INVALID_PORT","message":"No."}}'
+    )
