@@ -10,9 +10,9 @@ import json
 import re
 from dataclasses import dataclass
 from http import HTTPStatus
-from importlib.util import find_spec
 from pathlib import Path
 
+import fastapi_offline
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
@@ -103,10 +103,7 @@ class _StaticFile:
 @functools.cache  # once in a process, for all its applications: Swagger UI takes 50 ms to compress
 def _static_files() -> dict[str, _StaticFile]:
     """All of them, by the names that the pages know them by."""
-    package = find_spec("fastapi_offline")
-    assert package, "a dependency"
-    assert package.origin
-    swagger_ui = Path(package.origin).parent / "static"
+    swagger_ui = Path(fastapi_offline.__file__).parent / "static"
     paths = [_WEB / name for name in ("mark.svg", "page.css", "page.js", "docs.css", "docs.js")]
     paths += [swagger_ui / name for name in ("swagger-ui.css", "swagger-ui-bundle.js")]
     return {path.name: _StaticFile.read(path) for path in paths}

@@ -8,17 +8,22 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]  # has none
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
 
 from tests.support.namespace import loopback_alone
 
 CHROMIUM = shutil.which("chromium")
 
-# An address of the namespace besides 127.0.0.1, which is that of a trusted proxy and so nobody's;
-# whoever connects to it comes from it. Names that lead to it in the browser.
+# An address of the namespace: whoever connects to it comes from it. 127.0.0.1 is a trusted proxy's,
+# and so no caller's behind one.
 ADDRESS = "203.0.113.7"
+# Names in the browser: of the service, which leads to that address, and of another site.
 SERVICE = "checker.example"
 OTHER_SITE = "elsewhere.example"
+
+_HANGS_AFTER = 60_000  # milliseconds
+expect.set_options(timeout=_HANGS_AFTER)
 
 _FLAGS = [
     "--no-sandbox",  # Chromium's own sandbox does not work for root
@@ -28,7 +33,7 @@ _FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-    f"--host-resolver-rules=MAP *.example {ADDRESS}",
+    f"--host-resolver-rules=MAP {SERVICE} {ADDRESS}, MAP {OTHER_SITE} 127.0.0.1",
 ]
 
 
@@ -63,15 +68,22 @@ class Visitor:
         self.page.get_by_label("Ports").fill(", ".join(map(str, ports)))
         self.page.get_by_role("button", name="Check").click()
 
-    def rows(self) -> list[tuple[str, str, str]]:
+    def rows(self) -> list[tuple[str, ...]]:
         """The ports, verdict and sentence of each row of the results."""
         expect(self.page.locator("#results")).to_be_visible()
         rows = self.page.locator("#results tbody tr").all()
-        return [(row.locator("th").inner_text(), *row.locator("p").all_inner_texts()) for row in rows]
+        return [
+            (row.locator("th").inner_text(), *row.locator("p").all_inner_texts()) for row in rows
+        ]
 
     def status(self) -> str:
         """What the page says of how it goes."""
         return self.page.locator("#status").inner_text()
+
+    def violations(self) -> dict[str, list[str]]:
+        """What axe finds: the elements by the rule that they break."""
+        found = Axe().run(self.page).response["violations"]
+        return {rule["id"]: [node["html"] for node in rule["nodes"]] for rule in found}
 
     def forgive(self, fault: str) -> None:
         """Take the one problem that a test provokes, and that the browser notes on its console."""
@@ -80,14 +92,20 @@ class Visitor:
         self.problems.clear()
 
     def expect_status(self, text: str) -> None:
-        expect(self.page.locator("#status")).to_have_text(text, timeout=60_000)
+        expect(self.page.locator("#status")).to_have_text(text)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _loopback_alone() -> Iterator[None]:
+    if os.environ.get("CI") != "true" and (not CHROMIUM or os.geteuid() != 0):
+        pytest.skip("needs Debian's chromium, and root for a network namespace")
+    with loopback_alone(ADDRESS):
+        yield
 
 
 @pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    if os.environ.get("CI") != "true" and (not CHROMIUM or os.geteuid() != 0):
-        pytest.skip("needs Debian's chromium, and root for a network namespace")
-    with loopback_alone(ADDRESS), sync_playwright() as playwright:
+def chromium(_loopback_alone: None) -> Iterator[Browser]:
+    with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=_FLAGS)
         yield browser
         browser.close()
@@ -101,7 +119,7 @@ def visit(chromium: Browser) -> Iterator[Callable[..., Visitor]]:
 
         def open_url(url: str, **settings: Any) -> Visitor:
             context = stack.enter_context(chromium.new_context(**settings))
-            context.set_default_timeout(60_000)  # only catches a hang
+            context.set_default_timeout(_HANGS_AFTER)
             visitor = Visitor(context.new_page())
             visitors.append(visitor)
             visitor.page.goto(url)

@@ -188,7 +188,14 @@ print(results[str(open_port)].accessible, results[str(refused_port)].error)
 """
     with refused_port() as refused:
         used = subprocess.run(
-            [sys.executable, "-c", use, str(client.base_url), str(client.base_url.port), str(refused)],
+            [
+                sys.executable,
+                "-c",
+                use,
+                str(client.base_url),
+                str(client.base_url.port),
+                str(refused),
+            ],
             cwd=tmp_path,
             capture_output=True,
             text=True,
