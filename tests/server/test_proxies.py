@@ -4,97 +4,23 @@ nginx connects to the service from 127.0.0.1, which is trusted by default. Its c
 127.0.0.2, which is not trusted, and stands for the outside.
 """
 
-import os
-import shutil
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.support.loopback import free_port, open_port
+from tests.support.loopback import open_port
+from tests.support.nginx import needs_nginx, nginx
 from tests.support.service import serve
-from tests.support.waiting import wait_until
 
-NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
-
-# CI must not skip them.
-pytestmark = pytest.mark.skipif(
-    os.environ.get("CI") != "true" and not NGINX, reason="nginx is not installed"
-)
+pytestmark = needs_nginx
 
 OUTSIDE = "127.0.0.2"
 OUTER_NGINX = "127.0.0.3"
 
 FORWARDS = "proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;"  # as the README has it
-
-# One process in the foreground, which writes nowhere but into its own directory.
-CONFIGURATION = """\
-daemon off;
-master_process off;
-pid nginx.pid;
-error_log stderr warn;
-events {{}}
-http {{
-    access_log off;
-    client_body_temp_path body;
-    proxy_temp_path proxy;
-    fastcgi_temp_path fastcgi;
-    uwsgi_temp_path uwsgi;
-    scgi_temp_path scgi;
-    server {{
-        listen 127.0.0.1:{port};
-        location / {{
-            proxy_pass http://127.0.0.1:{upstream};
-            {directives}
-        }}
-    }}
-}}
-"""
-
-
-@contextmanager
-def nginx(directory: Path, upstream: int, *directives: str) -> Iterator[int]:
-    """Run nginx in front of a port of 127.0.0.1.
-
-    Args:
-        directory: For its files.
-        upstream: The port.
-        directives: For its ``location``, besides ``proxy_pass``.
-
-    Yields:
-        The port it listens on.
-    """
-    assert NGINX, "nginx is not installed"
-    port = free_port()
-    home = directory / f"nginx-{port}"
-    home.mkdir()
-    configuration = home / "nginx.conf"
-    configuration.write_text(
-        CONFIGURATION.format(port=port, upstream=upstream, directives=" ".join(directives))
-    )
-    log = home / "stderr"
-    with (
-        log.open("wb") as stderr,
-        subprocess.Popen(
-            [NGINX, "-p", home, "-c", configuration, "-e", "stderr"], stderr=stderr
-        ) as process,
-    ):
-
-        def answers() -> bool:
-            assert process.poll() is None, log.read_text()
-            with suppress(httpx.TransportError):
-                return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
-            return False
-
-        try:
-            wait_until(answers, "nginx to answer")
-            yield port
-        finally:
-            process.kill()
-
 
 Headers = Mapping[str, str] | Sequence[tuple[str, str]]
 
