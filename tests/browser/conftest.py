@@ -18,9 +18,10 @@ CHROMIUM = shutil.which("chromium")
 # An address of the namespace: whoever connects to it comes from it. 127.0.0.1 is a trusted proxy's,
 # and so no caller's behind one.
 ADDRESS = "203.0.113.7"
-# Names in the browser: of the service, which leads to that address, and of another site.
+# Names in the browser. That of the service leads to that address, the others to loopback.
 SERVICE = "checker.example"
 OTHER_SITE = "elsewhere.example"
+OWN_NAME = "provider.example"
 
 _HANGS_AFTER = 60_000  # milliseconds
 expect.set_options(timeout=_HANGS_AFTER)
@@ -33,7 +34,8 @@ _FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-    f"--host-resolver-rules=MAP {SERVICE} {ADDRESS}, MAP {OTHER_SITE} 127.0.0.1",
+    f"--host-resolver-rules=MAP {SERVICE} {ADDRESS}, MAP {OTHER_SITE} 127.0.0.1, "
+    f"MAP {OWN_NAME} 127.0.0.1",
 ]
 
 

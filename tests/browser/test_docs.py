@@ -8,8 +8,8 @@ from playwright.sync_api import expect
 
 from port_checker.schemas import ERROR_EXAMPLES
 from tests.browser.conftest import Visitor
-from tests.support.loopback import free_port
-from tests.support.service import program
+from tests.support.loopback import open_port
+from tests.support.service import serve
 
 Visit = Callable[..., Visitor]
 
@@ -17,10 +17,10 @@ Visit = Callable[..., Visitor]
 SWAGGER_UI = {"color-contrast", "heading-order", "label", "nested-interactive", "select-name"}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with program(PORT_CHECKER_PORT=str(free_port())) as running:
-        yield f"http://127.0.0.1:{running.port}"
+    with open_port() as port, serve(port=port, retries=1) as client:
+        yield str(client.base_url)
 
 
 def open_operation(visitor: Visitor, name: str) -> None:

@@ -1,6 +1,7 @@
 """The page on which people check their ports."""
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,10 +11,10 @@ import pytest
 from playwright.sync_api import Browser, expect
 
 from port_checker import advice
-from tests.browser.conftest import ADDRESS, OTHER_SITE, SERVICE, Visitor
+from tests.browser.conftest import ADDRESS, OTHER_SITE, OWN_NAME, SERVICE, Visitor
 from tests.support.loopback import open_listener, open_port, ports, refused_port, silent_port
 from tests.support.nginx import needs_nginx, nginx
-from tests.support.service import serve
+from tests.support.service import program, serve
 
 Visit = Callable[..., Visitor]
 
@@ -25,10 +26,10 @@ FORWARDS = "proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;"
 PASSES_HOST = "proxy_set_header Host $host;"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """The service's, which gives each port one attempt of a second."""
-    with serve(retries=1, timeout=1) as client:
+    with serve(retries=1, timeout=1, caller_rate_limit="off") as client:
         yield str(client.base_url)
 
 
@@ -269,6 +270,19 @@ def test_the_result_can_be_copied_on_plain_http(url: str, visit: Visit, tmp_path
     assert pasted.startswith(f"Ports of {ADDRESS}, checked ")
     assert f"{refused}: Connection refused. {advice.PAGE_REFUSED}" in pasted
     assert pasted.endswith("0 of 1 port can be reached.")
+
+
+def test_it_works_on_a_name_that_etc_hosts_gives_this_machine(visit: Visit, tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text(f"127.0.0.1 localhost {OWN_NAME}\n")
+    command = 'mount --bind "$0" /etc/hosts && exec "$@"'
+    with program(
+        *("unshare", "--mount", "sh", "-c", command, str(hosts)),
+        *(sys.executable, "-m", "port_checker"),
+    ) as running:
+        visitor = visit(f"http://{OWN_NAME}:{running.port}")
+        visitor.check(running.port)
+        visitor.expect_status("1 of 1 port can be reached.")
 
 
 @needs_nginx
