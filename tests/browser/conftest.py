@@ -29,6 +29,7 @@ expect.set_options(timeout=_HANGS_AFTER)
 _FLAGS = [
     "--no-sandbox",  # Chromium's own sandbox does not work for root
     "--disable-gpu",
+    "--disable-lcd-text",  # for pictures without coloured edges
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",

@@ -1,5 +1,6 @@
 """The page on which people check their ports."""
 
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, FloatRect, expect
 
 from port_checker import advice
 from tests.browser.conftest import ADDRESS, OTHER_SITE, OWN_NAME, SERVICE, Visitor
@@ -283,6 +284,39 @@ def test_it_works_on_a_name_that_etc_hosts_gives_this_machine(visit: Visit, tmp_
         visitor = visit(f"http://{OWN_NAME}:{running.port}")
         visitor.check(running.port)
         visitor.expect_status("1 of 1 port can be reached.")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_pictures_in_the_readme(visit: Visit, tmp_path: Path, scheme: str) -> None:
+    """Its pictures are made here: ``make pictures`` keeps them."""
+    picture = Path(os.environ.get("PICTURES", tmp_path)) / f"page-{scheme}.png"
+    with ExitStack() as stack:
+        for port in [7466, *range(50800, 50840), *range(50850, 50900)]:
+            stack.enter_context(open_listener(ADDRESS, port))
+        stack.enter_context(
+            program(
+                PORT_CHECKER_HOST="0.0.0.0",  # noqa: S104  # of the namespace
+                PORT_CHECKER_PORT="80",
+                PORT_CHECK_RETRIES="1",
+            )
+        )
+        visitor = visit(
+            f"http://{SERVICE}",
+            color_scheme=scheme,
+            viewport={"width": 680, "height": 900},
+            device_scale_factor=0.9,
+            locale="en-GB",
+            timezone_id="UTC",
+        )
+        visitor.check(DEFAULT_PORTS)
+        visitor.expect_status("91 of 101 ports can be reached.")
+        visitor.page.locator("h1").click()  # takes the focus off the button
+        table = visitor.page.get_by_role("table").bounding_box()
+        assert table
+        height = table["y"] + table["height"] + 20
+        clip: FloatRect = {"x": 0, "y": 80, "width": 680, "height": height - 80}
+        visitor.page.screenshot(path=picture, full_page=True, clip=clip)
+    assert picture.stat().st_size < 100_000
 
 
 @needs_nginx
