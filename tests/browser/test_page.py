@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, FloatRect, expect
 from port_checker import advice
 from tests.browser.conftest import ADDRESS, OTHER_SITE, OWN_NAME, SERVICE, Visitor
 from tests.support.loopback import open_listener, open_port, ports, refused_port, silent_port
-from tests.support.nginx import needs_nginx, nginx
+from tests.support.proxies import needs_proxies, nginx
 from tests.support.service import program, serve
 
 Visit = Callable[..., Visitor]
@@ -159,7 +159,7 @@ def test_a_limit_is_told_with_its_seconds(visit: Visit) -> None:
         visitor.forgive("429")
 
 
-@needs_nginx
+@needs_proxies
 def test_a_proxys_own_error_is_told_in_words(url: str, visit: Visit, tmp_path: Path) -> None:
     limited = "if ($request_method = POST) { add_header Retry-After 7 always; return 503; }"
     with nginx(tmp_path, httpx.URL(url).port or 0, limited) as port:
@@ -229,7 +229,7 @@ def test_on_paper_the_results_are_black_on_white(url: str, visit: Visit) -> None
     expect(visitor.page.get_by_role("button")).to_have_count(0)
 
 
-@needs_nginx
+@needs_proxies
 @pytest.mark.parametrize("host", [ADDRESS, SERVICE])
 @pytest.mark.parametrize("directives", [(FORWARDS, PASSES_HOST), (FORWARDS,), ()])
 def test_it_works_under_any_path_of_a_proxy(
@@ -253,7 +253,7 @@ def test_it_works_under_any_path_of_a_proxy(
         expect(visitor.page.get_by_role("heading", name=HEADING)).to_be_visible()
 
 
-@needs_nginx
+@needs_proxies
 def test_the_result_can_be_copied_on_plain_http(url: str, visit: Visit, tmp_path: Path) -> None:
     with (
         nginx(tmp_path, httpx.URL(url).port or 0, FORWARDS, PASSES_HOST, host=ADDRESS) as port,
@@ -319,7 +319,7 @@ def test_the_pictures_in_the_readme(visit: Visit, tmp_path: Path, scheme: str) -
     assert picture.stat().st_size < 100_000
 
 
-@needs_nginx
+@needs_proxies
 @pytest.mark.parametrize(
     ("site", "service"),
     [

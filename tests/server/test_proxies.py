@@ -1,9 +1,11 @@
-"""The service behind a real nginx: configured well, chained, and configured badly.
+"""The service behind a real nginx or HAProxy: configured well, chained, and configured badly.
 
-nginx connects to the service from 127.0.0.1, which is trusted by default. Its clients come from
+They connect to the service from 127.0.0.1, which is trusted by default. Their clients come from
 127.0.0.2, which is not trusted, and stands for the outside.
 """
 
+import json
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +13,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.support.http import HEALTH, read_answer
 from tests.support.loopback import open_port
-from tests.support.nginx import needs_nginx, nginx
+from tests.support.proxies import haproxy, needs_proxies, nginx
 from tests.support.service import serve
 
-pytestmark = needs_nginx
+pytestmark = needs_proxies
 
 OUTSIDE = "127.0.0.2"
 OUTER_NGINX = "127.0.0.3"
@@ -139,3 +142,49 @@ def test_an_nginx_that_is_not_trusted_is_the_caller(tmp_path: Path) -> None:
         outsider(port, headers={"X-Forwarded-For": "203.0.113.7"}) as client,
     ):
         assert ip(client) == "127.0.0.1"
+
+
+UPGRADES = (
+    "proxy_http_version 1.1; proxy_request_buffering off;"
+    "proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection $http_connection;"
+)
+
+
+def test_what_nginx_upgrades_smuggles_no_request(tmp_path: Path) -> None:
+    smuggled = b"GET /ip HTTP/1.1\r\nHost: x\r\nX-Forwarded-For: 203.0.113.7\r\n\r\n"
+    head = (
+        b"POST /check-ports HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n"
+        b"Content-Length: %d\r\n\r\n" % len(smuggled)
+    )
+    with (
+        serve(caller_rate_limit="off") as service,
+        nginx(tmp_path, service.base_url.port or 0, FORWARDS, UPGRADES) as port,
+        outsider(port) as visitor,
+    ):
+        for segments in [head + smuggled], [head, smuggled], [head, smuggled[:9], smuggled[9:]]:
+            with socket.create_connection(
+                ("127.0.0.1", port), 60, source_address=(OUTSIDE, 0)
+            ) as sock:
+                for segment in segments:
+                    sock.sendall(segment)
+                    assert ip(visitor) == OUTSIDE  # and nginx has passed the segment on
+                assert read_answer(sock)[0].startswith(b"HTTP/1.1 422 ")
+                sock.sendall(HEALTH)
+                assert read_answer(sock)[1] == b'{"status":"ok"}'
+
+
+def test_a_trailer_that_haproxy_forwards_names_nobody(tmp_path: Path) -> None:
+    elsewhere = "127.0.0.9"
+    with (
+        serve() as service,
+        haproxy(tmp_path, service.base_url.port or 0) as port,
+        open_port(elsewhere) as opened,
+        socket.create_connection(("127.0.0.1", port), 60, source_address=(OUTSIDE, 0)) as sock,
+    ):
+        body = json.dumps({"provider_ip": elsewhere, "ports": [opened]}).encode()
+        sock.sendall(
+            b"POST /check-ports HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+            b"Trailer: X-Forwarded-For\r\n\r\n"
+            b"%x\r\n%b\r\n0\r\nX-Forwarded-For: %b\r\n\r\n" % (len(body), body, elsewhere.encode())
+        )
+        assert b"TARGET_NOT_ALLOWED" in read_answer(sock)[1]

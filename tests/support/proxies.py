@@ -1,4 +1,4 @@
-"""A real nginx in front of the service."""
+"""A real nginx or HAProxy in front of the service."""
 
 import os
 import shutil
@@ -13,15 +13,18 @@ import pytest
 from tests.support.loopback import free_port
 from tests.support.waiting import wait_until
 
-NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
+_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+_NGINX = shutil.which("nginx", path=_PATH)
+_HAPROXY = shutil.which("haproxy", path=_PATH)
 
 # CI must not skip them.
-needs_nginx = pytest.mark.skipif(
-    os.environ.get("CI") != "true" and not NGINX, reason="nginx is not installed"
+needs_proxies = pytest.mark.skipif(
+    os.environ.get("CI") != "true" and not (_NGINX and _HAPROXY),
+    reason="nginx or haproxy is not installed",
 )
 
 # One process in the foreground, which writes nowhere but into its own directory.
-_CONFIGURATION = """\
+_NGINX_CONFIGURATION = """\
 daemon off;
 master_process off;
 pid nginx.pid;
@@ -44,6 +47,21 @@ http {{
 }}
 """
 
+_HAPROXY_CONFIGURATION = """\
+defaults
+    mode http
+    timeout connect 60s
+    timeout client 60s
+    timeout server 60s
+    option forwardfor
+    http-reuse always
+frontend here
+    bind 127.0.0.1:{port}
+    default_backend service
+backend service
+    server only 127.0.0.1:{upstream}
+"""
+
 
 @contextmanager
 def nginx(
@@ -56,23 +74,22 @@ def nginx(
     """Run nginx in front of a port of 127.0.0.1.
 
     Args:
-        directory: Where it keeps its files.
+        directory: For its files.
         upstream: The port.
-        directives: What its ``location`` holds besides ``proxy_pass``.
+        directives: For its ``location``, besides ``proxy_pass``.
         host: The address that it listens on.
         prefix: The path that it serves and takes off, such as ``/portcheck/``; else it serves all
             paths and takes nothing off.
 
     Yields:
-        The port that it listens on.
+        The port it listens on.
     """
-    assert NGINX, "nginx is not installed"
     port = free_port()
     home = directory / f"nginx-{port}"
     home.mkdir()
     configuration = home / "nginx.conf"
     configuration.write_text(
-        _CONFIGURATION.format(
+        _NGINX_CONFIGURATION.format(
             host=host,
             port=port,
             upstream=upstream,
@@ -81,23 +98,39 @@ def nginx(
             directives=" ".join(directives),
         )
     )
+    url = f"http://{host}:{port}{prefix or '/'}"
+    with _running(url, home, _NGINX, "-p", home, "-c", configuration, "-e", "stderr"):
+        yield port
+
+
+@contextmanager
+def haproxy(directory: Path, upstream: int) -> Iterator[int]:
+    """Run HAProxy in front of a port of 127.0.0.1; yield the port it listens on."""
+    port = free_port()
+    configuration = directory / "haproxy.cfg"
+    configuration.write_text(_HAPROXY_CONFIGURATION.format(port=port, upstream=upstream))
+    with _running(f"http://127.0.0.1:{port}/", directory, _HAPROXY, "-db", "-f", configuration):
+        yield port
+
+
+@contextmanager
+def _running(url: str, home: Path, *command: str | Path | None) -> Iterator[None]:
+    """Run a proxy from when it passes requests on."""
     log = home / "stderr"
+    assert all(command), "it is not installed"
     with (
         log.open("wb") as stderr,
-        subprocess.Popen(
-            [NGINX, "-p", home, "-c", configuration, "-e", "stderr"], stderr=stderr
-        ) as process,
+        subprocess.Popen([str(word) for word in command], stderr=stderr) as process,
     ):
 
         def answers() -> bool:
             assert process.poll() is None, log.read_text()
             with suppress(httpx.TransportError):
-                health = httpx.get(f"http://{host}:{port}{prefix or '/'}health", timeout=30)
-                return health.status_code == 200
+                return httpx.get(f"{url}health", timeout=30).status_code == 200
             return False
 
         try:
-            wait_until(answers, "nginx to answer")
-            yield port
+            wait_until(answers, "the proxy to answer")
+            yield
         finally:
             process.kill()
