@@ -5,6 +5,7 @@ from fastapi import FastAPI
 from port_checker import __version__
 from port_checker.checker import Checker
 from port_checker.server.api import Api
+from port_checker.server.caller import CallerResolver
 from port_checker.server.errors import answer_errors
 from port_checker.server.pages import add_pages
 from port_checker.server.rate_limit import RateLimiter
@@ -43,8 +44,10 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False},
         lifespan=lambda _: limits.shared(),
     )
+    callers = CallerResolver(settings.trusted_proxies)
     Api(
         settings,
+        callers,
         limits,
         checker
         or Checker(
@@ -56,5 +59,5 @@ def create_app(
         ),
     ).add_routes(app)
     add_pages(app, settings)
-    answer_errors(app)
+    answer_errors(app, callers)
     return app
