@@ -1,7 +1,11 @@
 """The ASGI application: its parts put together, and nothing else."""
 
+from pathlib import Path
+
+import fastapi_offline
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
+from starlette.routing import Mount
 
 from port_checker import __version__
 from port_checker.checker import Checker
@@ -9,6 +13,7 @@ from port_checker.server.api import Api
 from port_checker.server.errors import answer_errors
 from port_checker.server.rate_limit import RateLimiter
 from port_checker.server.settings import Settings
+from port_checker.server.static import StaticFiles
 
 
 def create_app(
@@ -44,6 +49,9 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False},
         lifespan=lambda _: limits.shared(),
     )
+    for route in app.routes:
+        if isinstance(route, Mount):  # FastAPIOffline's files
+            route.app = StaticFiles(Path(fastapi_offline.__file__).parent / "static")
     Api(
         settings,
         limits,

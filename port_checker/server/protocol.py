@@ -54,6 +54,9 @@ _MAX_PIECE = 16 * 1024
 # Seconds between two looks at whether a client reads its answer.
 _PROGRESS_INTERVAL = 1.0
 
+# Bytes that are copied to be written at once. What is longer may be a file that many share.
+_MAX_JOINED = 64 * 1024
+
 # Seconds after which a client may try again that was refused for want of room: by then deadlines
 # have closed the connections that did nothing.
 _RETRY_AFTER = 10
@@ -556,7 +559,10 @@ class WriteCoalescingTransport:
 
     def flush(self) -> None:
         """Send what is written."""
-        data = b"".join(self._written)
-        self._written.clear()
-        if data and not self.is_closing():
-            self._transport.write(data)
+        written, self._written = self._written, []
+        if not written or self.is_closing():
+            return
+        if sum(map(len, written)) <= _MAX_JOINED:
+            self._transport.write(b"".join(written))
+        else:
+            self._transport.writelines(written)

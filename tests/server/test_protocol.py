@@ -4,7 +4,7 @@ import asyncio
 import json
 import socket
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -13,7 +13,12 @@ from fastapi import FastAPI, Response
 from uvicorn.server import ServerState
 
 from port_checker.addresses import parse_networks
-from port_checker.server.protocol import DEADLINE, MAX_FRAMING, ConnectionLimits
+from port_checker.server.protocol import (
+    DEADLINE,
+    MAX_FRAMING,
+    ConnectionLimits,
+    WriteCoalescingTransport,
+)
 from tests.support.http import HEALTH, connected, read_answer
 from tests.support.manual import Client, ManualLoop
 from tests.support.service import serve
@@ -326,6 +331,28 @@ def test_an_answer_is_one_packet() -> None:
             info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
             (with_data,) = struct.unpack_from("=I", info, 152)  # struct tcp_info: tcpi_data_segs_in
             assert with_data == answered
+
+
+def test_a_large_answer_is_not_copied_for_each_client(service: Service) -> None:
+    sent: list[object] = []
+
+    class Recorder(asyncio.Transport):
+        def write(self, data: object) -> None:
+            sent.append(data)
+
+        def writelines(self, data: Iterable[object]) -> None:
+            sent.extend(data)
+
+        def is_closing(self) -> bool:
+            return False
+
+    shared = b"x" * 1_000_000
+    transport = WriteCoalescingTransport(Recorder(), service.loop)
+    for written in b"head", shared:
+        transport.write(written)
+    service.loop.settle()
+    assert sent[0] == b"head"
+    assert sent[1] is shared
 
 
 def test_a_client_that_half_closes_right_after_its_request_is_answered() -> None:
