@@ -10,6 +10,7 @@ from starlette.routing import Mount
 from port_checker import __version__
 from port_checker.checker import Checker
 from port_checker.server.api import Api
+from port_checker.server.caller import CallerResolver
 from port_checker.server.errors import answer_errors
 from port_checker.server.rate_limit import RateLimiter
 from port_checker.server.settings import Settings
@@ -52,8 +53,10 @@ def create_app(
     for route in app.routes:
         if isinstance(route, Mount):  # FastAPIOffline's files
             route.app = StaticFiles(Path(fastapi_offline.__file__).parent / "static")
+    callers = CallerResolver(settings.trusted_proxies)
     Api(
         settings,
+        callers,
         limits,
         checker
         or Checker(
@@ -64,5 +67,5 @@ def create_app(
             max_per_caller=settings.max_in_flight_per_caller,
         ),
     ).add_routes(app)
-    answer_errors(app)
+    answer_errors(app, callers)
     return app
