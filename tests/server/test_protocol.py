@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import socket
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -473,7 +474,10 @@ def test_when_there_is_no_room_the_connection_that_waited_longest_is_closed() ->
         assert not any(client.is_closed for client in crowd[3:])
 
 
-def test_when_all_are_being_answered_the_new_connection_is_refused() -> None:
+def test_when_all_are_being_answered_the_new_connection_is_refused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
     with closing(Service(max_connections=1)) as service:
         busy = service.connect()
         busy.send(SLOW)
@@ -483,6 +487,7 @@ def test_when_all_are_being_answered_the_new_connection_is_refused() -> None:
         service.slow_may_end.set()
         service.loop.settle()
         assert busy.statuses == [200]
+    assert "refused caller=127.0.0.1 code=OVERLOADED" in caplog.text
 
 
 def test_a_client_that_does_not_read_makes_way() -> None:
