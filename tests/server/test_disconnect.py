@@ -13,7 +13,7 @@ from port_checker.connect import Verdict
 from port_checker.server.app import create_app
 from port_checker.server.protocol import ConnectionLimits
 from port_checker.server.settings import Settings
-from tests.support.http import check_of
+from tests.support.http import HEALTH, check_of
 from tests.support.manual import Client, ManualLoop
 
 
@@ -45,12 +45,13 @@ def loop() -> Iterator[ManualLoop]:
         assert loop.failures == []
 
 
+@pytest.mark.parametrize("behind", [b"", HEALTH[:9], HEALTH, HEALTH * 200])
 def test_a_check_is_cancelled_when_its_caller_disconnects(
-    loop: ManualLoop, caplog: pytest.LogCaptureFixture
+    loop: ManualLoop, behind: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     checker = EndlessChecker()
     client = Client(loop, ConnectionLimits(9), create_app(Settings(), checker=checker))
-    client.send(check_of(80))
+    client.send(check_of(80) + behind)
     loop.advance_to(10)
     assert checker.running == 1
     client.leave()

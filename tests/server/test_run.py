@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -20,9 +20,10 @@ from port_checker.server.run import (
     warn_of_small_shares,
 )
 from port_checker.server.settings import Settings
-from tests.support.loopback import free_port, open_listener, open_port, silent_port
+from tests.support.loopback import free_port, full_backlog, open_listener, open_port
 from tests.support.namespace import ROOT
 from tests.support.service import ask, program
+from tests.support.waiting import wait_until
 
 
 @pytest.mark.parametrize(
@@ -76,21 +77,38 @@ def test_debugging_logs_each_port_and_request() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_checks_in_flight_are_finished_before_it_stops(number: signal.Signals) -> None:
+def test_before_it_stops_it_finishes_checks_in_flight_and_refuses_new_requests(
+    number: signal.Signals,
+) -> None:
     with (
-        program(PORT_CHECK_RETRIES="2", PORT_CHECK_TIMEOUT="1") as running,
+        program(PORT_CHECK_RETRIES="1", PORT_CHECK_TIMEOUT="20") as running,
         open_listener() as opened,
-        silent_port() as silent,
+        full_backlog() as (silent, make_room),
         running.client() as client,
+        ThreadPoolExecutor() as pool,
     ):
-        asked = [opened.getsockname()[1], silent]
-        answers: list[httpx.Response] = []
-        check = threading.Thread(target=lambda: answers.append(ask(client, *asked)))
-        check.start()
+        check = pool.submit(ask, client, opened.getsockname()[1], silent)
         opened.accept()[0].close()  # the check is under way
-        assert running.stop(number) == 0
-        check.join()
-    assert answers[0].json()["message"] == "Successfully verified 1 out of 2 ports"
+        running.process.send_signal(number)
+
+        def refusal() -> httpx.Response | None:
+            with running.client() as newcomer:
+                answer = newcomer.get("/health")
+            return answer if answer.status_code == 503 else None
+
+        wait_until(refusal, "the refusal of a new request")
+        refused = refusal()
+        assert refused
+        assert refused.json()["detail"]["code"] == "OVERLOADED"
+        assert int(refused.headers["Retry-After"]) >= 1
+
+        def is_done() -> bool:
+            make_room()
+            return check.done()
+
+        wait_until(is_done, "the check")
+        assert running.wait() == 0
+    assert check.result().json()["message"] == "Successfully verified 2 out of 2 ports"
     assert "Traceback" not in "".join(running.lines)
 
 
