@@ -1,20 +1,15 @@
 """The ASGI application: its parts put together, and nothing else."""
 
-from pathlib import Path
-
-import fastapi_offline
 from fastapi import FastAPI
-from fastapi_offline import FastAPIOffline
-from starlette.routing import Mount
 
 from port_checker import __version__
 from port_checker.checker import Checker
 from port_checker.server.api import Api
 from port_checker.server.caller import CallerResolver
 from port_checker.server.errors import answer_errors
+from port_checker.server.pages import add_pages
 from port_checker.server.rate_limit import RateLimiter
 from port_checker.server.settings import Settings
-from port_checker.server.static import StaticFiles
 
 
 def create_app(
@@ -33,7 +28,7 @@ def create_app(
         settings.target_rate_limit,
         settings.rate_limit_store,
     )
-    app = FastAPIOffline(
+    app = FastAPI(
         title="Golem Port Checker",
         version=__version__,
         description="Tells a provider which of its TCP ports the world can reach.",
@@ -42,17 +37,13 @@ def create_app(
             {"name": "checks", "description": "What providers ask for."},
             {"name": "service", "description": "What operators ask for."},
         ],
-        # No validator: it would send the schema to a site on the internet.
-        swagger_ui_parameters={"tryItOutEnabled": True, "validatorUrl": None},
-        redoc_url=None,
+        servers=[{"url": "."}],  # beside the schema, whatever path a proxy puts before both
+        openapi_url=None,  # it and /docs are pages of ours
         redirect_slashes=False,  # a wrong path is NOT_FOUND, not redirected
         # Nobody configures OpenTelemetry here, and each request would look for it in vain.
         telemetry={"tracing": False, "metrics": False, "logs": False},
         lifespan=lambda _: limits.shared(),
     )
-    for route in app.routes:
-        if isinstance(route, Mount):  # FastAPIOffline's files
-            route.app = StaticFiles(Path(fastapi_offline.__file__).parent / "static")
     callers = CallerResolver(settings.trusted_proxies)
     Api(
         settings,
@@ -67,5 +58,6 @@ def create_app(
             max_per_caller=settings.max_in_flight_per_caller,
         ),
     ).add_routes(app)
+    add_pages(app, settings)
     answer_errors(app, callers)
     return app

@@ -154,11 +154,11 @@ ALLOWED: dict[str, tuple[str, list[str]]] = {
         "networks, such as 10.0.0.0/8,fd00::/8, or empty for none",
         NO_NETWORKS,
     ),
-    "PORT_CHECK_OTHERS_RATE_LIMIT": (RATE.format("1000/minute"), BAD_RATES),
     "PORT_CHECK_DENIED_NETWORKS": (
         "networks, such as 198.51.100.0/24,2001:db8::/32, or empty for none",
         NO_NETWORKS,
     ),
+    "PORT_CHECK_OTHERS_RATE_LIMIT": (RATE.format("1000/minute"), BAD_RATES),
     "PORT_CHECK_TARGET_RATE_LIMIT": (RATE.format("2000/minute"), BAD_RATES),
 }
 
