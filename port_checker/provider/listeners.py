@@ -110,7 +110,7 @@ class Listeners:
         # A check is marked for as long as it listens, and so it is looked for in this order.
         checks = re.findall(
             f"@{_MARK.format(version=4 if self._ipv6 else 6)}([0-9]+)-([0-9]+)-",
-            Path("/proc/net/unix").read_text() if found else "",
+            _read_text("/proc/net/unix") if found else "",
         )
         for low, high in checks:
             for port in [port for port in found if int(low) <= port <= int(high)]:
@@ -178,6 +178,12 @@ class Listeners:
         asyncio.get_running_loop().remove_reader(connection)
         self._held.remove(connection)
         connection.close()
+
+
+def _read_text(path: str) -> str:
+    with contextlib.suppress(OSError):
+        return Path(path).read_text(errors="replace")
+    return ""
 
 
 _BINDINGS: dict[int, LocalBinding] = {
