@@ -252,7 +252,7 @@ WRONG = {
     "Invalid value for --ip: ::1 is an IPv6 address.": ["--ip", "::1", "-4"],
     "'1-2:3-5' is neither a port": ["1-2:3-5"],
     "Invalid value for --ip: 'localhost' is not an IP address.": ["--ip", "localhost", "50800"],
-    "No such option: --servers": ["--servers", "http://127.0.0.1:1", "50800"],
+    "No such option": ["--servers", "http://127.0.0.1:1", "50800"],
 }
 
 

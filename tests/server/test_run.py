@@ -6,15 +6,21 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 
-from port_checker.server.run import fit_descriptor_limit, listen
+from port_checker.linux import ConnectionTracking
+from port_checker.server.run import (
+    connection_tracking_advice,
+    fit_descriptor_limit,
+    listen,
+    warn_of_small_shares,
+)
 from port_checker.server.settings import Settings
-from tests.support.loopback import free_port, open_listener, open_port, silent_port
+from tests.support.loopback import free_port, full_backlog, open_listener, open_port
 from tests.support.namespace import ROOT
 from tests.support.service import ask, program
 from tests.support.waiting import wait_until
@@ -71,21 +77,38 @@ def test_debugging_logs_each_port_and_request() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_checks_in_flight_are_finished_before_it_stops(number: signal.Signals) -> None:
+def test_before_it_stops_it_finishes_checks_in_flight_and_refuses_new_requests(
+    number: signal.Signals,
+) -> None:
     with (
-        program(PORT_CHECK_RETRIES="2", PORT_CHECK_TIMEOUT="1") as running,
+        program(PORT_CHECK_RETRIES="1", PORT_CHECK_TIMEOUT="20") as running,
         open_listener() as opened,
-        silent_port() as silent,
+        full_backlog() as (silent, make_room),
         running.client() as client,
+        ThreadPoolExecutor() as pool,
     ):
-        asked = [opened.getsockname()[1], silent]
-        answers: list[httpx.Response] = []
-        check = threading.Thread(target=lambda: answers.append(ask(client, *asked)))
-        check.start()
+        check = pool.submit(ask, client, opened.getsockname()[1], silent)
         opened.accept()[0].close()  # the check is under way
-        assert running.stop(number) == 0
-        check.join()
-    assert answers[0].json()["message"] == "Successfully verified 1 out of 2 ports"
+        running.process.send_signal(number)
+
+        def refusal() -> httpx.Response | None:
+            with running.client() as newcomer:
+                answer = newcomer.get("/health")
+            return answer if answer.status_code == 503 else None
+
+        wait_until(refusal, "the refusal of a new request")
+        refused = refusal()
+        assert refused
+        assert refused.json()["detail"]["code"] == "OVERLOADED"
+        assert int(refused.headers["Retry-After"]) >= 1
+
+        def is_done() -> bool:
+            make_room()
+            return check.done()
+
+        wait_until(is_done, "the check")
+        assert running.wait() == 0
+    assert check.result().json()["message"] == "Successfully verified 2 out of 2 ports"
     assert "Traceback" not in "".join(running.lines)
 
 
@@ -119,6 +142,8 @@ def test_what_an_operator_should_look_at_is_a_warning() -> None:
         PORT_CHECK_TIMOUT="3",
         PORT_CHECK_RETRIES="4",
         PORT_CHECK_TIMEOUT="8",
+        PORT_CHECK_MAX_IN_FLIGHT="1000",  # which every machine can track
+        PORT_CHECK_MAX_PORTS="500",
     ) as running:
         running.stop()
     warnings = [
@@ -128,23 +153,30 @@ def test_what_an_operator_should_look_at_is_a_warning() -> None:
     ]
     assert warnings == [
         "PORT_CHECK_TIMOUT is not a setting; did you mean PORT_CHECK_TIMEOUT?",
-        "A check can take 35 s, but providers' software gives up after 30 s: lower "
-        "PORT_CHECK_RETRIES, PORT_CHECK_TIMEOUT or PORT_CHECK_RETRY_DELAY",
+        "Providers' software will give up: a check takes up to 35 s (golem-vm-provider up to "
+        "0.1.63 waits 30 s, golem-vm-provider after 0.1.63 waits 8 s); lower PORT_CHECK_RETRIES, "
+        "PORT_CHECK_TIMEOUT or PORT_CHECK_RETRY_DELAY",
     ]
 
 
-def test_workers_share_the_port_and_end_together() -> None:
-    with program(PORT_CHECKER_WORKERS="2") as running, open_port() as opened:
-        for _ in range(8):
-            with running.client() as client:
-                assert ask(client, opened).json()["success"] is True
-        pid = running.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        assert len(children) >= 2
-        assert running.stop() == 0
-    # multiprocessing's own helper ends a moment after the program.
-    wait_until(lambda: not any(Path("/proc", child).exists() for child in children), "their end")
-    assert sum("checked" in line for line in running.lines) == 8
+@pytest.mark.parametrize(
+    ("settings", "advised"),
+    [
+        # 17 s for 3 attempts; an entry stays 120 s and the 5 s of its attempt: 22.1 at a time
+        (Settings(), "nf_conntrack_max=230000 or more (sysctl), or PORT_CHECK_MAX_IN_FLIGHT=2849 "),
+        (Settings(workers=4), "=920000 or more (sysctl), or PORT_CHECK_MAX_IN_FLIGHT=712 "),
+        (Settings(max_in_flight=2849), None),
+        (Settings(max_in_flight=2850), "nf_conntrack_max=65550 "),
+        (Settings(retries=1, timeout=30, max_in_flight=13107), None),
+    ],
+)
+def test_what_connection_tracking_must_hold(settings: Settings, advised: str | None) -> None:
+    advice = connection_tracking_advice(settings, ConnectionTracking(65536, 120))
+    assert (advised in advice) if advised and advice else (advice is advised)
+
+
+def test_a_machine_without_connection_tracking_needs_no_advice() -> None:
+    assert connection_tracking_advice(Settings(), None) is None
 
 
 def test_the_ipv6_wildcard_serves_both_families() -> None:
@@ -173,10 +205,13 @@ def test_the_descriptor_limit_is_raised_and_bounds_the_ports_in_flight() -> None
         running.stop()
     (files,) = (line.split() for line in limits.splitlines() if line.startswith("Max open files"))
     assert files[3:5] == ["1024", "1024"]
-    lowered, start, _ = running.lines
+    lowered, of_caller, of_others, start, _ = running.lines
     assert (
         "PORT_CHECK_MAX_IN_FLIGHT=10000 lowered to 512: this process may open only 1024" in lowered
     )
+    assert "PORT_CHECK_MAX_PORTS=1000" in of_caller
+    assert "one caller may have at most 102 in flight" in of_caller
+    assert "others' addresses together may have at most 256 in flight" in of_others
     assert "ports in flight in each: 512" in start
 
 
@@ -190,5 +225,28 @@ def test_the_descriptor_limit_is_raised_and_bounds_the_ports_in_flight() -> None
     ],
 )
 def test_ports_in_flight_fit_the_descriptor_limit(limit: int, asked: int, fitting: int) -> None:
-    settings = Settings(max_in_flight=asked)
-    assert fit_descriptor_limit(settings, limit).max_in_flight == fitting
+    settings = fit_descriptor_limit(Settings(max_in_flight=asked), limit)
+    assert settings.max_in_flight == fitting
+    assert settings.max_in_flight_per_caller == max(1, 2000 * fitting // asked)
+
+
+@pytest.mark.parametrize(
+    ("max_ports", "shares"), [(1000, []), (2500, []), (2501, ["others"]), (5000, ["others"])]
+)
+def test_shares_below_a_full_request_are_warned_of(
+    max_ports: int, shares: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_of_small_shares(Settings(max_in_flight=5000, max_ports=max_ports))
+    assert ["others" if "others" in message else "caller" for message in caplog.messages] == shares
+
+
+def test_a_stalled_reader_of_the_log_holds_up_nobody() -> None:
+    # stderr becomes a pipe that takes some forty lines, and that nobody reads.
+    stall = "r, w = os.pipe(); fcntl.fcntl(w, fcntl.F_SETPIPE_SZ, 4096); os.dup2(w, 2)"
+    start = "runpy.run_module('port_checker', run_name='__main__')"
+    command = [sys.executable, "-c", f"import fcntl, os, runpy; {stall}; {start}"]
+    with program(*command, PORT_CHECKER_RATE_LIMIT="off") as running, open_port() as opened:
+        with running.client() as client:
+            for _ in range(100):
+                assert ask(client, opened).json()["success"] is True
+        assert running.stop() == 0

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from uvicorn import Server
 
 from port_checker.server.app import create_app
-from port_checker.server.protocol import Room
+from port_checker.server.protocol import ConnectionLimits
 from port_checker.server.run import listen, server_config
 from port_checker.server.settings import Settings
 from tests.support.loopback import free_port
@@ -25,14 +25,17 @@ from tests.support.waiting import wait_until
 
 @contextlib.contextmanager
 def serve(
-    app: FastAPI | None = None, host: str = "127.0.0.1", room: Room | None = None, **values: Any
+    app: FastAPI | None = None,
+    host: str = "127.0.0.1",
+    limits: ConnectionLimits | None = None,
+    **values: Any,
 ) -> Iterator[httpx.Client]:
     """Serve an application from a thread, on a port of its own.
 
     Args:
         app: The application; else one is made of the settings.
         host: The address to listen on.
-        room: Bounds the connections.
+        limits: Of the connections.
         values: Settings, by field name.
 
     Yields:
@@ -41,7 +44,8 @@ def serve(
     settings = Settings(**values)
     with listen(host, 0) as listener:
         make_app = functools.partial(create_app, settings) if app is None else lambda: app
-        server = Server(server_config(settings, make_app, room or Room(1000)))
+        limits = limits or ConnectionLimits(1000, trusted_proxies=settings.trusted_proxies)
+        server = Server(server_config(settings, make_app, limits))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
