@@ -1,6 +1,7 @@
 """The program as its users have it: a process, its exit status, and what is on the screen."""
 
 import contextlib
+import gzip
 import json
 import os
 import pty
@@ -10,6 +11,7 @@ import select
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -30,6 +32,7 @@ from tests.support.scripted import (
     accessible,
     connect,
     connected,
+    raw_server,
     refusal,
     scripted,
     verdicts,
@@ -490,6 +493,53 @@ def test_an_interrupt_while_it_is_being_loaded_ends_it_quietly(module: str) -> N
         rest = process.stderr.read()
     assert "Traceback" not in rest
     assert process.returncode == 130
+
+
+def http(body: bytes, *headers: bytes) -> bytes:
+    fields = b"".join(header + b"\r\n" for header in (b"Content-Length: %d" % len(body), *headers))
+    return b"HTTP/1.1 200 OK\r\n" + fields + b"\r\n" + body
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+BOMB = gzip.compress(gzip.compress(bytes(100_000_000)))
+HOSTILE: dict[str, tuple[bytes, bytes]] = {  # what is sent first, and then without end
+    "an encoded answer": (http(BOMB, b"Content-Encoding: gzip, gzip"), b""),
+    "many chunks": (CHUNKED, b"10000\r\n" + b"x" * 65536 + b"\r\n"),
+    "a long header": (b"HTTP/1.1 200 OK\r\na: ", b"x" * 65536),
+    "a long trailer": (CHUNKED + b"2\r\n{}\r\n0\r\n", b"a: b\r\n" * 10_000),
+    "a long chunk extension": (CHUNKED + b"1;", b"x" * 65536),
+    "many values": (http(b'{"results": {}, "x": [' + b"1," * 150_000 + b"1]}"), b""),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_nothing_that_a_server_sends_takes_memory(what: str) -> None:
+    first, more = HOSTILE[what]
+
+    def send(connection: socket.socket) -> None:
+        connection.recv(65536)
+        with contextlib.suppress(OSError):
+            connection.sendall(first)
+            while more:
+                connection.sendall(more)
+
+    script = """
+import atexit, runpy
+status = open("/proc/self/status")
+atexit.register(lambda: print(status.read().split("VmHWM:")[1].split()[0]))
+runpy.run_module("port_checker", run_name="__main__")
+"""
+    with raw_server(send) as url:
+        done = subprocess.run(
+            [sys.executable, "-c", script, "check", "--server", url, "--ip", "::1", "1000-1999"],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (3, "")
+    assert int(done.stdout.splitlines()[-1]) < 120 * 1024  # KiB
 
 
 def test_markup_in_a_message_is_only_text() -> None:

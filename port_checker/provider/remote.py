@@ -52,7 +52,8 @@ class Waits:
             more than 30.
         pauses: Before each new attempt after failures in a row, where the server does not say how
             long to wait by ``Retry-After``.
-        patience: In total, for one server, until it checks something.
+        patience: In total, for one server, until it checks something; attempts without an answer
+            count, too.
         late_connections: After an answer, for the connections that it reports: when the last
             packet of a handshake is lost, the next one follows after a retransmission timeout.
         between_groups: Between small groups of ports, when new connections are limited on the way.
@@ -229,12 +230,14 @@ class Server:
         pauses = iter(self._waits.pauses)
         while True:
             retry_after = None
+            started = asyncio.get_running_loop().time()
             try:
                 response = await self._http.request(self.url, method, path, body, max_size)
             except HttpError as error:
                 if not error.passes:
                     raise ServerError(str(error)) from None
                 trouble, detail = str(error), None
+                self._patience -= asyncio.get_running_loop().time() - started
             else:
                 self.local, self.remote = response.local, response.remote
                 detail = _error_detail(response)

@@ -300,6 +300,23 @@ def test_a_server_that_never_answers(body: bytes) -> None:
     assert report.servers[0].error == "does not answer in time"
 
 
+def test_attempts_without_an_answer_use_up_patience() -> None:
+    attempts: list[bytes] = []
+    done = threading.Event()
+
+    def stall(connection: socket.socket) -> None:
+        attempts.append(connection.recv(1))
+        done.wait(60)
+
+    with raw_server(stall) as url:
+        try:
+            waits = {"answer": 0.1, "pauses": (0.001,) * 20, "patience": 0.5}
+            check([free_port()], url, ip="127.0.0.1", **waits)
+        finally:
+            done.set()
+    assert len(attempts) <= 5
+
+
 @contextlib.contextmanager
 def tls_server(directory: Path) -> Iterator[tuple[str, Path]]:
     """A server with a certificate of its own; yield its URL and the certificate."""
