@@ -82,7 +82,7 @@ class _ErrorDetail(BaseModel):
 
     code: str
     message: str
-    ports: list[int] = []
+    ports: list[int] | None = None
 
 
 class _ErrorBody(BaseModel):
@@ -214,7 +214,7 @@ class Server:
         detail = _error_detail(response)
         if detail and detail.code == ErrorCode.TOO_MANY_PORTS and len(ports) > 1:
             raise _Overloaded
-        if detail and (excluded := set(detail.ports) & set(ports)):
+        if detail and (excluded := set(detail.ports or ()) & set(ports)):
             return {}, excluded
         raise ServerError(_describe(response, self.url))
 

@@ -335,6 +335,18 @@ def test_a_hundred_ports_of_which_ten_are_not_forwarded(quick_lab: Lab) -> None:
     assert report["notes"] == []
 
 
+def test_ports_that_the_server_may_not_connect_to_cost_no_other_its_verdict(
+    quick_lab: Lab,
+) -> None:
+    ports = quick_lab.take(20)
+    quick_lab.forward(ports)
+    quick_lab.filter("checker", "output", ports[3:5], "reject")
+    report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, 4))
+    assert report["reachable"] == 18
+    assert [results(report)[port] for port in ports[3:5]] == [(False, advice.SERVER_CANNOT)] * 2
+    assert report["notes"] == []
+
+
 def test_a_server_on_this_machine_says_nothing_about_the_world(quick_lab: Lab) -> None:
     quick_lab.serve("provider", **QUICK)
     for host in ("127.0.0.1", network.PROVIDER_BEHIND_NAT):
