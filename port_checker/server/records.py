@@ -92,7 +92,7 @@ class RefusalLog:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._logged: OrderedDict[tuple[object, ErrorCode], float] = OrderedDict()
+        self._logged: OrderedDict[tuple[str | None, ErrorCode], float] = OrderedDict()
 
     @property
     def remembered(self) -> int:
@@ -107,7 +107,7 @@ class RefusalLog:
             code: Why.
         """
         now = self._clock()
-        key = (caller and subscriber(caller), code)
+        key = (subscriber(caller) if caller else None, code)
         if now - self._logged.get(key, now - 1) < 1:
             return
         self._logged[key] = now
