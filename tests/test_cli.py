@@ -136,7 +136,7 @@ def test_some_not_reachable_and_one_server_of_two_down() -> None:
     assert done.out.splitlines() == [
         f"{one}: bound; reachable.",
         f"{other}: bound; {REFUSED}. {advice.NETWORK_FIREWALL}",
-        f"{broken.url} {BROKEN_SAYS} from {SERVER}: is this a port checker?.",
+        f"{broken.url}: {BROKEN_SAYS} from {SERVER}: is this a port checker?.",
         advice.SERVER_HERE.format(url=broken.url),
         advice.SERVER_HERE.format(url=server.url),
         "1 of 2 ports of 127.0.0.1 are reachable over IPv4.",
@@ -307,8 +307,8 @@ def test_both_families_one_after_the_other() -> None:
         "1 of 1 ports of 127.0.0.1 are reachable over IPv4.",
         "1 of 1 ports of ::1 are reachable over IPv6.",
     ]
-    assert f"{urls[1]} has no IPv4 address." in done.out
-    assert f"{urls[0]} has no IPv6 address." in done.out
+    assert f"{urls[1]}: has no IPv4 address." in done.out
+    assert f"{urls[0]}: has no IPv6 address." in done.out
     assert [report["family"] for report in json.loads(as_json.out)] == [4, 6]
     assert done.status == as_json.status == 0
 

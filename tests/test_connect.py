@@ -333,3 +333,23 @@ def test_many_rounds_at_once_do_not_hold_up_the_loop() -> None:
             return times_around
 
         assert asyncio.run(run()) > 40
+
+
+RETRANSMITTED_SCRIPT = """
+import socket
+from port_checker.linux import could_not_retransmit
+with socket.create_server(("127.0.0.1", 20000)), socket.socket() as client:
+    client.connect(("127.0.0.1", 20000))
+    print(could_not_retransmit(client))
+"""
+
+
+@needs_root
+def test_a_connection_made_by_the_second_packet_is_not_the_firewalls_fault() -> None:
+    told = in_namespace(
+        RETRANSMITTED_SCRIPT,
+        "nft add table inet lab",
+        "nft add chain inet lab input '{ type filter hook input priority 0; }'",
+        "nft add rule inet lab input tcp dport 20000 tcp flags syn numgen inc mod 2 == 0 drop",
+    )
+    assert told == "False\n"

@@ -298,5 +298,5 @@ def _describe(response: Response, url: ServerUrl) -> str:
     if sender := response.headers.get("server"):
         status += f" from {printable(sender)}"
     if response.status in _PASSING:
-        return f"a proxy or server on the way answers with {status}"
+        return f"answer with {status}: it, or a proxy before it, is down or busy"
     return f"unexpected answer, {status}: is this a port checker?"

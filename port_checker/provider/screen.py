@@ -137,7 +137,7 @@ def _notes(report: Report) -> Iterator[str]:
         if server.error and server.asked:
             yield f"{server.url} checked only some of the ports: {server.error}."
         elif server.error and not in_rows:
-            yield f"{server.url} {server.error}."
+            yield f"{server.url}: {server.error}."
     yield from report.notes
     whose = report.ip or "this machine"
     over = f"over IPv{report.family}"

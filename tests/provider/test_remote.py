@@ -47,7 +47,7 @@ def error_of(url: str, ip: str | None = "127.0.0.1") -> str:
     assert server.error.isprintable()
     (port,) = report.ports
     assert (port.reachable, port.error, port.answers) == (False, None, {})
-    assert port.advice == advice.NOT_CHECKED.format(reason=f"{server.url} {server.error}")
+    assert port.advice == advice.NOT_CHECKED.format(reason=f"{server.url}: {server.error}")
     return server.error
 
 
