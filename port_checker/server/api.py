@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -22,10 +21,12 @@ from port_checker.schemas import (
     Health,
 )
 from port_checker.server.caller import CallerResolver
-from port_checker.server.errors import STATUS, ApiError
+from port_checker.server.errors import NO_STORE, STATUS, ApiError
+from port_checker.server.origin import require_same_origin
 from port_checker.server.rate_limit import RateLimiter
+from port_checker.server.records import CheckRecord
 from port_checker.server.settings import Settings
-from port_checker.server.targets import require_allowed, verify_local_binding
+from port_checker.server.targets import TargetRules, verify_local_binding
 
 MAX_BODY = 64 * 1024  # bytes
 
@@ -42,14 +43,22 @@ class Api:
     """The operations of the HTTP API.
 
     Args:
-        settings: Trusted proxies, allowed targets, ports per request.
+        settings: Allowed targets, ports per request.
+        callers: Finds out who asks.
         limiter: The rate limits.
         checker: Connects to the ports.
     """
 
-    def __init__(self, settings: Settings, limiter: RateLimiter, checker: Checker) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        callers: CallerResolver,
+        limiter: RateLimiter,
+        checker: Checker,
+    ) -> None:
         self._settings = settings
-        self._callers = CallerResolver(settings.trusted_proxies)
+        self._callers = callers
+        self._targets = TargetRules(settings)
         self._limiter = limiter
         self._checker = checker
 
@@ -71,6 +80,7 @@ class Api:
                 ErrorCode.TOO_MANY_PORTS,
                 ErrorCode.INVALID_REQUEST,
                 ErrorCode.TARGET_NOT_ALLOWED,
+                ErrorCode.CROSS_ORIGIN,
                 ErrorCode.REQUEST_TOO_LARGE,
                 ErrorCode.RATE_LIMITED,
                 ErrorCode.OVERLOADED,
@@ -99,8 +109,14 @@ class Api:
             response_description="The service is up",
         )
 
+        # Every GET route answers HEAD, too; the schema does not list that.
+        schema = app.openapi()
+        for route in app.routes:
+            if isinstance(route, APIRoute) and route.methods and "GET" in route.methods:
+                route.methods.add("HEAD")
+
         # Added to the finished schema, because FastAPI drops nulls from examples that it adds.
-        answers = app.openapi()["paths"]["/check-ports"]["post"]["responses"]
+        answers = schema["paths"]["/check-ports"]["post"]["responses"]
         answers["200"]["content"]["application/json"]["example"] = CHECK_EXAMPLE
 
     async def check_ports(self, request: Request) -> Response:
@@ -109,42 +125,37 @@ class Api:
         A port is tried several times before it is reported as inaccessible, so a response can
         take some seconds. You may check your own address; any other must be public.
         """
-        started = time.perf_counter()
         caller = self._callers.resolve(request)
+        require_same_origin(request, caller)
         asked = CheckRequest.parse(await _read_body(request), self._settings.max_ports)
         await self._limiter.pay_caller(caller)
-        require_allowed(caller, asked.provider_ip, self._settings)
-        if not request.client or request.client.host != str(asked.provider_ip):
-            # Not needed for the peer: this connection proves that there is a route.
-            verify_local_binding(asked.provider_ip)
-        self._checker.require_room(len(asked.ports))
-        await self._limiter.pay_target(asked.provider_ip, len(asked.ports))
-        verdicts = await _unless_caller_leaves(
-            request, self._checker.check(asked.provider_ip, asked.ports)
-        )
+        with CheckRecord(caller, asked.provider_ip, len(asked.ports)) as record:
+            self._targets.require_allowed(caller, asked.provider_ip)
+            if not request.client or request.client.host != str(asked.provider_ip):
+                # Not needed for the peer: this connection proves that there is a route.
+                verify_local_binding(asked.provider_ip)
+            self._checker.require_room(len(asked.ports))
+            await self._limiter.pay_target(asked.provider_ip, len(asked.ports))
+            verdicts = await _unless_caller_leaves(
+                request, self._checker.check(asked.provider_ip, asked.ports)
+            )
+            accessible = sum(verdict.accessible for verdict in verdicts.values())
+            record.result = f"accessible={accessible}"
         answer = CheckResponse.of(verdicts)
-        logger.info(
-            "%s checked %s: %d ports, %d accessible, %.3f s",
-            caller or "An unknown caller",
-            asked.provider_ip,
-            len(verdicts),
-            sum(verdict.accessible for verdict in verdicts.values()),
-            time.perf_counter() - started,
-        )
         if logger.isEnabledFor(logging.DEBUG):
             for port, verdict in verdicts.items():
                 logger.debug("%s port %d: %s", asked.provider_ip, port, verdict.error or "open")
-        return Response(answer.model_dump_json(), media_type="application/json")
+        return _json_response(answer.model_dump_json())
 
     async def ip(self, request: Request) -> Response:
         """Return the address that your requests come from."""
         caller = self._callers.resolve(request)
         answer = CallerAddress(ip=str(caller) if caller else None)
-        return Response(answer.model_dump_json(), media_type="application/json")
+        return _json_response(answer.model_dump_json())
 
     async def health(self, _: Request) -> Response:
         """Answer at once, however busy the service is."""
-        return Response('{"status":"ok"}', media_type="application/json")
+        return _json_response('{"status":"ok"}')
 
     def _documented_body(self) -> dict[str, Any]:
         schema = CheckRequest.model_json_schema()
@@ -166,6 +177,10 @@ class Api:
                 }
             },
         }
+
+
+def _json_response(body: str) -> Response:
+    return Response(body, media_type="application/json", headers=NO_STORE)
 
 
 def _documented_errors(*codes: ErrorCode) -> dict[int | str, dict[str, Any]]:
