@@ -19,7 +19,8 @@ from uvicorn import Config
 from port_checker.linux import ConnectionTracking, connection_tracking, raise_descriptor_limit
 from port_checker.server import systemd
 from port_checker.server.app import create_app
-from port_checker.server.logs import logging_config
+from port_checker.server.logs import dropped_lines, logging_config
+from port_checker.server.metrics import Metrics, Row, StatusLine, Totals
 from port_checker.server.protocol import BoundedProtocol, ConnectionLimits
 from port_checker.server.settings import Settings, unknown_names
 from port_checker.server.workers import BEAT, Supervisor, write_traceback_when_aborted
@@ -56,16 +57,30 @@ def serve(settings: Settings) -> int:
         sys.stderr.write(f"port-checker: cannot listen on {address}: {error.strerror}\n")
         return 1
     _log_start(settings, listener)
+    totals = Totals()
+    if settings.metrics:
+        from port_checker.server.prometheus import expose
+
+        try:
+            expose(totals, settings.metrics.host, settings.metrics.port)
+        except OSError as error:
+            sys.stderr.write(
+                f"port-checker: cannot serve metrics on {settings.metrics}: {error.strerror}\n"
+            )
+            return 1
+    heartbeat = systemd.Heartbeat(StatusLine(totals).text)
     if settings.workers == 1:
-        _serve_in_process(settings, listener, _give_sign_of_life, _say_stopping)
+        metrics = Metrics()
+        totals.add(metrics.row)
+        _serve_in_process(settings, listener, metrics, heartbeat.beat, heartbeat.stop)
     else:
-        work = functools.partial(_serve_in_worker, settings, listener)
         supervisor = Supervisor(
             settings.workers,
-            work,
+            functools.partial(_serve_in_worker, settings, listener),
+            totals,
             stop_patience=_stop_patience(settings) + 5,
-            on_beat=_give_sign_of_life,
-            on_stop=_say_stopping,
+            on_beat=heartbeat.beat,
+            on_stop=heartbeat.stop,
         )
         if not supervisor.run():
             logger.critical("No worker could start; see the lines above for why")
@@ -74,29 +89,32 @@ def serve(settings: Settings) -> int:
     return 0
 
 
-def _serve_in_worker(settings: Settings, listener: socket.socket, beat: Callable[[], None]) -> None:
+def _serve_in_worker(
+    settings: Settings, listener: socket.socket, beat: Callable[[], None], row: Row
+) -> None:
     logging.config.dictConfig(logging_config(debug=settings.debug))
-    _serve_in_process(settings, listener, beat, lambda: None)
-
-
-def _give_sign_of_life() -> None:
-    # Each says that we are ready, in case one is lost; systemd ignores what it knows.
-    systemd.notify("READY=1", "WATCHDOG=1")
-
-
-def _say_stopping() -> None:
-    systemd.notify("STOPPING=1")
+    _serve_in_process(settings, listener, Metrics(row), beat, lambda: None)
 
 
 def _serve_in_process(
     settings: Settings,
     listener: socket.socket,
+    metrics: Metrics,
     on_beat: Callable[[], None],
     on_stop: Callable[[], None],
 ) -> None:
     limits = ConnectionLimits(max_connections(settings))
-    make_app = functools.partial(create_app, settings)
-    server = Server(server_config(settings, make_app, limits), on_beat, on_stop)
+    make_app = functools.partial(create_app, settings, metrics=metrics)
+
+    def beat() -> None:
+        metrics.sample()
+        on_beat()
+
+    server = Server(server_config(settings, make_app, limits), beat, on_stop)
+    metrics.watch("connections", lambda: len(server.server_state.connections))
+    metrics.watch("connections_limit", lambda: limits.max_connections)
+    metrics.watch("event_loop_lag_seconds", lambda: server.lag)
+    metrics.watch("log_lines_dropped", dropped_lines)
     # After its shutdown uvicorn restores these handlers and raises the signal that it received
     # again: the default one would end the process before it returns an exit status.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -111,6 +129,9 @@ class Server(uvicorn.Server):
         config: uvicorn's configuration.
         on_beat: Called when the server is ready, and every second from then on, by the event loop.
         on_stop: Called when it begins to stop.
+
+    Attributes:
+        lag: Seconds by which the event loop was late for the last of these calls.
     """
 
     def __init__(
@@ -120,17 +141,21 @@ class Server(uvicorn.Server):
         on_stop: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(config)
+        self.lag = 0.0
         self._on_beat = on_beat
         self._on_stop = on_stop
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to serve."""
         await super().startup(sockets)
-        self._keep_beating(asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        self._keep_beating(loop, loop.time())
 
-    def _keep_beating(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _keep_beating(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
+        self.lag = max(0.0, loop.time() - due)
         self._on_beat()
-        loop.call_later(BEAT, self._keep_beating, loop)
+        due = loop.time() + BEAT
+        loop.call_at(due, self._keep_beating, loop, due)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finish what is in progress."""

@@ -62,7 +62,7 @@ class SharedStore:
         # The timeout bounds the closing alone; all else is bounded as a whole.
         self._redis = Redis.from_url(url, socket_connect_timeout=1, retry=Retry(NoBackoff(), 0))
         self._script = self._redis.register_script(PAY_IN_REDIS)
-        self._is_available = False
+        self.is_available = False
         self._waiting: list[tuple[Sequence[Charge], _Answer]] = []
         self._sending: asyncio.Task[None] | None = None
         self._probing: asyncio.Task[None] | None = None
@@ -71,13 +71,13 @@ class SharedStore:
     async def __aenter__(self) -> Self:
         try:
             await self._connect()
-            self._is_available = True
+            self.is_available = True
         except Exception as error:  # logged at once, and tried again
             self._become_unavailable(error)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._is_available = False
+        self.is_available = False
         running = [task for task in (self._sending, self._probing) if task]
         for task in running:
             task.cancel()
@@ -96,7 +96,7 @@ class SharedStore:
             refuses. None if Redis is unavailable, or the answer did not come in time; Redis may
             count such a payment all the same.
         """
-        if not self._is_available:
+        if not self.is_available:
             return None
         answer: _Answer = asyncio.get_running_loop().create_future()
         self._waiting.append((charges, answer))
@@ -139,7 +139,7 @@ class SharedStore:
         return [[float(next(waits)) for _ in charges] for charges in payments]
 
     def _become_unavailable(self, error: Exception) -> None:
-        self._is_available = False
+        self.is_available = False
         self._probing = asyncio.create_task(self._probe(_reason(error)))
 
     async def _probe(self, reason: str) -> None:
@@ -148,7 +148,7 @@ class SharedStore:
         has_warned = False
         # The other end may be gone without a word.
         await self._disconnect()
-        while not self._is_available:
+        while not self.is_available:
             if not has_warned and now() >= self._next_warning:
                 logger.warning(
                     "Redis is unavailable (%s): each process keeps its own limits meanwhile", reason
@@ -158,7 +158,7 @@ class SharedStore:
             await asyncio.sleep(_PROBE_INTERVAL)
             with contextlib.suppress(Exception):
                 await self._connect()
-                self._is_available = True
+                self.is_available = True
         if has_warned:
             logger.info("Redis is available again: limits are shared")
 

@@ -7,6 +7,9 @@ import contextlib
 import os
 import socket
 import sys
+from collections.abc import Callable
+
+_BEATS_OF_STATUS = 10
 
 
 def notify(*assignments: str) -> None:
@@ -20,6 +23,31 @@ def notify(*assignments: str) -> None:
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sender,
         ):
             sender.sendto("\n".join(assignments).encode(), address)
+
+
+class Heartbeat:
+    """What systemd is told while the service runs.
+
+    Args:
+        status: Makes a line about what the service does.
+    """
+
+    def __init__(self, status: Callable[[], str]) -> None:
+        self._status = status
+        self._beats = 0
+
+    def beat(self) -> None:
+        """Tell that the service is ready and alive; and how it is, now and then."""
+        # Each says that it is ready, in case one gets lost: systemd ignores what it knows.
+        assignments = ["READY=1", "WATCHDOG=1"]
+        if self._beats % _BEATS_OF_STATUS == 0:
+            assignments.append(f"STATUS={self._status()}")
+        self._beats += 1
+        notify(*assignments)
+
+    def stop(self) -> None:
+        """Tell that the service is stopping."""
+        notify("STOPPING=1", "STATUS=Finishing the checks in flight")
 
 
 def stderr_is_the_journal() -> bool:

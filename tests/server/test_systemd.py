@@ -1,5 +1,6 @@
 """What the program tells systemd, which is here a socket of the test's."""
 
+import re
 import signal
 import socket
 from collections.abc import Iterator
@@ -49,11 +50,17 @@ def test_it_tells_when_it_is_ready_that_it_lives_and_that_it_stops(
         manager(address) as notices,
         program(ready=False, NOTIFY_SOCKET=address, PORT_CHECKER_WORKERS=workers) as running,
     ):
-        assert "READY=1" in notices.next()
+        first = notices.next()
+        assert "READY=1" in first
+        status = "0 checks in the last [0-9]+ s; 0 ports in flight, [0-9]+ connections"
+        assert re.fullmatch(f"STATUS={status}", first[-1])
         assert is_healthy(running)
         assert "WATCHDOG=1" in notices.next()
         running.process.send_signal(signal.SIGTERM)
-        assert notices.next_other_than("WATCHDOG=1") == ["STOPPING=1"]
+        assert notices.next_other_than("WATCHDOG=1") == [
+            "STOPPING=1",
+            "STATUS=Finishing the checks in flight",
+        ]
         assert running.wait() == 0
 
 
