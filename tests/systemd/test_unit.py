@@ -38,7 +38,8 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What git has of this checkout, changes that are not committed included."""
     directory = tmp_path_factory.mktemp("checkout")
-    copy = f"git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents --target-directory {directory}"
+    files = "git ls-files -z --cached --others --exclude-standard"
+    copy = f"{files} | xargs -0 cp --parents --target-directory {directory}"
     subprocess.run(["sh", "-c", copy], cwd=ROOT, check=True)
     return directory
 
