@@ -9,7 +9,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
-from port_checker.checker import Checker
+from port_checker.addresses import Address, have_one_subscriber, site, subscriber
+from port_checker.checker import Checker, Reservation
 from port_checker.schemas import (
     CHECK_EXAMPLE,
     ERROR_EXAMPLES,
@@ -131,18 +132,19 @@ class Api:
         """
         caller = self._callers.resolve(request)
         require_same_origin(request, caller)
+        # Before anything that costs more than this does.
+        await self._limiter.pay_request(caller)
         asked = CheckRequest.parse(await _read_body(request), self._settings.max_ports)
-        await self._limiter.pay_caller(caller)
         with CheckRecord(caller, asked.provider_ip, len(asked.ports), self._metrics) as record:
             self._targets.require_allowed(caller, asked.provider_ip)
             if not request.client or request.client.host != str(asked.provider_ip):
                 # Not needed for the peer: this connection proves that there is a route.
                 verify_local_binding(asked.provider_ip)
-            self._checker.require_room(len(asked.ports))
-            await self._limiter.pay_target(asked.provider_ip, len(asked.ports))
-            verdicts = await _unless_caller_leaves(
-                request, self._checker.check(asked.provider_ip, asked.ports)
-            )
+            with self._reserve(caller, asked) as reservation:
+                await self._limiter.pay_ports(caller, asked.provider_ip, len(asked.ports))
+                verdicts = await _unless_caller_leaves(
+                    request, self._checker.check(asked.provider_ip, asked.ports, reservation)
+                )
             accessible = sum(verdict.accessible for verdict in verdicts.values())
             record.result = f"accessible={accessible}"
         self._metrics.count_ports(verdict.error for verdict in verdicts.values())
@@ -151,6 +153,15 @@ class Api:
             for port, verdict in verdicts.items():
                 logger.debug("%s port %d: %s", asked.provider_ip, port, verdict.error or "open")
         return _json_response(answer.model_dump_json())
+
+    def _reserve(self, caller: Address | None, asked: CheckRequest) -> Reservation:
+        """Make room for a check before its ports are paid for, so that refusals cost nothing."""
+        return self._checker.reserve(
+            len(asked.ports),
+            caller=caller and subscriber(caller),
+            network=caller and site(caller),
+            is_own=have_one_subscriber(caller, asked.provider_ip),
+        )
 
     async def ip(self, request: Request) -> Response:
         """Return the address that your requests come from."""

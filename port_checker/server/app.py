@@ -29,7 +29,10 @@ def create_app(
         metrics: Where to count; else nobody sees it.
     """
     limits = limiter or RateLimiter(
-        settings.caller_rate_limit, settings.target_rate_limit, settings.rate_limit_store
+        settings.caller_rate_limit,
+        settings.others_rate_limit,
+        settings.target_rate_limit,
+        settings.rate_limit_store,
     )
     app = FastAPIOffline(
         title="Golem Port Checker",
@@ -54,6 +57,7 @@ def create_app(
         retry_delay=settings.retry_delay,
         timeout=settings.timeout,
         max_in_flight=settings.max_in_flight,
+        max_per_caller=settings.max_in_flight_per_caller,
     )
     metrics = metrics or Metrics()
     metrics.watch("ports_in_flight", lambda: checker.in_flight)

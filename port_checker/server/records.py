@@ -13,14 +13,13 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from ipaddress import IPv6Address
 from types import TracebackType
 from typing import Final, Self
 
 from starlette.requests import ClientDisconnect
 
-from port_checker.addresses import Address
-from port_checker.checker import Overloaded
+from port_checker.addresses import Address, subscriber
+from port_checker.checker import NoRoom
 from port_checker.connect import CheckFailed
 from port_checker.schemas import ErrorCode
 from port_checker.server.metrics import Metrics
@@ -79,7 +78,7 @@ class CheckRecord:
             case CheckFailed():
                 self._metrics.count("checks", "failed")
                 self._log(logging.ERROR, "failed", f' reason="{error}"')
-            case TargetNotAllowed() | RateLimited() | Overloaded():
+            case TargetNotAllowed() | RateLimited() | NoRoom():
                 pass
             case Exception():
                 self._metrics.count("checks", "failed")
@@ -107,7 +106,7 @@ class RefusalLog:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._logged: OrderedDict[tuple[object, ErrorCode], float] = OrderedDict()
+        self._logged: OrderedDict[tuple[str | None, ErrorCode], float] = OrderedDict()
 
     @property
     def remembered(self) -> int:
@@ -122,7 +121,7 @@ class RefusalLog:
             code: Why.
         """
         now = self._clock()
-        key = (_network(caller), code)
+        key = (caller and subscriber(caller), code)
         if now - self._logged.get(key, now - 1) < 1:
             return
         self._logged[key] = now
@@ -130,8 +129,3 @@ class RefusalLog:
         if self.remembered > MAX_REMEMBERED:
             self._logged.popitem(last=False)
         logger.info("refused caller=%s code=%s", caller or "unknown", code)
-
-
-def _network(caller: Address | None) -> object:
-    """An IPv6 user is given a /64 (RFC 6177), so all of its addresses are one caller."""
-    return int(caller) >> 64 if isinstance(caller, IPv6Address) else caller

@@ -16,6 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn import Config
 
+from port_checker.checker import max_for_others
 from port_checker.linux import ConnectionTracking, connection_tracking, raise_descriptor_limit
 from port_checker.server import systemd
 from port_checker.server.app import create_app
@@ -27,6 +28,13 @@ from port_checker.server.workers import BEAT, Supervisor, write_traceback_when_a
 
 # Connections waiting for accept(). The kernel caps it at net.core.somaxconn.
 _BACKLOG = 4096
+
+# Bytes that the kernel keeps of what a client has sent and we have not read. It doubles the number
+# for its own use. Requests are much smaller.
+_RECEIVE_BUFFER = 64 * 1024
+
+# Seconds between two looks at whether the requests in progress have finished.
+_STOP_INTERVAL = 0.1
 
 # Clients' connections in one process, however many descriptors there are.
 _MAX_CONNECTIONS = 50_000
@@ -50,6 +58,7 @@ def serve(settings: Settings) -> int:
     write_traceback_when_aborted()
     _warn_of_unknown_names()
     settings = fit_descriptor_limit(settings, raise_descriptor_limit())
+    warn_of_small_shares(settings)
     try:
         listener = listen(settings.host, settings.port)
     except OSError as error:
@@ -103,7 +112,8 @@ def _serve_in_process(
     on_beat: Callable[[], None],
     on_stop: Callable[[], None],
 ) -> None:
-    limits = ConnectionLimits(max_connections(settings))
+    most = max_connections(settings)
+    limits = ConnectionLimits(most, trusted_proxies=settings.trusted_proxies, metrics=metrics)
     make_app = functools.partial(create_app, settings, metrics=metrics)
 
     def beat() -> None:
@@ -112,7 +122,7 @@ def _serve_in_process(
 
     server = Server(server_config(settings, make_app, limits), beat, on_stop)
     metrics.watch("connections", lambda: len(server.server_state.connections))
-    metrics.watch("connections_limit", lambda: limits.max_connections)
+    metrics.watch("connections_limit", lambda: most)
     metrics.watch("event_loop_lag_seconds", lambda: server.lag)
     metrics.watch("log_lines_dropped", dropped_lines)
     # After its shutdown uvicorn restores these handlers and raises the signal that it received
@@ -158,8 +168,16 @@ class Server(uvicorn.Server):
         loop.call_at(due, self._keep_beating, loop, due)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Finish what is in progress."""
+        """Finish what is in progress, and refuse all other requests meanwhile."""
         self._on_stop()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        # uvicorn would stop listening first, and leave new connections without an answer.
+        patience: float = self.config.timeout_graceful_shutdown or 0
+        while self.server_state.tasks and patience > 0 and not self.force_exit:
+            await asyncio.sleep(_STOP_INTERVAL)
+            patience -= _STOP_INTERVAL
+        self.config.timeout_graceful_shutdown = math.ceil(patience) + 1
         await super().shutdown(sockets)
 
 
@@ -209,6 +227,8 @@ def listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Accepted connections inherit it.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address != "::"))
         listener.bind((address, port))
@@ -225,7 +245,8 @@ def fit_descriptor_limit(settings: Settings, limit: int) -> Settings:
     """Return settings whose ports in flight use at most half of ``limit`` descriptors.
 
     Each port in flight uses one descriptor. The other half is for clients' connections, for the
-    one more that each check uses, and for the process itself.
+    one more that each check uses, and for the process itself. The share of one caller is lowered
+    in proportion.
     """
     fitting = max(1, limit // 2)
     if limit == resource.RLIM_INFINITY or settings.max_in_flight <= fitting:
@@ -237,7 +258,24 @@ def fit_descriptor_limit(settings: Settings, limit: int) -> Settings:
         fitting,
         limit,
     )
-    return settings.model_copy(update={"max_in_flight": fitting})
+    share = max(1, settings.max_in_flight_per_caller * fitting // settings.max_in_flight)
+    return settings.model_copy(update={"max_in_flight": fitting, "max_in_flight_per_caller": share})
+
+
+def warn_of_small_shares(settings: Settings) -> None:
+    """Log a warning for each share of the ports in flight that a full request does not fit."""
+    for whose, share in (
+        ("one caller", settings.max_in_flight_per_caller),
+        ("all checks of others' addresses together", max_for_others(settings.max_in_flight)),
+    ):
+        if share < settings.max_ports:
+            logger.warning(
+                "A request for PORT_CHECK_MAX_PORTS=%d ports will be refused: %s may have at most "
+                "%d in flight. Raise PORT_CHECK_MAX_IN_FLIGHT, or the limit of open files.",
+                settings.max_ports,
+                whose,
+                share,
+            )
 
 
 def max_connections(settings: Settings) -> int:

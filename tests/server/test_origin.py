@@ -104,6 +104,7 @@ def test_a_proxy_on_loopback_is_known_by_what_it_forwards() -> None:
     host = {"host": "checker.example"}
     assert not is_refused("127.0.0.1", host | {"x-forwarded-for": VISITOR})
     assert not is_refused("127.0.0.1", host | {"via": "1.1 proxy"})
+    assert not is_refused(PROXY, host | {"x-forwarded-for": "127.8.8.8"})
     # A page may send X-Forwarded-For itself: it does not count from a peer that is not trusted.
     assert is_refused("127.0.0.2", host | {"x-forwarded-for": VISITOR})
     assert not is_refused(None, host | {"origin": "http://checker.example"})

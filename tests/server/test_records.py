@@ -14,6 +14,7 @@ from port_checker.schemas import ErrorCode
 from port_checker.server.app import create_app
 from port_checker.server.records import MAX_REMEMBERED, CheckRecord, RefusalLog
 from port_checker.server.settings import Settings
+from tests.support.http import check_of, connected
 from tests.support.loopback import open_port, refused_port, silent_port
 from tests.support.service import serve
 from tests.support.waiting import wait_until
@@ -37,6 +38,9 @@ def test_completed_checks_and_refusals(caplog: pytest.LogCaptureFixture) -> None
             client.post("/check-ports", json=body)
         client.post("/check-ports", content=b" " * 65537, headers={"x-forwarded-for": "?"})
         client.get("/nothing")
+        with connected(client) as leaving:
+            leaving.sendall(check_of(opened)[:-1])
+        client.get("/health")
     check, *refusals = caplog.messages
     begins = "check caller=127.0.0.1 target=127.0.0.1 ports=2 outcome=completed duration="
     assert check.startswith(begins)
@@ -85,7 +89,7 @@ def test_a_check_that_does_not_complete(
 
 def test_a_refused_check_is_no_check(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(Overloaded), CheckRecord(CALLER, TARGET, 3):
-        raise Overloaded(3, 2, 1)
+        raise Overloaded(3, 2, "", 1)
     assert not caplog.messages
 
 
