@@ -10,7 +10,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import uvicorn
 from fastapi import FastAPI
@@ -59,13 +59,15 @@ def serve(settings: Settings) -> int:
     _warn_of_unknown_names()
     settings = fit_descriptor_limit(settings, raise_descriptor_limit())
     warn_of_small_shares(settings)
+    passed = systemd.passed_sockets()
     try:
-        listener = listen(settings.host, settings.port)
+        listeners = passed or [listen(settings.host, settings.port)]
     except OSError as error:
         address = f"{settings.host} port {settings.port}"
         sys.stderr.write(f"port-checker: cannot listen on {address}: {error.strerror}\n")
         return 1
-    _log_start(settings, listener)
+    _log_start(settings, listeners[0])
+    serve_in_process = functools.partial(_serve_in_process, settings, listeners, bool(passed))
     totals = Totals()
     if settings.metrics:
         from port_checker.server.prometheus import expose
@@ -81,11 +83,11 @@ def serve(settings: Settings) -> int:
     if settings.workers == 1:
         metrics = Metrics()
         totals.add(metrics.row)
-        _serve_in_process(settings, listener, metrics, heartbeat.beat, heartbeat.stop)
+        serve_in_process(metrics, heartbeat.beat, heartbeat.stop)
     else:
         supervisor = Supervisor(
             settings.workers,
-            functools.partial(_serve_in_worker, settings, listener),
+            functools.partial(_serve_in_worker, settings, serve_in_process),
             totals,
             stop_patience=_stop_patience(settings) + 5,
             on_beat=heartbeat.beat,
@@ -99,18 +101,22 @@ def serve(settings: Settings) -> int:
 
 
 def _serve_in_worker(
-    settings: Settings, listener: socket.socket, beat: Callable[[], None], row: Row
+    settings: Settings,
+    serve_in_process: Callable[[Metrics, Callable[[], None]], None],
+    beat: Callable[[], None],
+    row: Row,
 ) -> None:
     logging.config.dictConfig(logging_config(debug=settings.debug))
-    _serve_in_process(settings, listener, Metrics(row), beat, lambda: None)
+    serve_in_process(Metrics(row), beat)
 
 
 def _serve_in_process(
     settings: Settings,
-    listener: socket.socket,
+    listeners: Sequence[socket.socket],
+    listeners_stay: bool,
     metrics: Metrics,
     on_beat: Callable[[], None],
-    on_stop: Callable[[], None],
+    on_stop: Callable[[], None] = lambda: None,
 ) -> None:
     most = max_connections(settings)
     limits = ConnectionLimits(most, trusted_proxies=settings.trusted_proxies, metrics=metrics)
@@ -120,7 +126,8 @@ def _serve_in_process(
         metrics.sample()
         on_beat()
 
-    server = Server(server_config(settings, make_app, limits), beat, on_stop)
+    config = server_config(settings, make_app, limits)
+    server = Server(config, beat, on_stop, listeners_stay=listeners_stay)
     metrics.watch("connections", lambda: len(server.server_state.connections))
     metrics.watch("connections_limit", lambda: most)
     metrics.watch("event_loop_lag_seconds", lambda: server.lag)
@@ -129,7 +136,7 @@ def _serve_in_process(
     # again: the default one would end the process before it returns an exit status.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.handle_exit)
-    server.run(sockets=[listener])
+    server.run(sockets=list(listeners))
 
 
 class Server(uvicorn.Server):
@@ -139,6 +146,8 @@ class Server(uvicorn.Server):
         config: uvicorn's configuration.
         on_beat: Called when the server is ready, and every second from then on, by the event loop.
         on_stop: Called when it begins to stop.
+        listeners_stay: Whether the listening sockets stay open elsewhere, for the next process:
+            connections wait there, rather than be refused while this one stops.
 
     Attributes:
         lag: Seconds by which the event loop was late for the last of these calls.
@@ -149,8 +158,11 @@ class Server(uvicorn.Server):
         config: Config,
         on_beat: Callable[[], None] = lambda: None,
         on_stop: Callable[[], None] = lambda: None,
+        *,
+        listeners_stay: bool = False,
     ) -> None:
         super().__init__(config)
+        self._listeners_stay = listeners_stay
         self.lag = 0.0
         self._on_beat = on_beat
         self._on_stop = on_stop
@@ -170,6 +182,9 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finish what is in progress, and refuse all other requests meanwhile."""
         self._on_stop()
+        if self._listeners_stay:
+            for server in self.servers:
+                server.close()
         for connection in list(self.server_state.connections):
             connection.shutdown()
         # uvicorn would stop listening first, and leave new connections without an answer.
@@ -297,9 +312,9 @@ def _warn_of_unknown_names() -> None:
 
 
 def _log_start(settings: Settings, listener: socket.socket) -> None:
-    port = listener.getsockname()[1]
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    anywhere = settings.host in ("0.0.0.0", "::")  # noqa: S104  # compared, not bound
+    host, port, *_ = listener.getsockname()
+    anywhere = host in ("0.0.0.0", "::")  # noqa: S104  # compared, not bound
+    host = f"[{host}]" if ":" in host else host
     local = "localhost" if anywhere else host
     logger.info(
         "Listening on %s:%d, docs at http://%s:%d/docs; processes: %d, "

@@ -1,6 +1,6 @@
-"""Readiness, status and the watchdog (sd_notify(3)), and whether the journal reads our log.
+"""What is between systemd and us: notices (sd_notify(3)), passed sockets, the journal.
 
-Nothing of it can fail the service.
+No notice can fail the service.
 """
 
 import contextlib
@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 
 _BEATS_OF_STATUS = 10
+
+_FIRST_PASSED = 3  # SD_LISTEN_FDS_START
 
 
 def notify(*assignments: str) -> None:
@@ -48,6 +50,14 @@ class Heartbeat:
     def stop(self) -> None:
         """Tell that the service is stopping."""
         notify("STOPPING=1", "STATUS=Finishing the checks in flight")
+
+
+def passed_sockets() -> list[socket.socket]:
+    """Return the listening sockets that systemd passes to us (sd_listen_fds(3)), if it does."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    count = int(os.environ.get("LISTEN_FDS", "0"))
+    return [socket.socket(fileno=_FIRST_PASSED + number) for number in range(count)]
 
 
 def stderr_is_the_journal() -> bool:
