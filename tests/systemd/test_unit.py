@@ -29,7 +29,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, and those that it needs, since the container has no network."""
     directory = tmp_path_factory.mktemp("wheels")
     words = [sys.executable, "-m", "pip", "wheel", "--quiet", "--wheel-dir", str(directory)]
-    words += ["--constraint", "constraints.txt", ".", "hatchling"]
+    words += ["--constraint", "constraints.txt", ".[metrics,redis]", "hatchling"]
     subprocess.run(words, cwd=ROOT, check=True)
     return directory
 
@@ -214,25 +214,61 @@ def test_a_wrong_setting_fails_once_and_is_told(container: Container) -> None:
     assert lines[0] in container.try_to_run("systemctl status golem-port-checker").text
 
 
-def test_a_check_in_flight_is_finished_before_it_stops(container: Container) -> None:
-    answer = container.run(
-        "python3 - <<'END' &\n"
-        "import socket, time\n"
-        "s = socket.create_server(('127.0.0.1', 7466), backlog=0)\n"
-        "held = []\n"
-        "for _ in range(3):\n"
-        "    c = socket.socket(); c.setblocking(False); c.connect_ex(('127.0.0.1', 7466))\n"
-        "    held.append(c)\n"
-        "time.sleep(60)\n"
-        "END\n"
-        "silent=$!; sleep 1\n"
-        'body=\'{"provider_ip": "127.0.0.1", "ports": [9000, 7466]}\'\n'
-        'curl -sS --data "$body" localhost:9000/check-ports > /tmp/answer &\n'
-        "check=$!; sleep 2\n"
-        "systemctl stop golem-port-checker\n"
-        "wait $check; kill $silent\n"
-        "cat /tmp/answer\n"
+# Listens on 127.0.0.1:7466, where no connection is completed any more.
+SILENT_PORT = """
+python3 - <<'END' &
+import socket, time
+listener = socket.create_server(("127.0.0.1", 7466), backlog=0)
+held = []
+for _ in range(3):
+    held.append(socket.socket())
+    held[-1].setblocking(False)
+    held[-1].connect_ex(("127.0.0.1", 7466))
+print("silent", flush=True)
+time.sleep(60)
+END
+silent=$!
+sleep 1
+"""
+
+
+def test_a_restart_refuses_nobody_where_systemd_listens(container: Container) -> None:
+    container.run(
+        "cp /root/checkout/golem-port-checker.socket /etc/systemd/system/\n"
+        "systemctl daemon-reload; systemctl stop golem-port-checker\n"
+        "systemctl start golem-port-checker.socket golem-port-checker.service\n"
     )
+    body = json.dumps({"provider_ip": "127.0.0.1", "ports": [9000, 7466]})
+    try:
+        *answers, check = container.run(
+            f"{SILENT_PORT}\n"
+            f"curl -sS --data '{body}' localhost:9000/check-ports > /tmp/check & check=$!\n"
+            "sleep 1\n"
+            "systemctl restart golem-port-checker & restart=$!\n"
+            "for n in $(seq 30); do\n"
+            "  curl -sS localhost:9000/health > /tmp/health.$n 2>&1 & curls[$n]=$!\n"
+            "  sleep 0.2\n"
+            "done\n"
+            "wait $check ${curls[@]}; wait $restart; kill $silent\n"
+            "for n in $(seq 30); do cat /tmp/health.$n; echo; done; cat /tmp/check"
+        ).splitlines()[1:]
+    finally:
+        container.run(
+            "systemctl stop golem-port-checker.socket\n"
+            "rm /etc/systemd/system/golem-port-checker.socket; systemctl daemon-reload"
+        )
+    assert answers == ['{"status":"ok"}'] * 30
+    assert json.loads(check)["message"] == "Successfully verified 1 out of 2 ports"
+
+
+def test_a_check_in_flight_is_finished_before_it_stops(container: Container) -> None:
+    body = json.dumps({"provider_ip": "127.0.0.1", "ports": [9000, 7466]})
+    answer = container.run(
+        f"{SILENT_PORT}\n"
+        f"curl -sS --data '{body}' localhost:9000/check-ports > /tmp/check & check=$!\n"
+        "sleep 2; systemctl stop golem-port-checker\n"
+        "wait $check; kill $silent; cat /tmp/check"
+    ).splitlines()[-1]
     assert json.loads(answer)["message"] == "Successfully verified 1 out of 2 ports"
     assert container.run(SHOW + "Result").strip() == "success"
 
