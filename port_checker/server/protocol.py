@@ -475,7 +475,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if left > 0:
             self._timer = self.loop.call_later(left, self._close_if_expired)
         else:
-            if self._has_started:
+            if self._has_started and not self.transport.is_closing():
                 self._limits.metrics.count("receive_deadlines")
             self.transport.close()
 

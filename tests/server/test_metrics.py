@@ -14,8 +14,10 @@ import httpx
 import pytest
 
 from port_checker.server.metrics import Metrics, StatusLine, Totals
+from port_checker.server.protocol import ConnectionLimits
+from tests.support.http import connected
 from tests.support.loopback import free_port, open_port, refused_port, silent_port
-from tests.support.service import Program, ask, program
+from tests.support.service import Program, ask, program, serve
 from tests.support.waiting import wait_until
 
 
@@ -168,3 +170,19 @@ def test_the_status_line_is_about_the_last_interval() -> None:
     rest = "0 ports in flight, 0 connections"
     assert status.text() == f"4 checks in the last 10 s; {rest}"
     assert status.text() == f"0 checks in the last 10 s; {rest}"
+
+
+def test_what_is_refused_before_the_application_sees_it_is_counted() -> None:
+    totals, metrics = Totals(), Metrics()
+    totals.add(metrics.row)
+    limits = ConnectionLimits(1000, deadline=0.1, metrics=metrics)
+    with serve(limits=limits) as client:
+        with connected(client) as sock:
+            sock.sendall(b"not HTTP\r\n\r\n")
+            assert sock.recv(100).startswith(b"HTTP/1.1 400 ")
+        with connected(client) as sock:
+            sock.sendall(b"GET / HTTP/1.1\r\n")  # and no more
+            assert sock.recv(100) == b""
+    snapshot = totals.snapshot()
+    assert snapshot["port_checker_errors", "INVALID_REQUEST"] == 1
+    assert snapshot["port_checker_receive_deadlines", ""] == 1
