@@ -30,3 +30,21 @@ NOT_PERMITTED = (
 )
 FAILED = "This machine could not listen on the port: check whether it is out of files or memory."
 NOT_ASKED = "No server has checked this port: try again later, or ask another server."
+
+# For the page in a browser, which cannot listen: whether anything runs on a port it does not know.
+PAGE_REACHABLE = (
+    "Something accepts connections there. If your provider is not running yet, it is another "
+    "program or another machine."
+)
+PAGE_REFUSED = (
+    "The address answers, but nothing accepts connections on this port. Start your provider and "
+    "check again. If it is running, forward the port to its machine in your router."
+)
+PAGE_TIMED_OUT = (
+    "Nothing answers. Allow the port in the firewall of the provider's machine, and forward it to "
+    "that machine in your router."
+)
+PAGE_UNREACHABLE = (
+    "A router on the way could not or would not deliver the connection. Check the firewall of your "
+    "router, or ask your internet provider."
+)
