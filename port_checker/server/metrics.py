@@ -8,7 +8,7 @@ nothing is kept in files.
 import threading
 import time
 from array import array
-from collections import Counter
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, Protocol
@@ -116,6 +116,15 @@ _SLOTS: Final = {
 }
 ROW_SIZE: Final = len(_SLOTS)
 
+# The same for those who count, at each request, so that they need not put names together.
+_SHORT_SLOTS: Final = {
+    (name.removeprefix("port_checker_"), value): slot for (name, value), slot in _SLOTS.items()
+}
+_PORT_SLOTS: Final = {error: _SHORT_SLOTS["ports", value] for error, value in _VERDICTS.items()}
+_OTHER_PORTS: Final = _SHORT_SLOTS["ports", "other"]
+_FIRST_BUCKET: Final = _SLOTS[DURATION, str(BUCKETS[0])]
+_SUM: Final = _SLOTS[DURATION, "sum"]
+
 _COUNTERS: Final = [
     slot
     for (name, _), slot in _SLOTS.items()
@@ -142,22 +151,24 @@ class Metrics:
             value: Its label's.
             by: How many.
         """
-        self.row[_SLOTS[f"port_checker_{name}", value]] += by
+        self.row[_SHORT_SLOTS[name, value]] += by
 
     def count_ports(self, errors: Iterable[str | None]) -> None:
         """Count ports that were checked, by their errors; None for those that are accessible."""
-        for error, ports in Counter(errors).items():
-            self.count("ports", _VERDICTS.get(error, "other"), ports)
+        counts: dict[str | None, int] = {}  # most ports of a check end alike
+        for error in errors:
+            counts[error] = counts.get(error, 0) + 1
+        for error, ports in counts.items():
+            self.row[_PORT_SLOTS.get(error, _OTHER_PORTS)] += ports
 
     def time_check(self, seconds: float) -> None:
         """Count a completed check that took so long."""
-        bound = next((str(bound) for bound in BUCKETS if seconds <= bound), "+Inf")
-        self.row[_SLOTS[DURATION, bound]] += 1
-        self.row[_SLOTS[DURATION, "sum"]] += seconds
+        self.row[_FIRST_BUCKET + bisect_left(BUCKETS, seconds)] += 1
+        self.row[_SUM] += seconds
 
     def watch(self, name: str, read: Callable[[], float]) -> None:
         """Have a figure read at each ``sample``: a gauge, or a counter that is kept elsewhere."""
-        self._gauges[_SLOTS[f"port_checker_{name}", ""]] = read
+        self._gauges[_SHORT_SLOTS[name, ""]] = read
 
     def sample(self) -> None:
         """Read what is watched."""

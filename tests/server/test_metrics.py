@@ -1,5 +1,6 @@
 """What Prometheus reads, against what was sent."""
 
+import errno
 import itertools
 import os
 import re
@@ -13,7 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from port_checker.server.metrics import Metrics, StatusLine, Totals
+from port_checker.connect import REFUSED, TIMED_OUT
+from port_checker.server.metrics import DURATION, Metrics, StatusLine, Totals
 from port_checker.server.protocol import ConnectionLimits
 from tests.support.http import connected
 from tests.support.loopback import free_port, open_port, refused_port, silent_port
@@ -186,3 +188,34 @@ def test_what_is_refused_before_the_application_sees_it_is_counted() -> None:
     snapshot = totals.snapshot()
     assert snapshot["port_checker_errors", "INVALID_REQUEST"] == 1
     assert snapshot["port_checker_receive_deadlines", ""] == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "bucket"),
+    [(0, "0.005"), (0.005, "0.005"), (0.0051, "0.01"), (20, "20.0"), (20.1, "+Inf")],
+)
+def test_a_duration_is_in_the_lowest_bucket_that_holds_it(seconds: float, bucket: str) -> None:
+    totals, metrics = Totals(), Metrics()
+    totals.add(metrics.row)
+    metrics.time_check(seconds)
+    snapshot = totals.snapshot()
+    assert snapshot[DURATION, bucket] == 1
+    assert snapshot[DURATION, "sum"] == seconds
+
+
+def test_each_error_of_a_port_has_its_verdict() -> None:
+    totals, metrics = Totals(), Metrics()
+    totals.add(metrics.row)
+    metrics.count_ports(
+        [
+            None,
+            REFUSED.error,
+            TIMED_OUT.error,
+            os.strerror(errno.EHOSTUNREACH),
+            os.strerror(errno.ENETUNREACH),
+            os.strerror(errno.ECONNRESET),
+        ]
+    )
+    snapshot = totals.snapshot()
+    verdicts = {"accessible": 1, "refused": 1, "timed_out": 1, "unreachable": 2, "other": 1}
+    assert {verdict: snapshot["port_checker_ports", verdict] for verdict in verdicts} == verdicts
