@@ -219,3 +219,10 @@ def test_each_error_of_a_port_has_its_verdict() -> None:
     snapshot = totals.snapshot()
     verdicts = {"accessible": 1, "refused": 1, "timed_out": 1, "unreachable": 2, "other": 1}
     assert {verdict: snapshot["port_checker_ports", verdict] for verdict in verdicts} == verdicts
+
+
+def test_a_redis_that_cannot_be_reached_is_seen() -> None:
+    with refused_port() as port:
+        store = f"redis://127.0.0.1:{port}"
+        with measured(PORT_CHECKER_RATE_LIMIT_STORE=store) as (_, scraper):
+            assert scraper["port_checker_rate_limit_store_up"] == 0

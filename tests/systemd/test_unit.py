@@ -162,6 +162,13 @@ def test_a_killed_process_is_back(container: Container, workers: int) -> None:
 
 
 def test_a_stopped_process_is_replaced(container: Container) -> None:
+    # Sooner than by the unit's own WatchdogSec=, which the next but one test waits for.
+    container.run(
+        "mkdir -p /run/systemd/system/golem-port-checker.service.d\n"
+        "printf '[Service]\\nWatchdogSec=5\\n'"
+        " > /run/systemd/system/golem-port-checker.service.d/watchdog.conf\n"
+        "systemctl daemon-reload; systemctl restart golem-port-checker"
+    )
     before = main_pid(container)
     container.run(f"kill -STOP {before}")
     wait_until(lambda: main_pid(container) not in ("0", before), "the watchdog", seconds=300)
