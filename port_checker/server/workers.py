@@ -116,6 +116,8 @@ class Supervisor:
             has_served = not self._has_given_up()
             self._on_stop()
             self._stop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)  # the end is near, and nobody reads ``stop``
         return has_served
 
     def _has_given_up(self) -> bool:
