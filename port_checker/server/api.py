@@ -23,6 +23,7 @@ from port_checker.schemas import (
 )
 from port_checker.server.caller import CallerResolver
 from port_checker.server.errors import NO_STORE, STATUS, ApiError
+from port_checker.server.metrics import Metrics
 from port_checker.server.origin import require_same_origin
 from port_checker.server.rate_limit import RateLimiter
 from port_checker.server.records import CheckRecord
@@ -48,6 +49,7 @@ class Api:
         callers: Finds out who asks.
         limiter: The rate limits.
         checker: Connects to the ports.
+        metrics: Where checks are counted.
     """
 
     def __init__(
@@ -56,12 +58,14 @@ class Api:
         callers: CallerResolver,
         limiter: RateLimiter,
         checker: Checker,
+        metrics: Metrics,
     ) -> None:
         self._settings = settings
         self._callers = callers
         self._targets = TargetRules(settings)
         self._limiter = limiter
         self._checker = checker
+        self._metrics = metrics
 
     def add_routes(self, app: FastAPI) -> None:
         """Add the routes to ``app``."""
@@ -131,7 +135,7 @@ class Api:
         # Before anything that costs more than this does.
         await self._limiter.pay_request(caller)
         asked = CheckRequest.parse(await _read_body(request), self._settings.max_ports)
-        with CheckRecord(caller, asked.provider_ip, len(asked.ports)) as record:
+        with CheckRecord(caller, asked.provider_ip, len(asked.ports), self._metrics) as record:
             self._targets.require_allowed(caller, asked.provider_ip)
             if not request.client or request.client.host != str(asked.provider_ip):
                 # Not needed for the peer: this connection proves that there is a route.
@@ -143,6 +147,7 @@ class Api:
                 )
             accessible = sum(verdict.accessible for verdict in verdicts.values())
             record.result = f"accessible={accessible}"
+        self._metrics.count_ports(verdict.error for verdict in verdicts.values())
         answer = CheckResponse.of(verdicts)
         if logger.isEnabledFor(logging.DEBUG):
             for port, verdict in verdicts.items():

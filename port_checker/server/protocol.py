@@ -22,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from port_checker.addresses import Address, Network, lies_in, parse_address
 from port_checker.schemas import ErrorCode
+from port_checker.server.metrics import Metrics
 from port_checker.server.records import RefusalLog
 
 # Seconds for a request to arrive, head and body together: the first from accept, a later one from
@@ -38,12 +39,12 @@ MAX_HEAD = 64 * 1024
 # Fields of a head: each takes some 150 bytes of memory besides its own.
 MAX_FIELDS = 256
 
-# Bytes of a chunked message that are neither head nor body: sizes, extensions, trailer. Chunks of
-# 8 bytes have as much for the longest body that the application accepts. (It limits bodies itself,
-# and nobody stores what comes after its answer.)
+# Bytes of a chunked request besides its head and body: chunk sizes and extensions, and the trailer.
+# Enough for a body of 64 KiB in chunks of 8 bytes. The application limits the body itself, and what
+# arrives of it after the answer is dropped.
 MAX_FRAMING = 64 * 1024
 
-# One address may have one connection in so many.
+# An address may have one in so many of all connections.
 _SHARE = 10
 
 # Unparsed bytes, of some hundred requests, above which reading pauses until some are answered.
@@ -71,6 +72,7 @@ class ConnectionLimits:
         deadline: Seconds for a request to arrive, and for a client that does not read its answer.
         trusted_proxies: Addresses without a limit of their own. All others have one: a tenth of the
             connections, for an IPv4 address or an IPv6 /64.
+        metrics: Where refusals and missed deadlines are counted; None if nowhere.
 
     Attributes:
         is_stopping: Whether new requests are refused because the service is stopping.
@@ -82,8 +84,10 @@ class ConnectionLimits:
         max_connections: int,
         deadline: float = DEADLINE,
         trusted_proxies: Sequence[Network] = (),
+        metrics: Metrics | None = None,
     ) -> None:
         self.deadline = deadline
+        self.metrics = metrics or Metrics()
         self.is_stopping = False
         self.refusals = RefusalLog()
         self._trusted_proxies = trusted_proxies
@@ -153,7 +157,7 @@ class _Refused(Exception):
 
 
 class _Dropped(list[tuple[bytes, bytes]]):
-    """The header fields of which none is kept."""
+    """A list of header fields that keeps none of them."""
 
     def append(self, _: tuple[bytes, bytes]) -> None:
         """Drop a field."""
@@ -264,7 +268,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._limits.is_stopping:
             raise _stopping()
         if self.cycle and not self.cycle.response_complete:
-            # A bug, since a piece ends where a request ends; uvicorn would queue this one.
+            # This would be a bug, since a piece ends where a request ends.
             raise _bad_request("it begins too early")
         names = [name for name, _ in self.headers]
         version = self.parser.get_http_version()
@@ -384,7 +388,9 @@ class BoundedProtocol(HttpToolsProtocol):
         try:
             try:
                 self.parser.feed_data(piece)
-            except HttpParserUpgrade:
+            except HttpParserUpgrade as upgrade:
+                if upgrade.args[0] != len(piece):
+                    raise _bad_request("its head ends too early") from None  # a bug, as above
                 self._ignore_upgrade()
             if self._has_started:
                 self._tail = piece[-3:]
@@ -428,6 +434,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _refuse(self, refused: _Refused) -> None:
         """Answer without the application, and close."""
+        self._limits.metrics.count("errors", refused.code)
         self._limits.refusals.add(_address_of(self.client), refused.code)
         status = refused.status
         error = {"detail": {"code": refused.code, "message": str(refused)}}
@@ -474,6 +481,8 @@ class BoundedProtocol(HttpToolsProtocol):
         if left > 0:
             self._timer = self.loop.call_later(left, self._close_if_expired)
         else:
+            if self._has_started and not self.transport.is_closing():
+                self._limits.metrics.count("receive_deadlines")
             self.transport.close()
 
     def _leave_groups(self) -> None:

@@ -17,8 +17,8 @@ from redis.backoff import NoBackoff
 
 from port_checker.server.gcra import PAY_IN_REDIS, Charge
 
-# Seconds that a payment waits for Redis. A request pays twice at most and waits for 0.1 at the
-# most, all told; each turn of the event loop may end a millisecond late.
+# Seconds that a payment waits for Redis. A request pays at most twice and may wait for at most 0.1
+# seconds in all; each turn of the event loop may end a millisecond late.
 ANSWER_TIMEOUT: Final = 0.04
 
 # A timeout counts in this many turns of the event loop: time in which this process was too busy to
@@ -31,8 +31,8 @@ _PROBE_INTERVAL: Final = 0.5  # seconds between attempts to reach Redis again
 # Payments that travel together, so that one call does not occupy Redis for long.
 _MOST_TOGETHER: Final = 100
 
-# Takes from a limit like a payment, so that a Redis which answers but refuses to write is not
-# taken to be well.
+# Takes from a limit like a payment, so that a Redis which answers but refuses to write counts as
+# unavailable.
 _PROBE: Final = Charge("port-checker:probe", interval=0.001, capacity=1000, cost=1)
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,9 @@ class SharedStore:
         answer_timeout: Seconds that a payment waits.
         warning_interval: Seconds between warnings: a Redis that comes and goes is logged no more
             often.
+
+    Attributes:
+        is_available: Whether Redis is asked now.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class SharedStore:
         # The timeout bounds the closing alone; all else is bounded as a whole.
         self._redis = Redis.from_url(url, socket_connect_timeout=1, retry=Retry(NoBackoff(), 0))
         self._script = self._redis.register_script(PAY_IN_REDIS)
-        self._is_available = False
+        self.is_available = False
         self._waiting: list[tuple[Sequence[Charge], _Answer]] = []
         self._sending: asyncio.Task[None] | None = None
         self._probing: asyncio.Task[None] | None = None
@@ -71,13 +74,13 @@ class SharedStore:
     async def __aenter__(self) -> Self:
         try:
             await self._connect()
-            self._is_available = True
-        except Exception as error:  # logged at once, and tried again
-            self._become_unavailable(error)
+            self.is_available = True
+        except Exception:  # tried again, and logged
+            self._become_unavailable()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._is_available = False
+        self.is_available = False
         running = [task for task in (self._sending, self._probing) if task]
         for task in running:
             task.cancel()
@@ -96,7 +99,7 @@ class SharedStore:
             refuses. None if Redis is unavailable, or the answer did not come in time; Redis may
             count such a payment all the same.
         """
-        if not self._is_available:
+        if not self.is_available:
             return None
         answer: _Answer = asyncio.get_running_loop().create_future()
         self._waiting.append((charges, answer))
@@ -120,8 +123,8 @@ class SharedStore:
             try:
                 async with _timeout(self._answer_timeout):
                     results = await self._ask([charges for charges, _ in together])
-            except Exception as error:  # whatever goes wrong with Redis, checks go on
-                self._become_unavailable(error)
+            except Exception:  # whatever goes wrong with Redis, checks go on
+                self._become_unavailable()
                 together += self._waiting  # nobody waits in vain
                 self._waiting.clear()
                 results = [None] * len(together)
@@ -139,11 +142,11 @@ class SharedStore:
         waits = iter(await self._script(keys, arguments))
         return [[float(next(waits)) for _ in charges] for charges in payments]
 
-    def _become_unavailable(self, error: Exception) -> None:
-        self._is_available = False
-        self._probing = asyncio.create_task(self._probe(_reason(error)))
+    def _become_unavailable(self) -> None:
+        self.is_available = False
+        self._probing = asyncio.create_task(self._probe())
 
-    async def _probe(self, reason: str) -> None:
+    async def _probe(self) -> None:
         """Try until Redis answers, at once and then twice a second.
 
         Logs that it is unavailable unless it answers at once, and that it is available again.
@@ -152,24 +155,21 @@ class SharedStore:
         has_warned = False
         # The other end may be gone without a word.
         await self._disconnect()
-        while not await self._answers():
-            if not has_warned and now() >= self._next_warning:
-                logger.warning(
-                    "Redis is unavailable (%s): each process keeps its own limits meanwhile", reason
-                )
-                has_warned = True
-                self._next_warning = now() + self._warning_interval
-            await asyncio.sleep(_PROBE_INTERVAL)
-        self._is_available = True
+        while not self.is_available:
+            try:
+                await self._connect()
+                self.is_available = True
+            except Exception as error:
+                if not has_warned and now() >= self._next_warning:
+                    logger.warning(
+                        "Redis is unavailable (%s): each process keeps its own limits meanwhile",
+                        _reason(error),
+                    )
+                    has_warned = True
+                    self._next_warning = now() + self._warning_interval
+                await asyncio.sleep(_PROBE_INTERVAL)
         if has_warned:
             logger.info("Redis is available again: limits are shared")
-
-    async def _answers(self) -> bool:
-        try:
-            await self._connect()
-        except Exception:
-            return False
-        return True
 
     async def _connect(self) -> None:
         """Connect and load the script, which a payment need not wait for; then ask like one."""
