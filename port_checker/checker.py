@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from port_checker.addresses import Address
 from port_checker.connect import TIMED_OUT, OpenConnectionPacer, Verdict, attempt
+from port_checker.tls import TlsClient, TlsVerdict
 
 
 class Overloaded(Exception):
@@ -54,6 +55,7 @@ class Checker:
         self._max_in_flight = max_in_flight
         self._sleep = sleep
         self._pacer = OpenConnectionPacer()
+        self._tls = TlsClient()
 
     def require_room(self, ports: int) -> None:
         """Refuse a check for which there is no room.
@@ -110,3 +112,37 @@ class Checker:
         finally:
             self.in_flight -= len(failed)
         return {port: verdicts[port] for port in ports}
+
+    async def check_tls(
+        self, target: Address, port: int, expected: Sequence[Address | str]
+    ) -> TlsVerdict:
+        """Tell whether a TLS endpoint has a certificate that is good for what is expected.
+
+        It takes the room and the time of a check of one port. A connection that fails, in the
+        handshake too, is tried again; what a certificate tells is final.
+
+        Args:
+            target: The address that the port is on.
+            port: A TCP port.
+            expected: Addresses and at most one DNS name, as for ``TlsClient.attempt``.
+
+        Raises:
+            Overloaded: There is no room for it; nothing was attempted.
+            CheckFailed: The checker's own trouble; nothing can be said about the endpoint.
+        """
+        self.require_room(1)
+        self.in_flight += 1
+        try:
+            verdict = None
+            for round_ in range(self._retries):
+                if round_:
+                    await self._sleep(self._retry_delay)
+                latest = await self._tls.attempt(target, port, expected, self._timeout, self._pacer)
+                if verdict is None or latest.error != TIMED_OUT.error:
+                    verdict = latest
+                if not latest.try_again:
+                    break
+        finally:
+            self.in_flight -= 1
+        assert verdict, "there is at least one attempt"  # noqa: S101
+        return verdict

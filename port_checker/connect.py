@@ -58,10 +58,10 @@ _VERDICTS = {
     errno.ENETUNREACH: Verdict(accessible=False, error="Network is unreachable"),
 }
 
-# These are the machine's own trouble, whenever the socket says so. EACCES is not among them, though
+# These are the machine's own trouble, whenever a socket says so. EACCES is not among them, though
 # connect() raising it is: said later, it came in a packet, ICMPv6's "administratively prohibited"
 # (Linux icmpv6_err_convert()), from a firewall on the provider's side.
-_OWN = {
+OWN_ERRORS = {
     errno.EMFILE,
     errno.ENFILE,
     errno.ENOMEM,
@@ -163,6 +163,29 @@ async def attempt(
         return round_.verdicts
 
 
+async def connect(
+    target: Address, port: int, timeout: float, pacer: OpenConnectionPacer
+) -> socket.socket | Verdict:
+    """Try one port as ``attempt`` does, and hand over the connection instead of closing it.
+
+    Returns:
+        The connected socket, non-blocking, for the caller to close; or why there is none.
+
+    Raises:
+        CheckFailed: As for ``attempt``.
+    """
+    with own_failures("could not connect"):
+        round_ = _Round(target, keep_connected=True)
+        try:
+            await pacer.take(1)
+            round_.open([port])
+            round_.collect()
+            await round_.wait(timeout)
+            return round_.connected.pop(port, None) or round_.verdicts[port]
+        finally:
+            round_.close()
+
+
 def _is_rejected_here(sock: socket.socket, target: Address) -> bool:
     """Whether the ICMP error that ended an attempt is of this machine's own making.
 
@@ -186,8 +209,10 @@ class _Round:
     the round cannot forget a callback. A closed socket leaves its epoll by itself.
     """
 
-    def __init__(self, target: Address) -> None:
+    def __init__(self, target: Address, *, keep_connected: bool = False) -> None:
         self.verdicts: dict[int, Verdict] = {}
+        self.connected: dict[int, socket.socket] = {}  # by port; empty unless they are kept
+        self._keep_connected = keep_connected
         self._target = target
         self._host = str(target)
         self._family = socket.AF_INET if target.version == 4 else socket.AF_INET6
@@ -215,7 +240,10 @@ class _Round:
             if verdict:
                 self.verdicts[port] = verdict
                 del self._waiting[descriptor]
-                sock.close()
+                if self._keep_connected and verdict is OPEN:
+                    self.connected[port] = sock
+                else:
+                    sock.close()
 
     async def wait(self, timeout: float) -> None:
         """Wait until each attempt has ended, or ``timeout`` seconds; then there are verdicts."""
@@ -248,6 +276,8 @@ class _Round:
         for sock, _ in self._waiting.values():
             sock.close()
         self._waiting.clear()
+        for sock in self.connected.values():
+            sock.close()
 
     def _verdict(self, sock: socket.socket, port: int, events: int) -> Verdict | None:
         """What an event tells: the end of an attempt, or None when it goes on."""
@@ -268,7 +298,7 @@ class _Round:
         return TIMED_OUT
 
     def _verdict_of(self, sock: socket.socket, error: int) -> Verdict:
-        if error in _OWN:
+        if error in OWN_ERRORS:
             raise OSError(error, os.strerror(error))
         if _is_rejected_here(sock, self._target):
             raise OSError(errno.EPERM, "this machine's own firewall rejects what it sends")
