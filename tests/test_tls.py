@@ -37,8 +37,7 @@ NAME_MISMATCH = f"certificate does not match {NAME}"
 UNKNOWN_ISSUER = "certificate verify failed: unable to get local issuer certificate"
 
 NOW = datetime.now(UTC)
-PAST = {"not_before": NOW - timedelta(days=9), "not_after": NOW - timedelta(days=2)}
-FUTURE = {"not_before": NOW + timedelta(days=2), "not_after": NOW + timedelta(days=9)}
+DAY = timedelta(days=1)
 
 
 @pytest.fixture(scope="module")
@@ -138,11 +137,11 @@ def test_names_alone_are_told_to_the_server(authority: trustme.CA) -> None:
 
 
 def expired(authority: trustme.CA) -> trustme.LeafCert:
-    return authority.issue_cert("127.0.0.2", **PAST)
+    return authority.issue_cert("127.0.0.2", not_before=NOW - 9 * DAY, not_after=NOW - DAY)
 
 
 def not_yet_valid(authority: trustme.CA) -> trustme.LeafCert:
-    return authority.issue_cert("127.0.0.1", **FUTURE)
+    return authority.issue_cert("127.0.0.1", not_before=NOW + DAY, not_after=NOW + 9 * DAY)
 
 
 def of_an_unknown_authority(_: trustme.CA) -> trustme.LeafCert:
