@@ -1,6 +1,6 @@
 """IP addresses and networks, as every other module understands them.
 
-One rule lives here so that it holds everywhere: an IPv4-mapped IPv6 address (``::ffff:a.b.c.d``,
+One rule is here so that it holds everywhere: an IPv4-mapped IPv6 address (``::ffff:a.b.c.d``,
 RFC 4291 section 2.5.5.2) *is* the IPv4 address that it wraps; the kernel reaches it over IPv4.
 """
 

@@ -27,16 +27,15 @@ class Overloaded(Exception):
 class Checker:
     """Checks ports, many targets at a time.
 
-    It lives in one event loop. What it promises for a check is its bound in time:
-    ``retries * timeout + (retries - 1) * retry_delay`` seconds and some milliseconds, since a
-    check that there is no room for is refused rather than queued.
+    For one event loop. A check takes at most ``retries * timeout + (retries - 1) * retry_delay``
+    seconds and some milliseconds: one that there is no room for is refused rather than queued.
 
     Args:
-        retries: Attempts for each port, all told.
-        retry_delay: Seconds between the end of a round of attempts and the next.
+        retries: Attempts for each port, the first included.
+        retry_delay: Seconds between the end of one round of attempts and the next.
         timeout: Seconds that one attempt may last.
         max_in_flight: Ports that may be under check at once.
-        sleep: Waits for so many seconds between rounds.
+        sleep: Waits for so many seconds; called between rounds.
     """
 
     def __init__(
@@ -67,28 +66,28 @@ class Checker:
             Overloaded: They would pass ``max_in_flight``.
         """
         if self.in_flight + ports > self._max_in_flight:
-            # Nothing is certain to end sooner than the attempts of one round.
+            # Nothing is certain to end sooner than one round of attempts.
             retry_after = max(1, round(self._timeout))
             raise Overloaded(ports, self._max_in_flight, retry_after)
 
     async def check(self, target: Address, ports: Sequence[int]) -> dict[int, Verdict]:
-        """Tell which of ``ports`` can be connected to.
+        """Find out which of ``ports`` accept connections.
 
         All of them are tried at once; those that fail are tried again, all at once, after the
-        delay. The first success of a port ends it, and its place in flight is free after the
-        round. When the check is cancelled nothing of it remains.
+        delay. A port that succeeds is not tried again, and counts as in flight no more after that
+        round. A cancelled check leaves nothing behind.
 
         Args:
             target: The address that the ports are on.
             ports: TCP ports, each at most once.
 
         Returns:
-            A verdict for each port, in the order of ``ports``; of a port that failed to the end,
-            that of the last attempt which was answered.
+            A verdict for each port, in the order of ``ports``. If all attempts of a port failed,
+            it is that of the last one which was answered, if any was.
 
         Raises:
-            Overloaded: There is no room for them; nothing was attempted.
-            CheckFailed: The checker's own trouble; nothing can be said about any port.
+            Overloaded: There is no room for them; no attempt was made.
+            CheckFailed: The checker itself is in trouble, so nothing is known about any port.
         """
         self.require_room(len(ports))
         verdicts: dict[int, Verdict] = {}

@@ -16,7 +16,7 @@ from port_checker import __version__
 # What a provider of the Golem network opens by default.
 _DEFAULT_PORTS = "50800-50899"
 
-_ALL_REACHABLE, _SOME_NOT, _NOBODY_ASKED, _INTERRUPTED = 0, 1, 3, 130
+_ALL_REACHABLE, _SOME_UNREACHABLE, _NO_SERVER, _INTERRUPTED = 0, 1, 3, 130
 
 app = typer.Typer(
     add_completion=False,
@@ -55,9 +55,9 @@ def start(
 
 @app.command()
 def serve() -> None:
-    """Start the server; environment variables and .env set it up.
+    """Start the server. Settings come from environment variables and .env.
 
-    Exit status: 0 after a stop, 1 if it cannot listen, 2 for a wrong setting.
+    Exit status: 0 after a normal stop, 1 if it cannot start, 2 if a setting is wrong.
     """
     from port_checker.server.run import serve as run_server
     from port_checker.server.settings import SettingsError, load_settings
@@ -75,7 +75,7 @@ def check(
     ports: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Ports and ranges of ports, such as 7466 50800-50899.",
+            help="Ports and port ranges, such as 7466 50800-50899.",
             show_default=_DEFAULT_PORTS,
         ),
     ] = None,
@@ -85,22 +85,22 @@ def check(
             "--server",
             envvar="PORT_CHECKER_URL",
             metavar="URL",
-            help="A port checker to ask. May be given several times.",
+            help="URL of a port checker to ask; may be repeated.",
         ),
     ] = None,
     ip: Annotated[
         str | None,
-        typer.Option(help="This machine's address as the world sees it; else the server tells it."),
+        typer.Option(help="This machine's public address; by default, what the server sees."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Check that the world reaches this machine on its ports.
+    """Check that the world can reach this machine on its ports.
 
-    Run it on the provider's machine. It opens a listener on each port, asks a server to connect to
-    it from outside, and says what to do about those that are not reached.
+    Run it on the provider's machine. It listens on each port, asks a server to connect from
+    outside, and says what to do about the ports that cannot be reached.
 
-    Exit status: 0 all ports are reachable, 1 some are not, 2 wrong usage, 3 no server could be
-    asked.
+    Exit status: 0 all ports are reachable, 1 some are not, 2 wrong usage, 3 no server could check
+    them, 130 interrupted.
     """
     from rich.console import Console
     from rich.markup import escape
@@ -111,44 +111,44 @@ def check(
 
     numbers = _parse_ports(ports or [_DEFAULT_PORTS])
     if not servers:
-        raise typer.BadParameter("name one, or set PORT_CHECKER_URL.", param_hint="--server")
+        raise typer.BadParameter("give one, or set PORT_CHECKER_URL.", param_hint="--server")
     for url in servers:
         if not url.lower().startswith(("http://", "https://")):
             raise typer.BadParameter(
-                f"{url!r} must begin with http:// or https://.", param_hint="--server"
+                f"{url!r} must start with http:// or https://.", param_hint="--server"
             )
     if ip:
         _require_address(ip)
     raise_descriptor_limit()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an encoding may have no dash
-    waiting = Console(stderr=True).status("")
+    status = Console(stderr=True).status("")
     try:
-        if waiting.console.is_terminal and not as_json:
-            waiting.start()
+        if status.console.is_terminal and not as_json:
+            status.start()
         report = asyncio.run(
             verify(
                 numbers,
                 servers=servers,
                 ip=ip,
-                on_progress=lambda text: waiting.update(escape(text)),
+                on_progress=lambda text: status.update(escape(text)),
             )
         )
     except KeyboardInterrupt:
         raise typer.Exit(_INTERRUPTED) from None
     finally:
-        waiting.stop()
+        status.stop()
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(report), indent=2))
     else:
         show(report, Console(markup=False, emoji=False, highlight=False))
     if all(server.error and not server.asked for server in report.servers):
-        raise typer.Exit(_NOBODY_ASKED)
-    raise typer.Exit(_ALL_REACHABLE if report.reachable == report.total else _SOME_NOT)
+        raise typer.Exit(_NO_SERVER)
+    raise typer.Exit(_ALL_REACHABLE if report.reachable == report.total else _SOME_UNREACHABLE)
 
 
 def _parse_ports(words: Iterable[str]) -> list[int]:
-    """Return the ports that words like ``7466`` and ``50800-50899`` name, in order, each once."""
+    """Expand words like ``7466`` and ``50800-50899`` into ports, in order, without repeats."""
     ports: dict[int, None] = {}
     for word in words:
         match = re.fullmatch("([0-9]{1,5})(?:[-–]([0-9]{1,5}))?", word)  # noqa: RUF001  # as shown

@@ -1,8 +1,8 @@
 """One round: a connection attempt to each port at once, and a verdict for each.
 
-This module is the one border at which the operating system's errors become ours. Above it there
-is no ``OSError``: an attempt either ends in a ``Verdict`` on the target's port, or the whole round
-ends in ``CheckFailed`` because the trouble was the checker's own.
+This module is the one place that translates the operating system's errors. Its callers see no
+``OSError``: an attempt ends in a ``Verdict`` on the target's port, or the whole round ends in
+``CheckFailed`` because the trouble was the checker's own.
 """
 
 import asyncio
@@ -18,18 +18,18 @@ from dataclasses import dataclass
 from port_checker.addresses import Address, parse_address
 from port_checker.linux import could_not_retransmit, report_icmp_errors, take_icmp_error
 
-# Connections opened before the event loop goes round. One costs about 30 µs to open and close
-# (measured), so nothing else waits longer than about 2 ms behind any number of them.
+# Connections opened in one turn of the event loop. One costs about 30 µs to open and close
+# (measured), so everything else waits for about 2 ms at the most, however many are opened.
 _OPENED_PER_TURN = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the attempts told about one port.
+    """Whether one port can be reached.
 
     Attributes:
         accessible: Whether a TCP connection to it was established.
-        error: Why not, in the system's words (`Connection refused`); null when it was.
+        error: Why not, in the system's words (`Connection refused`); None if it was.
     """
 
     accessible: bool
@@ -37,15 +37,15 @@ class Verdict:
 
 
 class CheckFailed(Exception):
-    """The checker itself could not do its work, so nothing can be said about the target."""
+    """The checker itself could not do its work, so nothing is known about the target."""
 
 
 OPEN = Verdict(accessible=True, error=None)
 REFUSED = Verdict(accessible=False, error="Connection refused")
 TIMED_OUT = Verdict(accessible=False, error="Connection timed out")
 
-# What the socket says once the attempt has ended (SO_ERROR). The texts are glibc's, written out
-# because clients read them and other C libraries word them otherwise.
+# The verdict for each error of a socket (SO_ERROR). The texts are glibc's, written out because
+# clients look for them and other C libraries use other words.
 _VERDICTS = {
     # TCP gives these two only after the peer had answered our SYN with its own (Linux tcp_reset():
     # a reset of an attempt still under way is ECONNREFUSED). The port did accept the connection.
@@ -53,15 +53,15 @@ _VERDICTS = {
     errno.EPIPE: OPEN,
     errno.ECONNREFUSED: REFUSED,
     errno.ETIMEDOUT: TIMED_OUT,
-    # ICMP's answers, from a router on the way or from the target.
+    # From ICMP, sent by a router on the way or by the target.
     errno.EHOSTUNREACH: Verdict(accessible=False, error="No route to host"),
     errno.ENETUNREACH: Verdict(accessible=False, error="Network is unreachable"),
 }
 
-# These are the machine's own trouble, whenever a socket says so. EACCES is not among them, though
-# connect() raising it is: said later, it came in a packet, ICMPv6's "administratively prohibited"
-# (Linux icmpv6_err_convert()), from a firewall on the provider's side.
-OWN_ERRORS = {
+# Errors of a socket that are this machine's own trouble. EACCES is not one of them, though it is if
+# connect() raises it: later, it comes from a packet, ICMPv6's "administratively prohibited" (Linux
+# icmpv6_err_convert()), which a firewall on the provider's side has sent.
+OWN_TROUBLE = {
     errno.EMFILE,
     errno.ENFILE,
     errno.ENOMEM,
@@ -70,7 +70,7 @@ OWN_ERRORS = {
     errno.EPERM,
 }
 
-# IP version, and the type and code of its ICMP, that say that a host does not answer on its link.
+# IP version, and ICMP type and code, of the error that a host does not answer on its link.
 _HOST_UNREACHABLE = {(4, 3, 1), (6, 1, 3)}
 
 
@@ -79,7 +79,7 @@ def own_failures(trouble: str) -> Iterator[None]:
     """Turn an error of the operating system into the checker's own failure.
 
     Args:
-        trouble: What the failure amounts to; the system's words are put behind it.
+        trouble: What could not be done; the system's words are appended.
 
     Raises:
         CheckFailed: The block raised ``OSError``.
@@ -93,8 +93,8 @@ def own_failures(trouble: str) -> Iterator[None]:
 class OpenConnectionPacer:
     """Spreads the opening of connections over the turns of one event loop.
 
-    Whoever opens connections shares it, so that many rounds which begin together do not hold up
-    everything else. Those who wait are served in turn.
+    All rounds share it, so that many which begin together do not hold up everything else. Those
+    that wait are served in order.
     """
 
     def __init__(self) -> None:
@@ -121,7 +121,7 @@ class OpenConnectionPacer:
         self._left = _OPENED_PER_TURN
         while self._waiting and self._left:
             waiter, wanted = self._waiting.popleft()
-            if not waiter.done():  # it is when the one who waited was cancelled
+            if not waiter.done():  # it is if the round was cancelled
                 waiter.set_result(self._grant(wanted))
         if self._left < _OPENED_PER_TURN:
             loop.call_soon(self._begin_turn, loop)
@@ -132,8 +132,8 @@ async def attempt(
 ) -> dict[int, Verdict]:
     """Try each of ``ports`` once, all at the same time.
 
-    A connection that is established is closed at once; no byte is sent on it. Whatever way this
-    ends, cancellation included, it leaves no socket open.
+    An established connection is closed at once; no byte is sent on it. However this ends,
+    cancellation included, it leaves no socket open.
 
     Args:
         target: The address to connect to.
@@ -187,10 +187,10 @@ async def connect(
 
 
 def _is_rejected_here(sock: socket.socket, target: Address) -> bool:
-    """Whether the ICMP error that ended an attempt is of this machine's own making.
+    """Whether this machine itself sent the ICMP error that ended an attempt.
 
-    A host on a link of ours that does not answer is reported by this machine, too: that is the
-    host's own fault. So it is when this machine is the target.
+    That is the checker's fault, with two exceptions: a host on a link of ours that does not
+    answer, which this machine reports; and a target that is this machine.
     """
     error = take_icmp_error(sock)
     if error is None:
@@ -202,11 +202,11 @@ def _is_rejected_here(sock: socket.socket, target: Address) -> bool:
 
 
 class _Round:
-    """The sockets of one round, watched by an epoll that the event loop watches in its turn.
+    """The sockets of one round, in an epoll of their own that the event loop watches.
 
-    An epoll descriptor can itself be polled, so the loop knows one descriptor a round instead of
-    one for each port: a round of 100 costs little more than a bare epoll loop would, and closing
-    the round cannot forget a callback. A closed socket leaves its epoll by itself.
+    An epoll descriptor can itself be polled, so the loop watches one descriptor for each round
+    instead of one for each port: a round of 100 costs little more than a bare epoll loop would,
+    and closing the round cannot forget a callback. A closed socket leaves its epoll by itself.
     """
 
     def __init__(self, target: Address, *, keep_connected: bool = False) -> None:
@@ -233,7 +233,7 @@ class _Round:
             self._epoll.register(descriptor, select.EPOLLOUT)
 
     def collect(self) -> None:
-        """Take the verdicts that are there; a loopback target's are when connect() returns."""
+        """Collect the verdicts known so far: a loopback target's are when connect() returns."""
         for descriptor, events in self._epoll.poll(0):
             sock, port = self._waiting[descriptor]
             verdict = self._verdict(sock, port, events)
@@ -246,7 +246,7 @@ class _Round:
                     sock.close()
 
     async def wait(self, timeout: float) -> None:
-        """Wait until each attempt has ended, or ``timeout`` seconds; then there are verdicts."""
+        """Wait until each attempt has ended, at most ``timeout`` seconds, and give verdicts."""
         if not self._waiting:
             return
         loop = asyncio.get_running_loop()
@@ -280,16 +280,16 @@ class _Round:
             sock.close()
 
     def _verdict(self, sock: socket.socket, port: int, events: int) -> Verdict | None:
-        """What an event tells: the end of an attempt, or None when it goes on."""
+        """The verdict of an attempt that an event has ended; None if it goes on."""
         if events == select.EPOLLOUT:
             return REFUSED if self._is_echo(sock, port) else OPEN
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        # An ICMP error is queued, which is an event, before it becomes the socket's: in between
-        # there is nothing to be told yet (seen on Linux 6.18). The event will come again.
+        # The kernel queues an ICMP error, which is an event, before it sets SO_ERROR: in between
+        # there is no verdict yet (seen on Linux 6.18). The event will come again.
         return self._verdict_of(sock, error) if error else None
 
     def _verdict_at_timeout(self, sock: socket.socket) -> Verdict:
-        # An ICMP error that met the socket in use was put aside; SO_ERROR gives it out.
+        # The kernel puts an ICMP error aside while the socket is in use; SO_ERROR returns it.
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
             return self._verdict_of(sock, error)
@@ -298,16 +298,16 @@ class _Round:
         return TIMED_OUT
 
     def _verdict_of(self, sock: socket.socket, error: int) -> Verdict:
-        if error in OWN_ERRORS:
+        if error in OWN_TROUBLE:
             raise OSError(error, os.strerror(error))
         if _is_rejected_here(sock, self._target):
             raise OSError(errno.EPERM, "this machine's own firewall rejects what it sends")
         return _VERDICTS.get(error) or Verdict(accessible=False, error=os.strerror(error))
 
     def _is_echo(self, sock: socket.socket, port: int) -> bool:
-        """Whether the socket met itself: TCP's simultaneous open with one end (RFC 9293 3.5).
+        """Whether the socket is connected to itself (a simultaneous open, RFC 9293 section 3.5).
 
-        The kernel may choose the port being checked as the local one, when it is ephemeral and the
+        The kernel may choose the port being checked as the local one, if it is ephemeral and the
         address is this machine's.
         """
         host, local_port = sock.getsockname()[:2]

@@ -1,4 +1,4 @@
-"""What the two wings say to each other: requests, answers, error codes, and examples of them."""
+"""What client and server exchange: requests, responses, error codes, and examples of them."""
 
 import json
 from enum import StrEnum
@@ -23,7 +23,7 @@ _LONGEST_SHOWN: Final = 40  # characters of a wrong value
 
 
 class ErrorCode(StrEnum):
-    """What went wrong, for programs to tell apart."""
+    """What went wrong, for programs."""
 
     INVALID_IP = "INVALID_IP"
     INVALID_PORT = "INVALID_PORT"
@@ -43,7 +43,7 @@ class InvalidRequest(Exception):
     """A body that is not a valid request.
 
     Args:
-        code: What is wrong with it.
+        code: The error code.
         message: A sentence that tells the caller what to do.
     """
 
@@ -66,20 +66,22 @@ def _validate_ip(value: object) -> Address:
         pass
     raise PydanticCustomError(
         "INVALID_IP",
-        "{shown} is not an IP address. Give an IPv4 or IPv6 address in a string, such as "
-        '"203.0.113.7" or "2001:db8::7", without a host name, port, brackets or scope.',
+        "{shown} is not an IP address. Use an IPv4 or IPv6 address in a string, such as "
+        '"203.0.113.7" or "2001:db8::7": no host name, port, brackets or scope id.',
         {"shown": _shown(value)},
     )
 
 
 def _validate_ports(value: object, info: ValidationInfo) -> list[int]:
     if not isinstance(value, list) or not value:
-        raise PydanticCustomError("INVALID_REQUEST", "ports must be a list of at least one port.")
+        raise PydanticCustomError(
+            "INVALID_REQUEST", "ports must be a list of at least one port number."
+        )
     most = (info.context or {}).get("max_ports", len(value))
     if len(value) > most:
         raise PydanticCustomError(
             "TOO_MANY_PORTS",
-            "{asked} ports are too many for one request. Ask for at most {most} at a time.",
+            "{asked} ports are too many: send at most {most} per request.",
             {"asked": len(value), "most": most},
         )
     for port in value:
@@ -105,7 +107,7 @@ class CheckRequest(BaseModel):
         Address,
         PlainValidator(_validate_ip),
         WithJsonSchema({"type": "string", "anyOf": [{"format": "ipv4"}, {"format": "ipv6"}]}),
-        Field(description="The address to connect to, usually your own: an IPv4 or IPv6 literal."),
+        Field(description="The address to check, usually your own: an IPv4 or IPv6 literal."),
     ]
     ports: Annotated[
         list[int],
@@ -117,7 +119,7 @@ class CheckRequest(BaseModel):
                 "minItems": 1,
             }
         ),
-        Field(description="The TCP ports to check. One that is named twice counts once."),
+        Field(description="The TCP ports to check. Duplicates count once."),
     ]
 
     @classmethod
@@ -129,13 +131,14 @@ class CheckRequest(BaseModel):
             max_ports: How many entries ``ports`` may have.
 
         Raises:
-            InvalidRequest: Names the first fault, in the order body, ``provider_ip``, ``ports``.
+            InvalidRequest: The message names the first error, in the order body,
+                ``provider_ip``, ``ports``.
         """
         try:
             document = from_json(body, allow_inf_nan=False)
         except ValueError as error:
             raise InvalidRequest(
-                ErrorCode.INVALID_REQUEST, f"The body is not JSON in UTF-8: {error}."
+                ErrorCode.INVALID_REQUEST, f"The body is not valid JSON in UTF-8: {error}."
             ) from None
         try:
             return cls.model_validate(document, context={"max_ports": max_ports})
@@ -152,17 +155,17 @@ class CheckRequest(BaseModel):
 
 
 class CheckResponse(BaseModel):
-    """What the attempts told, port by port."""
+    """The result of a check, port by port."""
 
     success: bool = Field(description="Whether at least one port is accessible.")
     results: dict[str, Verdict] = Field(
-        description="A verdict for each port, in the order in which they were asked."
+        description="The result for each port, in the order of the request."
     )
     message: str = Field(description="How many of the ports are accessible.")
 
     @classmethod
     def of(cls, verdicts: dict[int, Verdict]) -> Self:
-        """Put the verdicts of a check into words."""
+        """Build the response from the verdicts of a check."""
         accessible = sum(verdict.accessible for verdict in verdicts.values())
         return cls(
             success=accessible > 0,
@@ -172,35 +175,35 @@ class CheckResponse(BaseModel):
 
 
 class Health(BaseModel):
-    """The service answers."""
+    """The service is up."""
 
     status: Literal["ok"] = "ok"
 
 
 class CallerAddress(BaseModel):
-    """Who is asking."""
+    """The caller's address."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"ip": "203.0.113.7"}})
 
     ip: str | None = Field(
-        description="The caller's address as this service sees it; null when it does not know."
+        description="The caller's address as this service sees it; null if unknown."
     )
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong, for programs and for people."""
+    """What went wrong: a code for programs, a message for people."""
 
     code: ErrorCode
     message: str = Field(description="A sentence that says what to do.")
 
 
 class ErrorResponse(BaseModel):
-    """The one shape of every error."""
+    """The body of every error response."""
 
     detail: ErrorDetail
 
 
-# What /docs shows of an answer.
+# The response that /docs shows.
 CHECK_EXAMPLE: Final = {
     "success": True,
     "results": {
@@ -211,26 +214,24 @@ CHECK_EXAMPLE: Final = {
     "message": "Successfully verified 2 out of 3 ports",
 }
 
-# What /docs shows for each code that a check can end in: what the service really says, as the
-# tests compare.
+# The message that /docs shows for each error code of a check. The tests compare them with what the
+# service says.
 ERROR_EXAMPLES: Final = {
     ErrorCode.INVALID_IP: (
-        '"provider.example" is not an IP address. Give an IPv4 or IPv6 address in a string, such '
-        'as "203.0.113.7" or "2001:db8::7", without a host name, port, brackets or scope.'
+        '"provider.example" is not an IP address. Use an IPv4 or IPv6 address in a string, such as '
+        '"203.0.113.7" or "2001:db8::7": no host name, port, brackets or scope id.'
     ),
     ErrorCode.INVALID_PORT: "Port 70000 is out of range (1-65535).",
-    ErrorCode.TOO_MANY_PORTS: (
-        "1001 ports are too many for one request. Ask for at most 1000 at a time."
-    ),
+    ErrorCode.TOO_MANY_PORTS: "1001 ports are too many: send at most 1000 per request.",
     ErrorCode.INVALID_REQUEST: "ports is missing.",
     ErrorCode.TARGET_NOT_ALLOWED: (
-        "192.168.1.100 is a private address. Ask for the address that you ask from, 127.0.0.1."
+        "192.168.1.100 is a private address. You may check your own address, 127.0.0.1."
     ),
-    ErrorCode.REQUEST_TOO_LARGE: "The body is over 65536 bytes. Ask for fewer ports.",
+    ErrorCode.REQUEST_TOO_LARGE: "The body is over 65536 bytes. Send fewer ports per request.",
     ErrorCode.RATE_LIMITED: "You ask too often. Try again in 2 s.",
-    ErrorCode.OVERLOADED: ("This service is checking as many ports as it can. Try again in 5 s."),
+    ErrorCode.OVERLOADED: "Too many checks are running. Try again in 5 s.",
     ErrorCode.CHECK_FAILED: (
-        "This service could not do its work (no route to 2600::7: Network is unreachable), "
-        "which says nothing about your ports. Try again later."
+        "This service failed to check (no route to 2600::7: Network is unreachable). That says "
+        "nothing about your ports. Try again later."
     ),
 }

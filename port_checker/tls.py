@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from port_checker.addresses import Address
 from port_checker.connect import (
-    OWN_ERRORS,
+    OWN_TROUBLE,
     CheckFailed,
     OpenConnectionPacer,
     Verdict,
@@ -237,7 +237,7 @@ def _is_finished(tls: ssl.SSLObject) -> bool:
 
 
 def _connection_failure(error: OSError) -> _Failed | CheckFailed:
-    if error.errno in OWN_ERRORS:
+    if error.errno in OWN_TROUBLE:
         return CheckFailed(f"could not send or receive: {error.strerror}")
     if isinstance(error, BrokenPipeError):  # the same, told to who sends
         return _handshake_failed("Connection reset by peer", try_again=True)

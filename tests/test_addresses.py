@@ -35,21 +35,16 @@ def test_literals_of_both_families(text: str, address: Address) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "address"),
     [
-        "::ffff:198.51.100.7",
-        "::FFFF:c633:6407",
-        "0:0:0:0:0:ffff:198.51.100.7",
-        "0000:0000:0000:0000:0000:ffff:198.51.100.7",
+        ("::ffff:198.51.100.7", "198.51.100.7"),
+        ("::FFFF:c633:6407", "198.51.100.7"),
+        ("0000:0000:0000:0000:0000:ffff:198.51.100.7", "198.51.100.7"),
+        ("::ffff:0:0", "0.0.0.0"),  # noqa: S104  # the first of them, too
     ],
 )
-def test_a_mapped_address_is_the_ipv4_address(text: str) -> None:
-    assert parse_address(text) == IPv4Address("198.51.100.7")
-
-
-@pytest.mark.parametrize("text", ["::ffff:0.0.0.0", "::ffff:0:0"])
-def test_the_first_mapped_address_is_ipv4_too(text: str) -> None:
-    assert parse_address(text) == IPv4Address(0)
+def test_a_mapped_address_is_the_ipv4_address(text: str, address: str) -> None:
+    assert parse_address(text) == IPv4Address(address)
 
 
 @pytest.mark.parametrize(
@@ -61,15 +56,11 @@ def test_the_first_mapped_address_is_ipv4_too(text: str) -> None:
         "localhost",
         "2130706433",
         "127.1",
-        "127.0.1",
         "127.0.0.1.1",
         "127.0.0.256",
-        "127.0.0.-1",
-        "127.0.0.",
         "0x7f000001",
         "0x7f.0.0.1",
         "0177.0.0.1",
-        "01.2.3.4",
         "1.2.3.04",
         " 127.0.0.1",
         "127.0.0.1 ",
@@ -81,15 +72,11 @@ def test_the_first_mapped_address_is_ipv4_too(text: str) -> None:
         "[::1]",
         "[::1]:80",
         "::1::",
-        ":::",
         "1:2:3:4:5:6:7",
         "1:2:3:4:5:6:7:8:9",
         "12345::",
-        "g::",
         "::ffff:01.2.3.4",
         "fe80::1%eth0",
-        "fe80::1%1",
-        "fe80::1%",
         "::ffff:127.0.0.1%lo",
         "\u0661.2.3.4",  # an Arabic-Indic one
         "\uff11.2.3.4",  # a full-width one
@@ -158,7 +145,4 @@ def test_no_networks(text: str) -> None:
 )
 def test_lying_in_networks(address: str, inside: bool) -> None:
     assert lies_in(parse_address(address), parse_networks("10.0.0.0/8,fd00::/8")) is inside
-
-
-def test_nothing_lies_in_no_networks() -> None:
-    assert not lies_in(parse_address("10.0.0.1"), ())
+    assert not lies_in(parse_address(address), ())

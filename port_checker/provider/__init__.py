@@ -1,4 +1,4 @@
-"""The provider's side: is this machine reachable, and what is to be done about it?
+"""The provider's side: can the world reach this machine, and if not, what to do about it.
 
 As a library::
 
@@ -8,7 +8,8 @@ As a library::
 """
 
 from port_checker.connect import Verdict
+from port_checker.provider.remote import Waits
 from port_checker.provider.report import PortReport, Report, ServerReport
 from port_checker.provider.verify import verify
 
-__all__ = ["PortReport", "Report", "ServerReport", "Verdict", "verify"]
+__all__ = ["PortReport", "Report", "ServerReport", "Verdict", "Waits", "verify"]

@@ -1,4 +1,4 @@
-"""Temporary listeners, which see who connects."""
+"""Temporary listeners that record incoming connections."""
 
 import asyncio
 import contextlib
@@ -11,13 +11,13 @@ from port_checker.provider.report import LocalBinding
 
 
 class Listeners:
-    """Temporary listeners on all addresses of this machine, which see who connects.
+    """Temporary listeners on all addresses of this machine.
 
-    A context manager, within a running event loop; closed at its end, whatever happens.
+    A context manager that needs a running event loop and always closes them.
 
     Attributes:
-        local: For each port, whether a listener could be opened.
-        seen: The ports to which a connection was made.
+        local: Whether a listener could be opened, by port.
+        seen: The ports on which a connection arrived.
     """
 
     def __init__(self, ports: Iterable[int], ip_version: int) -> None:
@@ -26,7 +26,7 @@ class Listeners:
         self._ports = list(ports)
         self._ipv6 = ip_version == 6
         self._listeners: dict[int, socket.socket] = {}
-        self._news = asyncio.Event()
+        self._arrival = asyncio.Event()
 
     def __enter__(self) -> Self:
         try:
@@ -50,8 +50,8 @@ class Listeners:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 while missing - self.seen:
-                    self._news.clear()
-                    await self._news.wait()
+                    self._arrival.clear()
+                    await self._arrival.wait()
 
     def _open(self, port: int) -> None:
         try:
@@ -70,7 +70,7 @@ class Listeners:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if self._ipv6:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            listener.bind(("::" if self._ipv6 else "0.0.0.0", port))  # noqa: S104  # as promised
+            listener.bind(("::" if self._ipv6 else "0.0.0.0", port))  # noqa: S104  # all addresses, as documented
             listener.listen()
             listener.setblocking(False)
         except OSError:
@@ -80,8 +80,8 @@ class Listeners:
 
     def _on_connection(self, port: int) -> None:
         self.seen.add(port)
-        self._news.set()
-        # Nothing to accept, it was reset meanwhile, or no descriptor is left: it was seen.
+        self._arrival.set()
+        # It may have been reset since, or no descriptor is left; it arrived all the same.
         with contextlib.suppress(OSError):
             self._listeners[port].accept()[0].close()
 

@@ -1,4 +1,4 @@
-"""What is known of each port, and what follows from it."""
+"""The result for each port and the advice that follows from it."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,8 +15,8 @@ class ServerReport:
 
     Attributes:
         url: The server.
-        asked: Whether it answered for at least some of the ports.
-        error: Why it did not for all; None when it did.
+        asked: Whether it checked at least some of the ports.
+        error: Why it did not check all of them; None if it did.
     """
 
     url: str
@@ -26,20 +26,20 @@ class ServerReport:
 
 @dataclass(frozen=True)
 class PortReport:
-    """What is known of one port.
+    """The result for one port.
 
     Attributes:
         port: The TCP port.
-        local: Whether a listener could be opened on this machine. With "in use" a program has the
-            port, which was left alone.
-        reachable: Whether the world reaches this machine on it: a server says so, and the listener
-            saw it, or a program of this machine has the port.
-        confirmed: Whether the listener saw a connection that a server says it made; None where
-            there was no listener to see it.
-        error: What the servers say is wrong, in the system's words; None if one of them says that
-            the port is accessible, and if none was asked.
-        advice: What to do; None when nothing is wrong.
-        answers: What each server says that answered.
+        local: Whether a listener could be opened on this machine; "in use" means that another
+            program has the port.
+        reachable: Whether the world can reach this machine on the port: a server connected, and
+            the listener saw the connection or another program has the port.
+        confirmed: Whether the listener saw the connection that a server reports; None where there
+            was no listener.
+        error: The connection error that the servers report, in the system's words; None if one of
+            them could connect, and if none checked the port.
+        advice: What to do; None if nothing is wrong.
+        answers: The verdict of each server that checked the port, by URL.
     """
 
     port: int
@@ -53,10 +53,10 @@ class PortReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``verify`` found.
+    """The result of ``verify``.
 
     Attributes:
-        ip: The address that was checked; None when nobody could tell it.
+        ip: The address that was checked; None if no server could tell it.
         servers: One for each server, in the order given.
         ports: One for each port, in the order given.
         reachable: How many ports are reachable.
@@ -81,7 +81,7 @@ _ADVICE_ON_ERROR = {
 
 
 def judge(port: int, local: LocalBinding, seen: bool, answers: dict[str, Verdict]) -> PortReport:
-    """Put together what was done here and what was seen from there."""
+    """Combine what this machine saw with what the servers report."""
     accessible = any(verdict.accessible for verdict in answers.values())
     errors = [verdict.error for verdict in answers.values()]
     confirmed = accessible and seen if local == "bound" else None

@@ -1,8 +1,7 @@
-"""A report for people's eyes: a table on a terminal, plain lines elsewhere."""
+"""Shows a report: a table on a terminal, plain lines elsewhere."""
 
 from collections.abc import Iterable
 
-import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -18,7 +17,7 @@ def show(report: Report, console: Console) -> None:
             seen = Text(outside, "red" if advice else "green")
             table.add_row(Text(ports), Text(local), seen, Text(advice))
         else:
-            typer.echo(f"{ports}: {local}; {outside}. {advice}".rstrip())
+            console.print(f"{ports}: {local}; {outside}. {advice}".rstrip(), soft_wrap=True)
     if console.is_terminal:
         console.print(table)
     for note in _notes(report):
@@ -26,7 +25,7 @@ def show(report: Report, console: Console) -> None:
 
 
 def _rows(ports: Iterable[PortReport]) -> list[tuple[str, str, str, str]]:
-    """Put ports of which the same is to be said into one row."""
+    """Ports with the same result share one row."""
     groups: dict[tuple[str, str, str], list[int]] = {}
     for port in ports:
         key = port.local, _outside(port), port.advice or ""
@@ -40,7 +39,7 @@ def _outside(port: PortReport) -> str:
     elif not port.answers:
         outside = "not asked"
     else:
-        outside = port.error or "accessible, but not here"
+        outside = port.error or "answered by another machine"
     if len({verdict.accessible for verdict in port.answers.values()}) > 1:
         answers = [f"{url}: {said.error or 'accessible'}" for url, said in port.answers.items()]
         outside += f" ({', '.join(answers)})"
@@ -61,7 +60,7 @@ def _ranges(ports: list[int]) -> str:
 def _notes(report: Report) -> Iterable[str]:
     for server in report.servers:
         if server.error:
-            extent = " about all of them" if server.asked else ""
-            yield f"{server.url} could not be asked{extent}: {server.error}."
+            extent = " all ports" if server.asked else " any port"
+            yield f"{server.url} could not check{extent}: {server.error}."
     whose = report.ip or "this machine"
     yield f"{report.reachable} of {report.total} ports of {whose} are reachable."

@@ -1,4 +1,4 @@
-"""Who is asking: the peer of the connection, or the address that a trusted proxy forwarded."""
+"""Who the caller is: the peer of the connection, or the address that a trusted proxy forwarded."""
 
 import logging
 from collections.abc import Sequence
@@ -7,15 +7,15 @@ from starlette.requests import HTTPConnection
 
 from port_checker.addresses import Address, Network, lies_in, parse_address
 
-# Fields by which a proxy shows itself without telling, or not so that it counts, for whom it asks
-# (RFC 7239, RFC 9110 section 7.6.3, and nginx's custom).
-OTHER_PROXY_FIELDS = frozenset((b"forwarded", b"via", b"x-real-ip"))
+# Headers that show that a proxy forwarded the request (RFC 7239, RFC 9110 section 7.6.3, and a
+# convention of nginx), but from which we do not take the caller's address.
+_OTHER_PROXY_HEADERS = frozenset((b"forwarded", b"via", b"x-real-ip"))
 
 logger = logging.getLogger(__name__)
 
 
-class Callers:
-    """Names the caller of a request.
+class CallerResolver:
+    """Finds out the caller of a request.
 
     Args:
         trusted_proxies: The peers whose ``X-Forwarded-For`` counts.
@@ -25,23 +25,23 @@ class Callers:
         self._trusted_proxies = trusted_proxies
         self._has_warned = False
 
-    def find(self, connection: HTTPConnection) -> Address | None:
-        """Return the caller's address, or None when it is not known."""
+    def resolve(self, connection: HTTPConnection) -> Address | None:
+        """Return the caller's address, or None if it is unknown."""
         peer = connection.scope["client"][0] if connection.scope.get("client") else None
         forwarded_for: list[str] = []
         is_proxy = False
         for name, value in connection.scope["headers"]:
             if name == b"x-forwarded-for":
                 forwarded_for.append(value.decode("latin-1"))
-            elif name in OTHER_PROXY_FIELDS:
+            elif name in _OTHER_PROXY_HEADERS:
                 is_proxy = True
         is_proxy = is_proxy and not forwarded_for
         caller = find_caller(peer, forwarded_for, self._trusted_proxies, is_proxy=is_proxy)
         if is_proxy and peer and not caller and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "A proxy at %s, which is in PORT_CHECKER_TRUSTED_PROXIES, forwards no address: "
-                "callers behind it are unknown. Let it set X-Forwarded-For.",
+                "The proxy at %s, listed in PORT_CHECKER_TRUSTED_PROXIES, does not forward its "
+                "callers' addresses. Configure it to set X-Forwarded-For.",
                 peer,
             )
         return caller
@@ -54,26 +54,26 @@ def find_caller(
     *,
     is_proxy: bool = False,
 ) -> Address | None:
-    """Return the caller's address, or None when it is not known.
+    """Return the caller's address, or None if it is unknown.
 
-    Each proxy appends the address of its own peer to ``X-Forwarded-For``, so the list is read from
-    the right for as long as the addresses are those of trusted proxies: the first other one is the
-    caller, and all before it is the caller's own claim and counts for nothing.
+    Each proxy appends the address of its own peer to ``X-Forwarded-For``. So the list is read from
+    the right, skipping trusted proxies: the first other address is the caller. Anything to the left
+    of it came from the caller, who may have made it up.
 
     Args:
-        peer: The other end of the TCP connection; None where there is no address.
-        forwarded_for: The request's ``X-Forwarded-For`` fields, in their order.
+        peer: The other end of the TCP connection; None if it has no address.
+        forwarded_for: The request's ``X-Forwarded-For`` headers, in order.
         trusted_proxies: The peers whose ``X-Forwarded-For`` counts.
-        is_proxy: Whether the request has come through a proxy that forwarded no address.
+        is_proxy: Whether the request came through a proxy that forwarded no address.
 
     Returns:
-        The address; None for a peer without one, when a trusted proxy forwarded none or a text
-        that is none, and when every forwarded address is a trusted proxy's.
+        The address; None if the peer has none, if a trusted proxy forwarded none or something
+        that is not an address, or if every forwarded address is a trusted proxy's.
     """
     if peer is None:
         return None
     try:
-        # A link-local peer comes with a scope id, which is this machine's affair.
+        # A link-local peer has a scope id, which only means something on this machine.
         address = parse_address(peer.partition("%")[0])
         if not (forwarded_for or is_proxy) or not lies_in(address, trusted_proxies):
             return address

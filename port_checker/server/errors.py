@@ -1,4 +1,4 @@
-"""The one shape of every error: its codes, its exception, and what turns each failure into it."""
+"""Error responses: which status each code has, and the handlers that turn exceptions into them."""
 
 import logging
 from collections.abc import Mapping
@@ -35,12 +35,12 @@ STATUS = {
 
 
 class ApiError(Exception):
-    """A request that gets an error for an answer.
+    """A request that is answered with an error.
 
     Args:
-        code: Which; it decides the HTTP status.
+        code: The error code; it decides the HTTP status.
         message: A sentence that tells the caller what to do.
-        headers: Further HTTP headers of the answer.
+        headers: Additional HTTP headers of the response.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class ApiError(Exception):
 
 
 def to_api_error(error: Exception) -> ApiError:
-    """Return what a caller is told of ``error``; of a bug, nothing but that it is one."""
+    """Return the error response for ``error``; one for a bug gives no details away."""
     match error:
         case ApiError():
             return error
@@ -71,54 +71,53 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(
                 ErrorCode.OVERLOADED,
                 f"This service checks at most {error.max_in_flight} ports at once. "
-                "Ask for fewer in one request.",
+                "Send fewer per request.",
                 {"Retry-After": str(error.retry_after)},
             )
         case Overloaded():
             return ApiError(
                 ErrorCode.OVERLOADED,
-                "This service is checking as many ports as it can. "
-                f"Try again in {error.retry_after} s.",
+                f"Too many checks are running. Try again in {error.retry_after} s.",
                 {"Retry-After": str(error.retry_after)},
             )
         case CheckFailed():
             return ApiError(
                 ErrorCode.CHECK_FAILED,
-                f"This service could not do its work ({error}), which says nothing about your "
-                "ports. Try again later.",
+                f"This service failed to check ({error}). That says nothing about your ports. "
+                "Try again later.",
             )
         case ClientDisconnect():
-            return ApiError(ErrorCode.INVALID_REQUEST, "The body did not arrive in full.")
+            return ApiError(ErrorCode.INVALID_REQUEST, "The body is incomplete.")
         case HTTPException(status_code=HTTPStatus.NOT_FOUND):
-            return ApiError(ErrorCode.NOT_FOUND, "Nothing is here. /docs shows what there is.")
+            return ApiError(ErrorCode.NOT_FOUND, "Not found. See /docs.")
         case HTTPException(status_code=HTTPStatus.METHOD_NOT_ALLOWED):
             return ApiError(
                 ErrorCode.METHOD_NOT_ALLOWED,
-                "This path does not answer this method. /docs shows which it does.",
-                error.headers or {"Allow": "GET, HEAD"},  # the latter: static files
+                "Method not allowed. See /docs.",
+                error.headers or {"Allow": "GET, HEAD"},  # static files set no headers
             )
         case _:
             return ApiError(
                 ErrorCode.INTERNAL_ERROR,
-                "This service has a bug, and its operators a trace of it.",
-                {"Connection": "close"},  # the server will, once it has logged the traceback
+                "Internal error; it has been logged.",
+                {"Connection": "close"},  # uvicorn closes it after logging the traceback
             )
 
 
 async def answer_error(_: Request, error: Exception) -> JSONResponse:
-    """Answer with the one error shape; a Starlette exception handler."""
+    """Answer with an error response; a Starlette exception handler."""
     if isinstance(error, CheckFailed):
         logger.error("Check failed: %s", error)
-    told = to_api_error(error)
+    answer = to_api_error(error)
     return JSONResponse(
-        {"detail": {"code": told.code, "message": told.message}},
-        status_code=STATUS[told.code],
-        headers=told.headers,
+        {"detail": {"code": answer.code, "message": answer.message}},
+        status_code=STATUS[answer.code],
+        headers=answer.headers,
     )
 
 
 def answer_errors(app: FastAPI) -> None:
-    """Make every failure of ``app`` an answer in the one shape."""
+    """Have every exception in ``app`` answered with an error response."""
     for error in (
         ApiError,
         InvalidRequest,
@@ -128,6 +127,6 @@ def answer_errors(app: FastAPI) -> None:
         CheckFailed,
         ClientDisconnect,
         HTTPException,
-        Exception,  # a bug: answered here, and its traceback logged by the server
+        Exception,  # a bug: uvicorn logs its traceback
     ):
         app.add_exception_handler(error, answer_error)

@@ -2,27 +2,23 @@
 
 import contextlib
 import math
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from ipaddress import IPv6Address, IPv6Network
+from typing import TYPE_CHECKING, Final
 
-from throttled.asyncio import (
-    BaseRateLimiter,
-    MemoryStore,
-    RateLimiterRegistry,
-    RateLimiterType,
-    per_duration,
-)
+from throttled.asyncio import MemoryStoreBackend
 
 from port_checker.addresses import Address
+from port_checker.server.gcra import Charge, pay_in_memory
 from port_checker.server.settings import IN_PROCESS, Rate
-from port_checker.server.shared_limit import PATIENCE, Redis, SharedLimit
 
-# Keys that each of the two stores holds, the least recently used making way. A key takes about
-# 300 bytes (measured), so this bounds both stores together to about 60 MiB.
-MAX_KEYS = 100_000
+if TYPE_CHECKING:
+    from port_checker.server.shared_limit import SharedStore
 
-
-_Limit = BaseRateLimiter | SharedLimit
+# Keys that the process remembers, the least recently used making way. A key takes about 300 bytes
+# (measured), so this bounds all of them to about 60 MiB.
+MAX_KEYS: Final = 200_000
 
 
 class RateLimited(Exception):
@@ -38,17 +34,19 @@ class RateLimited(Exception):
 
 
 class RateLimiter:
-    """The limits per caller and per target, by the generic cell rate algorithm (GCRA).
+    """The limits per caller and per target.
 
-    A limit of N in a period lets N through at once and then one each N-th of the period. Both are
-    kept in this process, in constant time and bounded memory however many callers there are; while
-    ``shared`` is entered, they are kept where ``store`` says.
+    They are kept in this process, in constant time and bounded memory however many callers there
+    are; while ``shared`` is entered, they are kept where ``store`` says.
 
     Args:
         per_caller: Requests that one caller may make; None for no limit.
         per_target: Ports that may be asked of one target; None for no limit.
         store: ``memory://``, or the URL of the Redis that other processes share.
-        patience: Seconds that a payment waits for Redis before it is made in this process.
+        answer_timeout: Seconds that a payment waits for Redis before it is made in this process;
+            None for the default.
+        max_keys: How many keys the process remembers.
+        clock: Tells the seconds by which limits are given back in this process.
     """
 
     def __init__(
@@ -56,30 +54,33 @@ class RateLimiter:
         per_caller: Rate | None,
         per_target: Rate | None,
         store: str = IN_PROCESS,
-        patience: float = PATIENCE,
+        *,
+        answer_timeout: float | None = None,
+        max_keys: int = MAX_KEYS,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._store = store
-        self._patience = patience
-        self._own_callers = _gcra(per_caller) if per_caller else None
-        self._own_targets = _gcra(per_target) if per_target else None
-        self._callers: _Limit | None = self._own_callers
-        self._targets: _Limit | None = self._own_targets
+        self._per_caller = per_caller and _Limit("callers", per_caller)
+        self._per_target = per_target and _Limit("targets", per_target)
+        self._url = store
+        self._answer_timeout = answer_timeout
+        self._clock = clock
+        self._memory = MemoryStoreBackend(options={"MAX_SIZE": max_keys})
+        self._shared: SharedStore | None = None
 
     @contextlib.asynccontextmanager
     async def shared(self) -> AsyncIterator[None]:
-        """Hold the limits together with other processes in the block, if the store is Redis."""
-        if self._store == IN_PROCESS:
+        """Share the limits with other processes in the block, if the store is Redis."""
+        if self._url == IN_PROCESS:
             yield
             return
-        async with Redis(self._store, self._patience) as redis:
-            if self._own_callers:
-                self._callers = redis.share("callers", self._own_callers)
-            if self._own_targets:
-                self._targets = redis.share("targets", self._own_targets)
+        # It imports redis, which is an extra.
+        from port_checker.server.shared_limit import ANSWER_TIMEOUT, SharedStore
+
+        async with SharedStore(self._url, self._answer_timeout or ANSWER_TIMEOUT) as self._shared:
             try:
                 yield
             finally:
-                self._callers, self._targets = self._own_callers, self._own_targets
+                self._shared = None
 
     async def pay_caller(self, caller: Address | None) -> None:
         """Count one request of ``caller``; those without an address share one limit.
@@ -87,10 +88,10 @@ class RateLimiter:
         Raises:
             RateLimited: It has none left.
         """
-        if self._callers:
-            result = await self._callers.limit(_caller_key(caller))
-            if result.limited:
-                raise RateLimited("You ask too often.", result.state.retry_after)
+        if self._per_caller:
+            (wait,) = await self._pay([self._per_caller.charge(_caller_key(caller), 1)])
+            if wait:
+                raise RateLimited("You ask too often.", wait)
 
     async def pay_target(self, target: Address, ports: int) -> None:
         """Count ``ports`` asked of ``target``, whoever asks.
@@ -98,19 +99,28 @@ class RateLimiter:
         Raises:
             RateLimited: It has fewer left.
         """
-        if self._targets:
-            result = await self._targets.limit(str(target), ports)
-            if result.limited:
-                raise RateLimited(
-                    f"Too many ports of {target} were asked for.", result.state.retry_after
-                )
+        if self._per_target:
+            (wait,) = await self._pay([self._per_target.charge(str(target), ports)])
+            if wait:
+                raise RateLimited(f"Too many ports of {target} were asked for.", wait)
+
+    async def _pay(self, charges: Sequence[Charge]) -> list[float]:
+        waits = await self._shared.pay(charges) if self._shared else None
+        if waits is None:
+            waits = pay_in_memory(self._memory, charges, self._clock())
+        return waits
 
 
-def _gcra(rate: Rate) -> BaseRateLimiter:
-    limiter = RateLimiterRegistry.get(RateLimiterType.GCRA.value)
-    return limiter(
-        per_duration(rate.period, rate.count), MemoryStore(options={"MAX_SIZE": MAX_KEYS})
-    )
+class _Limit:
+    """One limit for each key of its kind."""
+
+    def __init__(self, name: str, rate: Rate) -> None:
+        self._prefix = f"port-checker:{name}:"
+        self._interval = rate.period.total_seconds() / rate.count
+        self._capacity = rate.count
+
+    def charge(self, key: str, cost: int) -> Charge:
+        return Charge(self._prefix + key, self._interval, self._capacity, cost)
 
 
 def _caller_key(caller: Address | None) -> str:

@@ -1,4 +1,4 @@
-"""uvicorn around the application: its listening socket, its processes, its limits, its end."""
+"""The server process: its listening socket, its limits, its workers, and its shutdown."""
 
 import functools
 import logging
@@ -22,23 +22,23 @@ from port_checker.server.logs import logging_config
 from port_checker.server.protocol import BoundedProtocol, Room
 from port_checker.server.settings import CLIENT_PATIENCE, Settings, unknown_names
 
-# Connections that wait for accept(). The kernel lowers it to net.core.somaxconn.
+# Connections waiting for accept(). The kernel caps it at net.core.somaxconn.
 _BACKLOG = 4096
 
-# Connections of callers in one process, however many descriptors there are.
-_MOST_CONNECTIONS = 50_000
+# Clients' connections in one process, however many descriptors there are.
+_MAX_CONNECTIONS = 50_000
 
-# Descriptors of the process itself: its log, its event loop, its listening socket, some to spare.
-_OWN_DESCRIPTORS = 50
+# Descriptors that the process itself needs: log, event loop, listening socket, and some to spare.
+_RESERVED_DESCRIPTORS = 50
 
 logger = logging.getLogger(__name__)
 
 
 def serve(settings: Settings) -> int:
-    """Run the service until SIGTERM or SIGINT; checks in flight are finished first.
+    """Run the service until SIGTERM or SIGINT, then finish the checks in flight.
 
     Returns:
-        The exit status of the program: 0, or 1 if it could not listen.
+        The program's exit status: 0, or 1 if it could not listen.
     """
     log_config = logging_config(debug=settings.debug)
     logging.config.dictConfig(log_config)
@@ -53,8 +53,8 @@ def serve(settings: Settings) -> int:
     _log_start(settings, listener)
     room = Room(max_connections(settings))
     config = server_config(settings, functools.partial(create_app, settings), room, log_config)
-    # uvicorn raises the signal that ended it once more, when all is done: the process is then
-    # ended by that signal, unless somebody takes it.
+    # After its shutdown uvicorn raises the signal that it received again, and the default handler
+    # would end the process before it returns an exit status.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     if settings.workers == 1:
@@ -74,24 +74,25 @@ def server_config(
     """Return uvicorn's configuration.
 
     Args:
-        settings: How to serve.
-        make_app: Makes the application, once in each process.
-        room: Bounds the connections; each process has its own.
-        log_config: For ``logging.config.dictConfig``, in each process; None leaves logging alone.
+        settings: The operator's settings.
+        make_app: Called once in each process.
+        room: Limits the connections; each process has its own copy.
+        log_config: For ``logging.config.dictConfig`` in each process; None leaves logging as it is.
     """
     return Config(
         make_app,
         factory=True,
         workers=settings.workers,
-        # Called like the class that uvicorn expects.
+        # uvicorn calls it as it would call the class.
         http=functools.partial(BoundedProtocol, room),  # type: ignore[arg-type]
         loop="uvloop",
         ws="none",
         lifespan="on",
         log_config=log_config,
-        # A line for each request costs a fifth of all (measured) and says less than ours does.
+        # A line for each request would cost a fifth of the throughput (measured), and says less
+        # than our own line for each check.
         access_log=settings.debug,
-        # The application decides who the caller is; uvicorn would lose whether it was forwarded.
+        # server/caller.py works out the caller. uvicorn would hide whether it was forwarded.
         proxy_headers=False,
         server_header=False,
         backlog=_BACKLOG,
@@ -100,10 +101,10 @@ def server_config(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens; on ``::`` it takes IPv4 connections, too.
+    """Return a listening socket; on ``::`` it accepts IPv4 connections as well.
 
     Raises:
-        OSError: The address is in use, not this machine's, or not permitted.
+        OSError: The address is in use, is not this machine's, or is not permitted.
     """
     address = "127.0.0.1" if host == "localhost" else host
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -117,22 +118,22 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError:
         listener.close()
         raise
-    # Worker processes inherit it.
+    # For the worker processes.
     listener.set_inheritable(True)
     return listener
 
 
 def fit_descriptor_limit(settings: Settings, limit: int) -> Settings:
-    """Return settings under which the ports in flight take at most half of ``limit`` descriptors.
+    """Return settings whose ports in flight use at most half of ``limit`` descriptors.
 
-    A port takes one descriptor. The other half is for callers' connections, and what each check
-    and the process need besides.
+    Each port in flight uses one descriptor. The other half is for clients' connections, for the
+    one more that each check uses, and for the process itself.
     """
     fitting = max(1, limit // 2)
     if limit == resource.RLIM_INFINITY or settings.max_in_flight <= fitting:
         return settings
     logger.warning(
-        "PORT_CHECK_MAX_IN_FLIGHT=%d lowered to %d: this process may open %d files. "
+        "PORT_CHECK_MAX_IN_FLIGHT=%d lowered to %d: this process may open only %d files. "
         "Raise that limit (LimitNOFILE= in systemd, ulimit -n in a shell).",
         settings.max_in_flight,
         fitting,
@@ -142,19 +143,20 @@ def fit_descriptor_limit(settings: Settings, limit: int) -> Settings:
 
 
 def max_connections(settings: Settings) -> int:
-    """Return how many connections of callers fit this process's descriptors, beside the ports.
+    """Return how many clients' connections the descriptor limit allows beside the ports in flight.
 
-    Each may have a check, which takes a descriptor of its own; and some are the process's own.
+    Each connection may run a check, which uses one more descriptor.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
-        return _MOST_CONNECTIONS
-    return min(_MOST_CONNECTIONS, max(1, (limit - settings.max_in_flight - _OWN_DESCRIPTORS) // 2))
+        return _MAX_CONNECTIONS
+    left = limit - settings.max_in_flight - _RESERVED_DESCRIPTORS
+    return min(_MAX_CONNECTIONS, max(1, left // 2))
 
 
 def _warn_of_unknown_names() -> None:
     for name, nearest in unknown_names(os.environ).items():
-        advice = f"did you mean {nearest}?" if nearest else "the README lists all settings."
+        advice = f"did you mean {nearest}?" if nearest else "see the README for all settings."
         logger.warning("%s is not a setting; %s", name, advice)
 
 
@@ -164,8 +166,9 @@ def _log_start(settings: Settings, listener: socket.socket) -> None:
     anywhere = settings.host in ("0.0.0.0", "::")  # noqa: S104  # compared, not bound
     local = "localhost" if anywhere else host
     logger.info(
-        "Listening on %s:%d, docs at http://%s:%d/docs; %d process(es), %d ports in flight each; "
-        "limits: %s requests per caller, %s ports per target; checks take up to %g s",
+        "Listening on %s:%d, docs at http://%s:%d/docs; processes: %d, "
+        "ports in flight in each: %d; limits: %s requests per caller, %s ports per target; "
+        "a check takes up to %g s",
         host,
         port,
         local,
@@ -178,7 +181,7 @@ def _log_start(settings: Settings, listener: socket.socket) -> None:
     )
     if settings.longest_check > CLIENT_PATIENCE:
         logger.warning(
-            "Checks can take %g s, and providers' software gives up after %g s; lower "
+            "A check can take %g s, but providers' software gives up after %g s: lower "
             "PORT_CHECK_RETRIES, PORT_CHECK_TIMEOUT or PORT_CHECK_RETRY_DELAY",
             settings.longest_check,
             CLIENT_PATIENCE,

@@ -1,4 +1,4 @@
-"""The environment, validated: made once at the start and passed to whoever needs it."""
+"""The settings: read from the environment and ``.env``, and validated."""
 
 import difflib
 import re
@@ -13,7 +13,9 @@ from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
 from pydantic import (
+    BaseModel,
     BeforeValidator,
+    ConfigDict,
     Field,
     ValidationError,
     field_validator,
@@ -26,10 +28,10 @@ from port_checker.addresses import Network, parse_networks
 
 ENV_FILE = Path(".env")
 
-# Providers' software gives up on an answer after this many seconds.
+# Seconds after which the providers' software gives up on a response.
 CLIENT_PATIENCE = 30.0
 
-# Where limits are kept, other than in Redis.
+# The rate limit store that is not Redis.
 IN_PROCESS = "memory://"
 
 _REDIS_URL = re.compile(
@@ -40,22 +42,22 @@ _REDIS_URL = re.compile(
     re.ASCII,
 )
 
-# A variable of the provider's side, which is no setting of the server and no mistake either.
-_CLIENTS_OWN = "PORT_CHECKER_URL"
+# Not a setting of the server: `port-checker check` reads it.
+_CLIENT_VARIABLE = "PORT_CHECKER_URL"
 
 _LONGEST_SHOWN = 80  # characters of a wrong value, so that the message stays one line
 
 
 class SettingsError(Exception):
-    """A setting has a wrong value; the message is one line for the operator."""
+    """A setting is wrong; the message is one line for the operator."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """So many in each period, all of which may come at once.
+    """A number of events per period; all of them may come at once.
 
     Attributes:
-        count: How many; at least 1.
+        count: The number; at least 1.
         period: One second, minute or hour.
     """
 
@@ -94,28 +96,15 @@ _RateOrOff = Annotated[Rate | None, NoDecode, BeforeValidator(_parse_rate)]
 
 
 def _setting(variable: str, default: Any, allowed: str, **bounds: Any) -> Any:
-    """A field, the variable that sets it, and its bounds: for pydantic, and in words."""
+    """Return a field: the variable that sets it, its bounds, and the bounds in words."""
     return Field(default, validation_alias=variable, description=allowed, **bounds)
 
 
-class Settings(BaseSettings):
-    """Everything that an operator can set; each field's description says what is allowed.
+class Settings(BaseModel):
+    """Everything that an operator can set; each field's description says what is allowed."""
 
-    Values come from the arguments (by field name), the environment and ``.env``, in this order.
-    """
-
-    model_config = SettingsConfigDict(
-        env_file=ENV_FILE,
-        env_file_encoding="utf-8",
-        case_sensitive=True,
-        extra="ignore",
-        frozen=True,
-        validate_by_name=True,
-        # By name means from arguments: it would also read variables called port or timeout, were
-        # it not for a prefix that no variable has.
-        env_prefix="no variable's ",
-        validate_by_alias=True,
-        validate_default=False,
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True
     )
 
     host: str = _setting(
@@ -143,8 +132,8 @@ class Settings(BaseSettings):
     rate_limit_store: str = _setting(
         "PORT_CHECKER_RATE_LIMIT_STORE",
         IN_PROCESS,
-        "memory:// or redis://[[user]:password@]host[:port][/db], or the latter with rediss://",
-        repr=False,  # it can hold a password; neither does a message about a wrong value show it
+        "memory://, or redis:// or rediss:// with [[user]:password@]host[:port][/db]",
+        repr=False,  # it may hold a password, which error messages hide, too
     )
     metrics: bool = _setting(
         "PORT_CHECKER_METRICS", False, "false (this version does not serve metrics)"
@@ -194,7 +183,7 @@ class Settings(BaseSettings):
 
     @property
     def longest_check(self) -> float:
-        """Seconds within which every check is answered, give or take some milliseconds."""
+        """Upper bound in seconds for the duration of a check, give or take some milliseconds."""
         return self.retries * self.timeout + (self.retries - 1) * self.retry_delay
 
     @field_validator("host")
@@ -229,8 +218,8 @@ class Settings(BaseSettings):
                 _wrong(
                     "PORT_CHECK_TARGET_RATE_LIMIT",
                     str(rate),
-                    f"off or at least {self.max_ports} (PORT_CHECK_MAX_PORTS), since it would "
-                    "refuse a full request for ever",
+                    f"off or at least {self.max_ports} (PORT_CHECK_MAX_PORTS): anything less "
+                    "would refuse every full request",
                 ),
             )
         return self
@@ -240,20 +229,32 @@ class Settings(BaseSettings):
         if self.rate_limit_store != IN_PROCESS and not find_spec("redis"):
             raise PydanticCustomError(
                 "missing",
-                "PORT_CHECKER_RATE_LIMIT_STORE in Redis needs a package that is not installed: "
+                "PORT_CHECKER_RATE_LIMIT_STORE: Redis needs a package that is not installed: "
                 "pip install 'golem-port-checker[redis]'",
             )
         return self
 
 
+class _Environment(Settings, BaseSettings):
+    """Settings from the environment and ``.env``."""
+
+    model_config = SettingsConfigDict(
+        env_file=ENV_FILE,
+        env_file_encoding="utf-8",
+        case_sensitive=True,
+        extra="ignore",
+        validate_by_name=False,  # a variable called "port" is not ours
+    )
+
+
 def load_settings() -> Settings:
-    """Read the environment and ``.env``.
+    """Read the environment and ``.env``; the environment takes precedence.
 
     Raises:
         SettingsError: A value is wrong, or ``.env`` cannot be read.
     """
     try:
-        return Settings()
+        return _Environment()
     except ValidationError as error:
         raise SettingsError("; ".join(map(_explain, error.errors()))) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -261,14 +262,14 @@ def load_settings() -> Settings:
 
 
 def _explain(error: ErrorDetails) -> str:
-    if not error["loc"]:  # from the model as a whole, which explained itself
+    if not error["loc"]:  # raised by a model validator, with a message of its own
         return error["msg"]
     variable = str(error["loc"][0])
     (field,) = (
         field for field in Settings.model_fields.values() if field.validation_alias == variable
     )
     value = str(error["input"])
-    if not field.repr:  # a secret may be anywhere in what is wrong
+    if not field.repr:  # the secret may be anywhere in the wrong value
         value = re.sub(r"(:/*)[^/].*", r"\1…", value, flags=re.DOTALL)
     return _wrong(variable, value, field.description or "")
 
@@ -279,16 +280,16 @@ def _wrong(variable: str, value: str, allowed: str) -> str:
 
 
 def unknown_names(environment: Mapping[str, str]) -> dict[str, str | None]:
-    """Find variables that look like settings and are none: misspelt, most likely.
+    """Find variables that look like settings but are not: most likely misspelled.
 
     Args:
-        environment: ``os.environ``; ``.env`` is read besides.
+        environment: ``os.environ``; the names in ``.env`` are added to it.
 
     Returns:
-        Each such name, with the known name that is nearest to it, if any is near.
+        Each such name, with the most similar setting, if any is similar.
     """
     known = [str(field.validation_alias) for field in Settings.model_fields.values()]
-    known.append(_CLIENTS_OWN)
+    known.append(_CLIENT_VARIABLE)
     names = [*environment, *dotenv_values(ENV_FILE)]
     return {
         name: next(iter(difflib.get_close_matches(name, known, n=1)), None)

@@ -1,180 +1,181 @@
-"""Limits that many processes hold together in Redis, and each by itself while Redis is lost."""
+"""Rate limits that many processes share in Redis, behind a circuit breaker.
+
+Payments that come while Redis is busy with others travel together, so that a crowd waits for one
+round trip rather than queueing for connections.
+"""
 
 import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Self, cast
+from collections.abc import AsyncIterator, Sequence
+from typing import Final, Self
 
-from throttled.asyncio import (
-    BaseRateLimiter,
-    Quota,
-    RateLimiterRegistry,
-    RateLimiterType,
-    RateLimitResult,
-    RedisStore,
-    per_sec,
-)
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 
-if TYPE_CHECKING:
-    import redis.asyncio
+from port_checker.server.gcra import PAY_IN_REDIS, Charge
 
-# Seconds that a payment waits for Redis. A request pays its caller's limit and its target's and
-# shall wait for 0.1 at the most, all told; each turn may end a millisecond late.
-PATIENCE = 0.04
+# Seconds that a payment waits for Redis. A request pays twice at most and waits for 0.1 at the
+# most, all told; each turn of the event loop may end a millisecond late.
+ANSWER_TIMEOUT: Final = 0.04
 
-# Patience is counted in this many turns of the event loop: time in which this process was too
-# busy to listen is not Redis' fault.
-_TURNS = 5
+# A timeout counts in this many turns of the event loop: time in which this process was too busy to
+# read an answer is not Redis' fault.
+_TURNS: Final = 5
 
-# Payments at once; each takes a connection. The others wait for their turn.
-_MOST_AT_ONCE = 8
+_CONNECT_TIMEOUT: Final = 0.5  # seconds, before anybody pays
+_PROBE_INTERVAL: Final = 0.5  # seconds between attempts to reach Redis again
 
-# Seconds in which all connections are made, before anybody pays.
-_CONNECTED_IN = 0.5
+# Payments that travel together, so that one call does not occupy Redis for long.
+_MOST_TOGETHER: Final = 100
 
-# Seconds between attempts to return to a lost Redis.
-_RETURN_INTERVAL = 0.5
-
-# Redis flaps when it is lost within the first number of seconds since it came back, and the second
-# since that was last told. Such a loss is told only if it lasts for the third.
-_STEADY = 10.0
-_QUIET = 60.0
-_LASTING = 3.0
+# Takes from a limit like a payment, so that a Redis which answers but refuses to write is not
+# taken to be well.
+_PROBE: Final = Charge("port-checker:probe", interval=0.001, capacity=1000, cost=1)
 
 logger = logging.getLogger(__name__)
 
-
-class SharedLimit:
-    """A limit in Redis, which another one stands in for while Redis is lost."""
-
-    def __init__(self, redis: "Redis", shared: BaseRateLimiter, substitute: BaseRateLimiter):
-        self._redis = redis
-        self._shared = shared
-        self._substitute = substitute
-
-    async def limit(self, key: str, cost: int = 1) -> RateLimitResult:
-        """Take ``cost`` from what ``key`` has left, if that is enough."""
-        result = await self._redis.limit(self._shared, key, cost)
-        return result or await self._substitute.limit(key, cost)
+_Answer = asyncio.Future[list[float] | None]
 
 
-class Redis:
-    """A Redis server that may be lost, and is returned to when it answers again.
+class SharedStore:
+    """Limits in Redis, and whether Redis is available.
 
-    It is lost when it cannot be reached, answers with an error, or answered nobody for as long as
-    a request waited. An asynchronous context manager, for one event loop; leaving it closes all
-    connections.
+    Redis is unavailable once it cannot be reached, answers with an error, or does not answer in
+    time. Nobody asks it then, until a probe has reached it again. An asynchronous context manager,
+    for one event loop; leaving it closes the connection.
 
     Args:
         url: ``redis://`` or, with TLS, ``rediss://``.
-        patience: Seconds that a payment waits. Redis is back when it answers in half of that, so
-            that one which is about as slow as this is not lost and found without end.
+        answer_timeout: Seconds that a payment waits.
+        warning_interval: Seconds between warnings: a Redis that comes and goes is logged no more
+            often.
     """
 
-    def __init__(self, url: str, patience: float = PATIENCE) -> None:
-        self._patience = patience
-        # Of the timeouts, this one bounds the closing; all else is bounded as a whole.
-        self._store = _Store(url, options={"SOCKET_CONNECT_TIMEOUT": 1})
-        self._turn = asyncio.Semaphore(_MOST_AT_ONCE)
-        # A limit, too, so that a Redis which answers and refuses to write is not taken for well.
-        self._probe = self._limiter("probe", per_sec(1000))
-        self._answered = -math.inf
-        self._lost = False
-        self._returning: asyncio.Task[None] | None = None
-        self._came_back = self._told = -math.inf
-
-    def share(self, name: str, limiter: BaseRateLimiter) -> SharedLimit:
-        """Return the limit of that name in Redis; ``limiter`` says how much, and stands in."""
-        return SharedLimit(self, self._limiter(name, limiter.quota), limiter)
-
-    def _limiter(self, name: str, quota: Quota) -> BaseRateLimiter:
-        gcra = RateLimiterRegistry.get(RateLimiterType.GCRA.value)
-        return gcra(quota, self._store, key_prefix=f"port-checker:{name}")
+    def __init__(
+        self, url: str, answer_timeout: float = ANSWER_TIMEOUT, warning_interval: float = 60
+    ) -> None:
+        self._answer_timeout = answer_timeout
+        self._warning_interval = warning_interval
+        # The timeout bounds the closing alone; all else is bounded as a whole.
+        self._redis = Redis.from_url(url, socket_connect_timeout=1, retry=Retry(NoBackoff(), 0))
+        self._script = self._redis.register_script(PAY_IN_REDIS)
+        self._is_available = False
+        self._waiting: list[tuple[Sequence[Charge], _Answer]] = []
+        self._sending: asyncio.Task[None] | None = None
+        self._probing: asyncio.Task[None] | None = None
+        self._next_warning = -math.inf
 
     async def __aenter__(self) -> Self:
         try:
             await self._connect()
-        except Exception as error:  # it is told at once if Redis is not there
-            self._lose(error)
+            self._is_available = True
+        except Exception as error:  # logged at once, and tried again
+            self._become_unavailable(error)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._lost = True
-        if self._returning:
-            self._returning.cancel()
-            await asyncio.wait([self._returning])
-        await self._store.disconnect()
+        self._is_available = False
+        running = [task for task in (self._sending, self._probing) if task]
+        for task in running:
+            task.cancel()
+        if running:
+            await asyncio.wait(running)
+        await self._disconnect()
 
-    async def limit(self, limiter: BaseRateLimiter, key: str, cost: int) -> RateLimitResult | None:
-        """Ask ``limiter``; None if there is no answer in time, or at once if Redis is lost."""
-        now = asyncio.get_running_loop().time
-        asked = now()
+    async def pay(self, charges: Sequence[Charge]) -> list[float] | None:
+        """Make a payment, if none of its limits refuses.
+
+        Args:
+            charges: One for each limit; no two have the same key.
+
+        Returns:
+            For each charge, the seconds after which its limit would let it through: 0 unless it
+            refuses. None if Redis is unavailable, or the answer did not come in time; Redis may
+            count such a payment all the same.
+        """
+        if not self._is_available:
+            return None
+        answer: _Answer = asyncio.get_running_loop().create_future()
+        self._waiting.append((charges, answer))
+        if not self._sending or self._sending.done():
+            self._sending = asyncio.create_task(self._send())
         try:
-            async with _patience(self._patience), self._turn:
-                if self._lost:
-                    return None
-                result = await limiter.limit(key, cost)
-                self._answered = now()
-                return result
-        except TimeoutError as error:
-            if self._answered <= asked:
-                self._lose(error)
-        except Exception as error:  # whatever goes wrong with Redis, checks go on
-            self._lose(error)
-        return None
+            # Those who wait behind others do not blame Redis: it may not have been asked yet.
+            async with _timeout(self._answer_timeout):
+                return await answer
+        except TimeoutError:
+            return None
 
-    async def _connect(self) -> None:
-        """Make all connections, so that no payment waits for that."""
-        async with _patience(_CONNECTED_IN), asyncio.TaskGroup() as group:
-            for _ in range(_MOST_AT_ONCE):
-                group.create_task(self._probe.limit(""))
+    async def _send(self) -> None:
+        """Ask Redis for all payments that wait, many at a time."""
+        while self._waiting:
+            together = self._waiting[:_MOST_TOGETHER]
+            del self._waiting[:_MOST_TOGETHER]
+            together = [(charges, answer) for charges, answer in together if not answer.done()]
+            results: Sequence[list[float] | None]
+            try:
+                async with _timeout(self._answer_timeout):
+                    results = await self._ask([charges for charges, _ in together])
+            except Exception as error:  # whatever goes wrong with Redis, checks go on
+                self._become_unavailable(error)
+                together += self._waiting  # nobody waits in vain
+                self._waiting.clear()
+                results = [None] * len(together)
+            for (_, answer), result in zip(together, results, strict=True):
+                if not answer.done():
+                    answer.set_result(result)
 
-    def _lose(self, error: Exception) -> None:
-        if not self._lost:
-            self._lost = True
-            self._returning = asyncio.create_task(self._return(_reason(error)))
+    async def _ask(self, payments: Sequence[Sequence[Charge]]) -> list[list[float]]:
+        keys = [charge.key for charges in payments for charge in charges]
+        arguments: list[float] = []
+        for charges in payments:
+            arguments.append(len(charges))
+            for charge in charges:
+                arguments += charge.interval, charge.capacity, charge.cost
+        waits = iter(await self._script(keys, arguments))
+        return [[float(next(waits)) for _ in charges] for charges in payments]
 
-    async def _return(self, reason: str) -> None:
-        """Wait until Redis answers; tell that it is lost, and that it is back."""
+    def _become_unavailable(self, error: Exception) -> None:
+        self._is_available = False
+        self._probing = asyncio.create_task(self._probe(_reason(error)))
+
+    async def _probe(self, reason: str) -> None:
+        """Try until Redis answers; log that it is unavailable, and that it is available again."""
         now = asyncio.get_running_loop().time
-        flaps = now() < min(self._came_back + _STEADY, self._told + _QUIET)
-        tell_at = now() + (_LASTING if flaps else 0)
-        tell = True
-        # Nobody shall go on waiting on connections whose other end may be gone, nor use them again.
-        await self._store.disconnect()
-        while True:
-            if tell and now() >= tell_at:
+        has_warned = False
+        # The other end may be gone without a word.
+        await self._disconnect()
+        while not self._is_available:
+            if not has_warned and now() >= self._next_warning:
                 logger.warning(
-                    "Redis is lost (%s): limits are kept in each process until it is back", reason
+                    "Redis is unavailable (%s): each process keeps its own limits meanwhile", reason
                 )
-                tell = False
-                self._told = now()
-            await asyncio.sleep(_RETURN_INTERVAL)
+                has_warned = True
+                self._next_warning = now() + self._warning_interval
+            await asyncio.sleep(_PROBE_INTERVAL)
             with contextlib.suppress(Exception):
                 await self._connect()
-                async with _patience(self._patience / 2):
-                    await self._probe.limit("")
-                break
-        self._lost = False
-        self._came_back = now()
-        if not tell:
-            logger.info("Redis is back: limits are shared again")
+                self._is_available = True
+        if has_warned:
+            logger.info("Redis is available again: limits are shared")
 
+    async def _connect(self) -> None:
+        """Connect and load the script, which a payment need not wait for; then ask like one."""
+        async with _timeout(_CONNECT_TIMEOUT):
+            await self._ask([[_PROBE]])
+        async with _timeout(self._answer_timeout):
+            await self._ask([[_PROBE]])
 
-class _Store(RedisStore):
-    """throttled's store, with an end."""
-
-    async def disconnect(self) -> None:
-        """Close all connections; the next command makes a new one."""
-        client = cast("redis.asyncio.Redis", self._backend.get_client())
-        with contextlib.suppress(Exception):  # closed or not, they are not used again
-            await client.connection_pool.disconnect()
+    async def _disconnect(self) -> None:
+        with contextlib.suppress(Exception):  # closed or not, it is not used again
+            await self._redis.connection_pool.disconnect()
 
 
 @contextlib.asynccontextmanager
-async def _patience(seconds: float) -> AsyncIterator[None]:
+async def _timeout(seconds: float) -> AsyncIterator[None]:
     """Raise TimeoutError once the block has taken that long, and ``_TURNS`` of the event loop."""
     loop = asyncio.get_running_loop()
     timer: asyncio.TimerHandle
@@ -199,14 +200,11 @@ def _reason(error: Exception) -> str:
 
     Never in Redis' own: an error of its can quote what it was sent, and that may be the password.
     """
-    if isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
     if isinstance(error, TimeoutError):
         return "no answer in time"
-    kind = type(error.__cause__ or error).__name__
     cause: BaseException | None = error
     while cause:
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
         cause = cause.__cause__ or cause.__context__
-    return kind
+    return type(error).__name__

@@ -1,7 +1,7 @@
-"""Who may be checked, and whether this machine can reach out to it at all.
+"""Which addresses may be checked, and whether this machine has a route to them.
 
-Anyone can ask this service to connect somewhere, so what it will connect to is the one thing that
-keeps it from being a port scanner of other people's machines and of the network it runs in.
+Anyone can ask this service to connect somewhere. These rules keep it from being used as a port
+scanner of other people's machines and of the network it runs in.
 """
 
 import socket
@@ -19,13 +19,13 @@ class TargetNotAllowed(Exception):
 
 
 # The IANA special-purpose address registries, row by row (as of 2025-10), and the multicast blocks
-# of the address space registries. None of these is a provider's: even those that are "globally
-# reachable" are anycast services, whose answer comes from whatever network the checker is in.
+# of the address space registries. None of these is a provider's address: even the "globally
+# reachable" ones are anycast services, which the checker's own network answers.
 # https://www.iana.org/assignments/iana-ipv4-special-registry
 _SPECIAL_IPV4: dict[Network, str] = {
     IPv4Network("0.0.0.0/8"): "an address of this network",  # RFC 791
     IPv4Network("10.0.0.0/8"): "a private address",  # RFC 1918
-    IPv4Network("100.64.0.0/10"): "a shared address of a provider's NAT",  # RFC 6598
+    IPv4Network("100.64.0.0/10"): "a shared address (CGNAT)",  # RFC 6598
     IPv4Network("127.0.0.0/8"): "a loopback address",  # RFC 1122
     IPv4Network("169.254.0.0/16"): "a link-local address",  # RFC 3927
     IPv4Network("172.16.0.0/12"): "a private address",  # RFC 1918
@@ -42,8 +42,8 @@ _SPECIAL_IPV4: dict[Network, str] = {
     IPv4Network("224.0.0.0/4"): "a multicast address",  # RFC 5771
     IPv4Network("240.0.0.0/4"): "a reserved address",  # RFC 1112; with 255.255.255.255
 }
-# https://www.iana.org/assignments/iana-ipv6-special-registry. The more special rows stand first:
-# the first that holds an address names it.
+# https://www.iana.org/assignments/iana-ipv6-special-registry. Narrower networks come first, since
+# the first match names the address.
 _SPECIAL_IPV6: dict[Network, str] = {
     IPv6Network("::1/128"): "a loopback address",  # RFC 4291
     IPv6Network("::/128"): "the unspecified address",  # RFC 4291
@@ -72,9 +72,9 @@ _GLOBAL_UNICAST_IPV6 = IPv6Network("2000::/3")  # RFC 4291 section 2.4
 
 
 def special_purpose(address: Address) -> str | None:
-    """Say what ``address`` is when it is not public unicast, and None when it is.
+    """Return what kind of special-purpose address this is; None if it is public unicast.
 
-    The answer comes from the tables above alone, so it is the same on every version of Python.
+    Only the tables above decide, so the answer is the same with every version of Python.
     """
     table = _SPECIAL_IPV6 if isinstance(address, IPv6Address) else _SPECIAL_IPV4
     for network, name in table.items():
@@ -88,14 +88,13 @@ def special_purpose(address: Address) -> str | None:
 def is_own_address(address: Address) -> bool:
     """Whether ``address`` is one of this machine's, or a broadcast address of its networks.
 
-    The kernel's routes tell: they know each address of an interface, what is routed to this
-    machine without being any interface's (``ip route add local``), and subnets' anycast and
-    broadcast addresses.
+    The kernel's routing table knows all of these: the addresses of interfaces, addresses that are
+    routed to this machine (``ip route add local``), and subnets' anycast and broadcast addresses.
 
     Raises:
-        CheckFailed: The kernel cannot tell now: no descriptor is left, say.
+        CheckFailed: The kernel could not be asked, for example because no descriptor is left.
     """
-    with own_failures(f"cannot tell whose {address} is"):
+    with own_failures(f"cannot look up the route to {address}"):
         return route_type(address) in _OWN_ROUTES
 
 
@@ -107,36 +106,39 @@ def require_allowed(
 ) -> None:
     """Refuse a target that ``caller`` may not have checked.
 
-    A pure function, but for what it asks ``is_own``.
-
     Args:
-        caller: Who asks; None when that is not known, which has no address of its own.
+        caller: Who asks; None if unknown, and then nothing is the caller's own address.
         target: The address to check.
-        settings: ``targets`` and ``allowed_networks`` count.
-        is_own: Whether an address is one of this machine's. Somebody else may not have those
-            checked: a connection from a machine to itself walks around its firewall.
+        settings: ``targets`` and ``allowed_networks`` are used.
+        is_own: Whether an address is one of this machine's. Others may not have those checked,
+            because a connection from a machine to itself bypasses its firewall.
 
     Raises:
-        TargetNotAllowed: Says why, and what the caller can do.
+        TargetNotAllowed: The message says why, and which address the caller may check.
     """
     if target == caller or lies_in(target, settings.allowed_networks):
         return
-    instead = f"Ask for the address that you ask from{f', {caller}' if caller else ''}."
+    if caller:
+        instead = f"You may check your own address, {caller}."
+    else:
+        instead = "You may check your own address, but this service cannot see which that is."
     if special := special_purpose(target):
         raise TargetNotAllowed(f"{target} is {special}. {instead}")
     if settings.targets == "caller":
-        raise TargetNotAllowed(f"Only a caller's own address is checked here. {instead}")
+        raise TargetNotAllowed(
+            f"This service does not check other addresses than the caller's. {instead}"
+        )
     if is_own(target):
         raise TargetNotAllowed(f"{target} is this service's own address. {instead}")
 
 
 def verify_local_binding(target: Address) -> None:
-    """Verify that this machine can bind a source address with a route to ``target``.
+    """Verify that this machine has a source address and a route to ``target``.
 
-    Connecting a UDP socket makes the kernel choose both, and sends no packet.
+    Connecting a UDP socket makes the kernel choose both without sending a packet.
 
     Raises:
-        CheckFailed: There is none: no IPv6 on this machine, say.
+        CheckFailed: It has none, for example because the machine has no IPv6.
     """
     with own_failures(f"no route to {target}"), _udp_socket(target) as sock:
         sock.connect((str(target), _ANY_PORT))

@@ -1,4 +1,4 @@
-"""Whatever comes in: what must hold of any address, body, header and byte on a connection.
+"""Generated input: what must hold for any address, body, header and byte on a connection.
 
 ``FUZZ_EXAMPLES`` sets how many examples each test tries (``make fuzz``).
 """
@@ -7,10 +7,9 @@ import json
 import logging
 import os
 import re
-import select
 import socket
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from itertools import pairwise
 from typing import Any, Literal, get_args
@@ -34,79 +33,32 @@ EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
 
 
 def fuzzed(examples: int = EXAMPLES) -> settings:
-    """How a test is run: where all must pass, with the same examples every time."""
+    """How often a test is run; in CI with the same examples every time."""
     return settings(
         max_examples=examples,
         deadline=None,
-        database=None,  # a failing example is printed, and then belongs into the code
+        database=None,  # a failing example is printed, and belongs into the code
         derandomize=os.environ.get("CI") == "true" and "FUZZ_EXAMPLES" not in os.environ,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
 
 
-# Who may be checked.
+# Which addresses may be checked.
 
-# What ipaddress lets through, or does on some versions of Python: anycast services, protocols'
-# own ranges, wrappers of IPv4, and a documentation range of 2024.
-FURTHER_SPECIAL = parse_networks(
-    "192.0.0.0/24,192.31.196.0/24,192.52.193.0/24,192.88.99.0/24,192.175.48.0/24,"
-    "2001::/23,2002::/16,2620:4f:8000::/48,3fff::/20"
+SPECIAL = parse_networks(
+    "0.0.0.0/8,10.0.0.0/8,100.64.0.0/10,127.0.0.0/8,169.254.0.0/16,192.168.0.0/16,224.0.0.0/4,"
+    "::/96,64:ff9b::/96,2001::/32,2001:db8::/32,2002::/16,fc00::/7,fe80::/10,ff00::/8"
 )
-
-
-def is_public_unicast(address: Address) -> bool:
-    """The oracle, on the standard library's tables instead of the service's."""
-    return not (
-        address.is_private
-        or address.is_loopback
-        or address.is_multicast
-        or address.is_link_local
-        or address.is_reserved
-        or address.is_unspecified
-        or not address.is_global
-        or (isinstance(address, IPv6Address) and address not in ip_network("2000::/3"))
-        or lies_in(address, FURTHER_SPECIAL)
-    )
-
-
-def at_the_edge_of(network: Network) -> list[Address]:
-    """The first and last address of a network, and those beside it."""
-    first, last = int(network.network_address), int(network.broadcast_address)
-    make = type(network.network_address)
-    return [
-        make(n) for n in (first - 1, first, last, last + 1) if 0 <= n < 1 << make(0).max_prefixlen
-    ]
-
-
-EDGES = [
-    address
-    for network in parse_networks(
-        "0.0.0.0/8,10.0.0.0/8,100.64.0.0/10,127.0.0.0/8,169.254.0.0/16,172.16.0.0/12,192.0.0.0/24,"
-        "192.0.2.0/24,192.31.196.0/24,192.52.193.0/24,192.88.99.0/24,192.168.0.0/16,"
-        "192.175.48.0/24,198.18.0.0/15,198.51.100.0/24,203.0.113.0/24,224.0.0.0/4,240.0.0.0/4,"
-        "::/128,::1/128,::/96,64:ff9b::/96,64:ff9b:1::/48,100::/64,100:0:0:1::/64,2000::/3,"
-        "2001::/32,2001::/23,2001:db8::/32,2002::/16,2620:4f:8000::/48,3fff::/20,5f00::/16,"
-        "fc00::/7,fe80::/10,fec0::/10,ff00::/8"
-    )
-    for address in at_the_edge_of(network)
-]
 ipv4: st.SearchStrategy[IPv4Address] = st.ip_addresses(v=4)  # type: ignore[assignment]  # hypothesis says of either family
-addresses = st.one_of(ipv4, st.ip_addresses(v=6), st.sampled_from(EDGES))
+addresses = st.one_of(
+    ipv4,
+    st.ip_addresses(v=6),
+    st.sampled_from(SPECIAL).flatmap(lambda network: st.ip_addresses(network=network)),
+)
 
 
 Targets = Literal["public", "caller"]
 TARGETS: tuple[Targets, ...] = get_args(Targets)
-
-
-@pytest.mark.parametrize("address", EDGES, ids=str)
-def test_the_edges_of_special_ranges_agree_with_the_standard_library(address: Address) -> None:
-    assert (special_purpose(address) is None) == is_public_unicast(address)
-
-
-@fuzzed()
-@given(addresses)
-def test_special_purpose_agrees_with_the_standard_library(address: Address) -> None:
-    assert (special_purpose(address) is None) == is_public_unicast(address)
 
 
 @fuzzed()
@@ -122,7 +74,7 @@ def test_special_purpose_agrees_with_the_standard_library(address: Address) -> N
 @example(IPv4Address("127.0.0.1"), IPv4Address("127.0.0.1"), "caller", (), True)
 @example(IPv4Address("8.8.8.8"), IPv4Address("8.8.4.4"), "public", (), True)
 @example(None, IPv4Address("127.0.0.1"), "public", (), False)
-def test_a_stranger_is_allowed_nothing_but_public_unicast(
+def test_callers_may_check_themselves_allowed_networks_and_public_addresses(
     caller: Address | None,
     target: Address,
     targets: Targets,
@@ -133,7 +85,7 @@ def test_a_stranger_is_allowed_nothing_but_public_unicast(
     expected = (
         target == caller
         or lies_in(target, allowed)
-        or (targets == "public" and is_public_unicast(target) and not own)
+        or (targets == "public" and special_purpose(target) is None and not own)
     )
     refusal = nullcontext() if expected else pytest.raises(TargetNotAllowed)
     with refusal:
@@ -156,7 +108,7 @@ def test_a_mapped_address_is_the_ipv4_address(address: IPv4Address) -> None:
         assert find_caller("::1", [text], [ip_network("::1")]) == address
 
 
-# What is asked.
+# Request bodies.
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -165,9 +117,7 @@ json_values = st.recursive(
 )
 near_ports = st.one_of(
     st.integers(1, 65535),
-    st.sampled_from(
-        [0, -1, 1, 65535, 65536, 70000, 2**31, 2**63, 2**64, -(2**70), 10**4000, 10**5000]
-    ),
+    st.sampled_from([0, -1, 1, 65535, 65536, 2**31, 2**63, 2**64, -(2**70), 10**4000]),
     st.integers(),
     st.booleans(),
     st.floats(),
@@ -192,30 +142,8 @@ near_valid = st.fixed_dictionaries(
 )
 
 
-def asking_for(port: object) -> dict[str, object]:
-    """A document that is valid if the port is."""
-    return {"provider_ip": "1.1.1.1", "ports": [port]}
-
-
-def dumped(value: object, *, ascii_only: bool) -> bytes:
-    """A document as some client would write it; ``json`` itself refuses the largest integers."""
-    huge = "a number of 5000 digits"
-    text = json.dumps(_without_huge(value, huge), ensure_ascii=ascii_only)
-    return text.replace(f'"{huge}"', "1" + "0" * 5000).encode(errors="surrogatepass")
-
-
-def _without_huge(value: object, instead: str) -> object:
-    match value:
-        case int() if abs(value) >= 10**4300:
-            return instead
-        case list():
-            return [_without_huge(entry, instead) for entry in value]
-        case dict():
-            return {key: _without_huge(entry, instead) for key, entry in value.items()}
-    return value
-
-
-def must_be_a_request_or_an_error(body: bytes, most: int) -> CheckRequest | None:
+def request_or_none(body: bytes, most: int = 1000) -> CheckRequest | None:
+    """Parse a body: it must be a valid request or one error with a message fit to show."""
     try:
         asked = CheckRequest.parse(body, most)
     except InvalidRequest as error:
@@ -233,57 +161,41 @@ def must_be_a_request_or_an_error(body: bytes, most: int) -> CheckRequest | None
 
 @fuzzed()
 @given(st.binary(max_size=500) | st.text().map(lambda text: text.encode(errors="surrogatepass")))
-@example(b"")
-@example(b"\xef\xbb\xbf{}")
-@example(b"[" * 65536)
-@example(b'{"a":' * 10000)
-@example(b"9" * 65536)
-@example(b'{"provider_ip": "1.1.1.1", "ports": [' + b"9" * 60000 + b"]}")
-@example(b'{"provider_ip": "1.1.1.1", "ports": [1e999]}')
-@example(b'{"provider_ip": ' + b"9" * 60000 + b', "ports": [1]}')
-@example(b'{"provider_ip": "\\ud800", "ports": [1]}')
-@example(b'{"provider_ip": "1.1.1.1", "ports": ["\\ud83d"]}')
-@example(b'{"provider_ip": ' + b"[" * 150 + b"]" * 150 + b', "ports": [1]}')
 def test_any_body_is_a_request_or_an_error(body: bytes) -> None:
-    must_be_a_request_or_an_error(body, 1000)
+    request_or_none(body)
 
 
 @fuzzed()
 @given(
-    json_values | near_valid | near_ports.map(asking_for),
+    json_values
+    | near_valid
+    | near_ports.map(lambda port: {"provider_ip": "1.1.1.1", "ports": [port]}),
     st.booleans(),
     st.sampled_from([1, 10, 1000]),
 )
-@example({"provider_ip": 10**5000, "ports": [1]}, True, 10)
-@example({"provider_ip": "1.1.1.1", "ports": [10**5000]}, True, 10)
 @example({"provider_ip": "1.1.1.1", "ports": [True]}, True, 10)
-@example({"provider_ip": "1.1.1.1", "ports": [2, 1.0, "3"]}, True, 10)
 @example({"provider_ip": "1.1.1.1", "ports": [3, 1, 3, 2, 1]}, True, 10)
 @example({"provider_ip": {"{shown}": "{asked}"}, "ports": [1]}, True, 10)
 @example({"provider_ip": "{shown}", "ports": ["{most}"]}, True, 10)
 def test_any_document_is_a_request_or_an_error(value: object, ascii_only: bool, most: int) -> None:
-    asked = must_be_a_request_or_an_error(dumped(value, ascii_only=ascii_only), most)
+    text = json.dumps(value, ensure_ascii=ascii_only)
+    asked = request_or_none(text.encode(errors="surrogatepass"), most)
     if asked:
         assert isinstance(value, dict)
         assert asked.provider_ip == parse_address(value["provider_ip"])
-        first_seen: list[int] = []
-        for port in value["ports"]:
-            if port not in first_seen:
-                first_seen.append(port)
-        assert asked.ports == first_seen
+        assert asked.ports == list(dict.fromkeys(value["ports"]))
 
 
 @fuzzed()
 @given(addresses, st.lists(st.integers(1, 65535), min_size=1), json_values)
-def test_what_is_valid_is_a_request(address: Address, ports: list[int], other: object) -> None:
-    document = {"provider_ip": str(address), "ports": ports, "other": other}
-    assume("Infinity" not in json.dumps(other) and "NaN" not in json.dumps(other))
-    asked = must_be_a_request_or_an_error(dumped(document, ascii_only=True), len(ports))
-    if asked is None:  # a lone surrogate in the other field: that is no JSON in UTF-8
-        assert re.search(r"\\ud[89a-f]", json.dumps(other))
+def test_whatever_is_valid_is_a_request(address: Address, ports: list[int], other: object) -> None:
+    text = json.dumps({"provider_ip": str(address), "ports": ports, "other": other})
+    # Not JSON in UTF-8: what Python writes for these floats, and lone surrogates.
+    assume(not re.search(r"Infinity|NaN|\\ud[89a-f]", text))
+    assert request_or_none(text.encode(), len(ports))
 
 
-# Who asks.
+# Callers.
 
 PROXIES = parse_networks("127.0.0.1,::1,10.0.0.0/8")
 hops = st.one_of(
@@ -337,7 +249,7 @@ def test_nothing_left_of_a_hop_that_is_not_trusted_is_the_caller(
     assert caller == last
 
 
-# What comes on a connection.
+# Bytes on a connection.
 
 LIMITS_OFF: dict[str, Any] = {"caller_rate_limit": "off", "target_rate_limit": "off"}
 
@@ -427,9 +339,6 @@ def test_however_a_stream_of_requests_is_cut_the_answers_are_the_same(
     assert_clean(caplog)
 
 
-DEADLINE = 0.3
-
-
 def mangled(valid: bytes) -> st.SearchStrategy[bytes]:
     """A valid request with something wrong at some place."""
     places = st.integers(0, len(valid))
@@ -464,10 +373,10 @@ HEADER_LINES = [
 ]
 
 
-def test_garbage_is_refused_or_closed_and_outlives_no_deadline(
+def test_garbage_is_answered_with_an_error_or_closed(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    room = Room(100, DEADLINE)
+    room = Room(100, deadline=0.3)
     with open_port() as opened, serve(room=room, **LIMITS_OFF) as client:
         server = client.base_url.port or 0
         known = requests_of(opened)
@@ -496,10 +405,7 @@ def test_garbage_is_refused_or_closed_and_outlives_no_deadline(
             for payload, answers, is_closed in conversations(server, payloads):
                 statuses = statuses_of(answers)
                 assert set(statuses) <= {100, 200, 400, 403, 404, 405, 413, 422, 503}, payload
-                # One that was answered properly may be kept for the next request.
-                assert is_closed or statuses, payload
-                if 400 in statuses:
-                    assert is_closed, payload
+                assert is_closed or 400 not in statuses, payload
 
         try_it()
         assert client.get("/health").status_code == 200
@@ -507,39 +413,34 @@ def test_garbage_is_refused_or_closed_and_outlives_no_deadline(
 
 
 def conversations(server: int, payloads: list[bytes]) -> list[tuple[bytes, bytes, bool]]:
-    """What is answered to each payload until the deadline, and whether it was closed then."""
+    """Send each payload; return it, what is answered, and whether the connection was closed.
+
+    A connection is read until the server closes it, or has answered and announced no closing.
+    """
     with ExitStack() as stack:
         socks = [
-            stack.enter_context(socket.create_connection(("127.0.0.1", server), timeout=20))
+            stack.enter_context(socket.create_connection(("127.0.0.1", server), timeout=60))
             for _ in payloads
         ]
         for sock, payload in zip(socks, payloads, strict=True):
-            try:
+            with suppress(ConnectionError):  # refused at an earlier byte
                 sock.sendall(payload)
-            except ConnectionError:
-                continue  # refused at an earlier byte
-        answers = dict.fromkeys(socks, b"")
-        pending = set(socks)
-        # Twice the deadline: in the middle of a request's head another may have been answered.
-        until = time.monotonic() + 2 * DEADLINE + 1
-        while pending and (left := until - time.monotonic()) > 0:
-            if all(complete(answers[sock]) for sock in pending):
-                left = 0.05  # nothing more has to come
-            readable = select.select(list(pending), [], [], left)[0]
-            if not readable and left == 0.05:
-                break
-            for sock in readable:
-                try:
-                    received = sock.recv(65536)
-                except ConnectionError:
-                    received = b""
-                answers[sock] += received
-                if not received:
-                    pending.remove(sock)
         return [
-            (payload, answers[sock], sock not in pending)
-            for sock, payload in zip(socks, payloads, strict=True)
+            (payload, *conversation(sock)) for sock, payload in zip(socks, payloads, strict=True)
         ]
+
+
+def conversation(sock: socket.socket) -> tuple[bytes, bool]:
+    answers = b""
+    while not (b"\r\n\r\n" in answers and b"connection: close" not in answers.lower()):
+        try:
+            received = sock.recv(65536)
+        except ConnectionError:
+            received = b""
+        if not received:
+            return answers, True
+        answers += received
+    return answers, False
 
 
 def statuses_of(answers: bytes) -> list[int]:
@@ -555,11 +456,6 @@ def statuses_of(answers: bytes) -> list[int]:
         has_body = length and not rest.startswith(b"HTTP/1.1 ") and rest
         answers = rest[int(length[1]) :] if length and has_body else rest
     return statuses
-
-
-def complete(answers: bytes) -> bool:
-    """Whether at least one answer is there that does not announce the end."""
-    return b"\r\n\r\n" in answers and b"connection: close" not in answers.lower()
 
 
 def assert_clean(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,10 +1,10 @@
-"""The service does what its own schema says: schemathesis reads it, and makes up requests.
+"""The service conforms to its OpenAPI schema: schemathesis generates requests from it.
 
-It makes up addresses, too, and some of them are somebody's. So it runs, with the service, in a
-network namespace whose default route is a cable with nobody at its other end: local binding holds,
-as on a machine on the internet, and every packet is lost.
+It generates addresses, too, and some of them belong to somebody. So it runs, with the service, in a
+network namespace whose default route leads to a veth with nobody at its other end: the service has
+a route, as on the internet, and every packet is lost.
 
-``FUZZ_EXAMPLES`` sets how many requests are made up for each operation (``make fuzz``).
+``FUZZ_EXAMPLES`` sets how many requests are generated per operation (``make fuzz``).
 """
 
 import os
@@ -18,14 +18,14 @@ from tests.support.service import program
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
 
-CABLE_TO_NOBODY = [
+ROUTE_TO_NOBODY = [
     "ip link set lo up",
     "ip link add cable type veth peer name nobody",
     "ip link set cable up",
     "ip link set nobody up",
     "ip address add 198.51.100.1/24 dev cable",
     "ip address add 2001:db8::1/64 dev cable nodad",
-    # Nobody has to say where the router is, so what is sent leaves at once.
+    # Packets leave at once: nobody has to be asked for the router's link-layer address.
     "ip neighbour add 198.51.100.2 lladdr 02:00:00:00:00:01 dev cable nud permanent",
     "ip neighbour add 2001:db8::2 lladdr 02:00:00:00:00:01 dev cable nud permanent",
     "ip route add default via 198.51.100.2",
@@ -46,10 +46,10 @@ def test_the_service_does_what_its_schema_says(tmp_path: Path) -> None:
         f"import sys; sys.path.append({str(ROOT)!r}); "
         f"import tests.server.test_openapi; tests.server.test_openapi.run_schemathesis({EXAMPLES})"
     )
-    commands = " && ".join([*CABLE_TO_NOBODY, 'exec "$0" -c "$1"'])
+    commands = " && ".join([*ROUTE_TO_NOBODY, 'exec "$0" -c "$1"'])
     done = subprocess.run(
         ["unshare", "--net", "sh", "-c", commands, sys.executable, inside],
-        cwd=tmp_path,  # schemathesis leaves its notes there
+        cwd=tmp_path,  # schemathesis writes files there
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -61,9 +61,9 @@ def test_the_service_does_what_its_schema_says(tmp_path: Path) -> None:
 
 
 def run_schemathesis(examples: int) -> None:
-    """Start the service and have schemathesis test it, in the namespace.
+    """Start the service and test it with schemathesis; called in the namespace.
 
-    Exits with schemathesis' status; asserts what it does not look at.
+    Exits with schemathesis' status, after checking the log.
     """
     import schemathesis
     from schemathesis.cli import schemathesis as command
@@ -79,7 +79,7 @@ def run_schemathesis(examples: int) -> None:
         f"--max-examples={examples}",
         "--continue-on-failure",
         "--no-color",
-        # Where all must pass: the same requests every time.
+        # In CI the same requests every time.
         "--generation-deterministic" if is_repeatable else "--generation-database=none",
     ]
     with program(**QUICK) as running:
@@ -88,7 +88,7 @@ def run_schemathesis(examples: int) -> None:
         running.stop()
     log = "".join(running.lines)
     assert "Traceback" not in log, log
-    assert " ports, 0 accessible, 0.1" in log, log  # addresses out there were checked
+    assert " ports, 0 accessible, 0.1" in log, log  # public addresses were checked
     sys.exit(status)
 
 

@@ -1,4 +1,4 @@
-"""Every setting: what it may be and may not, where it is read, what the operator is told."""
+"""Every setting: what it may be, where it is read, and what the operator is told if it is wrong."""
 
 import os
 from datetime import timedelta
@@ -36,59 +36,42 @@ DEFAULTS = {
 NETWORKS = (IPv4Network("10.0.0.0/8"), IPv4Network("192.0.2.7/32"), IPv6Network("fd00::/8"))
 
 
-def test_the_defaults() -> None:
-    assert dict(load_settings()) == dict(DEFAULTS.values())
-
-
 @pytest.mark.parametrize(
     ("variable", "text", "value"),
     [
-        *[("PORT_CHECKER_HOST", host, host) for host in ("127.0.0.1", "::", "::1", "localhost")],
+        *[("PORT_CHECKER_HOST", host, host) for host in ("127.0.0.1", "::", "localhost")],
         ("PORT_CHECKER_PORT", "1", 1),
         ("PORT_CHECKER_PORT", "65535", 65535),
         ("PORT_CHECKER_DEBUG", "true", True),
-        ("PORT_CHECKER_DEBUG", "false", False),
-        ("PORT_CHECKER_DEBUG", "1", True),
-        ("PORT_CHECKER_WORKERS", "1", 1),
+        ("PORT_CHECKER_DEBUG", "0", False),
         ("PORT_CHECKER_WORKERS", "64", 64),
         ("PORT_CHECKER_TRUSTED_PROXIES", "", ()),
-        ("PORT_CHECKER_TRUSTED_PROXIES", "10.0.0.0/8, 192.0.2.7 ,fd00::/8", NETWORKS),
+        ("PORT_CHECKER_TRUSTED_PROXIES", "10.0.0.0/8, 192.0.2.7 ,\nfd00::/8\n", NETWORKS),
         ("PORT_CHECKER_TRUSTED_PROXIES", "::ffff:10.0.0.0/104", (NETWORKS[0],)),
         ("PORT_CHECKER_RATE_LIMIT", "off", None),
         ("PORT_CHECKER_RATE_LIMIT", "1/second", Rate(1, timedelta(seconds=1))),
-        ("PORT_CHECKER_RATE_LIMIT", "5/minute", Rate(5, timedelta(minutes=1))),
         ("PORT_CHECKER_RATE_LIMIT", "999999999/hour", Rate(999_999_999, timedelta(hours=1))),
-        ("PORT_CHECKER_RATE_LIMIT_STORE", "memory://", "memory://"),
         *[
             ("PORT_CHECKER_RATE_LIMIT_STORE", store, store)
             for store in (
+                "memory://",
                 "redis://localhost",
-                "redis://redis.example:6379/0",
                 "redis://:s3cret@192.0.2.7/15",
                 "redis://user:s3:cr%2Fet@[2001:db8::7]:65535/",
                 "rediss://user:s3cret@redis.example:6380/0",
             )
         ],
         ("PORT_CHECKER_METRICS", "false", False),
-        ("PORT_CHECKER_METRICS", "0", False),
-        ("PORT_CHECK_RETRIES", "1", 1),
         ("PORT_CHECK_RETRIES", "10", 10),
         ("PORT_CHECK_RETRY_DELAY", "0", 0.0),
-        ("PORT_CHECK_RETRY_DELAY", "0.25", 0.25),
         ("PORT_CHECK_RETRY_DELAY", "30", 30.0),
         ("PORT_CHECK_TIMEOUT", "0.1", 0.1),
         ("PORT_CHECK_TIMEOUT", "30", 30.0),
-        ("PORT_CHECK_MAX_PORTS", "1", 1),
         ("PORT_CHECK_MAX_PORTS", "2000", 2000),
-        ("PORT_CHECK_MAX_IN_FLIGHT", "1", 1),
         ("PORT_CHECK_MAX_IN_FLIGHT", "1000000", 1_000_000),
-        ("PORT_CHECK_TARGETS", "public", "public"),
         ("PORT_CHECK_TARGETS", "caller", "caller"),
-        ("PORT_CHECK_ALLOWED_NETWORKS", "", ()),
         ("PORT_CHECK_ALLOWED_NETWORKS", "10.0.0.0/8,192.0.2.7,fd00::/8", NETWORKS),
-        ("PORT_CHECK_ALLOWED_NETWORKS", "10.0.0.0/8,\n192.0.2.7,\nfd00::/8\n", NETWORKS),
         ("PORT_CHECK_TARGET_RATE_LIMIT", "off", None),
-        ("PORT_CHECK_TARGET_RATE_LIMIT", "1000/second", Rate(1000, timedelta(seconds=1))),
         ("PORT_CHECK_TARGET_RATE_LIMIT", "1000/hour", Rate(1000, timedelta(hours=1))),
     ],
 )
@@ -102,110 +85,72 @@ def test_a_good_value(
     assert type(loaded[name]) is type(value)
 
 
-# What a number, whole or not, never is.
-NO_NUMBERS = ["", " ", "ten", "nan", "NaN", "inf", "-inf", "Infinity", "1e999", "0x1", "1,5", "1 2"]
-NO_NUMBERS += ["-1", "--1", "true", "None", "5s", "\u0665", "9" * 5000, "1/2", "1\n2", "\udcff"]
+# What is never a number, whole or not.
+NO_NUMBERS = ["", " ", "ten", "nan", "inf", "-inf", "1e999", "0x1", "1,5", "1 2", "-1", "true"]
+NO_NUMBERS += ["5s", "\u0665", "9" * 5000, "1/2", "1\n2", "\udcff"]
 NO_WHOLE_NUMBERS = [*NO_NUMBERS, "0", "1.5", "1e1", "0.1"]
-NO_NETWORKS = [
-    "10.0.0.1/8",  # bits set behind the prefix
-    "::1/64",
-    "10.0.0.0/33",
-    "::/129",
-    "10.0.0.0/-1",
-    "10/8",
-    "10.0.0.0/8 fd00::/8",
-    "10.0.0.0/8;fd00::/8",
-    "10.0.0.0/8,localhost",
-    "proxy.example",
-    "*",
-    "all",
-    "[::1]",
-    "127.0.0.1:80",
-    "2130706433",
-    "010.0.0.0/8",
-    "x" * 5000,
-    "\udcff",
-]
+NO_NETWORKS = ["10.0.0.1/8", "::1/64", "10.0.0.0/33", "::/129", "10/8", "10.0.0.0/8 fd00::/8"]
+NO_NETWORKS += ["10.0.0.0/8,localhost", "*", "[::1]", "127.0.0.1:80", "2130706433", "010.0.0.0/8"]
+NO_NETWORKS += ["x" * 5000, "\udcff"]
 NO_RATES = """
-    30 30/ /minute 0/minute 00/minute 030/minute -1/minute +1/minute 1.5/minute 1e3/hour nan/hour
-    inf/second 1_0/minute 1000000000/second 30/min 30/m 30/minutes 30/MINUTE 30/Minute 30/day 30/60
-    30/1minute 30/0minute 30//minute 30:minute 30/minute/2 30/minute;5/second 30/minute,5/second
-    OFF Off no none None false 0 unlimited infinite \u0663/minute 3\u0663/minute \udcff
+    30 30/ /minute 0/minute 030/minute -1/minute +1/minute 1.5/minute 1e3/hour nan/hour inf/second
+    1_0/minute 1000000000/second 30/min 30/minutes 30/MINUTE 30/day 30/60 30/1minute 30//minute
+    30:minute 30/minute;5/second OFF no none None false 0 unlimited \u0663/minute \udcff
 """
-BAD_RATES = [
-    *NO_RATES.split(),
-    "",
-    " ",
-    "30 per minute",
-    "30 / minute",
-    " 30/minute",
-    "30/minute\n",
-]
+BAD_RATES = [*NO_RATES.split(), "", " ", "30 per minute", "30 / minute", "30/minute\n"]
+RATE = "a whole number per second, minute or hour, such as {}, or off"
 ALLOWED: dict[str, tuple[str, list[str]]] = {
     "PORT_CHECKER_HOST": (
         "an IP address to listen on, such as 0.0.0.0 or ::, or localhost",
         [
-            *["", " ", "*", "provider.example", "LOCALHOST", "localhost:9000", "127.0.0.1:9000"],
-            *["[::]", " 0.0.0.0", "0.0.0.0\n", "0.0.0.0/0", "127.1", "01.2.3.4", "0", "2130706433"],
-            *["256.0.0.1", ":::", "x" * 5000, "\U0001f600", "\udcff"],
+            *["", " ", "*", "provider.example", "LOCALHOST", "127.0.0.1:9000", "[::]", " 0.0.0.0"],
+            *["0.0.0.0/0", "127.1", "01.2.3.4", "0", "256.0.0.1", "x" * 5000, "\U0001f600"],
         ],
     ),
     "PORT_CHECKER_PORT": (
         "a port to listen on, from 1 to 65535",
-        [*NO_WHOLE_NUMBERS, "65536", "70000", "http", "tcp://10.0.0.1:9000"],
+        [*NO_WHOLE_NUMBERS, "65536", "http", "tcp://10.0.0.1:9000"],
     ),
     "PORT_CHECKER_DEBUG": ("true or false", ["", " ", "2", "-1", "maybe", "tru", "\udcff"]),
-    "PORT_CHECKER_WORKERS": (
-        "a number of processes, from 1 to 64",
-        [*NO_WHOLE_NUMBERS, "65", "auto"],
-    ),
+    "PORT_CHECKER_WORKERS": ("a number of processes, from 1 to 64", [*NO_WHOLE_NUMBERS, "65"]),
     "PORT_CHECKER_TRUSTED_PROXIES": (
         "addresses or networks, such as 192.0.2.7,2001:db8::/64, or empty for none",
         NO_NETWORKS,
     ),
-    "PORT_CHECKER_RATE_LIMIT": (
-        "a whole number per second, minute or hour, such as 30/minute, or off",
-        BAD_RATES,
-    ),
+    "PORT_CHECKER_RATE_LIMIT": (RATE.format("30/minute"), BAD_RATES),
     "PORT_CHECKER_RATE_LIMIT_STORE": (
-        "memory:// or redis://[[user]:password@]host[:port][/db], or the latter with rediss://",
+        "memory://, or redis:// or rediss:// with [[user]:password@]host[:port][/db]",
         ["", " ", "memory", "memory:", "MEMORY://", "redis", "redis:", "redis://", "\udcff"],
     ),
     "PORT_CHECKER_METRICS": (
         "false (this version does not serve metrics)",
-        ["", " ", "maybe", "2", "/metrics", "\udcff"],
+        ["", " ", "maybe", "true", "1", "/metrics", "\udcff"],
     ),
     "PORT_CHECK_RETRIES": ("a number of attempts, from 1 to 10", [*NO_WHOLE_NUMBERS, "11"]),
-    "PORT_CHECK_RETRY_DELAY": ("seconds, from 0 to 30", [*NO_NUMBERS, "-0.001", "30.001", "1e9"]),
+    "PORT_CHECK_RETRY_DELAY": (
+        "seconds, from 0 to 30",
+        [*NO_NUMBERS, "-0.001", "30.001"],
+    ),
     "PORT_CHECK_TIMEOUT": (
         "seconds, from 0.1 to 30",
-        [*NO_NUMBERS, "0", "0.099", "1e-9", "30.001", "31", "1e9"],
+        [*NO_NUMBERS, "0", "0.099", "30.001"],
     ),
-    "PORT_CHECK_MAX_PORTS": (
-        "a number of ports, from 1 to 10000",
-        [*NO_WHOLE_NUMBERS, "10001", "65536"],
-    ),
+    "PORT_CHECK_MAX_PORTS": ("a number of ports, from 1 to 10000", [*NO_WHOLE_NUMBERS, "10001"]),
     "PORT_CHECK_MAX_IN_FLIGHT": (
         "a number of ports, from 1 to 1000000",
-        [*NO_WHOLE_NUMBERS, "1000001", "off"],
+        [*NO_WHOLE_NUMBERS, "1000001"],
     ),
-    "PORT_CHECK_TARGETS": (
-        "public or caller",
-        ["", " ", "PUBLIC", "Caller", "all", "public,caller", "caller ", "\udcff"],
-    ),
+    "PORT_CHECK_TARGETS": ("public or caller", ["", " ", "PUBLIC", "all", "caller ", "\udcff"]),
     "PORT_CHECK_ALLOWED_NETWORKS": (
         "networks, such as 10.0.0.0/8,fd00::/8, or empty for none",
         NO_NETWORKS,
     ),
-    "PORT_CHECK_TARGET_RATE_LIMIT": (
-        "a whole number per second, minute or hour, such as 2000/minute, or off",
-        BAD_RATES,
-    ),
+    "PORT_CHECK_TARGET_RATE_LIMIT": (RATE.format("2000/minute"), BAD_RATES),
 }
 
 
 def complaint() -> str:
-    """What an operator is told, which is one line that any terminal can show."""
+    """What an operator is told: one line that any terminal can show."""
     with pytest.raises(SettingsError) as error:
         load_settings()
     told = str(error.value)
@@ -213,10 +158,6 @@ def complaint() -> str:
     assert len(told) < 1000
     told.encode()
     return told
-
-
-def shown(text: str) -> str:
-    return repr(text if len(text) <= 80 else text[:80] + "…")
 
 
 def test_every_setting_is_tried_with_bad_values() -> None:
@@ -228,76 +169,8 @@ def test_a_bad_value_is_one_line(monkeypatch: pytest.MonkeyPatch, variable: str)
     allowed, bad = ALLOWED[variable]
     for text in bad:
         monkeypatch.setenv(variable, text)
-        assert complaint() == f"{variable}={shown(text)} is wrong: it must be {allowed}"
-
-
-@pytest.mark.parametrize(
-    "store",
-    [
-        "redis://:s3cret@",
-        "redis://:s3cret",
-        "redis://s3cret@redis.example",
-        "redis://:s3c/s3cret@redis.example",
-        "redis://:s3cret@redis.example:0",
-        "redis://:s3cret@redis.example:65536",
-        "redis://:s3cret@redis.example/zero",
-        "redis://:s3cret@redis.example/0/1",
-        "redis://:s3cret@redis.example/0?db=1",
-        "redis://redis.example?password=s3cret",
-        "redis://:s3cret@redis.example:6379\n",
-        "redis://:s3cret @redis.example:6379",
-        "redis://:s3cret@[2001:db8::7",
-        "redis:\n//:s3cret@redis.example",
-        "redis:/:s3cret@redis.example",
-        "redis:s3cret@redis.example",
-        "redis+cluster://:s3cret@redis.example",
-        "REDIS://:s3cret@redis.example",
-        "unix://:s3cret@/run/redis.sock",
-        "http://user:s3cret@redis.example",
-        " redis://:s3cret@redis.example",
-    ],
-)
-def test_the_password_of_a_wrong_store_is_not_shown(
-    monkeypatch: pytest.MonkeyPatch, store: str
-) -> None:
-    monkeypatch.setenv("PORT_CHECKER_RATE_LIMIT_STORE", store)
-    told = complaint()
-    assert told.startswith(f"PORT_CHECKER_RATE_LIMIT_STORE='{store.partition(':')[0]}:")
-    assert "…' is wrong: it must be memory:// or redis://" in told
-    assert "3c" not in told
-
-
-def test_the_password_of_the_store_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PORT_CHECKER_RATE_LIMIT_STORE", "redis://:s3cret@redis.example")
-    settings = load_settings()
-    assert "s3cret" not in f"{settings} {settings!r}"
-
-
-def test_metrics_are_not_served_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PORT_CHECKER_METRICS", "true")
-    told = complaint()
-    assert told.startswith("PORT_CHECKER_METRICS='")
-    assert told.endswith(" is wrong: it must be false (this version does not serve metrics)")
-
-
-@pytest.mark.parametrize("text", ["true", "1", "on"])
-def test_metrics_are_shown_as_they_were_set(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setenv("PORT_CHECKER_METRICS", text)
-    assert complaint().startswith(f"PORT_CHECKER_METRICS={text!r} is wrong: ")
-
-
-@pytest.mark.parametrize(
-    ("ports", "rate"), [("1000", "999/minute"), ("10", "9/second"), ("2001", "2000/hour")]
-)
-def test_a_target_limit_that_a_full_request_would_pass(
-    monkeypatch: pytest.MonkeyPatch, ports: str, rate: str
-) -> None:
-    monkeypatch.setenv("PORT_CHECK_MAX_PORTS", ports)
-    monkeypatch.setenv("PORT_CHECK_TARGET_RATE_LIMIT", rate)
-    assert complaint() == (
-        f"PORT_CHECK_TARGET_RATE_LIMIT={rate!r} is wrong: it must be off or at least {ports} "
-        "(PORT_CHECK_MAX_PORTS), since it would refuse a full request for ever"
-    )
+        shown = repr(text if len(text) <= 80 else text[:80] + "…")
+        assert complaint() == f"{variable}={shown} is wrong: it must be {allowed}"
 
 
 def test_several_bad_values_are_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,26 +182,75 @@ def test_several_bad_values_are_one_line_too(monkeypatch: pytest.MonkeyPatch) ->
     )
 
 
-def test_dotenv_is_read_and_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "store",
+    [
+        "redis://:s3cret@",
+        "redis://s3cret@redis.example",
+        "redis://:s3c/s3cret@redis.example",
+        "redis://:s3cret@redis.example:0",
+        "redis://:s3cret@redis.example:65536",
+        "redis://:s3cret@redis.example/zero",
+        "redis://:s3cret@redis.example/0?db=1",
+        "redis://redis.example?password=s3cret",
+        "redis://:s3cret@redis.example:6379\n",
+        "redis://:s3cret @redis.example:6379",
+        "redis://:s3cret@[2001:db8::7",
+        "redis:\n//:s3cret@redis.example",
+        "redis:s3cret@redis.example",
+        "redis+cluster://:s3cret@redis.example",
+        "unix://:s3cret@/run/redis.sock",
+        " redis://:s3cret@redis.example",
+    ],
+)
+def test_the_password_of_a_wrong_store_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, store: str
+) -> None:
+    monkeypatch.setenv("PORT_CHECKER_RATE_LIMIT_STORE", store)
+    told = complaint()
+    assert told.startswith("PORT_CHECKER_RATE_LIMIT_STORE='")
+    assert "…' is wrong: it must be memory://" in told
+    assert "3c" not in told
+
+
+def test_the_password_of_the_store_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORT_CHECKER_RATE_LIMIT_STORE", "redis://:s3cret@redis.example")
+    settings = load_settings()
+    assert "s3cret" not in f"{settings} {settings!r}"
+
+
+def test_a_target_limit_below_a_full_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORT_CHECK_MAX_PORTS", "10")
+    monkeypatch.setenv("PORT_CHECK_TARGET_RATE_LIMIT", "10/second")
+    load_settings()
+    monkeypatch.setenv("PORT_CHECK_TARGET_RATE_LIMIT", "9/second")
+    assert complaint() == (
+        "PORT_CHECK_TARGET_RATE_LIMIT='9/second' is wrong: it must be off or at least 10 "
+        "(PORT_CHECK_MAX_PORTS): anything less would refuse every full request"
+    )
+
+
+# .env
+
+
+def test_dotenv_is_read_and_the_environment_takes_precedence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     Path(".env").write_text(
         "# ours\nPORT_CHECKER_PORT=9001\nexport PORT_CHECK_TIMEOUT='7'\nOTHER=1\n"
     )
+    settings = load_settings()
+    assert (settings.port, settings.timeout) == (9001, 7.0)
     monkeypatch.setenv("PORT_CHECKER_PORT", "9002")
     settings = load_settings()
     assert (settings.port, settings.timeout) == (9002, 7.0)
-    monkeypatch.delenv("PORT_CHECKER_PORT")
-    assert load_settings().port == 9001
 
 
-def test_dotenv_is_that_of_the_working_directory(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / ".env").write_text("PORT_CHECKER_PORT=9001\n")
-    (tmp_path / "below").mkdir()
-    monkeypatch.chdir(tmp_path / "below")
+def test_dotenv_of_the_working_directory_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(".env").write_text("PORT_CHECKER_PORT=9001\n")
+    Path("below").mkdir()
+    monkeypatch.chdir("below")
     assert load_settings().port == 9000
-    monkeypatch.chdir(tmp_path)
-    assert load_settings().port == 9001
 
 
 def test_a_bad_value_in_dotenv(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,49 +261,39 @@ def test_a_bad_value_in_dotenv(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_settings().port == 1
 
 
-@pytest.mark.parametrize(
-    "content", [b"PORT_CHECKER_PORT=\xff\n", "PORT_CHECKER_PORT=1\n".encode("utf-16")]
-)
-def test_dotenv_that_is_not_utf_8(content: bytes) -> None:
-    Path(".env").write_bytes(content)
+def test_dotenv_that_is_not_utf_8() -> None:
+    Path(".env").write_bytes("PORT_CHECKER_PORT=1\n".encode("utf-16"))
     told = complaint()
     assert told.startswith(".env cannot be read: 'utf-8' codec can't decode byte 0xff in position")
 
 
 def test_dotenv_that_cannot_be_read() -> None:
-    Path(".env").symlink_to("/proc/self/mem")  # which is a file, and whose first page is nothing
+    Path(".env").symlink_to("/proc/self/mem")  # a file whose first page cannot be read
     assert complaint() == ".env cannot be read: [Errno 5] Input/output error"
 
 
-@pytest.mark.parametrize("name", [variable.lower() for variable in DEFAULTS])
-def test_names_are_in_upper_case(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv(name, "7")
+# Names
+
+
+def test_other_names_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, (name, _) in DEFAULTS.items():
+        for other in variable.lower(), name, name.upper():
+            monkeypatch.setenv(other, "7")
     assert dict(load_settings()) == dict(DEFAULTS.values())
 
 
-def test_arguments_win_over_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    Path(".env").write_text("PORT_CHECKER_PORT=9001\n")
+def test_arguments_are_field_names_and_the_environment_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("PORT_CHECKER_PORT", "9002")
-    assert Settings(port=9003).port == 9003
-    assert Settings(caller_rate_limit=None).caller_rate_limit is None
-    rate = Rate(1, timedelta(seconds=1))
-    assert Settings(caller_rate_limit=rate).caller_rate_limit == rate
-
-
-@pytest.mark.parametrize("name", [name for name, _ in DEFAULTS.values()])
-def test_variables_of_others_are_not_ours(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv(name, "7")
-    assert dict(load_settings()) == dict(DEFAULTS.values())
-
-
-def test_settings_stay_as_they_are() -> None:
-    settings: Any = load_settings()
+    settings: Any = Settings(timeout=7, caller_rate_limit=None)
+    assert (settings.port, settings.timeout, settings.caller_rate_limit) == (9000, 7.0, None)
     with pytest.raises(ValueError, match="Instance is frozen"):
         settings.port = 1
 
 
 def test_the_longest_check() -> None:
-    assert load_settings().longest_check == 17
+    assert Settings().longest_check == 17
     assert Settings(retries=1, timeout=0.5, retry_delay=9).longest_check == 0.5
 
 
@@ -390,46 +302,31 @@ def test_rates_read_as_they_are_written() -> None:
         assert str(Settings.model_validate({"caller_rate_limit": text}).caller_rate_limit) == text
 
 
-def test_names_that_are_no_settings() -> None:
-    Path(".env").write_text(
-        "PORT_CHECK_RETRYS=1\nPORT_CHECKER_PORT=1\nOTHER=1\nPORT_CHECK_TARGET\n"
-    )
+def test_unknown_names_and_the_nearest_setting() -> None:
+    Path(".env").write_text("PORT_CHECK_RETRYS=1\nPORT_CHECKER_PORT=1\nOTHER=1\n")
     environment = {
         "PORT_CHECKER_PROT": "1",
         "PORT_CHECK_TIMEOUT_SECONDS": "1",
-        "PORT_CHECK_ALLOWED_NETWORK": "1",
         "PORT_CHECK_HOST": "1",
-        "PORT_CHECKER_RATE_LIMIT": "1",
         "PORT_CHECK_TIMEOUT": "1",
-        "PORT_CHECKER_URL": "1",  # the provider's side reads it
+        "PORT_CHECKER_URL": "1",  # of the provider's side
         "PATH": "1",
-        "PORT": "1",
         "MY_PORT_CHECKER_PORT": "1",
+        "PORT_CHECK_" + "Z" * 40: "1",
     }
     assert unknown_names(environment) == {
         "PORT_CHECKER_PROT": "PORT_CHECKER_PORT",
         "PORT_CHECK_TIMEOUT_SECONDS": "PORT_CHECK_TIMEOUT",
-        "PORT_CHECK_ALLOWED_NETWORK": "PORT_CHECK_ALLOWED_NETWORKS",
         "PORT_CHECK_HOST": "PORT_CHECKER_HOST",
+        "PORT_CHECK_" + "Z" * 40: None,
         "PORT_CHECK_RETRYS": "PORT_CHECK_RETRIES",
-        "PORT_CHECK_TARGET": "PORT_CHECK_TARGETS",
     }
-
-
-def test_a_name_near_to_none() -> None:
-    assert unknown_names({"PORT_CHECK_" + "Z" * 40: "1"}) == {"PORT_CHECK_" + "Z" * 40: None}
-
-
-def test_no_name_is_unknown_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert unknown_names(os.environ) == {}
-    for variable in DEFAULTS:
-        monkeypatch.setenv(variable, "1")
-    assert unknown_names(os.environ) == {}
 
 
 def test_the_example_lists_all_settings_with_their_defaults(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    assert dict(load_settings()) == dict(DEFAULTS.values())
     example = dotenv_values(ROOT / ".env.example")
     assert list(example) == list(DEFAULTS)
     assert list(example) == [it.validation_alias for it in Settings.model_fields.values()]
@@ -439,3 +336,4 @@ def test_the_example_lists_all_settings_with_their_defaults(
     settings = load_settings()
     assert settings.model_fields_set == set(Settings.model_fields)
     assert dict(settings) == dict(DEFAULTS.values())
+    assert unknown_names(os.environ) == {}

@@ -28,6 +28,11 @@ def free_port() -> int:
     return free_ports(1)[0]
 
 
+def is_listened_on(port: int, host: str = "127.0.0.1") -> bool:
+    with socket.socket(family_of(host)) as client:
+        return client.connect_ex((host, port)) == 0
+
+
 @contextmanager
 def open_listener(host: str = "127.0.0.1", port: int = 0) -> Iterator[socket.socket]:
     """A listener; the kernel completes the handshakes of its backlog."""
@@ -51,20 +56,39 @@ def refused_port(host: str = "127.0.0.1") -> Iterator[int]:
 
 
 @contextmanager
-def silent_port(host: str = "127.0.0.1") -> Iterator[int]:
-    """A port that times out: its listener's backlog is full, so the kernel drops each SYN."""
+def full_backlog(host: str = "127.0.0.1") -> Iterator[tuple[int, Callable[[], None]]]:
+    """A port whose listener's backlog is full, so that the kernel drops each SYN.
+
+    Yields:
+        The port, and a function that makes room in the backlog: the next SYN is answered then.
+    """
     with ExitStack() as stack:
         listener = stack.enter_context(
             socket.create_server((host, 0), family=family_of(host), backlog=1)
         )
-        address = listener.getsockname()
+        clients = []
         connected = True
         while connected:  # on loopback the handshake is over when connect() returns
             client = stack.enter_context(socket.socket(family_of(host), socket.SOCK_STREAM))
             client.setblocking(False)
-            client.connect_ex(address)
+            client.connect_ex(listener.getsockname())
+            clients.append(client)
             connected = bool(select.select([], [client], [], 0)[1])
-        yield address[1]
+
+        def make_room() -> None:
+            for client in clients:
+                client.close()
+            while select.select([listener], [], [], 0)[0]:
+                listener.accept()[0].close()
+
+        yield listener.getsockname()[1], make_room
+
+
+@contextmanager
+def silent_port(host: str = "127.0.0.1") -> Iterator[int]:
+    """A port at which attempts time out."""
+    with full_backlog(host) as (port, _):
+        yield port
 
 
 @contextmanager

@@ -1,5 +1,6 @@
-"""Servers whose answers a test scripts, over real HTTP."""
+"""Servers whose answers a test scripts, over real HTTP, and checks that ask them."""
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -8,11 +9,29 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
+from port_checker.provider import Report, Waits, verify
 from port_checker.schemas import ErrorCode
 from port_checker.server.errors import STATUS
 
 REFUSED = "Connection refused"
+
+
+def check(ports: Sequence[int], *servers: str, ip: str | None = None, **waits: Any) -> Report:
+    """Have servers check ports of this machine, and wait for nothing that does not happen."""
+    return asyncio.run(verify(ports, servers=servers, ip=ip, waits=short_waits(**waits)))
+
+
+def short_waits(slept: list[float] | None = None, **waits: Any) -> Waits:
+    """Waits in which sleeping takes no time, and is recorded."""
+
+    async def sleep(seconds: float) -> None:
+        if slept is not None:
+            slept.append(seconds)
+        await asyncio.sleep(0)
+
+    return Waits(**{"late_connections": 0.2, "sleep": sleep, **waits})
 
 
 def connect(ports: Sequence[int]) -> None:

@@ -101,7 +101,7 @@ def program(
     bounds = {"PORT_CHECKER_HOST": "127.0.0.1", "PORT_CHECKER_PORT": str(port), **environment}
 
     def prepare() -> None:
-        # A shell may have had its background jobs ignore SIGINT, which processes inherit.
+        # A shell makes its background jobs ignore SIGINT, and child processes inherit that.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if descriptors:
             resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors // 2, descriptors))
@@ -112,7 +112,7 @@ def program(
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=prepare,
-        start_new_session=True,  # a group to be killed as a whole, workers too
+        start_new_session=True,  # a process group, so that workers are killed as well
     ) as process:
         running = Program(process, port)
         try:

@@ -1,0 +1,100 @@
+"""The generic cell rate algorithm (GCRA), for payments to several limits at once.
+
+A limit of N in a period lets N through at once and then one each N-th of the period. What is kept
+of each key is one number, the theoretical arrival time: when the key's whole limit will be free
+again (ITU-T I.371; https://brandur.org/rate-limiting). A payment is made to all of its limits, or
+to none of them: what one limit refuses costs nothing in the others.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+from throttled.asyncio import MemoryStoreBackend
+
+# Seconds by which a payment may come early. Far more than the error of the floating-point numbers,
+# far less than anybody can notice.
+_TOLERANCE: Final = 1e-6
+
+
+class Charge(NamedTuple):
+    """What a payment takes from one limit.
+
+    Attributes:
+        key: Whose limit it is.
+        interval: Seconds after which the limit gives one back.
+        capacity: How many the limit lets through at once.
+        cost: How many this payment takes, at least 1.
+    """
+
+    key: str
+    interval: float
+    capacity: int
+    cost: int
+
+
+def pay_in_memory(store: MemoryStoreBackend, charges: Sequence[Charge], now: float) -> list[float]:
+    """Make a payment, if none of its limits refuses.
+
+    Args:
+        store: What is kept of the limits.
+        charges: One for each limit; no two have the same key.
+        now: Seconds on a clock that never goes back.
+
+    Returns:
+        For each charge, the seconds after which its limit would let it through: 0 unless it
+        refuses.
+    """
+    arrivals = [
+        max(now, float(store.get(charge.key) or now)) + charge.cost * charge.interval
+        for charge in charges
+    ]
+    waits = [
+        _wait(arrival - now - charge.capacity * charge.interval)
+        for charge, arrival in zip(charges, arrivals, strict=True)
+    ]
+    if not any(waits):
+        for charge, arrival in zip(charges, arrivals, strict=True):
+            store.set(charge.key, arrival, math.ceil(arrival - now))
+    return waits
+
+
+def _wait(early: float) -> float:
+    return early if early > _TOLERANCE else 0.0
+
+
+# The same in Redis, by its clock, for any number of payments in one call. Of each payment, ARGV
+# has the number of its charges and, for each of these, interval, capacity and cost; KEYS has the
+# keys of all of them. The times are counted from 2025, so that they have digits to spare.
+PAY_IN_REDIS: Final = f"""
+local time = redis.call("TIME")
+local now = time[1] - 1735689600 + time[2] / 1000000
+local waits = {{}}
+local argument, paid = 1, 0
+while argument <= #ARGV do
+  local charges, arrivals, refused = tonumber(ARGV[argument]), {{}}, false
+  argument = argument + 1
+  for charge = 1, charges do
+    local key = KEYS[paid + charge]
+    local interval, capacity, cost =
+      tonumber(ARGV[argument]), tonumber(ARGV[argument + 1]), tonumber(ARGV[argument + 2])
+    argument = argument + 3
+    local arrival = math.max(now, tonumber(redis.call("GET", key) or now)) + cost * interval
+    arrivals[charge] = arrival
+    local early = arrival - now - capacity * interval
+    if early > {_TOLERANCE} then
+      refused = true
+      waits[paid + charge] = tostring(early)
+    else
+      waits[paid + charge] = "0"
+    end
+  end
+  if not refused then
+    for charge, arrival in ipairs(arrivals) do
+      redis.call("SET", KEYS[paid + charge], arrival, "EX", math.ceil(arrival - now))
+    end
+  end
+  paid = paid + charges
+end
+return waits
+"""
