@@ -5,7 +5,7 @@ import os
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -21,10 +21,12 @@ from tests.support.loopback import refused_port, silent_port
 from tests.support.tls import (
     answering,
     endpoint,
+    hang_up,
     https,
     reset,
     server_context,
     speaking_tls,
+    trust,
     wait_for_close,
 )
 
@@ -46,13 +48,8 @@ def authority() -> trustme.CA:
 
 
 @pytest.fixture(autouse=True)
-def _trust(
-    authority: trustme.CA, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[None]:
-    with authority.cert_pem.tempfile() as path:
-        monkeypatch.setenv("SSL_CERT_FILE", path)
-        monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path / "none"))
-        yield
+def _trust(authority: trustme.CA, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    trust(authority, monkeypatch, tmp_path)
 
 
 def judge(
@@ -196,14 +193,11 @@ def test_what_python_3_13_is_strict_about_is_so_on_every_python(authority: trust
 
 
 def test_an_intermediate_can_be_trusted_on_every_python(
-    authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
+    authority: trustme.CA, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     intermediate = authority.create_child_ca()
-    with (
-        intermediate.cert_pem.tempfile() as path,
-        https(intermediate.issue_cert("127.0.0.1")) as port,
-    ):
-        monkeypatch.setenv("SSL_CERT_FILE", path)
+    trust(intermediate, monkeypatch, tmp_path)
+    with https(intermediate.issue_cert("127.0.0.1")) as port:
         assert judge(port).valid
 
 
@@ -235,7 +229,7 @@ HELLO_REQUESTS = b"\x16\x03\x03\x40\x00" + bytes(16384)  # a record of 4,096 (RF
         (answering(b"\x15\x03\x03\0\2\2\x28"), failed("sslv3 alert handshake failure")),
         (answering(HELLO_REQUESTS * 64), failed("no end of it after 131072 bytes")),
         (answering(b"\x15\x03\x03\0\2\1\0"), failed("connection closed by peer", try_again=True)),
-        (socket.socket.close, failed("connection closed by peer", try_again=True)),
+        (hang_up, failed("connection closed by peer", try_again=True)),
         (reset, failed("Connection reset by peer", try_again=True)),
     ],
     ids=["garbage", "http", "alert", "renegotiation", "close_notify", "close", "reset"],
@@ -336,7 +330,7 @@ def in_turn(*behaviours: Callable[[socket.socket], None]) -> Callable[[socket.so
 def test_a_connection_that_fails_is_tried_again(authority: trustme.CA) -> None:
     good = speaking_tls(server_context(authority.issue_cert("127.0.0.1")))
     waits: list[float] = []
-    with endpoint(in_turn(reset, socket.socket.close, good)) as port:
+    with endpoint(in_turn(reset, hang_up, good)) as port:
         assert check(port, waits=waits).valid
     assert waits == [7, 7]
     with endpoint(in_turn(reset, reset)) as port:

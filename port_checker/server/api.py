@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -14,12 +14,16 @@ from port_checker.checker import Checker
 from port_checker.schemas import (
     CHECK_EXAMPLE,
     ERROR_EXAMPLES,
+    TLS_CHECK_EXAMPLE,
+    TLS_ERROR_EXAMPLES,
     CallerAddress,
     CheckRequest,
     CheckResponse,
     ErrorCode,
     ErrorResponse,
     Health,
+    TlsCheckRequest,
+    TlsCheckResponse,
 )
 from port_checker.server.caller import CallerResolver
 from port_checker.server.errors import STATUS, ApiError
@@ -63,18 +67,20 @@ class Api:
             tags=["checks"],
             response_model=CheckResponse,
             response_description="The result for each port",
-            responses=_documented_errors(
-                ErrorCode.INVALID_IP,
-                ErrorCode.INVALID_PORT,
-                ErrorCode.TOO_MANY_PORTS,
-                ErrorCode.INVALID_REQUEST,
-                ErrorCode.TARGET_NOT_ALLOWED,
-                ErrorCode.REQUEST_TOO_LARGE,
-                ErrorCode.RATE_LIMITED,
-                ErrorCode.OVERLOADED,
-                ErrorCode.CHECK_FAILED,
-            ),
+            responses=_documented_errors(ERROR_EXAMPLES),
             openapi_extra={"requestBody": self._documented_body()},
+        )
+        app.add_api_route(
+            "/check-tls",
+            self.check_tls,
+            methods=["POST"],
+            operation_id="check_tls",
+            summary="Check whether a TLS endpoint can be trusted",
+            tags=["checks"],
+            response_model=TlsCheckResponse,
+            response_description="The result",
+            responses=_documented_errors(TLS_ERROR_EXAMPLES),
+            openapi_extra={"requestBody": _documented_tls_body()},
         )
         app.add_api_route(
             "/ip",
@@ -98,8 +104,10 @@ class Api:
         )
 
         # Added to the finished schema, because FastAPI drops nulls from examples that it adds.
-        answers = app.openapi()["paths"]["/check-ports"]["post"]["responses"]
-        answers["200"]["content"]["application/json"]["example"] = CHECK_EXAMPLE
+        paths = app.openapi()["paths"]
+        for path, example in ("/check-ports", CHECK_EXAMPLE), ("/check-tls", TLS_CHECK_EXAMPLE):
+            answer = paths[path]["post"]["responses"]["200"]
+            answer["content"]["application/json"]["example"] = example
 
     async def check_ports(self, request: Request) -> Response:
         """Connect to all ports at once and report which of them accept connections.
@@ -131,6 +139,37 @@ class Api:
         if logger.isEnabledFor(logging.DEBUG):
             for port, verdict in verdicts.items():
                 logger.debug("%s port %d: %s", asked.provider_ip, port, verdict.error or "open")
+        return Response(answer.model_dump_json(), media_type="application/json")
+
+    async def check_tls(self, request: Request) -> Response:
+        """Connect to a port, make a TLS handshake (1.2 or later), and verify the certificate.
+
+        Its chain must lead to an authority that this service's system trusts; it must be in date,
+        and good for the host. Nothing is sent after the handshake. A connection that fails is
+        tried again, so a response can take some seconds. You may check your own address; any other
+        must be public.
+        """
+        started = time.perf_counter()
+        caller = self._callers.resolve(request)
+        asked = TlsCheckRequest.parse(await _read_body(request))
+        target = asked.target
+        await self._limiter.pay_caller(caller)
+        require_allowed(caller, target, self._settings)
+        if not request.client or request.client.host != str(target):
+            verify_local_binding(target)
+        self._checker.require_room(1)
+        await self._limiter.pay_target(target, 1)
+        with _EndedWhenCallerLeaves(request):
+            verdict = await self._checker.check_tls(target, asked.port, asked.expected)
+        answer = TlsCheckResponse.of(asked, verdict)
+        logger.info(
+            "%s checked TLS of %s port %d: %s, %.3f s",
+            caller or "An unknown caller",
+            target,
+            asked.port,
+            verdict.error or "valid",
+            time.perf_counter() - started,
+        )
         return Response(answer.model_dump_json(), media_type="application/json")
 
     async def ip(self, request: Request) -> Response:
@@ -165,10 +204,27 @@ class Api:
         }
 
 
-def _documented_errors(*codes: ErrorCode) -> dict[int | str, dict[str, Any]]:
-    """Return OpenAPI's ``responses`` for these codes, with an example for each."""
+def _documented_tls_body() -> dict[str, Any]:
+    by_address = {"host": "203.0.113.7", "port": 443, "expected_ip": "203.0.113.7"}
+    by_name = {"host": "provider.example", "port": 443, "expected_ip": "203.0.113.7"}
+    return {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": TlsCheckRequest.model_json_schema(),
+                "examples": {
+                    "address": {"summary": "A certificate for an address", "value": by_address},
+                    "name": {"summary": "A certificate for a name", "value": by_name},
+                },
+            }
+        },
+    }
+
+
+def _documented_errors(examples: Mapping[ErrorCode, str]) -> dict[int | str, dict[str, Any]]:
+    """Return OpenAPI's ``responses`` for the codes of ``examples``, which holds their messages."""
     answers: dict[int | str, dict[str, Any]] = {}
-    for code in codes:
+    for code, message in examples.items():
         status = STATUS[code]
         answer = answers.setdefault(
             status.value,
@@ -178,7 +234,7 @@ def _documented_errors(*codes: ErrorCode) -> dict[int | str, dict[str, Any]]:
                 "content": {"application/json": {"examples": {}}},
             },
         )
-        example = {"detail": {"code": code, "message": ERROR_EXAMPLES[code]}}
+        example = {"detail": {"code": code, "message": message}}
         answer["content"]["application/json"]["examples"][code] = {"value": example}
         if code in (ErrorCode.RATE_LIMITED, ErrorCode.OVERLOADED):
             answer["headers"] = {

@@ -318,7 +318,7 @@ def test_a_check_without_room_is_refused_and_not_queued() -> None:
 
 def test_the_schema_documents_every_error(client: httpx.Client) -> None:
     schema = client.get("/openapi.json").json()
-    assert list(schema["paths"]) == ["/check-ports", "/ip", "/health"]
+    assert list(schema["paths"]) == ["/check-ports", "/check-tls", "/ip", "/health"]
     operation = schema["paths"]["/check-ports"]["post"]
     assert list(schema["paths"]["/health"]["get"]["responses"]) == ["200"]
     error = {"$ref": "#/components/schemas/ErrorResponse"}

@@ -6,11 +6,27 @@ import socketserver
 import ssl
 import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import pytest
 import trustme
 
 from tests.support.loopback import family_of
 from tests.support.scripted import running
+
+
+def trust(authority: trustme.CA, monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    """Have this process trust one authority alone.
+
+    Args:
+        authority: Which.
+        monkeypatch: Takes that back at the end of the test.
+        directory: For the authority's certificate.
+    """
+    file = directory / "authority.pem"
+    authority.cert_pem.write_to_path(str(file))
+    monkeypatch.setenv("SSL_CERT_FILE", str(file))
+    monkeypatch.setenv("SSL_CERT_DIR", str(directory / "none"))
 
 
 @contextlib.contextmanager
@@ -79,6 +95,12 @@ def wait_for_close(connection: socket.socket) -> None:
     """Say nothing."""
     while connection.recv(1000):
         pass
+
+
+def hang_up(connection: socket.socket) -> None:
+    """Close the connection after the client's first words."""
+    connection.recv(1000)
+    connection.close()
 
 
 def reset(connection: socket.socket) -> None:
