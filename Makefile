@@ -1,31 +1,40 @@
-# Each target does all its own set-up in .venv, and is quick the second time.
+# Each target installs what it needs into .venv first; from the second time on it starts at once.
 #
-#   make run      start the service on port 9000
-#   make test     run the tests
-#   make cover    run the tests and tell which lines they did not reach
-#   make lab      run the tests in network namespaces alone; needs root, iproute2 and nftables
-#   make lint     ruff and mypy
-#   make fuzz     run the tests that make up requests, for minutes; FUZZ_EXAMPLES sets how many
-#   make bench    measure, side by side with the published version
-#   make soak     keep the service busy and watch what grows; SOAK_MINUTES sets how long
+#   make run          start the service on port 9000
+#   make test         run all tests
+#   make test-lowest  run them on the lowest versions that pyproject.toml allows
+#   make cover        run them and list the lines they did not reach
+#   make lab          run only the tests in network namespaces; needs root, iproute2 and nftables
+#   make fuzz         run the tests with generated requests for minutes; FUZZ_EXAMPLES sets how many
+#   make lint         ruff and mypy
+#   make bench        measure, side by side with the published version; needs wrk
+#   make soak         keep the service busy and watch what grows; SOAK_MINUTES sets for how long
+#   make wheel        build dist/*.whl
+#   make clean        delete all that these targets made
 
 PYTHON ?= python3
 VENV ?= .venv
-# Files of tests that run at once: tests wait more than they work.
-TESTS_AT_ONCE ?= 3
+CONSTRAINTS ?= constraints.txt
+# Test modules that run at the same time. More than one core can do, since tests mostly wait.
+TEST_PROCESSES ?= 3
+PYTEST_FLAGS ?=
 FUZZ_EXAMPLES ?= 2000
 SOAK_MINUTES ?= 2
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: run test cover lab lint fuzz bench soak clean
+.PHONY: run test test-lowest cover lab fuzz lint bench soak wheel clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/run.stamp
 	@$(BIN)/port-checker
 
 test: $(VENV)/dev.stamp
-	@$(BIN)/pytest --numprocesses $(TESTS_AT_ONCE) --dist loadfile
+	@$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(PYTEST_FLAGS)
+
+# In a virtual environment of its own.
+test-lowest:
+	@$(MAKE) --no-print-directory test VENV=$(VENV)-lowest CONSTRAINTS=$(VENV)-lowest/constraints.txt
 
 cover: $(VENV)/dev.stamp
 	@$(BIN)/pytest --cov --cov-report=term-missing
@@ -33,13 +42,13 @@ cover: $(VENV)/dev.stamp
 lab: $(VENV)/dev.stamp
 	@$(BIN)/pytest tests/lab
 
+fuzz: $(VENV)/dev.stamp
+	@FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/pytest tests/server/test_fuzz.py tests/server/test_openapi.py
+
 lint: $(VENV)/dev.stamp
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-
-fuzz: $(VENV)/dev.stamp
-	@FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/pytest tests/server/test_fuzz.py tests/server/test_openapi.py
 
 bench: $(VENV)/dev.stamp
 	@$(BIN)/python -m benchmarks
@@ -47,20 +56,27 @@ bench: $(VENV)/dev.stamp
 soak: $(VENV)/dev.stamp
 	@$(BIN)/python -m benchmarks.soak $(SOAK_MINUTES)
 
+wheel: | $(BIN)/python
+	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
 clean:
-	rm -rf $(VENV) .benchmarks .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-* dist .benchmarks .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
-	    "Python 3.11 or later is needed; make PYTHON=python3.11 names another one.")'
+	    "Python 3.11 or later is needed; choose one with make PYTHON=python3.11.")'
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/run.stamp: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/constraints.txt: pyproject.toml constraints.txt .ci/lowest_versions.py | $(BIN)/python
+	@$(BIN)/python .ci/lowest_versions.py >$@
+
+$(VENV)/run.stamp: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo "Installing into $(VENV) ..."
 	@$(INSTALL) --editable .
 	@touch $@
 
-$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/dev.stamp: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo "Installing into $(VENV) ..."
 	@$(INSTALL) --editable '.[dev]'
 	@touch $@ $(VENV)/run.stamp

@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: measure everything in one run, and print it."""
+"""``python -m benchmarks``: measure throughput and growth in one run, and print the figures."""
 
 import os
 import platform
@@ -19,11 +19,11 @@ from port_checker import __version__
 
 ROUNDS = 5
 PORTS = 100
-CHECKER_REQUIRED = 0.6  # of what a bare loop does
+CHECKER_REQUIRED = 0.6  # of a bare loop's throughput
 
 
 def main() -> int:
-    """Measure and print; the figures are for people to judge, so none of them is a failure.
+    """Measure and print. The figures are for people to judge; none of them is a failure.
 
     Returns:
         The exit status: 0; 1 if something could not be measured; 2 if wrk is not installed.
@@ -31,7 +31,7 @@ def main() -> int:
     if not shutil.which("wrk"):
         sys.stderr.write("benchmarks: wrk is not installed: apt-get install wrk\n")
         return 2
-    # So that what was started is ended, as it is after Ctrl-C.
+    # So that the processes it started are stopped, as they are after Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     started = time.monotonic()
     try:
@@ -48,14 +48,14 @@ def _measure() -> None:
     with ExitStack() as stack:
         directory = Path(stack.enter_context(TemporaryDirectory(prefix="port-checker-bench-")))
         ports = stack.enter_context(open_ports(PORTS))
-        ours_port = stack.enter_context(service("this", OURS_COMMAND, directory))
-        published_port = stack.enter_context(service("published", published, directory))
+        ours = stack.enter_context(service("this", OURS_COMMAND, directory))
+        published_service = stack.enter_context(service("published", published, directory))
 
         print(
             f"golem-port-checker {__version__}, Python {platform.python_version()}, "
             f"{platform.system()} {platform.release()}, {os.cpu_count()} cores.\n"
-            f"Figures are medians of {ROUNDS} alternating rounds after one that does not count "
-            "(lowest to highest in brackets).\nA ratio is that of the medians."
+            f"Figures are medians of {ROUNDS} alternating rounds after a warm-up round "
+            "(lowest to highest in brackets).\nThe ratio is that of the medians."
         )
         _head(
             "Requests a second",
@@ -64,11 +64,14 @@ def _measure() -> None:
             f"published {PUBLISHED}",
         )
         for load in wrk.loads(ports):
-            ours, other = _alternate(
-                partial(wrk.requests_per_second, ours_port, load, directory),
-                partial(wrk.requests_per_second, published_port, load, directory),
+            _row(
+                load.name,
+                *_alternate(
+                    partial(wrk.requests_per_second, ours.port, load, directory),
+                    partial(wrk.requests_per_second, published_service.port, load, directory),
+                ),
+                load.required,
             )
-            _row(load.name, ours, other, load.required)
 
         _head(
             "Ports a second without HTTP",
@@ -76,11 +79,14 @@ def _measure() -> None:
             "the checker",
             "bare epoll loop",
         )
-        ours, other = _alternate(
-            partial(alone.checker_ports_per_second, ports),
-            partial(alone.bare_ports_per_second, ports),
+        _row(
+            f"{PORTS} open ports",
+            *_alternate(
+                partial(alone.checker_ports_per_second, ports),
+                partial(alone.bare_ports_per_second, ports),
+            ),
+            CHECKER_REQUIRED,
         )
-        _row(f"{PORTS} open ports", ours, other, CHECKER_REQUIRED)
 
         _print_growth(*alone.usage_before_and_after(ports))
 
@@ -88,7 +94,7 @@ def _measure() -> None:
 def _alternate(
     ours: Callable[[], float], other: Callable[[], float]
 ) -> tuple[list[float], list[float]]:
-    """Measure one and the other in turn, so that noise that lasts meets both."""
+    """Measure one and the other in turn, so that lasting noise affects both."""
     ours(), other()  # to warm up
     rounds = [(ours(), other()) for _ in range(ROUNDS)]
     return [mine for mine, _ in rounds], [theirs for _, theirs in rounds]

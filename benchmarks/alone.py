@@ -1,4 +1,4 @@
-"""The checker alone, without HTTP: how fast it is, and what remains after many checks."""
+"""The checker alone, without HTTP: its throughput, and whether it leaks."""
 
 import asyncio
 import os
@@ -19,7 +19,7 @@ from port_checker.checker import Checker
 
 SECONDS = 1.0
 
-# How the checks go that look for growth.
+# The checks that look for leaks.
 WARM_UP = 1_000
 CHECKS = 10_000
 OPEN_EACH = 3
@@ -32,7 +32,7 @@ _TIMEOUT = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a process holds.
+    """The resources of a process.
 
     Attributes:
         descriptors: Open files and sockets.
@@ -46,7 +46,7 @@ class Usage:
 
     @classmethod
     def now(cls) -> "Usage":
-        """Return what this process holds now, garbage not collected."""
+        """Return what this process uses now, uncollected garbage included."""
         return cls(
             descriptors=len(os.listdir("/proc/self/fd")),
             tasks=len(asyncio.all_tasks()),
@@ -55,7 +55,7 @@ class Usage:
 
 
 def checker_ports_per_second(ports: Sequence[int]) -> float:
-    """Return how many ports a second the checker checks, in one check of ``ports`` after another.
+    """Return how many ports a second the checker checks, one check of ``ports`` after another.
 
     Args:
         ports: Open ports.
@@ -75,9 +75,9 @@ def checker_ports_per_second(ports: Sequence[int]) -> float:
 
 
 def bare_ports_per_second(ports: Sequence[int]) -> float:
-    """Return how many ports a second the plainest loop in Python connects to.
+    """Return how many ports a second a bare epoll loop in Python connects to.
 
-    It does what cannot be left out: a socket for each port, connect, wait, ask, close.
+    For each port it does only what any checker must: socket, connect, wait, read the result, close.
 
     Args:
         ports: Open ports, all of them connected to at once, over and over.
@@ -104,9 +104,9 @@ def bare_ports_per_second(ports: Sequence[int]) -> float:
 
 
 def usage_before_and_after(open_ports: Sequence[int]) -> tuple[Usage, Usage]:
-    """Return what this process holds before and after ``CHECKS`` checks.
+    """Return what this process uses before and after ``CHECKS`` checks.
 
-    ``WARM_UP`` checks come first, since the first of anything takes what it keeps.
+    ``WARM_UP`` checks come first, so that caches and pools are filled.
 
     Args:
         open_ports: At least ``OPEN_EACH`` of them.
@@ -122,7 +122,7 @@ def usage_before_and_after(open_ports: Sequence[int]) -> tuple[Usage, Usage]:
     with ExitStack() as bound:
         refused = []
         for _ in range(REFUSED_EACH):
-            # Bound but not listening: refused, and nobody else can begin to listen there.
+            # Bound but not listening: connections are refused, and nobody else can take the port.
             sock = bound.enter_context(socket.socket())
             sock.bind((HOST, 0))
             refused.append(sock.getsockname()[1])

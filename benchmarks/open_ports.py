@@ -1,13 +1,13 @@
-"""A process of its own with open ports, so that accepting is not charged to what is measured.
+"""A process with open ports, so that accepting does not cost the measured process CPU time.
 
-``python open_ports.py 100`` prints the ports on one line, then accepts and closes until ended.
+``python open_ports.py 100`` prints the ports on one line, then accepts and closes until stopped.
 """
 
 import select
 import socket
 import sys
 
-_BACKLOG = 4096  # the kernel lowers it to net.core.somaxconn; a full one would cost a second
+_BACKLOG = 4096  # the kernel caps it at net.core.somaxconn; a full backlog would cost a second
 
 
 def main() -> None:

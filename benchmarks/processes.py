@@ -1,4 +1,4 @@
-"""What runs beside the benchmark: the two services, and the process with the open ports."""
+"""The processes beside the benchmark: the two services, and the one with the open ports."""
 
 import os
 import socket
@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import IO
@@ -22,22 +23,54 @@ _PUBLISHED_VENV = _CHECKOUT / ".benchmarks" / "published"
 
 _PATIENCE = 30.0  # seconds for a service to answer, and for a process to end
 
-# Limits that nobody reaches: what they cost belongs to the figures. The published version has none.
+# Limits that are never reached. They are not off, since the figures should include what they cost;
+# the published version has none.
 _SETTINGS = {
     "PORT_CHECKER_HOST": HOST,
     "PORT_CHECKER_RATE_LIMIT": "100000000/second",
     "PORT_CHECK_TARGET_RATE_LIMIT": "100000000/second",
+    "PORT_CHECK_OTHERS_RATE_LIMIT": "100000000/second",
+    "PORT_CHECK_MAX_IN_FLIGHT_PER_CALLER": "10000",
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A running service.
+
+    Attributes:
+        port: The port it listens on.
+        pid: Its process.
+    """
+
+    port: int
+    pid: int
+
+    def descriptors(self) -> int:
+        """Return how many files and sockets it has open."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def resident(self) -> int:
+        """Return its resident memory, in KiB."""
+        return self._status("VmRSS")
+
+    def peak_resident(self) -> int:
+        """Return the most resident memory it has had, in KiB."""
+        return self._status("VmHWM")
+
+    def _status(self, name: str) -> int:
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return int(status.partition(f"{name}:")[2].split()[0])
+
+
 def published_command() -> tuple[str, ...]:
-    """Return how to start the published version; installs it if it is not there yet.
+    """Return the command that starts the published version, installed first where needed.
 
     Raises:
-        BenchmarkFailed: It could not be installed.
+        BenchmarkFailed: The installation failed.
     """
     python = str(_PUBLISHED_VENV / "bin" / "python")
-    # Written last, so that an installation that was broken off is made anew.
+    # Written last, so that an interrupted installation is started over.
     stamp = _PUBLISHED_VENV / f"{PUBLISHED}.stamp"
     if not stamp.exists():
         where = _PUBLISHED_VENV.relative_to(_CHECKOUT)
@@ -51,7 +84,7 @@ def published_command() -> tuple[str, ...]:
 
 @contextmanager
 def open_ports(count: int) -> Iterator[list[int]]:
-    """Have ``count`` ports open on loopback, in a process of their own.
+    """Open ``count`` ports on loopback, in another process.
 
     Raises:
         BenchmarkFailed: They could not be opened.
@@ -62,28 +95,28 @@ def open_ports(count: int) -> Iterator[list[int]]:
         assert process.stdout
         ports = [int(port) for port in process.stdout.readline().split()]
         if len(ports) != count:
-            raise BenchmarkFailed(f"{count} ports could not be opened; the reason stands above")
+            raise BenchmarkFailed(f"could not open {count} ports; see above for the reason")
         yield ports
 
 
 @contextmanager
-def service(name: str, command: Sequence[str], directory: Path) -> Iterator[int]:
-    """Have a service run, from when it answers; its log lines are written, as in production.
+def service(name: str, command: Sequence[str], directory: Path) -> Iterator[Service]:
+    """Run a service, with its log written to a file; wait until it answers.
 
     Args:
-        name: What to call its log.
-        command: How to start it.
-        directory: Where the log goes. It is the working directory, too: neither the checkout's
-            ``port_checker`` nor its ``.env`` must be what a service finds first.
+        name: The log is called ``NAME.log``.
+        command: Starts the service.
+        directory: For the log. It is also the working directory, so that the service finds neither
+            the ``port_checker`` nor the ``.env`` of the checkout.
 
     Yields:
-        The port that it listens on.
+        The running service.
 
     Raises:
-        BenchmarkFailed: It ended, or did not answer in time.
+        BenchmarkFailed: It exited, or did not answer in time.
     """
     port = _free_port()
-    # Nothing of the caller's own settings, nor a PYTHONPATH.
+    # Without the settings of whoever runs the benchmark, and without their PYTHONPATH.
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -100,7 +133,7 @@ def service(name: str, command: Sequence[str], directory: Path) -> Iterator[int]
             if process.poll() is not None or time.monotonic() > deadline:
                 raise BenchmarkFailed(f"{name} did not start:\n{log.read_text(errors='replace')}")
             time.sleep(0.05)
-        yield port
+        yield Service(port, process.pid)
 
 
 @contextmanager
@@ -111,7 +144,7 @@ def _running(
     directory: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Have a process run, with stderr where stdout goes unless that is read here."""
+    """Run a process. Its stderr goes where its stdout goes, unless that is a pipe to us."""
     stderr = None if stdout == subprocess.PIPE else subprocess.STDOUT
     process = subprocess.Popen(
         command, stdout=stdout, stderr=stderr, cwd=directory, env=environment

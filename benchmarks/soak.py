@@ -1,13 +1,12 @@
 """``python -m benchmarks.soak [MINUTES]``: keep the service busy, and see what grows.
 
-It is asked for most of what it can do. Each answer is compared with the truth, every minute has its
-line, and the growth since the first minute is told in the end. A wrong verdict or an answer other
-than 200 is a failure; figures are for people to judge.
+The load is a share of what the service can do. Every answer is checked. Each minute prints a line,
+and the end prints the growth since the first minute. A wrong verdict, or a status other than 200,
+is a failure; the figures are for people to judge.
 """
 
 import asyncio
 import json
-import os
 import signal
 import socket
 import sys
@@ -23,31 +22,31 @@ from tempfile import TemporaryDirectory
 import uvloop
 
 from benchmarks import HOST, BenchmarkFailed
-from benchmarks.processes import OURS_COMMAND, open_ports, service
+from benchmarks.processes import OURS_COMMAND, Service, open_ports, service
 
 MINUTES = 2.0
-LONGEST = 600.0  # minutes; it ends by itself
-SHARE = 0.7  # of what it can do, that it is asked for
+MAX_MINUTES = 600.0
+SHARE = 0.7  # of its capacity, which is measured first
 
-PORTS = 100  # that are open; each request is for the next PORTS_EACH of them
+PORTS = 100  # open ports; each request checks the next PORTS_EACH of them
 PORTS_EACH = 20
-REFUSED_EVERY = 20  # requests of which one has a refused port, which is tried for two seconds
+REFUSED_EVERY = 20  # one request in so many has a refused port, which takes two seconds
 
 _CAPACITY_SECONDS = 5.0
 _CAPACITY_CONNECTIONS = 8
-_MOST_UNDER_WAY = 256  # with all their ports, half of what the service takes on before it says no
+_MAX_UNDER_WAY = 256  # requests; their ports are half of what the service accepts in flight
 _HEALTH_EVERY = 0.02  # seconds
 _PATIENCE = 30.0  # seconds for an answer
 
-_CATCH_UP = 0.1  # seconds by which asking may be late, and is then made up for
+_CATCH_UP = 0.1  # seconds of delay that later requests may make up for
 
-# Seconds for which a connection is kept for the next request: fewer than the service keeps it.
+# Seconds for which an idle connection is kept; the service keeps it longer.
 _IDLE = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A request, and the only right answer to it."""
+    """A request, and the results that it must have."""
 
     request: bytes
     results: dict[str, object]
@@ -55,21 +54,21 @@ class Check:
 
 @dataclass(slots=True)
 class Minute:
-    """What came of the requests that ended in one minute."""
+    """The outcomes of the requests that finished in one minute."""
 
     requests: int = 0
     wrong: int = 0
-    statuses: Counter[int] = field(default_factory=Counter)  # but for 200
-    failed: int = 0  # connections that ended without an answer
+    statuses: Counter[int] = field(default_factory=Counter)  # other than 200
+    failed: int = 0  # connections that were lost without an answer
     health: list[float] = field(default_factory=list)  # seconds
 
 
 class Load:
-    """Asks a service, and judges the answers.
+    """Sends requests to a service, and checks the answers.
 
     Args:
         port: Where the service listens on loopback.
-        checks: What to ask, in turn.
+        checks: The requests, in turn.
     """
 
     def __init__(self, port: int, checks: Sequence[Check]) -> None:
@@ -80,7 +79,7 @@ class Load:
         self._under_way: set[asyncio.Task[None]] = set()
 
     async def capacity(self, seconds: float) -> float:
-        """Return how many requests a second are answered, with always some under way."""
+        """Return how many requests a second are answered on several connections at once."""
         started = time.perf_counter()
 
         async def ask_over_and_over() -> None:
@@ -93,15 +92,15 @@ class Load:
         return self.minute.requests / (time.perf_counter() - started)
 
     async def run(self, rate: float, seconds: float) -> None:
-        """Ask so many times a second, however long the answers take; wait for all of them.
+        """Send requests at a fixed rate, then wait for all answers.
 
-        On a machine that has other work to do it asks less often, rather than more at once.
+        On a busy machine the rate drops; requests that could not be sent in time are left out.
         """
         loop = asyncio.get_running_loop()
         started = due = loop.time()
         while due < started + seconds:
             await asyncio.sleep(due - loop.time())
-            if len(self._under_way) >= _MOST_UNDER_WAY:
+            if len(self._under_way) >= _MAX_UNDER_WAY:
                 await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
             task = asyncio.create_task(self.check())
             self._under_way.add(task)
@@ -110,7 +109,7 @@ class Load:
         await asyncio.gather(*self._under_way)
 
     async def check(self) -> None:
-        """Ask for the next check, and count what comes."""
+        """Send the next check, and count its outcome."""
         check = next(self._checks)
         try:
             status, body = await self._ask(check.request)
@@ -124,7 +123,7 @@ class Load:
             self.minute.wrong += 1
 
     async def watch_health(self) -> None:
-        """Ask for /health until cancelled, and keep how many seconds it takes."""
+        """Ask for /health until cancelled, and record how long each answer takes."""
         while True:
             started = time.perf_counter()
             status, _ = await self._ask(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -134,7 +133,7 @@ class Load:
             await asyncio.sleep(_HEALTH_EVERY)
 
     def close(self) -> None:
-        """Close the connections that are idle."""
+        """Close the idle connections."""
         for _, _, writer in self._idle:
             writer.close()
 
@@ -153,7 +152,7 @@ class Load:
         return int(head.split()[1]), body
 
     async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """The connection that was used last, or a new one; ones long idle are closed."""
+        """Return the connection used last, or a new one; close those that were idle for long."""
         oldest = time.perf_counter() - _IDLE
         while self._idle and self._idle[0][0] < oldest:
             self._idle.pop(0)[2].close()
@@ -164,11 +163,11 @@ class Load:
 
 
 def checks_of(ports: Sequence[int], refused: int) -> list[Check]:
-    """Return requests for open ports in turn, one in ``REFUSED_EVERY`` with a refused one.
+    """Return requests for open ports in turn; one in ``REFUSED_EVERY`` has a refused port.
 
     Args:
         ports: ``PORTS`` of them, open.
-        refused: A port that is not.
+        refused: A port that refuses connections.
     """
     checks = []
     for number in range(REFUSED_EVERY):
@@ -194,29 +193,27 @@ def main() -> int:
 
     Returns:
         The exit status: 0; 1 for a wrong verdict, an answer other than 200 or none, or if something
-        could not be measured; 2 for a wrong argument.
+        could not be measured; 2 for a bad argument.
     """
     try:
         minutes = float(sys.argv[1]) if len(sys.argv) > 1 else MINUTES
     except ValueError:
         minutes = 0
-    if not 0 < minutes <= LONGEST:
-        sys.stderr.write(f"soak: give a number of minutes, up to {LONGEST:g}\n")
+    if not 0 < minutes <= MAX_MINUTES:
+        sys.stderr.write(f"soak: MINUTES must be a number above 0, up to {MAX_MINUTES:g}\n")
         return 2
-    # So that what was started is ended, as it is after Ctrl-C.
+    # So that the processes it started are stopped, as they are after Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with ExitStack() as stack:
         directory = Path(stack.enter_context(TemporaryDirectory(prefix="port-checker-soak-")))
         try:
             ports = stack.enter_context(open_ports(PORTS))
-            # Bound but not listening: refused, and nobody else can begin to listen there.
+            # Bound but not listening: connections are refused, and nobody else can take the port.
             sock = stack.enter_context(socket.socket())
             sock.bind((HOST, 0))
-            others = _children()
-            port = stack.enter_context(service("this", OURS_COMMAND, directory))
-            (process,) = _children() - others
+            running = stack.enter_context(service("this", OURS_COMMAND, directory))
             checks = checks_of(ports, sock.getsockname()[1])
-            is_clean = uvloop.run(_soak(port, process, checks, minutes))
+            is_clean = uvloop.run(_soak(running, checks, minutes))
         except BenchmarkFailed as error:
             sys.stderr.write(f"soak: {error}\n")
             return 1
@@ -224,23 +221,23 @@ def main() -> int:
     return 0 if is_clean else 1
 
 
-async def _soak(port: int, process: int, checks: Sequence[Check], minutes: float) -> bool:
-    load = Load(port, checks[1:])
+async def _soak(running: Service, checks: Sequence[Check], minutes: float) -> bool:
+    load = Load(running.port, checks[1:])
     capacity = await load.capacity(_CAPACITY_SECONDS)
     is_clean = _is_clean(load.minute)
     load.close()
-    load = Load(port, checks)
+    load = Load(running.port, checks)
     rate = SHARE * capacity
     print(
-        f"It answers {capacity:,.0f} requests a second of {PORTS_EACH} open ports; now "
-        f"{rate:,.0f} a second for {minutes:g} min, each {REFUSED_EVERY}th with a refused port.\n"
+        f"Capacity: {capacity:,.0f} requests a second for {PORTS_EACH} open ports each. Load: "
+        f"{rate:,.0f} a second for {minutes:g} min, one in {REFUSED_EVERY} with a refused port.\n"
     )
     print(
         f"{'minute':>7}{'requests':>10}{'wrong':>7}{'not 200':>9}{'unanswered':>12}"
         f"{'resident, KiB':>15}{'descriptors':>13}{'/health p99, ms':>17}"
     )
-    before = _Held.by(process)
-    first: _Held | None = None
+    before = _Usage.of(running)
+    first: _Usage | None = None
     watching = asyncio.create_task(load.watch_health())
     run = asyncio.create_task(load.run(rate, minutes * 60))
     started = time.perf_counter()
@@ -250,15 +247,15 @@ async def _soak(port: int, process: int, checks: Sequence[Check], minutes: float
             run.cancel()
             raise BenchmarkFailed("/health did not answer") from watching.exception()
         minute, load.minute = load.minute, Minute()
-        held = _Held.by(process)
+        held = _Usage.of(running)
         first = first or held
         is_clean &= _is_clean(minute)
         _print_minute((time.perf_counter() - started) / 60, minute, held)
     watching.cancel()
     run.result()
     load.close()
-    after = _Held.by(process)
-    # Of the service's tasks nothing is known from outside: benchmarks/alone.py counts them.
+    after = _Usage.of(running)
+    # asyncio tasks cannot be counted from outside; benchmarks/alone.py counts them.
     print(f"\n  {'':24}{'before':>10}{'1st minute':>12}{'end':>10}{'growth':>10}")
     for name, was, at_first, is_ in (
         ("resident memory, KiB", before.resident, (first or before).resident, after.resident),
@@ -277,7 +274,7 @@ def _is_clean(minute: Minute) -> bool:
     return not (minute.wrong or minute.statuses or minute.failed)
 
 
-def _print_minute(minute: float, count: Minute, held: "_Held") -> None:
+def _print_minute(minute: float, count: Minute, held: "_Usage") -> None:
     health = sorted(count.health)
     p99 = f"{health[int(0.99 * len(health))] * 1000:.1f}" if health else "none"
     statuses = ", ".join(f"{number} x {status}" for status, number in count.statuses.items())
@@ -289,25 +286,18 @@ def _print_minute(minute: float, count: Minute, held: "_Held") -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Held:
-    """What another process holds: KiB of memory, and descriptors."""
+class _Usage:
+    """What the service uses: KiB of resident memory, and descriptors."""
 
     resident: int
     descriptors: int
 
     @classmethod
-    def by(cls, process: int) -> "_Held":
+    def of(cls, running: Service) -> "_Usage":
         try:
-            status = Path(f"/proc/{process}/status").read_text()
-            descriptors = len(os.listdir(f"/proc/{process}/fd"))
+            return cls(running.resident(), running.descriptors())
         except OSError as error:
-            raise BenchmarkFailed("the service has ended") from error
-        return cls(int(status.partition("VmRSS:")[2].split()[0]), descriptors)
-
-
-def _children() -> set[int]:
-    told = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
-    return {int(child) for child in told.split()}
+            raise BenchmarkFailed("the service has exited") from error
 
 
 def _has_clean_log(log: str) -> bool:

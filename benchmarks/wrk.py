@@ -1,4 +1,4 @@
-"""The load over HTTP: wrk, told by a Lua script what to ask and which answer to expect."""
+"""The load over HTTP: wrk, with a Lua script that makes the requests and checks the answers."""
 
 import json
 import subprocess
@@ -12,14 +12,14 @@ from benchmarks import HOST, BenchmarkFailed
 CONNECTIONS = 4
 SECONDS = 2
 
-# Seconds that both services wait before they try a port again: an answer that took as long is one
-# of a port that was not found open at once, and no answer to measure.
+# Seconds that both services wait before a second attempt. An answer that took as long needed one,
+# and would not measure what this is about.
 _RETRY_DELAY = 1
 
-# Runs in two interpreters: init(), request() and response() in the thread that sends, setup() and
-# done() in the main one. The arguments are what every answer must hold, then the bodies to send in
-# turn; without bodies it is a GET. An answer that nobody read could be an error that came quickly,
-# or ports called closed, so each is read.
+# Runs in two interpreters: init(), request() and response() in the sending thread, setup() and
+# done() in the main one. The arguments are a text that every answer must contain, then the bodies
+# to send in turn; without bodies it sends GET. Every answer is checked, since an error or a port
+# reported as closed may come faster than a right answer.
 _SCRIPT = """\
 wrong = 0
 local requests = {}
@@ -58,14 +58,14 @@ end
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is asked of a service, over and over.
+    """A request to repeat, and what its answer must contain.
 
     Attributes:
-        name: What the figure is called.
-        path: What is asked for.
-        bodies: What is posted, in turn; with none it is a GET.
-        expected: What every answer must hold.
-        required: The least ratio to the published version, where one is required.
+        name: The label of the figure.
+        path: The path of the URL.
+        bodies: Bodies to POST in turn; without any, the request is a GET.
+        expected: A text that every answer must contain.
+        required: The lowest acceptable ratio to the published version, if there is one.
     """
 
     name: str
@@ -76,9 +76,9 @@ class Load:
 
 
 def loads(ports: Sequence[int]) -> list[Load]:
-    """Return the loads that are measured, of these open ports."""
-    # One port at a time means each in its turn. A connection leaves its local port in TIME-WAIT
-    # for a minute, and to one port alone there would soon be none left.
+    """Return the loads to measure, which check these open ports."""
+    # The single-port load takes the ports in turn. Each connection leaves a local port in TIME-WAIT
+    # for a minute, and towards one port alone they would soon be used up.
     singles = [_body([port]) for port in ports]
     return [
         Load(f"{len(ports)} open ports", "/check-ports", [_body(ports)], _all(len(ports)), 3.5),
@@ -117,13 +117,13 @@ def requests_per_second(service_port: int, load: Load, directory: Path) -> float
     if count["wrong"] or count["errors"] or not count["answers"]:
         raise BenchmarkFailed(
             f"{load.name}: of {count['answers']} answers from {url}, {count['wrong']} were wrong; "
-            f"{count['errors']} connections failed or answers came late"
+            f"{count['errors']} connections failed or timed out"
         )
     return float(count["answers"]) / float(count["microseconds"]) * 1e6
 
 
 def _require_expected_answer(service_port: int, load: Load) -> None:
-    # Under load, answers about closed ports would be overlooked: they come when wrk has ended.
+    # Under load, answers about closed ports would go unnoticed: they come after wrk has finished.
     connection = HTTPConnection(HOST, service_port, timeout=30)
     try:
         if load.bodies:

@@ -245,7 +245,7 @@ WRONG = {
     "Invalid value for --server: give one, or set PORT_CHECKER_URL.": None,
     "'127.0.0.1:9000' must start with http:// or https://.": ["--server", "127.0.0.1:9000"],
     "Invalid value for --ip: 'localhost' is not an IP address.": ["--ip", "localhost", "50800"],
-    "No such option: --servers": ["--servers", "http://127.0.0.1:1", "50800"],
+    "No such option": ["--servers", "http://127.0.0.1:1", "50800"],
 }
 
 

@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
@@ -33,11 +33,13 @@ from port_checker.server.targets import require_allowed, verify_local_binding
 
 MAX_BODY = 64 * 1024  # bytes
 
-# Seconds after which we start to watch whether the caller disconnects. Most checks of open ports
-# are over by then and need no watching.
-_WATCHED_AFTER = 0.05
+# Seconds after which a check begins to watch whether its caller is still connected. Most checks of
+# open ports are over by then, and are spared the cost.
+_WATCH_AFTER = 0.05
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 
 class Api:
@@ -125,8 +127,9 @@ class Api:
             verify_local_binding(asked.provider_ip)
         self._checker.require_room(len(asked.ports))
         await self._limiter.pay_target(asked.provider_ip, len(asked.ports))
-        with _EndedWhenCallerLeaves(request):
-            verdicts = await self._checker.check(asked.provider_ip, asked.ports)
+        verdicts = await _unless_caller_leaves(
+            request, self._checker.check(asked.provider_ip, asked.ports)
+        )
         answer = CheckResponse.of(verdicts)
         logger.info(
             "%s checked %s: %d ports, %d accessible, %.3f s",
@@ -159,8 +162,9 @@ class Api:
             verify_local_binding(target)
         self._checker.require_room(1)
         await self._limiter.pay_target(target, 1)
-        with _EndedWhenCallerLeaves(request):
-            verdict = await self._checker.check_tls(target, asked.port, asked.expected)
+        verdict = await _unless_caller_leaves(
+            request, self._checker.check_tls(target, asked.port, asked.expected)
+        )
         answer = TlsCheckResponse.of(asked, verdict)
         logger.info(
             "%s checked TLS of %s port %d: %s, %.3f s",
@@ -258,39 +262,39 @@ class _PlainRoute(APIRoute):
         return self.endpoint
 
 
-class _EndedWhenCallerLeaves:
-    """Cancels a block when the request's connection is lost; the body must have been read.
+async def _unless_caller_leaves(request: Request, work: Awaitable[_T]) -> _T:
+    """Return the result of ``work``, or cancel it when the caller disconnects.
 
-    The block raises ``ClientDisconnect`` then.
+    Args:
+        request: The caller's; its body must have been read.
+        work: Awaited in the request's own task, since a task more would slow down every check.
+
+    Raises:
+        ClientDisconnect: The caller disconnected first.
     """
+    loop = asyncio.get_running_loop()
+    # asyncio's timeout cancels a block on our behalf, and tells that from the cancellation of the
+    # whole task by others, which it lets pass. This one expires when the caller disconnects.
+    connected = asyncio.timeout(None)
+    watches: list[asyncio.Task[None]] = []
 
-    def __init__(self, request: Request) -> None:
-        self._request = request
-        self._watching: asyncio.Task[None] | None = None
-        self._has_left = False
-
-    def __enter__(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._task = asyncio.current_task()
-        self._timer = loop.call_later(_WATCHED_AFTER, self._begin_to_watch, loop)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._timer.cancel()
-        if self._watching:
-            self._watching.cancel()
-        if self._has_left and self._task and kind is asyncio.CancelledError:
-            self._task.uncancel()
-            raise ClientDisconnect
-
-    def _begin_to_watch(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._watching = loop.create_task(self._watch())
-
-    async def _watch(self) -> None:
-        while (await self._request.receive())["type"] != "http.disconnect":
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
             pass
-        self._has_left = True
-        if self._task:
-            self._task.cancel()
+        connected.reschedule(loop.time())
+
+    timer = loop.call_later(_WATCH_AFTER, lambda: watches.append(loop.create_task(watch())))
+    try:
+        async with connected:
+            return await work
+    except TimeoutError:
+        if connected.expired():
+            raise ClientDisconnect from None
+        raise
+    finally:
+        timer.cancel()
+        for task in watches:
+            task.cancel()
 
 
 async def _read_body(request: Request) -> bytes:

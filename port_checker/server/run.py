@@ -19,7 +19,7 @@ from uvicorn.supervisors import Multiprocess
 from port_checker.linux import raise_descriptor_limit
 from port_checker.server.app import create_app
 from port_checker.server.logs import logging_config
-from port_checker.server.protocol import BoundedProtocol, Room
+from port_checker.server.protocol import BoundedProtocol, ConnectionLimits
 from port_checker.server.settings import CLIENT_PATIENCE, Settings, unknown_names
 
 # Connections waiting for accept(). The kernel caps it at net.core.somaxconn.
@@ -51,7 +51,7 @@ def serve(settings: Settings) -> int:
         sys.stderr.write(f"port-checker: cannot listen on {address}: {error.strerror}\n")
         return 1
     _log_start(settings, listener)
-    room = Room(max_connections(settings))
+    room = ConnectionLimits(max_connections(settings))
     config = server_config(settings, functools.partial(create_app, settings), room, log_config)
     # After its shutdown uvicorn raises the signal that it received again, and the default handler
     # would end the process before it returns an exit status.
@@ -68,7 +68,7 @@ def serve(settings: Settings) -> int:
 def server_config(
     settings: Settings,
     make_app: Callable[[], FastAPI],
-    room: Room,
+    room: ConnectionLimits,
     log_config: dict[str, Any] | None = None,
 ) -> Config:
     """Return uvicorn's configuration.

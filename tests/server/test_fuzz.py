@@ -22,7 +22,7 @@ from port_checker.addresses import Address, Network, lies_in, parse_address, par
 from port_checker.schemas import CheckRequest, InvalidRequest
 from port_checker.server.caller import find_caller
 from port_checker.server.errors import STATUS
-from port_checker.server.protocol import Room
+from port_checker.server.protocol import ConnectionLimits
 from port_checker.server.settings import Settings
 from port_checker.server.targets import TargetNotAllowed, require_allowed, special_purpose
 from tests.support.http import check_of
@@ -376,7 +376,7 @@ HEADER_LINES = [
 def test_garbage_is_answered_with_an_error_or_closed(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    room = Room(100, deadline=0.3)
+    room = ConnectionLimits(100, deadline=0.3)
     with open_port() as opened, serve(room=room, **LIMITS_OFF) as client:
         server = client.base_url.port or 0
         known = requests_of(opened)

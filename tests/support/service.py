@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from uvicorn import Server
 
 from port_checker.server.app import create_app
-from port_checker.server.protocol import Room
+from port_checker.server.protocol import ConnectionLimits
 from port_checker.server.run import listen, server_config
 from port_checker.server.settings import Settings
 from tests.support.loopback import free_port
@@ -25,7 +25,10 @@ from tests.support.waiting import wait_until
 
 @contextlib.contextmanager
 def serve(
-    app: FastAPI | None = None, host: str = "127.0.0.1", room: Room | None = None, **values: Any
+    app: FastAPI | None = None,
+    host: str = "127.0.0.1",
+    room: ConnectionLimits | None = None,
+    **values: Any,
 ) -> Iterator[httpx.Client]:
     """Serve an application from a thread, on a port of its own.
 
@@ -41,7 +44,7 @@ def serve(
     settings = Settings(**values)
     with listen(host, 0) as listener:
         make_app = functools.partial(create_app, settings) if app is None else lambda: app
-        server = Server(server_config(settings, make_app, room or Room(1000)))
+        server = Server(server_config(settings, make_app, room or ConnectionLimits(1000)))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -1,0 +1,93 @@
+"""A check ends with its caller."""
+
+import asyncio
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+import pytest
+
+from port_checker.addresses import Address
+from port_checker.checker import Checker
+from port_checker.connect import Verdict
+from port_checker.server.app import create_app
+from port_checker.server.protocol import ConnectionLimits
+from port_checker.server.settings import Settings
+from tests.support.http import check_of
+from tests.support.manual import Client, ManualLoop
+
+
+class EndlessChecker(Checker):
+    """A checker whose checks last until they are cancelled, which takes them a turn."""
+
+    def __init__(self) -> None:
+        super().__init__(retries=1, retry_delay=0, timeout=1, max_in_flight=100)
+        self.running = self.cancelled = 0
+
+    async def check(self, target: Address, ports: Sequence[int]) -> dict[int, Verdict]:
+        self.running += 1
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            await asyncio.sleep(0)
+            raise
+        finally:
+            self.running -= 1
+        raise AssertionError(target, ports)
+
+
+@pytest.fixture
+def loop() -> Iterator[ManualLoop]:
+    with closing(ManualLoop()) as loop:
+        yield loop
+        loop.settle()
+        assert loop.failures == []
+
+
+def test_a_check_is_cancelled_when_its_caller_disconnects(
+    loop: ManualLoop, caplog: pytest.LogCaptureFixture
+) -> None:
+    checker = EndlessChecker()
+    client = Client(loop, ConnectionLimits(9), create_app(Settings(), checker=checker))
+    client.send(check_of(80))
+    loop.advance_to(10)
+    assert checker.running == 1
+    client.leave()
+    assert (checker.running, checker.cancelled) == (0, 1)
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+@pytest.mark.parametrize("caller_leaves", [False, True])
+def test_the_cancellation_of_the_request_itself_is_not_swallowed(
+    loop: ManualLoop, caller_leaves: bool
+) -> None:
+    checker = EndlessChecker()
+    app = create_app(Settings(), checker=checker)
+    messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    body = json.dumps({"provider_ip": "127.0.0.1", "ports": [80]}).encode()
+    messages.put_nowait({"type": "http.request", "body": body})
+
+    async def send(message: object) -> None:
+        raise AssertionError(message)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/check-ports",
+        "headers": [],
+        "query_string": b"",
+        "client": ("127.0.0.1", 1),
+    }
+    task = loop.create_task(app(scope, messages.get, send))
+    loop.advance_to(1)
+    if caller_leaves:
+        messages.put_nowait({"type": "http.disconnect"})
+        while not checker.cancelled:
+            loop.settle(turns=1)
+        assert not task.done()
+    task.cancel()
+    loop.settle()
+    assert checker.running == 0
+    assert task.cancelled()

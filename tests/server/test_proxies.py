@@ -1,0 +1,215 @@
+"""The service behind a real nginx: configured well, chained, and configured badly.
+
+nginx connects to the service from 127.0.0.1, which is trusted by default. Its clients come from
+127.0.0.2, which is not trusted, and stands for the outside.
+"""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.loopback import free_port, open_port
+from tests.support.service import serve
+from tests.support.waiting import wait_until
+
+NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
+
+# CI must not skip them.
+pytestmark = pytest.mark.skipif(
+    os.environ.get("CI") != "true" and not NGINX, reason="nginx is not installed"
+)
+
+OUTSIDE = "127.0.0.2"
+OUTER_NGINX = "127.0.0.3"
+
+FORWARDS = "proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;"  # as the README has it
+
+# One process in the foreground, which writes nowhere but into its own directory.
+CONFIGURATION = """\
+daemon off;
+master_process off;
+pid nginx.pid;
+error_log stderr warn;
+events {{}}
+http {{
+    access_log off;
+    client_body_temp_path body;
+    proxy_temp_path proxy;
+    fastcgi_temp_path fastcgi;
+    uwsgi_temp_path uwsgi;
+    scgi_temp_path scgi;
+    server {{
+        listen 127.0.0.1:{port};
+        location / {{
+            proxy_pass http://127.0.0.1:{upstream};
+            {directives}
+        }}
+    }}
+}}
+"""
+
+
+@contextmanager
+def nginx(directory: Path, upstream: int, *directives: str) -> Iterator[int]:
+    """Run nginx in front of a port of 127.0.0.1.
+
+    Args:
+        directory: For its files.
+        upstream: The port.
+        directives: For its ``location``, besides ``proxy_pass``.
+
+    Yields:
+        The port it listens on.
+    """
+    assert NGINX, "nginx is not installed"
+    port = free_port()
+    home = directory / f"nginx-{port}"
+    home.mkdir()
+    configuration = home / "nginx.conf"
+    configuration.write_text(
+        CONFIGURATION.format(port=port, upstream=upstream, directives=" ".join(directives))
+    )
+    log = home / "stderr"
+    with (
+        log.open("wb") as stderr,
+        subprocess.Popen(
+            [NGINX, "-p", home, "-c", configuration, "-e", "stderr"], stderr=stderr
+        ) as process,
+    ):
+
+        def answers() -> bool:
+            assert process.poll() is None, log.read_text()
+            with suppress(httpx.TransportError):
+                return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+            return False
+
+        try:
+            wait_until(answers, "nginx to answer")
+            yield port
+        finally:
+            process.kill()
+
+
+Headers = Mapping[str, str] | Sequence[tuple[str, str]]
+
+
+@contextmanager
+def outsider(port: int, address: str = OUTSIDE, headers: Headers = ()) -> Iterator[httpx.Client]:
+    """A client that connects to a port from a given address."""
+    transport = httpx.HTTPTransport(local_address=address)
+    with httpx.Client(
+        base_url=f"http://127.0.0.1:{port}", transport=transport, headers=headers, timeout=30
+    ) as client:
+        yield client
+
+
+def ip(client: httpx.Client) -> str | None:
+    """The caller's address, as the service sees it."""
+    caller: str | None = client.get("/ip").raise_for_status().json()["ip"]
+    return caller
+
+
+def check(client: httpx.Client, target: str, port: int) -> str:
+    """The message of a check's answer, or its error code."""
+    answer = client.post("/check-ports", json={"provider_ip": target, "ports": [port]}).json()
+    told: str = answer["detail"]["code"] if "detail" in answer else answer["message"]
+    return told
+
+
+ACCESSIBLE = "Successfully verified 1 out of 1 ports"
+
+FORGED: list[Headers] = [
+    {"X-Forwarded-For": "127.0.0.1"},
+    {"X-Forwarded-For": "127.0.0.1, 127.0.0.1"},
+    {"X-Forwarded-For": "203.0.113.7, 127.0.0.1"},
+    {"X-Forwarded-For": "::1"},
+    {"X-Forwarded-For": "nonsense"},
+    {"X-Forwarded-For": ""},
+    {"X-Forwarded-For": ","},
+    [("X-Forwarded-For", "127.0.0.1"), ("X-Forwarded-For", "127.0.0.1")],
+    [("X-Forwarded-For", "127.0.0.1"), ("x-forwarded-for", "10.0.0.1,")],
+    {"X_Forwarded_For": "127.0.0.1"},
+    {"X-Real-IP": "127.0.0.1", "Forwarded": "for=127.0.0.1", "Via": "1.1 x"},
+]
+
+
+def test_the_caller_is_the_client_of_nginx_whatever_that_claims(tmp_path: Path) -> None:
+    with (
+        serve(caller_rate_limit="off") as service,
+        nginx(tmp_path, service.base_url.port or 0, FORWARDS) as proxied,
+        open_port(OUTSIDE) as opened,
+    ):
+        for port in proxied, service.base_url.port or 0:
+            for headers in FORGED:
+                with outsider(port, headers=headers) as client:
+                    assert ip(client) == OUTSIDE, headers
+                    assert check(client, OUTSIDE, opened) == ACCESSIBLE, headers
+                    assert check(client, "127.0.0.1", opened) == "TARGET_NOT_ALLOWED", headers
+
+
+def test_a_limit_is_each_clients_own(tmp_path: Path) -> None:
+    with (
+        serve(caller_rate_limit="1/hour") as service,
+        nginx(tmp_path, service.base_url.port or 0, FORWARDS) as port,
+        open_port(OUTSIDE) as opened,
+    ):
+        with outsider(port) as client:
+            assert check(client, OUTSIDE, opened) == ACCESSIBLE
+            assert check(client, OUTSIDE, opened) == "RATE_LIMITED"
+        with outsider(port, "127.0.0.4") as client:
+            assert check(client, OUTSIDE, opened) == "TARGET_NOT_ALLOWED"
+
+
+def test_two_nginxes_in_a_row(tmp_path: Path) -> None:
+    for trusted, caller in (
+        (f"127.0.0.1,{OUTER_NGINX}", OUTSIDE),
+        ("127.0.0.1", OUTER_NGINX),  # what an untrusted proxy forwards does not count
+    ):
+        with (
+            serve(trusted_proxies=trusted) as service,
+            nginx(tmp_path, service.base_url.port or 0, FORWARDS) as inner,
+            nginx(tmp_path, inner, FORWARDS, f"proxy_bind {OUTER_NGINX};") as outer,
+        ):
+            for headers in {}, {"X-Forwarded-For": f"127.0.0.1, {OUTER_NGINX}"}:
+                with outsider(outer, headers=headers) as client:
+                    assert ip(client) == caller, headers
+
+
+@pytest.mark.parametrize(
+    ("directive", "caller"),
+    [
+        # It shows itself, but not its client: the caller is unknown.
+        ("proxy_set_header X-Real-IP $remote_addr;", None),
+        ('proxy_set_header Via "1.1 nginx";', None),
+        ('proxy_set_header Forwarded "for=$remote_addr";', None),
+        # Nothing shows that it is a proxy: it is taken for the caller, as the README warns.
+        ("", "127.0.0.1"),
+    ],
+)
+def test_an_nginx_that_forwards_no_address(
+    tmp_path: Path, directive: str, caller: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        serve() as service,
+        nginx(tmp_path, service.base_url.port or 0, directive) as port,
+        outsider(port) as client,
+    ):
+        for _ in range(3):
+            assert ip(client) == caller
+    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == (0 if caller else 1)
+
+
+def test_an_nginx_that_is_not_trusted_is_the_caller(tmp_path: Path) -> None:
+    with (
+        serve(trusted_proxies="") as service,
+        nginx(tmp_path, service.base_url.port or 0, FORWARDS) as port,
+        outsider(port, headers={"X-Forwarded-For": "203.0.113.7"}) as client,
+    ):
+        assert ip(client) == "127.0.0.1"

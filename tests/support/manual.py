@@ -1,0 +1,193 @@
+"""A clock that the test advances, and connections over no network: time without waiting."""
+
+import asyncio
+import re
+from collections.abc import Callable
+from contextvars import Context
+from typing import Any, TypeVarTuple
+
+from uvicorn import Config
+from uvicorn.server import ServerState
+
+from port_checker.server.protocol import BoundedProtocol, ConnectionLimits
+
+_Ts = TypeVarTuple("_Ts")
+
+# Turns of the event loop that are enough for everything that is ready to happen.
+_TURNS = 50
+
+
+class ManualLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock stands still until the test advances it."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._timers: list[asyncio.TimerHandle] = []
+        self.failures: list[dict[str, Any]] = []
+        super().__init__()
+        self.set_exception_handler(lambda _, failure: self.failures.append(failure))
+
+    def time(self) -> float:
+        return self._now
+
+    def call_at(
+        self,
+        when: float,
+        callback: Callable[[*_Ts], object],
+        *args: *_Ts,
+        context: Context | None = None,
+    ) -> asyncio.TimerHandle:
+        timer = super().call_at(when, callback, *args, context=context)
+        self._timers.append(timer)
+        return timer
+
+    def settle(self, turns: int = _TURNS) -> None:
+        """Let happen what is ready to happen."""
+
+        async def go_round() -> None:
+            for _ in range(turns):
+                await asyncio.sleep(0)
+
+        self.run_until_complete(go_round())
+
+    def advance_to(self, seconds: float) -> None:
+        """Set the clock to so many seconds after the loop was made, timer by timer."""
+        self.settle()
+        while due := [t.when() for t in self._timers if not t.cancelled() and t.when() <= seconds]:
+            self._now = max(self._now, min(due))
+            self._timers = [t for t in self._timers if not t.cancelled() and t.when() > self._now]
+            self.settle()
+        self._now = seconds
+
+
+class Client(asyncio.Transport):
+    """A client of the server's protocol, connected by this transport without a network.
+
+    Attributes:
+        received: What it has read so far.
+        reads: Whether it reads what it is sent.
+        is_closed: Whether the server has let go of the connection.
+        is_aborted: Whether that was without waiting for the client to read the rest.
+    """
+
+    def __init__(
+        self,
+        loop: ManualLoop,
+        limits: ConnectionLimits,
+        app: Any,
+        *,
+        state: ServerState | None = None,
+        address: str = "127.0.0.1",
+    ) -> None:
+        super().__init__()
+        self.received = b""
+        self.reads = True
+        self.is_closed = self.is_aborted = False
+        self._loop = loop
+        self._address = address
+        self._is_closing = False
+        self._server_reads = True
+        self._unread = b""  # by the client
+        self._unsent = b""  # to the server, which has paused reading
+        self._high = 64 * 1024
+        self._has_paused_writing = False
+        config = Config(
+            app,
+            interface="asgi3",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            proxy_headers=False,
+            timeout_keep_alive=75,
+        )
+        self.protocol = BoundedProtocol(
+            limits, config=config, server_state=state or ServerState(), app_state={}, _loop=loop
+        )
+        self.protocol.connection_made(self)
+
+    # What the client does
+
+    def send(self, data: bytes, turns: int = _TURNS) -> None:
+        """Send a segment; let the event loop go round so many times after it."""
+        self._unsent += data
+        self._deliver()
+        self._loop.settle(turns)
+
+    def read(self) -> None:
+        """Read everything, from now on."""
+        self.reads = True
+        self.received += self._unread
+        self._unread = b""
+        if self._has_paused_writing:
+            self._has_paused_writing = False
+            self.protocol.resume_writing()
+        self._lose_if_done()
+        self._loop.settle()
+
+    def leave(self) -> None:
+        """Close the connection."""
+        self.abort()
+        self._loop.settle()
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that the server has not read yet."""
+        return len(self._unsent)
+
+    @property
+    def statuses(self) -> list[int]:
+        """The statuses of the answers so far."""
+        return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", self.received)]
+
+    # What the protocol does
+
+    def write(self, data: Any) -> None:
+        if self._is_closing:
+            raise RuntimeError  # as uvloop's transports do
+        if self.reads:
+            self.received += data
+            return
+        self._unread += data
+        if len(self._unread) > self._high and not self._has_paused_writing:
+            self._has_paused_writing = True
+            self.protocol.pause_writing()
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        del low
+        self._high = 64 * 1024 if high is None else high
+
+    def get_write_buffer_size(self) -> int:
+        return len(self._unread)
+
+    def pause_reading(self) -> None:
+        self._server_reads = False
+
+    def resume_reading(self) -> None:
+        self._server_reads = True
+        self._loop.call_soon(self._deliver)
+
+    def close(self) -> None:
+        self._is_closing = True
+        self._lose_if_done()
+
+    def abort(self) -> None:
+        self._is_closing = True
+        self.is_aborted = bool(self._unread)
+        self._unread = b""
+        self._lose_if_done()
+
+    def is_closing(self) -> bool:
+        return self._is_closing
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return {"peername": (self._address, 1), "sockname": ("127.0.0.1", 2)}.get(name, default)
+
+    def _deliver(self) -> None:
+        if self._server_reads and self._unsent and not self._is_closing:
+            data, self._unsent = self._unsent, b""
+            self.protocol.data_received(data)
+
+    def _lose_if_done(self) -> None:
+        if self._is_closing and not self._unread and not self.is_closed:
+            self.is_closed = True
+            self._loop.call_soon(self.protocol.connection_lost, None)

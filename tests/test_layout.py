@@ -1,0 +1,106 @@
+"""What imports what, and what we use of libraries beyond their public interface."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from throttled.asyncio import RedisStore
+from uvicorn import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.supervisors import Multiprocess
+
+import port_checker
+from port_checker.server.protocol import BoundedProtocol
+
+PACKAGE = Path(port_checker.__file__).parent
+WINGS = {"server", "provider"}
+ENTRY_POINTS = {"port_checker.cli", "port_checker.main", "port_checker.__main__"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_name(path): path.read_text() for path in PACKAGE.rglob("*.py")}
+
+
+def imports(nodes: list[ast.AST]) -> set[str]:
+    """The package's modules that these import statements name."""
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative imports are not followed here"
+            within = {f"{node.module}.{alias.name}" for alias in node.names} & SOURCES.keys()
+            names.update(within or {str(node.module)})
+    return names & SOURCES.keys()
+
+
+# Imports anywhere in a module, inside functions and under TYPE_CHECKING included.
+IMPORTS = {name: imports(list(ast.walk(ast.parse(text)))) for name, text in SOURCES.items()}
+
+
+def wing_of(module: str) -> str | None:
+    """The wing that a module is in; None on the ground floor."""
+    return next((part for part in module.split(".") if part in WINGS), None)
+
+
+def test_imports_have_no_circle() -> None:
+    TopologicalSorter(IMPORTS).prepare()  # raises CycleError, which names the modules
+
+
+def test_wings_are_imported_only_from_inside_and_by_entry_points() -> None:
+    wrong = [
+        f"{module} imports {imported}"
+        for module, all_imported in IMPORTS.items()
+        for imported in all_imported
+        if wing_of(imported) not in (None, wing_of(module)) and module not in ENTRY_POINTS
+    ]
+    assert not wrong
+
+
+def test_program_imports_a_wing_only_when_its_command_is_called() -> None:
+    at_import = imports(list(ast.parse(SOURCES["port_checker.cli"]).body))
+    assert not {module for module in at_import if wing_of(module)}
+
+
+def test_provider_loads_nothing_of_the_server() -> None:
+    script = "import port_checker.provider, sys; print(*sys.modules, sep='\\n')"
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "port_checker.provider.verify" in loaded
+    assert not {"fastapi", "starlette", "uvicorn", "throttled", "redis"}.intersection(loaded)
+
+
+# When one of these fails, the library's new version changed what is not part of its interface.
+# Read the new version, adapt the module named, and only then raise the upper bound in pyproject.
+
+
+def test_uvicorn_protocol_is_the_one_that_server_protocol_extends() -> None:
+    has = {*dir(HttpToolsProtocol), *HttpToolsProtocol.__init__.__code__.co_names}
+    uses = {"loop", "transport", "connections", "scope", "cycle", "pipeline"}
+    overrides = {
+        name
+        for name, value in vars(BoundedProtocol).items()
+        if inspect.isfunction(value) and not name.startswith("_")
+    } - {"close"}  # our own
+    assert uses | overrides <= has
+    assert {"more_body", "response_complete"} <= {*RequestResponseCycle.__init__.__code__.co_names}
+
+
+def test_uvicorn_supervisor_takes_what_server_run_passes() -> None:
+    inspect.signature(Multiprocess).bind(Config("port_checker.main:app"), sockets=[])
+
+
+def test_throttled_store_has_the_client_that_shared_limit_closes() -> None:
+    pytest.importorskip("redis")
+    client: Any = RedisStore("redis://127.0.0.1:1")._backend.get_client()  # connects to nothing yet
+    assert callable(client.connection_pool.disconnect)
