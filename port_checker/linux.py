@@ -4,6 +4,7 @@ All of it is asked of the kernel at the moment of the call; nothing is kept.
 """
 
 import contextlib
+import ctypes
 import errno
 import os
 import resource
@@ -165,3 +166,16 @@ def half_open_ports() -> set[int]:
                 if state == _SYN_RECV:
                     ports.add(int(local.rpartition(":")[2], 16))
     return ports
+
+
+# Memory
+
+
+def return_free_memory() -> None:
+    """Have the C library give memory that is free back to the kernel (malloc_trim(3)).
+
+    Does nothing where it is not glibc.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)

@@ -10,8 +10,9 @@ import os
 import re
 import socket
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from port_checker.connect import (
     connect,
     own_failures,
 )
+from port_checker.linux import return_free_memory
 
 # A TLS record is at most 16 KiB and some bytes (RFC 8446 section 5.2).
 _RECEIVED_AT_ONCE = 16 * 1024
@@ -32,6 +34,8 @@ _RECEIVED_AT_ONCE = 16 * 1024
 # OpenSSL takes a chain of at most 100 KiB (SSL_CTX_set_max_cert_list), and all else in a handshake
 # is small. But it ignores requests to renegotiate during a handshake, however many come.
 _MOST_RECEIVED = 128 * 1024
+
+_MEMORY_KEPT_FOR = 200  # handshakes; giving it back takes 5 ms of the thread (measured)
 
 # What Python 3.13 sets in ssl.create_default_context(), written out so that every Python judges
 # alike: earlier ones lack the last two there, and 3.11 and 3.12 know them.
@@ -88,6 +92,8 @@ class TlsClient:
     def __init__(self, patience: float = 5.0) -> None:
         self._patience = patience
         self._context: ssl.SSLContext | None = None
+        self._under_way = 0
+        self._most_under_way = 0  # since memory was last given back
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tls")
 
     async def attempt(
@@ -120,7 +126,7 @@ class TlsClient:
         connection = await connect(target, port, timeout, pacer)
         if isinstance(connection, Verdict):
             return TlsVerdict(valid=False, error=connection.error, try_again=True)
-        with connection:
+        with connection, self._counted():
             try:
                 certificate = await self._certificate(connection, expected, deadline)
             except _Failed as failure:
@@ -147,12 +153,14 @@ class TlsClient:
 
         def begin() -> ssl.SSLObject:
             self._context = self._context or _make_context()
-            return self._context.wrap_bio(incoming, outgoing, server_hostname=name)
+            tls = self._context.wrap_bio(incoming, outgoing, server_hostname=name)
+            _is_finished(tls)  # it is not, but has made the client's first message
+            return tls
 
         tls = await self._in_thread(begin)
+        finished = False
         received = 0
         while True:
-            finished = await self._in_thread(lambda: _is_finished(tls))
             try:
                 async with asyncio.timeout_at(deadline):
                     await loop.sock_sendall(connection, outgoing.read())
@@ -169,6 +177,23 @@ class TlsClient:
             if received > _MOST_RECEIVED:
                 raise _handshake_failed(f"no end of it after {_MOST_RECEIVED} bytes")
             incoming.write(data)
+            finished = await self._in_thread(lambda: _is_finished(tls))
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count the handshakes under way, and give memory back when many have ended.
+
+        One takes 44 KiB while it waits (measured), most of which the C library would keep.
+        """
+        self._under_way += 1
+        self._most_under_way = max(self._most_under_way, self._under_way)
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+            if self._under_way < self._most_under_way - _MEMORY_KEPT_FOR:
+                self._most_under_way = self._under_way
+                self._thread.submit(return_free_memory)
 
     async def _in_thread(self, step: Callable[[], _T]) -> _T:
         try:
