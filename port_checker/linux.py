@@ -8,10 +8,12 @@ import ctypes
 import errno
 import os
 import resource
+import signal
 import socket
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 
 from port_checker.addresses import Address, parse_address
 
@@ -166,6 +168,50 @@ def half_open_ports() -> set[int]:
                 if state == _SYN_RECV:
                     ports.add(int(local.rpartition(":")[2], 16))
     return ports
+
+
+# Processes
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def end_with_parent(parent: int) -> None:
+    """Have SIGTERM sent to this process when its parent ends (prctl(2), PR_SET_PDEATHSIG).
+
+    Args:
+        parent: The parent's process id; if that has ended before, the signal is sent now.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        signal.raise_signal(signal.SIGTERM)
+
+
+# Connection tracking
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionTracking:
+    """How the firewall's connection tracking is set (nf_conntrack-sysctl in the kernel's manual).
+
+    Attributes:
+        max_entries: Connections that it can track; new ones are dropped when it is full.
+        syn_sent_timeout: Seconds that it keeps a connection of which only the SYN was seen.
+    """
+
+    max_entries: int
+    syn_sent_timeout: int
+
+
+def connection_tracking() -> ConnectionTracking | None:
+    """Return the settings of connection tracking; None if this machine has none."""
+    directory = Path("/proc/sys/net/netfilter")
+    try:
+        return ConnectionTracking(
+            int((directory / "nf_conntrack_max").read_text()),
+            int((directory / "nf_conntrack_tcp_timeout_syn_sent").read_text()),
+        )
+    except OSError:
+        return None
 
 
 # Memory

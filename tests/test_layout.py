@@ -6,13 +6,8 @@ import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import Any
 
-import pytest
-from throttled.asyncio import RedisStore
-from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
-from uvicorn.supervisors import Multiprocess
 
 import port_checker
 from port_checker.server.protocol import BoundedProtocol
@@ -94,13 +89,3 @@ def test_uvicorn_protocol_is_the_one_that_server_protocol_extends() -> None:
     } - {"close"}  # our own
     assert uses | overrides <= has
     assert {"more_body", "response_complete"} <= {*RequestResponseCycle.__init__.__code__.co_names}
-
-
-def test_uvicorn_supervisor_takes_what_server_run_passes() -> None:
-    inspect.signature(Multiprocess).bind(Config("port_checker.main:app"), sockets=[])
-
-
-def test_throttled_store_has_the_client_that_shared_limit_closes() -> None:
-    pytest.importorskip("redis")
-    client: Any = RedisStore("redis://127.0.0.1:1")._backend.get_client()  # connects to nothing yet
-    assert callable(client.connection_pool.disconnect)

@@ -1,8 +1,24 @@
 """One line for each event, on stderr: in colour on a terminal, plain elsewhere."""
 
+import contextlib
+import logging
 import os
+import queue
+import select
 import sys
+import threading
+import time
 from typing import Any
+
+# Lines that may wait to be written: some seconds of what a busy service logs.
+QUEUE_SIZE = 10_000
+
+# Seconds for which the writer collects lines before it writes them, so that a busy service wakes
+# it some times a second rather than once for each line.
+_COLLECT = 0.02
+
+# Seconds that the end of the process waits for lines to be written.
+FLUSH_PATIENCE = 2.0
 
 _TIME = "%Y-%m-%d %H:%M:%S"
 _PLAIN = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -25,7 +41,9 @@ def logging_config(*, debug: bool) -> dict[str, Any]:
             if colours
             else {"format": _PLAIN, "datefmt": _TIME}
         },
-        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+        "handlers": {
+            "stderr": {"class": "port_checker.server.logs.BackgroundHandler", "formatter": "line"}
+        },
         "root": {"handlers": ["stderr"], "level": "WARNING"},
         "loggers": {
             "port_checker": {"level": "DEBUG" if debug else "INFO"},
@@ -34,3 +52,88 @@ def logging_config(*, debug: bool) -> dict[str, Any]:
             "uvicorn": {"level": "DEBUG" if debug else "ERROR"},
         },
     }
+
+
+class BackgroundHandler(logging.Handler):
+    """Formats and writes records to stderr in a thread, so that a stalled reader stalls nobody.
+
+    Records that do not fit the queue are dropped; once lines can be written again, one of them
+    says how many. Closing the handler writes what is queued, for ``FLUSH_PATIENCE`` at most.
+
+    The standard library's QueueHandler formats in the caller's thread, and its QueueListener wakes
+    up for each record and waits without limit at the end.
+
+    Attributes:
+        dropped: Records dropped so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropped = 0
+        self._told = 0  # of those dropped
+        self._queue: queue.SimpleQueue[logging.LogRecord | None] = queue.SimpleQueue()
+        # The file descriptor rather than sys.stderr, whose lock a thread that is stuck in write()
+        # would hold when the interpreter ends, which is fatal to it.
+        self._descriptor = sys.stderr.fileno() if sys.stderr else None
+        self._writer = threading.Thread(target=self._write_lines, name="log", daemon=True)
+        self._writer.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue a record, or drop it."""
+        if self._queue.qsize() < QUEUE_SIZE:
+            self._queue.put(record)
+        else:
+            self.dropped += 1
+
+    def close(self) -> None:
+        """Write what is queued, and end the thread."""
+        self._queue.put(None)
+        self._writer.join(FLUSH_PATIENCE)
+        super().close()
+
+    def _write_lines(self) -> None:
+        is_open = True
+        while is_open:
+            records = [self._queue.get()]
+            time.sleep(_COLLECT)
+            records += [self._queue.get() for _ in range(self._queue.qsize())]
+            is_open = None not in records
+            lines = [self._line(record) for record in records if record]
+            self._write(lines)
+            if (dropped := self.dropped) > self._told:
+                self._write([self._line(_dropped_record(dropped - self._told))])
+                self._told = dropped
+
+    def _line(self, record: logging.LogRecord) -> bytes:
+        try:
+            return f"{self.format(record)}\n".encode(errors="backslashreplace")
+        except Exception:  # as every handler does with a record whose arguments do not fit
+            self.handleError(record)
+            return b""
+
+    def _write(self, lines: list[bytes]) -> None:
+        """Write lines, several in one call but never more than a pipe takes in one piece.
+
+        Worker processes share the pipe, and would write into each other's lines.
+        """
+        pending = b""
+        for line in lines:
+            if pending and len(pending) + len(line) > select.PIPE_BUF:
+                self._write_bytes(pending)
+                pending = b""
+            pending += line
+        self._write_bytes(pending)
+
+    def _write_bytes(self, data: bytes) -> None:
+        # stderr may be closed, or its reader gone; there is nobody to tell then.
+        with contextlib.suppress(OSError):
+            while data and self._descriptor is not None:
+                try:
+                    data = data[os.write(self._descriptor, data) :]
+                except BlockingIOError:  # whoever shares stderr made it non-blocking
+                    select.select([], [self._descriptor], [])
+
+
+def _dropped_record(count: int) -> logging.LogRecord:
+    message = "%d log lines were dropped: nobody read them fast enough"
+    return logging.LogRecord(__name__, logging.WARNING, __file__, 0, message, (count,), None)

@@ -1,5 +1,6 @@
 """The server process: its listening socket, its limits, its workers, and its shutdown."""
 
+import asyncio
 import functools
 import logging
 import logging.config
@@ -10,17 +11,17 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from typing import Any
 
+import uvicorn
 from fastapi import FastAPI
-from uvicorn import Config, Server
-from uvicorn.supervisors import Multiprocess
+from uvicorn import Config
 
-from port_checker.linux import raise_descriptor_limit
+from port_checker.linux import ConnectionTracking, connection_tracking, raise_descriptor_limit
 from port_checker.server.app import create_app
 from port_checker.server.logs import logging_config
 from port_checker.server.protocol import BoundedProtocol, ConnectionLimits
-from port_checker.server.settings import CLIENT_PATIENCE, Settings, unknown_names
+from port_checker.server.settings import Settings, unknown_names
+from port_checker.server.workers import BEAT, Supervisor
 
 # Connections waiting for accept(). The kernel caps it at net.core.somaxconn.
 _BACKLOG = 4096
@@ -31,6 +32,9 @@ _MAX_CONNECTIONS = 50_000
 # Descriptors that the process itself needs: log, event loop, listening socket, and some to spare.
 _RESERVED_DESCRIPTORS = 50
 
+# Providers' software, and how many seconds it waits for an answer.
+_PATIENCE = {"golem-vm-provider up to 0.1.63": 30.0, "golem-vm-provider after 0.1.63": 8.0}
+
 logger = logging.getLogger(__name__)
 
 
@@ -38,10 +42,9 @@ def serve(settings: Settings) -> int:
     """Run the service until SIGTERM or SIGINT, then finish the checks in flight.
 
     Returns:
-        The program's exit status: 0, or 1 if it could not listen.
+        The program's exit status: 0, or 1 if it could not start.
     """
-    log_config = logging_config(debug=settings.debug)
-    logging.config.dictConfig(log_config)
+    logging.config.dictConfig(logging_config(debug=settings.debug))
     _warn_of_unknown_names()
     settings = fit_descriptor_limit(settings, raise_descriptor_limit())
     try:
@@ -51,44 +54,76 @@ def serve(settings: Settings) -> int:
         sys.stderr.write(f"port-checker: cannot listen on {address}: {error.strerror}\n")
         return 1
     _log_start(settings, listener)
-    room = ConnectionLimits(max_connections(settings))
-    config = server_config(settings, functools.partial(create_app, settings), room, log_config)
-    # After its shutdown uvicorn raises the signal that it received again, and the default handler
-    # would end the process before it returns an exit status.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
     if settings.workers == 1:
-        Server(config).run(sockets=[listener])
+        _serve_in_process(settings, listener, lambda: None)
     else:
-        Multiprocess(config, sockets=[listener]).run()
+        work = functools.partial(_serve_in_worker, settings, listener)
+        supervisor = Supervisor(settings.workers, work, stop_patience=_stop_patience(settings) + 5)
+        if not supervisor.run():
+            logger.critical("No worker could start; see the lines above for why")
+            return 1
     logger.info("Stopped")
     return 0
 
 
+def _serve_in_worker(settings: Settings, listener: socket.socket, beat: Callable[[], None]) -> None:
+    logging.config.dictConfig(logging_config(debug=settings.debug))
+    _serve_in_process(settings, listener, beat)
+
+
+def _serve_in_process(
+    settings: Settings, listener: socket.socket, beat: Callable[[], None]
+) -> None:
+    limits = ConnectionLimits(max_connections(settings))
+    server = Server(server_config(settings, functools.partial(create_app, settings), limits), beat)
+    # After its shutdown uvicorn restores these handlers and raises the signal that it received
+    # again: the default one would end the process before it returns an exit status.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, server.handle_exit)
+    server.run(sockets=[listener])
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which gives signs of life.
+
+    Args:
+        config: uvicorn's configuration.
+        beat: Called when the server is ready, and every second from then on, by the event loop.
+    """
+
+    def __init__(self, config: Config, beat: Callable[[], None] = lambda: None) -> None:
+        super().__init__(config)
+        self._beat = beat
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to serve."""
+        await super().startup(sockets)
+        self._keep_beating(asyncio.get_running_loop())
+
+    def _keep_beating(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._beat()
+        loop.call_later(BEAT, self._keep_beating, loop)
+
+
 def server_config(
-    settings: Settings,
-    make_app: Callable[[], FastAPI],
-    room: ConnectionLimits,
-    log_config: dict[str, Any] | None = None,
+    settings: Settings, make_app: Callable[[], FastAPI], limits: ConnectionLimits
 ) -> Config:
     """Return uvicorn's configuration.
 
     Args:
         settings: The operator's settings.
-        make_app: Called once in each process.
-        room: Limits the connections; each process has its own copy.
-        log_config: For ``logging.config.dictConfig`` in each process; None leaves logging as it is.
+        make_app: Called once.
+        limits: Limits the connections.
     """
     return Config(
         make_app,
         factory=True,
-        workers=settings.workers,
         # uvicorn calls it as it would call the class.
-        http=functools.partial(BoundedProtocol, room),  # type: ignore[arg-type]
+        http=functools.partial(BoundedProtocol, limits),  # type: ignore[arg-type]
         loop="uvloop",
         ws="none",
         lifespan="on",
-        log_config=log_config,
+        log_config=None,  # server/logs.py has set it up
         # A line for each request would cost a fifth of the throughput (measured), and says less
         # than our own line for each check.
         access_log=settings.debug,
@@ -96,8 +131,13 @@ def server_config(
         proxy_headers=False,
         server_header=False,
         backlog=_BACKLOG,
-        timeout_graceful_shutdown=math.ceil(settings.longest_check) + 1,
+        timeout_graceful_shutdown=_stop_patience(settings),
     )
+
+
+def _stop_patience(settings: Settings) -> int:
+    """Return the seconds that checks in flight have to finish in when the service stops."""
+    return math.ceil(settings.longest_check) + 1
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -167,8 +207,7 @@ def _log_start(settings: Settings, listener: socket.socket) -> None:
     local = "localhost" if anywhere else host
     logger.info(
         "Listening on %s:%d, docs at http://%s:%d/docs; processes: %d, "
-        "ports in flight in each: %d; limits: %s requests per caller, %s ports per target; "
-        "a check takes up to %g s",
+        "ports in flight in each: %d; limits: %s requests per caller, %s ports per target; %s",
         host,
         port,
         local,
@@ -177,12 +216,56 @@ def _log_start(settings: Settings, listener: socket.socket) -> None:
         settings.max_in_flight,
         settings.caller_rate_limit or "unlimited",
         settings.target_rate_limit or "unlimited",
-        settings.longest_check,
+        _longest_check(settings),
     )
-    if settings.longest_check > CLIENT_PATIENCE:
+    if settings.longest_check > max(_PATIENCE.values()):
         logger.warning(
-            "A check can take %g s, but providers' software gives up after %g s: lower "
-            "PORT_CHECK_RETRIES, PORT_CHECK_TIMEOUT or PORT_CHECK_RETRY_DELAY",
-            settings.longest_check,
-            CLIENT_PATIENCE,
+            "Providers' software will give up: %s; lower PORT_CHECK_RETRIES, PORT_CHECK_TIMEOUT "
+            "or PORT_CHECK_RETRY_DELAY",
+            _longest_check(settings),
         )
+    if advice := connection_tracking_advice(settings, connection_tracking()):
+        logger.warning(advice)
+
+
+def _longest_check(settings: Settings) -> str:
+    text = f"a check takes up to {settings.longest_check:g} s"
+    impatient = [
+        f"{software} waits {patience:g} s"
+        for software, patience in _PATIENCE.items()
+        if patience < settings.longest_check
+    ]
+    return f"{text} ({', '.join(impatient)})" if impatient else text
+
+
+def connection_tracking_advice(
+    settings: Settings, tracking: ConnectionTracking | None
+) -> str | None:
+    """Return what to do where checks can fill the firewall's table of connections.
+
+    A port that does not answer leaves an entry for each attempt, which stays long after the attempt
+    has ended. When the table is full the kernel drops every new connection, and ports that are open
+    would look closed.
+
+    Args:
+        settings: The operator's settings.
+        tracking: How connection tracking is set on this machine, if it is there.
+
+    Returns:
+        The advice, or None if the table is large enough.
+    """
+    if tracking is None:
+        return None
+    # One port in flight after the other, none of which answers.
+    attempt = settings.longest_check / settings.retries
+    kept = tracking.syn_sent_timeout + settings.timeout  # SYNs that are sent again prolong it
+    per_port = math.ceil(kept / attempt) * settings.workers
+    needed = settings.max_in_flight * per_port
+    if needed <= tracking.max_entries:
+        return None
+    return (
+        f"If this machine's firewall tracks connections, checks can fill its table of "
+        f"{tracking.max_entries} entries: set net.netfilter.nf_conntrack_max={needed} or more "
+        f"(sysctl), or PORT_CHECK_MAX_IN_FLIGHT={tracking.max_entries // per_port} or less, or "
+        "exempt the checks (notrack in the README)"
+    )

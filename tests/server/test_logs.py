@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+from port_checker.server.logs import QUEUE_SIZE
 from tests.support.namespace import ROOT
 
 # Logs at each level to one of our loggers, uvicorn's two and another library's.
@@ -99,3 +100,56 @@ def test_each_level_has_its_colour_on_a_terminal() -> None:
 
 def test_no_colours_where_they_are_not_wanted() -> None:
     assert levels(logged(terminal=True, NO_COLOR="1")) == levels(logged())
+
+
+# Logs as many lines as it is told, says so, and logs one more when it is told to go on.
+FLOOD = """
+import logging.config, sys
+from port_checker.server.logs import logging_config
+
+logging.config.dictConfig(logging_config(debug=False))
+logger = logging.getLogger("port_checker")
+for number in range(int(sys.argv[1])):
+    logger.info("line %d", number)
+print("logged", flush=True)
+sys.stdin.readline()
+"""
+
+
+def flood(lines: int) -> subprocess.Popen[str]:
+    """Log to a pipe that nobody reads yet, until all is logged."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", FLOOD, str(lines)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "logged\n"
+    return process
+
+
+def test_a_stalled_reader_loses_lines_which_are_counted() -> None:
+    total = 5 * QUEUE_SIZE
+    with flood(total) as process:
+        log = process.communicate("\n")[1]
+    numbers = [int(number) for number in re.findall(r": line (\d+)$", log, re.MULTILINE)]
+    told = re.findall(r"WARNING port_checker\.server\.logs: (\d+) log lines were dropped", log)
+    assert told
+    assert len(numbers) + sum(map(int, told)) == total
+    assert numbers[:QUEUE_SIZE] == list(range(QUEUE_SIZE))  # what fitted, in order
+
+
+def test_lines_are_written_before_the_process_ends() -> None:
+    with flood(1000) as process:
+        log = process.communicate("\n")[1]
+    assert log.endswith("line 999\n")
+
+
+def test_a_stalled_reader_does_not_hold_up_the_end() -> None:
+    with flood(QUEUE_SIZE) as process:
+        assert process.stdin
+        process.stdin.close()
+        assert process.wait(timeout=60) == 0

@@ -1,5 +1,6 @@
 """Ports of this machine in each state that a check can meet."""
 
+import os
 import secrets
 import select
 import socket
@@ -12,10 +13,16 @@ def family_of(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
+# Where free_ports() looks: below the ephemeral ports, so that the kernel gives them to nobody. Each
+# process of a parallel run has a slice of its own, as a port is free until its test binds it.
+_SLICE = 2_500
+_FIRST = 10_000 + _SLICE * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 8)
+
+
 def free_ports(count: int) -> list[int]:
-    """Ports in a row that nobody has; below the ephemeral ones, so that nobody gets them."""
+    """Ports in a row that nobody has, at most ``_SLICE``."""
     while True:
-        start = 10_000 + secrets.randbelow(20_000)
+        start = _FIRST + secrets.randbelow(_SLICE - count + 1)
         with suppress(OSError), ExitStack() as stack:
             for port in range(start, start + count):
                 for host in ("", "::1"):

@@ -1,0 +1,162 @@
+"""Worker processes: as the program runs them, and how their parent watches them."""
+
+import functools
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from port_checker.server.workers import Supervisor
+from tests.support.loopback import open_port
+from tests.support.namespace import ROOT
+from tests.support.service import Program, ask, program
+from tests.support.waiting import wait_until
+
+
+def workers_of(running: Program) -> set[int]:
+    """The process ids of a program's workers."""
+    pid = running.process.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return {
+        int(child)
+        for child in children
+        if b"--multiprocessing-fork" in Path("/proc", child, "cmdline").read_bytes()
+    }
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return " Z" not in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def lines_with(running: Program, text: str) -> list[str]:
+    return [line for line in running.lines if text in line]
+
+
+@contextmanager
+def at_the_start_of_workers(code: str, directory: Path) -> Iterator[str]:
+    """Have each worker run some code before anything else; yields the PYTHONPATH for that."""
+    condition = 'import sys\nif "--multiprocessing-fork" in sys.orig_argv:\n    '
+    (directory / "sitecustomize.py").write_text(condition + code)
+    yield str(directory)
+
+
+def test_workers_share_the_port_and_stop_together() -> None:
+    with program(PORT_CHECKER_WORKERS="2") as running, open_port() as opened:
+        for _ in range(8):
+            with running.client() as client:
+                assert ask(client, opened).json()["success"] is True
+        workers = workers_of(running)
+        assert len(workers) == 2
+        assert running.stop() == 0
+    assert not any(map(is_running, workers))
+    assert len(lines_with(running, "checked")) == 8
+
+
+def test_a_worker_that_is_killed_is_replaced_and_leaves_a_line() -> None:
+    with program(PORT_CHECKER_WORKERS="2") as running:
+        victim, other = workers_of(running)
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: len(workers_of(running) - {victim}) == 2, "a new worker")
+        assert other in workers_of(running)
+        assert running.stop() == 0
+    (line,) = lines_with(running, "Worker")
+    assert f"ERROR port_checker.server.workers: Worker {victim} was killed by SIGKILL" in line
+
+
+def test_workers_end_with_their_parent() -> None:
+    with program(PORT_CHECKER_WORKERS="2") as running:
+        workers = workers_of(running)
+        running.process.kill()
+        wait_until(lambda: not any(map(is_running, workers)), "the workers' end")
+
+
+def test_a_slow_start_is_waited_for(tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    wait = f"import os, time\n    while not os.path.exists({str(go)!r}): time.sleep(0.05)"
+    with (
+        at_the_start_of_workers(wait, tmp_path) as path,
+        program(ready=False, PORT_CHECKER_WORKERS="2", PYTHONPATH=path) as running,
+    ):
+        wait_until(lambda: len(workers_of(running)) == 2, "two workers")
+        workers = workers_of(running)
+        time.sleep(7)  # uvicorn's supervisor would kill them after 5 s
+        assert workers_of(running) == workers
+        go.touch()
+        wait_until(running.answers, "the program to answer")
+        assert workers_of(running) == workers
+
+
+def test_workers_that_cannot_start_end_the_program(tmp_path: Path) -> None:
+    with (
+        at_the_start_of_workers('sys.exit("no memory for me")', tmp_path) as path,
+        program(ready=False, PORT_CHECKER_WORKERS="2", PYTHONPATH=path) as running,
+    ):
+        assert running.wait() == 1
+    assert lines_with(running, "no memory for me")
+    assert re.search(r"ERROR .*: Worker \d+ exited with 1 while starting$", running.lines[-2])
+    assert running.lines[-1].endswith(": No worker could start; see the lines above for why\n")
+
+
+def hang(beat: Callable[[], None]) -> None:
+    """A worker whose event loop is stuck."""
+    beat()
+    time.sleep(3600)
+
+
+def stop(beat: Callable[[], None]) -> None:
+    """A worker that is stopped."""
+    beat()
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def work_in_the_end(
+    fail: Callable[[Callable[[], None]], None], marker: Path, beat: Callable[[], None]
+) -> None:
+    """Fail in the first worker; work in the next."""
+    try:
+        marker.mkdir()
+    except FileExistsError:
+        while True:
+            beat()
+            time.sleep(0.05)
+    fail(beat)
+
+
+def supervise(failure: str, marker: str) -> None:
+    """Supervise one worker whose first process fails."""
+    work = functools.partial(work_in_the_end, globals()[failure], Path(marker))
+    Supervisor(1, work, stop_patience=60, patience=2).run()
+
+
+@pytest.mark.parametrize("failure", ["hang", "stop"])
+def test_a_worker_that_gives_no_sign_of_life_is_replaced(failure: str, tmp_path: Path) -> None:
+    code = f"from {__name__} import supervise; supervise({failure!r}, {str(tmp_path / 'x')!r})"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if "replacing it" in line:
+                break
+        process.terminate()
+        lines += process.stderr
+        assert process.wait() == 0
+    log = "".join(lines)
+    assert re.search(r"Worker \d+ does not respond; ending it\n", log)
+    if failure == "hang":
+        assert re.search(r'test_workers.py", line \d+ in hang\n', log)  # its traceback
+        assert re.search(r"Worker \d+ was killed by SIGABRT; replacing it\n", log)
+    else:
+        assert re.search(r"Worker \d+ was killed by SIGKILL; replacing it\n", log)
