@@ -1,6 +1,6 @@
 """``python run.py``: the same as ``port-checker``."""
 
-from port_checker.cli import main
+from port_checker.__main__ import main
 
 if __name__ == "__main__":
     main()

@@ -1,32 +1,140 @@
-"""What to do about each kind of trouble with a port, in words."""
+"""What to do about each kind of trouble with a port, in words.
 
+One constant for each situation, in full sentences; what stands in braces is filled in. The program
+shows them, and so may a page.
+"""
+
+# This machine listened, and no connection reached the listener.
+
+OWN_FIREWALL = (
+    "The connections arrived, and this machine's own firewall turned them away: allow the port "
+    "there (nft list ruleset, iptables -S, ufw status)."
+)
+OWN_FIREWALL_FIRST = (
+    "This machine has the address and listened, but the connections did not get through: check "
+    "this machine's own firewall first (nft list ruleset, iptables -S, ufw status), then the "
+    "firewall of your hosting company or network."
+)
+NETWORK_FIREWALL = (
+    "Nothing arrived at this machine, which has the address itself: check the firewall of your "
+    "hosting company or network (a security group, say), then this machine's own."
+)
+NOT_FORWARDED = (
+    "The address refuses the connection, and nothing arrived at this machine: forward the port to "
+    "it on your router."
+)
 REFUSED = (
-    "The address answers, but nothing listens on this port there, or the router forwards it to "
-    "another machine: forward it to this one."
+    "The address refuses the connection: forward the port to this machine on your router. If you "
+    "have, check this machine's own firewall."
 )
-TIMED_OUT = (
-    "A firewall or router drops the connection: allow it in the firewalls, and forward it to this "
-    "machine."
-)
-UNREACHABLE = (
-    "A router on the way reports that it cannot or may not deliver: check the address and your "
+NOTHING_ARRIVED = (
+    "Nothing arrived at this machine: forward the port to it on your router, and allow it in the "
     "router's firewall."
 )
+TIMED_OUT = (
+    "The connections get lost on the way: forward the port to this machine on your router, and "
+    "allow it in the router's firewall and in this machine's."
+)
+ROUTER_REJECTS = (
+    "A router on the way rejects the connections: allow the port in your router's firewall, and "
+    "check that it forwards to this machine's present address."
+)
+CALLER_HIDDEN = (
+    "The address that was checked is probably not this machine's but that of a NAT in front of the "
+    "server: give this machine's public address with --ip."
+)
+
+# Connections were made, but not to this port of this machine.
+
 ANSWERED_ELSEWHERE = (
     "Something else answered instead of this machine (another machine, a proxy, a firewall that "
-    "accepts everything): forward the port to this one."
+    "accepts everything): forward the port to this machine."
+)
+CROSSED = (
+    "Connections to this port arrive at another port of this machine: correct the forward on your "
+    "router."
 )
 WAY_BACK = (
     "Connections arrive here, but this machine's replies get lost: check its firewall for outgoing "
-    "traffic and its routes."
+    "traffic, and its routes."
 )
+
+# This machine could not listen.
+
 IN_USE = (
-    "A program on this machine uses the port but is not reached: check that it listens on all "
-    "addresses, that the firewalls allow it, and that the router forwards it."
+    "A program on this machine listens on the port but is not reached: allow the port in this "
+    "machine's firewall{and_router}."
+)
+AND_ROUTER = ", and forward it on your router"
+IN_USE_LOCALLY = (
+    "A program on this machine listens on the port, but only on {addresses}: let it listen on all "
+    "addresses."
+)
+IN_USE_OTHER_FAMILY = (
+    "A program on this machine listens on the port, but not over {family}: let it listen on all "
+    "addresses of both families."
+)
+IN_USE_NOT_ACCEPTING = (
+    "A program on this machine listens on the port but does not accept its connections "
+    "({queued} are waiting): restart it."
+)
+IN_USE_NOT_LISTENING = (
+    "A program on this machine holds the port but does not listen on it: start it properly, or end "
+    "it."
+)
+OUTGOING_CONNECTION = (
+    "An outgoing connection of this machine has taken the port, and the provider's software could "
+    "not listen on it either: reserve the port as described below, and try again."
 )
 NOT_PERMITTED = (
     "You are not allowed to listen on this port: use ports from 1024 up, or run this as root "
     "(CAP_NET_BIND_SERVICE)."
 )
 FAILED = "This machine could not listen on the port: check whether it is out of files or memory."
-NOT_ASKED = "No server has checked this port: try again later, or ask another server."
+
+# No server told anything.
+
+NOT_CHECKED = "No server has checked this port: {reason}."
+SERVER_CANNOT = (
+    "The server may not connect to this port itself, which says nothing about yours: ask another "
+    "server, or use another port."
+)
+
+# What is true of all ports: the notes of a report.
+
+SERVER_HERE = (
+    "{url} runs on this machine, so this says nothing about the world: ask a server elsewhere."
+)
+SERVER_NEARBY = (
+    "{url} sees this machine at {ip}, a private address, so this says nothing about the world: ask "
+    "a server on the internet."
+)
+NAT_BEFORE_SERVER = (
+    "{url} sees this machine at {ip}, a private address that it does not have: a NAT in front of "
+    "the server hides who asks. Give this machine's public address with --ip."
+)
+ADDRESSES_DIFFER = "The servers see this machine at different addresses: {addresses}."
+SHARED_ADDRESS = (
+    "Nothing got through to {ip}, which is not an address of this machine. If your router's own "
+    "internet address is another one (100.64.0.0 to 100.127.255.255, or private), your internet "
+    "provider shares {ip} among its customers (CGNAT), and forwards on your router cannot work: "
+    "ask it for a public address, or use IPv6."
+)
+SHARED_ADDRESS_HERE = (
+    "This machine has {local}, an address that internet providers share out behind their own NAT "
+    "(CGNAT), so forwards cannot work: ask your internet provider for a public address, or use "
+    "IPv6."
+)
+CONNECTION_LIMIT = (
+    "{retried} of the ports answered only when a few were asked for at a time: a firewall or "
+    "router limits how many new connections it lets in per second (OpenWrt: SYN-flood "
+    "protection). Raise that limit."
+)
+FORWARDS_CROSSED = (
+    "Forwards are crossed: connections to {outer} arrive at {inner} of this machine. If that is "
+    "meant, check {pairs}."
+)
+RESERVE_PORTS = (
+    "So that outgoing connections leave these ports alone: "
+    "sysctl -w net.ipv4.ip_local_reserved_ports={ports} (and put it into /etc/sysctl.conf)."
+)

@@ -1,17 +1,23 @@
 """The program ``port-checker``: the server, and the provider's side."""
 
 import asyncio
+import contextlib
 import dataclasses
+import functools
 import io
 import json
+import os
 import re
 import sys
-from collections.abc import Iterable
-from typing import Annotated
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from port_checker import __version__
+
+if TYPE_CHECKING:
+    from port_checker.provider import Report
 
 # What a provider of the Golem network opens by default.
 _DEFAULT_PORTS = "50800-50899"
@@ -24,11 +30,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",  # which puts the lines of a docstring's paragraph together
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def main() -> None:
-    """Run the program."""
-    app()
 
 
 def _show_version(wanted: bool) -> None:
@@ -75,7 +76,8 @@ def check(
     ports: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Ports and port ranges, such as 7466 50800-50899.",
+            help="Ports and port ranges, such as 7466 50800-50899. Where your router forwards a "
+            "port to another one of this machine: outer:inner, such as 60800-60899:50800-50899.",
             show_default=_DEFAULT_PORTS,
         ),
     ] = None,
@@ -92,7 +94,20 @@ def check(
         str | None,
         typer.Option(help="This machine's public address; by default, what the server sees."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    ipv4: Annotated[
+        bool,
+        typer.Option(
+            "-4",
+            "--ipv4",
+            help="Check over IPv4; with -6, over both. By default, IPv4 "
+            "where a server can be reached over it, else IPv6.",
+        ),
+    ] = False,
+    ipv6: Annotated[bool, typer.Option("-6", "--ipv6", help="Check over IPv6.")] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print one JSON document; with -4 -6, a list of two."),
+    ] = False,
 ) -> None:
     """Check that the world can reach this machine on its ports.
 
@@ -102,70 +117,112 @@ def check(
     Exit status: 0 all ports are reachable, 1 some are not, 2 wrong usage, 3 no server could check
     them, 130 interrupted.
     """
-    from rich.console import Console
-    from rich.markup import escape
-
     from port_checker.linux import raise_descriptor_limit
-    from port_checker.provider import verify
-    from port_checker.provider.screen import show
 
-    numbers = _parse_ports(ports or [_DEFAULT_PORTS])
+    pairs = _parse_ports(ports or [_DEFAULT_PORTS])
     if not servers:
         raise typer.BadParameter("give one, or set PORT_CHECKER_URL.", param_hint="--server")
-    for url in servers:
-        if not url.lower().startswith(("http://", "https://")):
-            raise typer.BadParameter(
-                f"{url!r} must start with http:// or https://.", param_hint="--server"
-            )
-    if ip:
-        _require_address(ip)
+    _require_urls(servers)
+    families: list[int | None] = [*([4] if ipv4 else []), *([6] if ipv6 else [])] or [None]
+    if ip is not None:
+        _require_address(ip, families)
     raise_descriptor_limit()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # an encoding may have no dash
-    status = Console(stderr=True).status("")
     try:
-        if status.console.is_terminal and not as_json:
-            status.start()
-        report = asyncio.run(
-            verify(
-                numbers,
-                servers=servers,
-                ip=ip,
-                on_progress=lambda text: status.update(escape(text)),
-            )
-        )
+        reports = [_verify(pairs, servers, ip, family, quiet=as_json) for family in families]
     except KeyboardInterrupt:
         raise typer.Exit(_INTERRUPTED) from None
-    finally:
-        status.stop()
-    if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(report), indent=2))
-    else:
-        show(report, Console(markup=False, emoji=False, highlight=False))
-    if all(server.error and not server.asked for server in report.servers):
+    try:
+        _print(reports, as_json)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left cannot be written either
+        sys.stderr.write(f"port-checker: cannot write the report: {error.strerror}\n")
+        raise typer.Exit(_SOME_UNREACHABLE) from None
+    if not any(server.asked for report in reports for server in report.servers):
         raise typer.Exit(_NO_SERVER)
-    raise typer.Exit(_ALL_REACHABLE if report.reachable == report.total else _SOME_UNREACHABLE)
+    all_reachable = all(report.reachable == report.total for report in reports)
+    raise typer.Exit(_ALL_REACHABLE if all_reachable else _SOME_UNREACHABLE)
 
 
-def _parse_ports(words: Iterable[str]) -> list[int]:
-    """Expand words like ``7466`` and ``50800-50899`` into ports, in order, without repeats."""
-    ports: dict[int, None] = {}
-    for word in words:
-        match = re.fullmatch("([0-9]{1,5})(?:[-–]([0-9]{1,5}))?", word)  # noqa: RUF001  # as shown
-        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if not 1 <= low <= high <= 65535:
+def _verify(
+    pairs: Sequence[tuple[int, int]],
+    servers: Sequence[str],
+    ip: str | None,
+    family: int | None,
+    *,
+    quiet: bool,
+) -> "Report":
+    """Have the ports verified; on a terminal, show what is happening meanwhile."""
+    from port_checker.provider import verify
+
+    check = functools.partial(verify, pairs, servers=servers, ip=ip, family=family)
+    if quiet or not sys.stderr.isatty():
+        return asyncio.run(check())
+
+    from port_checker.provider.screen import progress
+
+    with progress(len(pairs)) as (on_progress, on_checked):
+        return asyncio.run(check(on_progress=on_progress, on_checked=on_checked))
+
+
+def _print(reports: Sequence["Report"], as_json: bool) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a server's words may not fit the encoding
+    if as_json:
+        documents = [dataclasses.asdict(report) for report in reports]
+        typer.echo(json.dumps(documents if len(documents) > 1 else documents[0], indent=2))
+    else:
+        from rich.console import Console
+
+        from port_checker.provider.screen import show
+
+        for report in reports:
+            show(report, Console(markup=False, emoji=False, highlight=False))
+    sys.stdout.flush()
+
+
+def _parse_ports(words: Iterable[str]) -> list[tuple[int, int]]:
+    """Expand words like ``7466`` and ``60800-60899:50800-50899``: pairs of outer and inner port.
+
+    They come in order, without repeats. The lists that the program prints are read as well.
+    """
+    pairs: dict[tuple[int, int], None] = {}
+    for word in re.split(r"[\s,]+", " ".join(words).strip(" ,")):
+        outer, _, inner = word.partition(":")
+        outers, inners = _parse_range(outer), _parse_range(inner if ":" in word else outer)
+        if not outers or len(outers) != len(inners):
             raise typer.BadParameter(
-                f"{word!r} is neither a port (1-65535) nor a range such as 50800-50899.",
+                f"{word!r} is neither a port (1-65535) nor a range such as 50800-50899, nor two of "
+                "the same length such as 60800-60899:50800-50899.",
                 param_hint="PORTS",
             )
-        ports |= dict.fromkeys(range(low, high + 1))
-    return list(ports)
+        pairs |= dict.fromkeys(zip(outers, inners, strict=True))
+    return list(pairs)
 
 
-def _require_address(ip: str) -> None:
+def _parse_range(text: str) -> range:
+    """Return the ports of a range; none if it is not one."""
+    match = re.fullmatch("([0-9]{1,5})(?:[-–]([0-9]{1,5}))?", text)  # noqa: RUF001  # as typeset
+    low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    return range(low, high + 1) if 1 <= low <= high <= 65535 else range(0)
+
+
+def _require_urls(urls: Iterable[str]) -> None:
+    from port_checker.provider.http_client import ServerUrl
+
+    for url in urls:
+        try:
+            ServerUrl.parse(url)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--server") from None
+
+
+def _require_address(ip: str, families: Sequence[int | None]) -> None:
     from port_checker.addresses import parse_address
 
     try:
-        parse_address(ip)
+        version = parse_address(ip).version
     except ValueError:
         raise typer.BadParameter(f"{ip!r} is not an IP address.", param_hint="--ip") from None
+    if families not in ([None], [version]):
+        raise typer.BadParameter(f"{ip} is an IPv{version} address.", param_hint="--ip")

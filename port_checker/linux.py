@@ -11,8 +11,10 @@ import resource
 import signal
 import socket
 import struct
+from collections.abc import Container
 from dataclasses import dataclass
 from enum import IntEnum
+from ipaddress import ip_address
 from pathlib import Path
 
 from port_checker.addresses import Address, parse_address
@@ -28,7 +30,13 @@ _ORIGIN_ICMP = 2  # linux/errqueue.h: SO_EE_ORIGIN_ICMP; ICMPv6 is the other one
 
 _TCP_INFO_SIZE = 104  # bytes of struct tcp_info, up to tcpi_total_retrans (linux/tcp.h)
 
-_SYN_RECV = "03"  # TCP_SYN_RECV in the tables of /proc/net (net/tcp_states.h)
+
+class TcpState(IntEnum):
+    """The state of a TCP socket (net/tcp_states.h); the states that we ask for."""
+
+    SYN_RECV = 3
+    LISTEN = 10
+    OTHER = -1
 
 
 # Descriptors: sockets are files
@@ -154,20 +162,107 @@ def could_not_retransmit(sock: socket.socket) -> bool:
     return bool(total_retrans and not retrans)
 
 
-def half_open_ports() -> set[int]:
-    """Return the local TCP ports at which a connection has arrived, but is not established.
+@dataclass(frozen=True, slots=True)
+class TcpSocket:
+    """A TCP socket of this machine, as the tables of /proc/net have it (proc_net_tcp.rst).
+
+    Attributes:
+        address: Its local address; ``0.0.0.0`` or ``::`` for all of them.
+        port: Its local port.
+        state: Of the connection (net/tcp_states.h).
+        queued: Of a listener, how many connections wait for its program to accept them.
+        ipv6: Whether it is an IPv6 socket; one on ``::`` may take IPv4 connections, too.
+    """
+
+    address: Address
+    port: int
+    state: TcpState
+    queued: int
+    ipv6: bool
+
+
+def tcp_sockets(ports: Container[int]) -> list[TcpSocket]:
+    """Return this machine's TCP sockets whose local port is one of ``ports``.
+
+    Of the network namespace that this process is in; every user may read that.
+    """
+    sockets = []
+    for table, ipv6 in ("/proc/net/tcp", False), ("/proc/net/tcp6", True):
+        with contextlib.suppress(OSError), open(table) as lines:
+            next(lines)
+            for line in lines:
+                _, local, _, state, queues, *_ = line.split(None, 5)
+                host, _, number = local.partition(":")
+                if (port := int(number, 16)) not in ports:
+                    continue
+                # The address is written word by word, each in this machine's byte order.
+                words = (int(host[at : at + 8], 16) for at in range(0, len(host), 8))
+                packed = b"".join(struct.pack("=I", word) for word in words)
+                address = parse_address(str(ip_address(packed)))
+                queued = int(queues.partition(":")[2], 16)
+                sockets.append(TcpSocket(address, port, _tcp_state(state), queued, ipv6))
+    return sockets
+
+
+def _tcp_state(number: str) -> TcpState:
+    try:
+        return TcpState(int(number, 16))
+    except ValueError:
+        return TcpState.OTHER
+
+
+def half_open_ports(ports: Container[int]) -> set[int]:
+    """Return those of ``ports`` at which a connection has arrived, but is not established.
 
     The kernel answers the other end's SYN and waits some seconds for the end of the handshake. A
     port that stays in this state receives packets, and its answers get lost.
     """
-    ports = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with contextlib.suppress(OSError), open(table) as lines:
-            for line in lines:
-                _, local, _, state, *_ = line.split()
-                if state == _SYN_RECV:
-                    ports.add(int(local.rpartition(":")[2], 16))
-    return ports
+    return {sock.port for sock in tcp_sockets(ports) if sock.state is TcpState.SYN_RECV}
+
+
+def ephemeral_ports() -> range:
+    """Return the range from which the kernel takes the local ports of outgoing connections.
+
+    Of both families (ip-sysctl.rst, ip_local_port_range); the kernel's default if it is unknown.
+    """
+    try:
+        with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
+            low, high = map(int, file.read().split())
+    except (OSError, ValueError):
+        low, high = 32768, 60999
+    return range(low, high + 1)
+
+
+def reserved_ports() -> str:
+    """Return the ports of that range that it leaves alone, as ``50800-50899,51000``."""
+    with contextlib.suppress(OSError), open("/proc/sys/net/ipv4/ip_local_reserved_ports") as file:
+        return file.read().strip()
+    return ""
+
+
+def packets_not_delivered(ip_version: int) -> int | None:
+    """Count the packets that have arrived here and were neither delivered nor forwarded.
+
+    This machine's firewall discarded them, or its routing did (RFC 4293: ipSystemStatsInReceives
+    less InDelivers and ForwDatagrams). What a firewall rejects counts as well as what it drops.
+
+    Returns:
+        How many since the start; None if the kernel does not tell.
+    """
+    try:
+        if ip_version == 6:
+            with open("/proc/net/snmp6") as file:
+                values = dict(line.split() for line in file)
+            names = ("Ip6InReceives", "Ip6InDelivers", "Ip6OutForwDatagrams")
+        else:
+            with open("/proc/net/snmp") as file:
+                head, row = (next(file).split() for _ in range(2))
+            values = dict(zip(head, row, strict=True))
+            names = ("InReceives", "InDelivers", "ForwDatagrams")
+        received, delivered, forwarded = (int(values[name]) for name in names)
+    except (OSError, ValueError, KeyError, StopIteration):
+        return None
+    return received - delivered - forwarded
 
 
 # Processes

@@ -3,74 +3,143 @@
 import asyncio
 import contextlib
 import errno
+import os
+import re
 import socket
+import struct
+from collections import defaultdict, deque
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Self
 
+from port_checker.addresses import Address, parse_address
+from port_checker.linux import TcpSocket, TcpState, tcp_sockets
 from port_checker.provider.report import LocalBinding
+from port_checker.schemas import MAX_PORT
+
+# Listeners opened before the event loop goes round: one takes some 20 µs.
+_OPENED_PER_TURN = 50
+# Accepted connections that are kept open for the other end to close.
+MAX_HELD = 64
+# Other checks on this machine find this abstract socket in /proc/net/unix. The lowest and highest
+# port follow.
+_MARK = "port-checker-listeners-ipv{version}-"
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # struct linger
 
 
 class Listeners:
-    """Temporary listeners on all addresses of this machine.
+    """Temporary listeners on all addresses of this machine, of one family.
 
-    A context manager that needs a running event loop and always closes them.
+    A context manager that needs a running event loop and always closes them. Whatever it has
+    accepted is reset in the end, so that nothing stays in TIME_WAIT and every port can be bound at
+    once by a program without SO_REUSEADDR.
 
     Attributes:
         local: Whether a listener could be opened, by port.
-        seen: The ports on which a connection arrived.
+        seen: Who connected, by port.
+        holders: Of the ports "in use", the sockets that have them.
+        other_family: Those of them that programs have over the other family alone.
     """
 
     def __init__(self, ports: Iterable[int], ip_version: int) -> None:
         self.local: dict[int, LocalBinding] = {}
-        self.seen: set[int] = set()
+        self.seen: defaultdict[int, set[Address]] = defaultdict(set)
+        self.holders: defaultdict[int, list[TcpSocket]] = defaultdict(list)
+        self.other_family: set[int] = set()
         self._ports = list(ports)
         self._ipv6 = ip_version == 6
         self._listeners: dict[int, socket.socket] = {}
+        self._mark = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._held: deque[socket.socket] = deque()
         self._arrival = asyncio.Event()
 
-    def __enter__(self) -> Self:
+    async def __aenter__(self) -> Self:
+        mark = _MARK.format(version=6 if self._ipv6 else 4)
+        low, high = min(self._ports, default=0), max(self._ports, default=0)
+        self._mark.bind(f"\0{mark}{low}-{high}-{os.getpid()}-{id(self)}")
+        listening = self._other_listeners()
         try:
-            for port in self._ports:
-                self._open(port)
+            for number, port in enumerate(self._ports):
+                if number % _OPENED_PER_TURN == 0:
+                    await asyncio.sleep(0)
+                self._open(port, listening.get(port, []))
         except BaseException:
-            self.__exit__()
+            await self.__aexit__()
             raise
+        self._look_up_holders()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    async def __aexit__(self, *_: object) -> None:
         loop = asyncio.get_running_loop()
         for listener in self._listeners.values():
             loop.remove_reader(listener)
             listener.close()
         self._listeners.clear()
+        self._mark.close()
+        while self._held:
+            self._release(self._held[0])
 
-    async def wait_until_seen(self, ports: Iterable[int], timeout: float) -> None:
-        """Wait until connections to all of ``ports`` were seen, or ``timeout`` seconds."""
+    def forget(self) -> None:
+        """Forget who connected so far."""
+        self.seen.clear()
+
+    async def wait_until_seen(
+        self, ports: Iterable[int], timeout: float, enough: int = MAX_PORT
+    ) -> None:
+        """Wait until connections to all of ``ports`` were seen, or ``timeout`` seconds.
+
+        Or, to whatever ports, to as many of them as are ``enough``.
+        """
         missing = set(ports)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
-                while missing - self.seen:
+                while missing - self.seen.keys() and len(self.seen) < enough:
                     self._arrival.clear()
                     await self._arrival.wait()
 
-    def _open(self, port: int) -> None:
+    def _other_listeners(self) -> dict[int, list[TcpSocket]]:
+        """Find programs that listen over the other family alone: binding would not notice them.
+
+        Unless a check of the other family is running: the listeners are its own.
+        """
+        found: defaultdict[int, list[TcpSocket]] = defaultdict(list)
+        for sock in tcp_sockets(frozenset(self._ports)):
+            is_other = sock.state is TcpState.LISTEN and sock.ipv6 != self._ipv6
+            if is_other and not sock.address.is_loopback:
+                found[sock.port].append(sock)
+        # A check is marked for as long as it listens, and so it is looked for in this order.
+        checks = re.findall(
+            f"@{_MARK.format(version=4 if self._ipv6 else 6)}([0-9]+)-([0-9]+)-",
+            Path("/proc/net/unix").read_text() if found else "",
+        )
+        for low, high in checks:
+            for port in [port for port in found if int(low) <= port <= int(high)]:
+                del found[port]
+        return found
+
+    def _open(self, port: int, others: list[TcpSocket]) -> None:
         try:
             listener = self._listen(port)
         except OSError as error:
             self.local[port] = _BINDINGS.get(error.errno or 0, "failed")
-        else:
-            self.local[port] = "bound"
-            self._listeners[port] = listener
-            asyncio.get_running_loop().add_reader(listener, self._on_connection, port)
+            return
+        if others:
+            listener.close()
+            self.local[port] = "in use"
+            self.other_family.add(port)
+            return
+        self.local[port] = "bound"
+        self._listeners[port] = listener
+        asyncio.get_running_loop().add_reader(listener, self._on_connection, port)
 
     def _listen(self, port: int) -> socket.socket:
         listener = socket.socket(socket.AF_INET6 if self._ipv6 else socket.AF_INET)
         try:
-            # Connections of an earlier run may still be in TIME_WAIT.
+            # Connections of another program may still be in TIME_WAIT.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if self._ipv6:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            listener.bind(("::" if self._ipv6 else "0.0.0.0", port))  # noqa: S104  # all addresses, as documented
+            listener.bind(("::" if self._ipv6 else "0.0.0.0", port))  # noqa: S104  # as documented
             listener.listen()
             listener.setblocking(False)
         except OSError:
@@ -78,12 +147,37 @@ class Listeners:
             raise
         return listener
 
+    def _look_up_holders(self) -> None:
+        """Tell programs that listen from outgoing connections that have a port."""
+        in_use = {port for port, local in self.local.items() if local == "in use"}
+        if not in_use:
+            return
+        for sock in tcp_sockets(in_use):
+            self.holders[sock.port].append(sock)
+        for port, sockets in self.holders.items():
+            if all(sock.state is not TcpState.LISTEN for sock in sockets):
+                self.local[port] = "outgoing connection"
+
     def _on_connection(self, port: int) -> None:
-        self.seen.add(port)
+        try:
+            connection, peer = self._listeners[port].accept()
+        except OSError as error:
+            if error.errno in _NO_DESCRIPTOR and self._held:
+                self._release(self._held[0])
+            return
+        self.seen[port].add(parse_address(peer[0].partition("%")[0]))
         self._arrival.set()
-        # It may have been reset since, or no descriptor is left; it arrived all the same.
-        with contextlib.suppress(OSError):
-            self._listeners[port].accept()[0].close()
+        # The other end closes first, as a rule. A reset at once might look to it like a failure.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        self._held.append(connection)
+        asyncio.get_running_loop().add_reader(connection, self._release, connection)
+        if len(self._held) > MAX_HELD:
+            self._release(self._held[0])
+
+    def _release(self, connection: socket.socket) -> None:
+        asyncio.get_running_loop().remove_reader(connection)
+        self._held.remove(connection)
+        connection.close()
 
 
 _BINDINGS: dict[int, LocalBinding] = {
@@ -91,3 +185,4 @@ _BINDINGS: dict[int, LocalBinding] = {
     errno.EACCES: "not permitted",
     errno.EPERM: "not permitted",
 }
+_NO_DESCRIPTOR = {errno.EMFILE, errno.ENFILE}

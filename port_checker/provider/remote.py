@@ -1,30 +1,45 @@
 """One port checker: asking it, waiting for it, and explaining its failures."""
 
 import asyncio
-import os
-import socket
-import ssl
+import json
+import re
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import TypeVar
+from urllib.parse import urljoin
 
-import httpx
 from pydantic import BaseModel, ValidationError
 
 from port_checker.addresses import Address, parse_address
 from port_checker.connect import Verdict
+from port_checker.provider.http_client import (
+    HttpClient,
+    HttpError,
+    Response,
+    ServerUrl,
+    printable,
+    without_password,
+)
 from port_checker.provider.report import ServerReport
-from port_checker.schemas import CallerAddress, CheckResponse, ErrorCode, ErrorResponse
+from port_checker.schemas import CallerAddress, CheckResponse, ErrorCode
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
 # Ports in one request: what a server with default settings accepts.
 MAX_PORTS_PER_REQUEST = 1000
-# Bytes of an answer that are read. An answer for 10,000 ports has less than 1 MiB.
-_MAX_ANSWER_SIZE = 4 * 1024 * 1024
-# Characters of a server's message that are shown.
-_MAX_MESSAGE_LENGTH = 300
+# Bytes of an answer that are read: so many, and so many for each port. A verdict has about 70.
+_ANSWER_SIZE = 64 * 1024
+_VERDICT_SIZE = 256
+# What a server or a proxy before it answers when it may succeed later.
+_PASSING = {
+    HTTPStatus.TOO_MANY_REQUESTS,
+    HTTPStatus.BAD_GATEWAY,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    HTTPStatus.GATEWAY_TIMEOUT,
+}
 
 
 @dataclass(frozen=True)
@@ -35,21 +50,42 @@ class Waits:
         connect: For a connection to a server.
         answer: For an answer. A server with default settings needs 17 at most, and must not need
             more than 30.
-        patience: In total, for one server's ``Retry-After``.
+        pauses: Before each new attempt after failures in a row, where the server does not say how
+            long to wait by ``Retry-After``.
+        patience: In total, for one server, until it checks something.
         late_connections: After an answer, for the connections that it reports: when the last
             packet of a handshake is lost, the next one follows after a retransmission timeout.
+        between_groups: Between small groups of ports, when new connections are limited on the way.
         sleep: What to wait with.
     """
 
     connect: float = 10.0
     answer: float = 35.0
+    pauses: tuple[float, ...] = (1, 2, 4, 8, 15)
     patience: float = 120.0
     late_connections: float = 3.0
-    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    between_groups: float = 2.0
+    sleep: Callable[[float], Awaitable[None]] = field(default=asyncio.sleep, repr=False)
 
 
-class _ServerError(Exception):
-    """The server could not check the ports; the message says why."""
+class ServerError(Exception):
+    """The server could not check the ports; the message says why, without naming the server."""
+
+
+class _Overloaded(Exception):
+    """The server has no room for so many ports at once."""
+
+
+class _ErrorDetail(BaseModel):
+    """An error of a server, whose codes may be newer than ours."""
+
+    code: str
+    message: str
+    ports: list[int] = []
+
+
+class _ErrorBody(BaseModel):
+    detail: _ErrorDetail
 
 
 class Server:
@@ -57,158 +93,207 @@ class Server:
 
     Attributes:
         url: Its base URL.
+        address: This machine's address, which it is asked about; None while that is unknown.
         verdicts: Its verdict on each port that it has checked.
+        excluded: The ports that it may not connect to.
+        error: Why it does not check, or no longer; None if it does.
+        does_not_know_address: Whether that is all that is wrong with it.
+        local: The address of this machine from which it was asked.
+        remote: Its own address.
     """
 
     def __init__(
-        self,
-        url: str,
-        http: httpx.AsyncClient,
-        on_progress: Callable[[str], None],
-        waits: Waits,
+        self, url: ServerUrl, http: HttpClient, on_progress: Callable[[str], None], waits: Waits
     ) -> None:
         self.url = url
+        self.address: Address | None = None
         self.verdicts: dict[int, Verdict] = {}
+        self.excluded: set[int] = set()
+        self.error: str | None = None
+        self.does_not_know_address = False
+        self.local: Address | None = None
+        self.remote: Address | None = None
         self._http = http
         self._on_progress = on_progress
         self._waits = waits
         self._patience = waits.patience
         self._batch_size = MAX_PORTS_PER_REQUEST
-        self._error: str | None = None if _is_url(url) else "not a valid server URL"
-        self._no_address: str | None = None
 
     def report(self) -> ServerReport:
         """Summarize how asking it went."""
-        asked = bool(self.verdicts)
-        return ServerReport(self.url, asked, self._error or (None if asked else self._no_address))
-
-    async def fetch_address(self) -> Address | None:
-        """Return this machine's address as the server sees it; None if it cannot tell."""
-        if self._error:
-            return None
-        try:
-            response, body = await self._request("GET", "/ip")
-            if response.status_code == HTTPStatus.OK:
-                if ip := _parse(CallerAddress, response, body).ip:
-                    return parse_address(ip)
-                self._no_address = "it does not know this machine's address; give it with --ip"
-            elif response.status_code == HTTPStatus.NOT_FOUND:
-                self._no_address = "it does not tell callers their address; give it with --ip"
-            else:
-                raise _ServerError(_describe(response, body))
-        except ValueError:
-            self._error = "it sent an invalid IP address"
-        except _ServerError as error:
-            self._error = str(error)
-        return None
-
-    async def ask(self, address: Address, ports: Sequence[int]) -> None:
-        """Ask about ``ports``, unless asking this server has failed before."""
-        left = list(ports)
-        try:
-            while left and not self._error:
-                some = left[: self._batch_size]
-                if verdicts := await self._check(address, some):
-                    self.verdicts |= verdicts
-                    left = left[len(some) :]
-        except _ServerError as error:
-            self._error = str(error)
-
-    async def _check(self, address: Address, ports: list[int]) -> dict[int, Verdict]:
-        """Make one request; return no verdicts if it has to be repeated, after a wait."""
-        self._on_progress(f"{self.url} is checking {len(ports)} ports")
-        response, body = await self._request(
-            "POST", "/check-ports", {"provider_ip": str(address), "ports": ports}
+        address = str(self.address) if self.address else None
+        return ServerReport(
+            str(self.url), bool(self.verdicts or self.excluded), self.error, address
         )
-        if response.status_code == HTTPStatus.OK:
-            results = _parse(CheckResponse, response, body).results
-            if list(results) != [str(port) for port in ports]:
-                raise _ServerError("it reported on other ports than it was asked about")
-            return {
-                port: Verdict(said.accessible, said.error and _printable(said.error))
-                for port, said in zip(ports, results.values(), strict=True)
-            }
-        error = _parse(ErrorResponse, response, body).detail
-        if error.code in (ErrorCode.TOO_MANY_PORTS, ErrorCode.OVERLOADED) and len(ports) > 1:
-            self._batch_size = (len(ports) + 1) // 2
-        elif error.code == ErrorCode.TOO_MANY_PORTS:
-            raise _ServerError(_describe(response, body))
-        if error.code != ErrorCode.TOO_MANY_PORTS:
-            await self._wait_as_asked(response, body)
-        return {}
 
-    async def _wait_as_asked(self, response: httpx.Response, body: bytes) -> None:
-        """Wait for ``Retry-After`` seconds, as long as our patience allows."""
+    async def fetch_address(self) -> None:
+        """Ask for this machine's address as the server sees it, or keep the reason in ``error``."""
         try:
-            seconds = max(1, int(response.headers["retry-after"]))
-        except (KeyError, ValueError):
-            raise _ServerError(_describe(response, body)) from None
-        self._patience -= seconds
-        if self._patience < 0:
-            raise _ServerError(_describe(response, body))
-        self._on_progress(f"waiting {seconds} s for {self.url}")
-        await self._waits.sleep(seconds)
+            response = await self._request("GET", "/ip", None, _ANSWER_SIZE)
+            if response.status == HTTPStatus.NOT_FOUND:
+                raise ServerError(self._no_address(response))
+            if response.status != HTTPStatus.OK:
+                raise ServerError(_describe(response, self.url))
+            ip = _parse(CallerAddress, response, self.url).ip
+            if ip is None:
+                self.does_not_know_address = True
+                raise ServerError("does not know this machine's address; give it with --ip")
+            try:
+                self.address = parse_address(ip)
+            except ValueError:
+                raise ServerError("sent an invalid IP address") from None
+        except ServerError as error:
+            self.error = str(error)
+
+    def _no_address(self, response: Response) -> str:
+        if self.url.path:
+            return f"has nothing at {self.url}/ip: try {self.url.root}"
+        if _error_detail(response) or b'"Not Found"' in response.body:  # FastAPI's own words
+            self.does_not_know_address = True
+            return "does not tell callers their address; give it with --ip"
+        return _describe(response, self.url)
+
+    async def ask(self, ports: Sequence[int]) -> None:
+        """Ask about ``ports``, unless asking this server has failed before.
+
+        The verdicts, and the reason if there are none for some, are kept in the attributes.
+        """
+        left = [port for port in ports if port not in self.excluded]
+        try:
+            while left and not self.error:
+                some = left[: self._batch_size]
+                try:
+                    verdicts, excluded = await self._check(some)
+                except _Overloaded:
+                    self._batch_size = (len(some) + 1) // 2
+                    continue
+                self.verdicts |= verdicts
+                self.excluded |= excluded
+                self._patience = self._waits.patience
+                done = verdicts.keys() | excluded
+                left = [port for port in left if port not in done]
+        except ServerError as error:
+            self.error = str(error)
+
+    async def look_again(self, ports: Sequence[int]) -> dict[int, Verdict]:
+        """Ask about ports that it has checked before.
+
+        Returns:
+            The verdicts, which are not kept.
+
+        Raises:
+            ServerError: It does not answer for all of them.
+        """
+        verdicts: dict[int, Verdict] = {}
+        while left := [port for port in ports if port not in verdicts]:
+            try:
+                some, excluded = await self._check(left[: self._batch_size])
+            except _Overloaded:
+                self._batch_size = (self._batch_size + 1) // 2
+                continue
+            if excluded:
+                raise ServerError("may not connect to a port that it did connect to")
+            verdicts |= some
+        return verdicts
+
+    async def _check(self, ports: list[int]) -> tuple[dict[int, Verdict], set[int]]:
+        """Have ports checked; return the verdicts, or the ports that the server may not reach."""
+        self._on_progress(f"{self.url} is checking {_count(ports)}")
+        document = json.dumps({"provider_ip": str(self.address), "ports": ports}).encode()
+        size = _ANSWER_SIZE + _VERDICT_SIZE * len(ports)
+        response = await self._request("POST", "/check-ports", document, size, len(ports))
+        if response.status == HTTPStatus.OK:
+            results = _parse(CheckResponse, response, self.url).results
+            if list(results) != [str(port) for port in ports]:
+                raise ServerError("reported on other ports than it was asked about")
+            return {
+                port: Verdict(said.accessible, said.error and printable(said.error))
+                for port, said in zip(ports, results.values(), strict=True)
+            }, set()
+        detail = _error_detail(response)
+        if detail and detail.code == ErrorCode.TOO_MANY_PORTS and len(ports) > 1:
+            raise _Overloaded
+        if detail and (excluded := set(detail.ports) & set(ports)):
+            return {}, excluded
+        raise ServerError(_describe(response, self.url))
 
     async def _request(
-        self, method: str, path: str, document: object = None
-    ) -> tuple[httpx.Response, bytes]:
-        body = bytearray()
-        try:
-            async with (
-                asyncio.timeout(self._waits.connect + self._waits.answer),
-                self._http.stream(method, self.url.rstrip("/") + path, json=document) as response,
-            ):
-                async for chunk in response.aiter_bytes():
-                    body += chunk
-                    if len(body) > _MAX_ANSWER_SIZE:
-                        raise _ServerError("its answer is too long: is this a port checker?")
-        except (httpx.ConnectTimeout, httpx.ReadTimeout, TimeoutError):
-            raise _ServerError("it did not answer in time") from None
-        except httpx.HTTPError as error:
-            raise _ServerError(_why(error)) from error
-        return response, bytes(body)
+        self, method: str, path: str, body: bytes | None, max_size: int, ports: int = 1
+    ) -> Response:
+        """Make a request, and make it again while what hinders it may pass.
+
+        Raises:
+            ServerError: It does not pass, or not within our patience.
+            _Overloaded: After a wait: the server would take fewer ports.
+        """
+        pauses = iter(self._waits.pauses)
+        while True:
+            retry_after = None
+            try:
+                response = await self._http.request(self.url, method, path, body, max_size)
+            except HttpError as error:
+                if not error.passes:
+                    raise ServerError(str(error)) from None
+                trouble, detail = str(error), None
+            else:
+                self.local, self.remote = response.local, response.remote
+                detail = _error_detail(response)
+                if response.status not in _PASSING or (detail and detail.ports):
+                    return response
+                trouble, retry_after = _describe(response, self.url), _retry_after(response)
+            pause = retry_after or next(pauses, None)
+            if pause is None or pause > self._patience:
+                raise ServerError(trouble)
+            self._patience -= pause
+            self._on_progress(f"{self.url}: {trouble}; next attempt in {pause:.0f} s")
+            await self._waits.sleep(pause)
+            if detail and detail.code == ErrorCode.OVERLOADED and ports > 1:
+                raise _Overloaded
 
 
-def _is_url(text: str) -> bool:
+def _count(ports: Sequence[int]) -> str:
+    return "1 port" if len(ports) == 1 else f"{len(ports)} ports"
+
+
+def _retry_after(response: Response) -> float | None:
+    """Read ``Retry-After``, seconds or a date (RFC 9110 section 10.2.3): at least one second."""
+    text = response.headers.get("retry-after", "")
     try:
-        url = httpx.URL(text)
-    except httpx.InvalidURL:
-        return False
-    return url.scheme in ("http", "https") and bool(url.host) and (url.port or 1) in range(1, 65536)
+        if re.fullmatch(r"-?[0-9]{1,9}", text):
+            return max(1.0, float(text))
+        seconds = (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds()
+    except (TypeError, ValueError):
+        return None
+    return max(1.0, seconds)
 
 
-def _why(error: BaseException) -> str:
-    """Find the reason for an error of httpx in the chain of its causes."""
-    causes = [error]
-    while cause := causes[-1].__cause__ or causes[-1].__context__:
-        causes.append(cause)
-    for cause in causes:
-        if isinstance(cause, ssl.SSLError):
-            return f"TLS failed: {getattr(cause, 'verify_message', '') or cause.reason or cause}"
-        if isinstance(cause, socket.gaierror):
-            return f"its host name cannot be resolved: {cause.strerror}"
-    for cause in reversed(causes):
-        if isinstance(cause, OSError) and cause.errno:
-            return f"it cannot be reached: {os.strerror(cause.errno)}"
-    return f"the exchange with it failed: {error or type(error).__name__}"
-
-
-def _parse(model: type[_Model], response: httpx.Response, body: bytes) -> _Model:
+def _parse(model: type[_Model], response: Response, url: ServerUrl) -> _Model:
     try:
-        return model.model_validate_json(body)
+        return model.model_validate_json(response.body)
     except ValidationError:
-        raise _ServerError(_describe(response, body)) from None
+        raise ServerError(_describe(response, url)) from None
 
 
-def _describe(response: httpx.Response, body: bytes) -> str:
+def _error_detail(response: Response) -> _ErrorDetail | None:
+    try:
+        return _ErrorBody.model_validate_json(response.body).detail
+    except ValidationError:
+        return None
+
+
+def _describe(response: Response, url: ServerUrl) -> str:
     """Describe an answer that is not the expected one."""
-    try:
-        detail = ErrorResponse.model_validate_json(body).detail
-    except ValidationError:
-        return f"unexpected answer (HTTP status {response.status_code}): is this a port checker?"
-    return f"{_printable(detail.message)} ({detail.code})"
-
-
-def _printable(text: str) -> str:
-    """Make a server's text safe to print: it must not control the terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text[:_MAX_MESSAGE_LENGTH])
+    if detail := _error_detail(response):
+        return f"{printable(detail.message)} ({printable(detail.code)})"
+    if target := response.headers.get("location"):
+        target = printable(without_password(urljoin(f"{url}/", target)))
+        target = target.removesuffix("/check-ports").removesuffix("/ip")
+        return f"redirects to {target}: give that URL"
+    status = f"HTTP status {response.status}"
+    if reason := response.reason:
+        status += f" ({reason})"
+    if sender := response.headers.get("server"):
+        status += f" from {printable(sender)}"
+    if response.status in _PASSING:
+        return f"a proxy or server on the way answers with {status}"
+    return f"unexpected answer, {status}: is this a port checker?"

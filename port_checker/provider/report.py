@@ -1,12 +1,27 @@
 """The result for each port and the advice that follows from it."""
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from port_checker import advice as advice_for
+from port_checker.addresses import Address
 from port_checker.connect import REFUSED, TIMED_OUT, Verdict
+from port_checker.linux import TcpSocket, TcpState
 
-LocalBinding = Literal["bound", "in use", "not permitted", "failed"]
+LocalBinding = Literal["bound", "in use", "outgoing connection", "not permitted", "failed"]
+
+
+class PortPair(NamedTuple):
+    """A port as the world sees it, and as this machine does.
+
+    Attributes:
+        outer: The port that a server connects to.
+        inner: The port of this machine that it is forwarded to, as a rule the same.
+    """
+
+    outer: int
+    inner: int
 
 
 @dataclass(frozen=True)
@@ -14,14 +29,16 @@ class ServerReport:
     """How asking one server went.
 
     Attributes:
-        url: The server.
+        url: The server, without a password.
         asked: Whether it checked at least some of the ports.
         error: Why it did not check all of them; None if it did.
+        ip: The address that it checked; None if it could not tell it.
     """
 
     url: str
     asked: bool
     error: str | None
+    ip: str | None = None
 
 
 @dataclass(frozen=True)
@@ -29,9 +46,9 @@ class PortReport:
     """The result for one port.
 
     Attributes:
-        port: The TCP port.
-        local: Whether a listener could be opened on this machine; "in use" means that another
-            program has the port.
+        port: The TCP port as the world sees it.
+        local: Whether a listener could be opened on this machine. With "in use" another program
+            has the port, and with "outgoing connection" one of this machine's connections.
         reachable: Whether the world can reach this machine on the port: a server connected, and
             the listener saw the connection or another program has the port.
         confirmed: Whether the listener saw the connection that a server reports; None where there
@@ -40,6 +57,9 @@ class PortReport:
             them could connect, and if none checked the port.
         advice: What to do; None if nothing is wrong.
         answers: The verdict of each server that checked the port, by URL.
+        inner: The port of this machine that was listened on.
+        arrives_at: The other port of this machine at which connections arrive; None if there is
+            none.
     """
 
     port: int
@@ -49,6 +69,8 @@ class PortReport:
     error: str | None
     advice: str | None
     answers: dict[str, Verdict]
+    inner: int
+    arrives_at: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +81,8 @@ class Report:
         ip: The address that was checked; None if no server could tell it.
         servers: One for each server, in the order given.
         ports: One for each port, in the order given.
+        notes: What is true of all of them, in sentences.
+        family: 4 or 6: the IP version of the address.
         reachable: How many ports are reachable.
         total: How many there are.
     """
@@ -66,6 +90,8 @@ class Report:
     ip: str | None
     servers: list[ServerReport]
     ports: list[PortReport]
+    notes: list[str] = field(default_factory=list)
+    family: int = 4
     reachable: int = field(init=False)
     total: int = field(init=False)
 
@@ -74,34 +100,156 @@ class Report:
         object.__setattr__(self, "total", len(self.ports))
 
 
-_ADVICE_ON_ERROR = {
-    REFUSED.error: advice_for.REFUSED,
-    TIMED_OUT.error: advice_for.TIMED_OUT,
-}
+@dataclass(frozen=True)
+class Place:
+    """What is known of the way to this machine.
+
+    Attributes:
+        own_address: Whether the address that was checked is one of this machine's: no router
+            translates addresses then.
+        caller_hidden: Whether it is probably another machine's: private, and not this machine's.
+        arrived: Whether the kernel saw the failed connections arrive and turned them away; None
+            if that cannot be told.
+        family: 4 or 6.
+        address: The address at which connections arrive here, if it is known.
+    """
+
+    own_address: bool = False
+    caller_hidden: bool = False
+    arrived: bool | None = None
+    family: int = 4
+    address: Address | None = None
 
 
-def judge(port: int, local: LocalBinding, seen: bool, answers: dict[str, Verdict]) -> PortReport:
+@dataclass(frozen=True)
+class Observation:
+    """What was seen of one port, here and by the servers.
+
+    Attributes:
+        ports: The port, outside and here.
+        local: Whether a listener could be opened.
+        seen: Whether a connection to this very port arrived here, even if no handshake followed.
+        answers: The verdicts, by server.
+        arrives_at: The other port of this machine at which its connections arrive.
+        holders: The sockets that have the port, if it is in use.
+        other_family: Whether the program that has it listens over the other IP version alone.
+        excluded: Whether a server may not connect to it.
+        reason: Why no server checked it.
+    """
+
+    ports: PortPair
+    local: LocalBinding
+    seen: bool = False
+    answers: dict[str, Verdict] = field(default_factory=dict)
+    arrives_at: int | None = None
+    holders: Sequence[TcpSocket] = ()
+    other_family: bool = False
+    excluded: bool = False
+    reason: str = "there is no server"
+
+
+def judge(observed: Observation, place: Place) -> PortReport:
     """Combine what this machine saw with what the servers report."""
+    local, answers = observed.local, observed.answers
     accessible = any(verdict.accessible for verdict in answers.values())
     errors = [verdict.error for verdict in answers.values()]
-    confirmed = accessible and seen if local == "bound" else None
-    reachable = accessible if local == "in use" else confirmed is True
-    advice: str | None
-    if local == "not permitted":
-        advice = advice_for.NOT_PERMITTED
-    elif local == "failed":
-        advice = advice_for.FAILED
-    elif not answers:
-        advice = advice_for.NOT_ASKED
-    elif reachable:
-        advice = None
-    elif accessible:
-        advice = advice_for.ANSWERED_ELSEWHERE
-    elif local == "in use":
-        advice = advice_for.IN_USE
-    elif seen:
-        advice = advice_for.WAY_BACK
-    else:
-        advice = _ADVICE_ON_ERROR.get(errors[0], advice_for.UNREACHABLE)
-    error = errors[0] if errors and not accessible else None
-    return PortReport(port, local, reachable, confirmed, error, advice, answers)
+    listened = local == "bound"
+    crossed = observed.arrives_at is not None
+    confirmed = accessible and observed.seen and not crossed if listened else None
+    reachable = accessible and not crossed if local == "in use" else confirmed is True
+    return PortReport(
+        port=observed.ports.outer,
+        local=local,
+        reachable=reachable,
+        confirmed=confirmed,
+        error=errors[0] if errors and not accessible else None,
+        advice=None if reachable else _advise(observed, place, accessible, errors),
+        answers=answers,
+        inner=observed.ports.inner,
+        arrives_at=observed.arrives_at,
+    )
+
+
+def _advise(
+    observed: Observation, place: Place, accessible: bool, errors: Sequence[str | None]
+) -> str:
+    match observed.local:
+        case "not permitted":
+            return advice_for.NOT_PERMITTED
+        case "failed":
+            return advice_for.FAILED
+        case "outgoing connection":
+            return advice_for.OUTGOING_CONNECTION
+    if not observed.answers:
+        if observed.excluded:
+            return advice_for.SERVER_CANNOT
+        return advice_for.NOT_CHECKED.format(reason=observed.reason)
+    if observed.arrives_at is not None:
+        return advice_for.CROSSED
+    if observed.local == "in use":
+        return _advise_on_program(observed, place, errors)
+    if accessible:
+        return advice_for.ANSWERED_ELSEWHERE
+    if observed.seen:
+        return advice_for.WAY_BACK
+    if place.caller_hidden:
+        return advice_for.CALLER_HIDDEN
+    if place.arrived:
+        return advice_for.OWN_FIREWALL
+    if place.own_address:
+        unknown = place.arrived is None
+        return advice_for.OWN_FIREWALL_FIRST if unknown else advice_for.NETWORK_FIREWALL
+    return _advise_on_router(errors[0], place.arrived)
+
+
+def _advise_on_router(error: str | None, arrived: bool | None) -> str:
+    match error:
+        case REFUSED.error:
+            return advice_for.REFUSED if arrived is None else advice_for.NOT_FORWARDED
+        case TIMED_OUT.error:
+            return advice_for.TIMED_OUT if arrived is None else advice_for.NOTHING_ARRIVED
+    return advice_for.ROUTER_REJECTS
+
+
+def _advise_on_program(observed: Observation, place: Place, errors: Sequence[str | None]) -> str:
+    listeners = [sock for sock in observed.holders if sock.state is TcpState.LISTEN]
+    if not listeners:
+        return advice_for.IN_USE_NOT_LISTENING
+    if observed.other_family:
+        return advice_for.IN_USE_OTHER_FAMILY.format(family=f"IPv{place.family}")
+    if not any(sock.address.is_unspecified or sock.address == place.address for sock in listeners):
+        addresses = ", ".join(sorted({str(sock.address) for sock in listeners}))
+        return advice_for.IN_USE_LOCALLY.format(addresses=addresses)
+    queued = max(sock.queued for sock in listeners)
+    if queued and TIMED_OUT.error in errors:
+        return advice_for.IN_USE_NOT_ACCEPTING.format(queued=queued)
+    router = "" if place.own_address else advice_for.AND_ROUTER
+    return advice_for.IN_USE.format(and_router=router)
+
+
+def port_ranges(ports: Iterable[PortPair]) -> str:
+    """Write ports as the program reads them: ``7466, 50800-50899, 60800-60899:50800-50899``."""
+    return ", ".join(_write(*run) for run in _runs(sorted(ports)))
+
+
+def _runs(ports: Sequence[PortPair]) -> Iterator[tuple[PortPair, PortPair]]:
+    """Join ports in a row, outside and here, into their first and last."""
+    if not ports:
+        return
+    first = last = ports[0]
+    for port in ports[1:]:
+        same_offset = port.inner - port.outer == first.inner - first.outer
+        if port.outer != last.outer + 1 or not same_offset:
+            yield first, last
+            first = port
+        last = port
+    yield first, last
+
+
+def _write(first: PortPair, last: PortPair) -> str:
+    outer = _range(first.outer, last.outer)
+    return outer if first.outer == first.inner else f"{outer}:{_range(first.inner, last.inner)}"
+
+
+def _range(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low}-{high}"

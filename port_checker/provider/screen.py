@@ -1,43 +1,127 @@
 """Shows a report: a table on a terminal, plain lines elsewhere."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rich.console import Console
+from rich.padding import Padding
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
-from port_checker.provider.report import PortReport, Report
+from port_checker.provider.remote import MAX_PORTS_PER_REQUEST
+from port_checker.provider.report import PortPair, PortReport, Report, port_ranges
+
+# A narrower terminal has no room for four columns.
+_MIN_TABLE_WIDTH = 64
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Ports with the same result."""
+
+    ports: str
+    local: str
+    outside: str
+    advice: str
+
+    @property
+    def colour(self) -> str:
+        return "red" if self.advice else "green"
 
 
 def show(report: Report, console: Console) -> None:
-    """Print a table on a terminal, and plain lines elsewhere."""
-    table = Table("Ports", "Local binding", "From outside", "What to do")
-    for ports, local, outside, advice in _rows(report.ports):
-        if console.is_terminal:
-            seen = Text(outside, "red" if advice else "green")
-            table.add_row(Text(ports), Text(local), seen, Text(advice))
-        else:
-            console.print(f"{ports}: {local}; {outside}. {advice}".rstrip(), soft_wrap=True)
-    if console.is_terminal:
-        console.print(table)
+    """Print a report.
+
+    Args:
+        report: What to show.
+        console: Where to print it; without markup, emoji codes and highlighting.
+    """
+    rows = list(_rows(report.ports))
+    if not console.is_terminal:
+        for row in rows:
+            line = f"{row.ports}: {row.local}; {row.outside}. {row.advice}".rstrip()
+            console.print(line, soft_wrap=True)
+    elif console.width < _MIN_TABLE_WIDTH:
+        _show_blocks(rows, console)
+    else:
+        _show_table(rows, console)
     for note in _notes(report):
-        console.print(note, soft_wrap=True)
+        console.print(note, soft_wrap=not console.is_terminal)
 
 
-def _rows(ports: Iterable[PortReport]) -> list[tuple[str, str, str, str]]:
-    """Ports with the same result share one row."""
-    groups: dict[tuple[str, str, str], list[int]] = {}
+@contextmanager
+def progress(
+    ports: int,
+) -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
+    """Show on the terminal what is happening, until the block ends.
+
+    Args:
+        ports: How many are checked. Of more than a server takes at once, a bar shows how far the
+            check is and how long it may still take.
+
+    Yields:
+        ``on_progress`` and ``on_checked`` of ``verify``.
+    """
+    columns: list[ProgressColumn] = [SpinnerColumn("line")]
+    if ports > MAX_PORTS_PER_REQUEST:
+        columns += [BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn()]
+    columns.append(TextColumn("{task.description}", markup=False))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=ports)
+        yield (
+            lambda text: bar.update(task, description=text),
+            lambda done, _: bar.update(task, completed=done),
+        )
+
+
+def _show_table(rows: Iterable[_Row], console: Console) -> None:
+    table = Table()
+    table.add_column("Ports", min_width=len("50800-50899,"))
+    table.add_column("Local binding", min_width=len("connection"))
+    table.add_column("From outside", min_width=len("machine)"))
+    table.add_column("What to do")
+    for row in rows:
+        outside = Text(row.outside, row.colour)
+        table.add_row(Text(row.ports), Text(row.local), outside, Text(row.advice))
+    console.print(table)
+
+
+def _show_blocks(rows: Iterable[_Row], console: Console) -> None:
+    for row in rows:
+        result = Text.assemble(f"{row.local}; ", (row.outside, row.colour))
+        console.print(Text(row.ports))
+        console.print(Padding(result, (0, 0, 0, 2)))
+        if row.advice:
+            console.print(Padding(Text(row.advice), (0, 0, 0, 2)))
+        console.print()
+
+
+def _rows(ports: Iterable[PortReport]) -> Iterator[_Row]:
+    groups: dict[tuple[str, str, str], list[PortPair]] = {}
     for port in ports:
-        key = port.local, _outside(port), port.advice or ""
-        groups.setdefault(key, []).append(port.port)
-    return [(_ranges(numbers), *key) for key, numbers in groups.items()]
+        key = (str(port.local), _outside(port), port.advice or "")
+        groups.setdefault(key, []).append(PortPair(port.port, port.inner))
+    for key, pairs in groups.items():
+        yield _Row(port_ranges(pairs), *key)
 
 
 def _outside(port: PortReport) -> str:
     if port.reachable:
         outside = "reachable"
     elif not port.answers:
-        outside = "not asked"
+        outside = "not checked"
+    elif port.arrives_at is not None:
+        outside = "arrives at another port"
     else:
         outside = port.error or "answered by another machine"
     if len({verdict.accessible for verdict in port.answers.values()}) > 1:
@@ -46,21 +130,14 @@ def _outside(port: PortReport) -> str:
     return outside
 
 
-def _ranges(ports: list[int]) -> str:
-    """Write ports like ``7466, 50800–50899``."""  # noqa: RUF002  # an en dash, for people
-    runs: list[list[int]] = []
-    for port in sorted(ports):
-        if runs and runs[-1][1] == port - 1:
-            runs[-1][1] = port
-        else:
-            runs.append([port, port])
-    return ", ".join(str(low) if low == high else f"{low}–{high}" for low, high in runs)  # noqa: RUF001  # the same
-
-
-def _notes(report: Report) -> Iterable[str]:
+def _notes(report: Report) -> Iterator[str]:
+    in_rows = any(not port.answers for port in report.ports)
     for server in report.servers:
-        if server.error:
-            extent = " all ports" if server.asked else " any port"
-            yield f"{server.url} could not check{extent}: {server.error}."
+        if server.error and server.asked:
+            yield f"{server.url} checked only some of the ports: {server.error}."
+        elif server.error and not in_rows:
+            yield f"{server.url} {server.error}."
+    yield from report.notes
     whose = report.ip or "this machine"
-    yield f"{report.reachable} of {report.total} ports of {whose} are reachable."
+    over = f"over IPv{report.family}"
+    yield f"{report.reachable} of {report.total} ports of {whose} are reachable {over}."

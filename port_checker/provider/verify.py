@@ -1,26 +1,53 @@
-"""The whole flow: listen, ask, judge."""
+"""The whole flow: listen, ask, judge, look again."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network, IPv6Address
 
-import httpx
-
+from port_checker import advice
 from port_checker.addresses import Address, parse_address
-from port_checker.linux import descriptors_left, half_open_ports
-from port_checker.provider.listeners import Listeners
+from port_checker.connect import TIMED_OUT, Verdict
+from port_checker.linux import (
+    RouteType,
+    descriptors_left,
+    ephemeral_ports,
+    half_open_ports,
+    packets_not_delivered,
+    reserved_ports,
+    route_type,
+)
+from port_checker.provider.http_client import HttpClient, LocalPorts, ServerUrl
+from port_checker.provider.listeners import MAX_HELD, Listeners
 from port_checker.provider.remote import MAX_PORTS_PER_REQUEST, Server, Waits
-from port_checker.provider.report import PortReport, Report, judge
+from port_checker.provider.report import (
+    Observation,
+    Place,
+    PortPair,
+    PortReport,
+    Report,
+    judge,
+    port_ranges,
+)
+from port_checker.provider.second_look import ask_in_groups, looks_limited, trace_forwards
+from port_checker.schemas import MAX_PORT
 
 # Descriptors kept for connections to servers, connections that listeners see, and the rest.
-_OTHER_DESCRIPTORS = 48
+_OTHER_DESCRIPTORS = 48 + MAX_HELD
+# Packets that may arrive meanwhile and have nothing to do with the check.
+_OTHER_PACKETS = 10
+_SHARED = IPv4Network("100.64.0.0/10")  # RFC 6598
 
 
 async def verify(
-    ports: Sequence[int],
+    ports: Sequence[int | tuple[int, int]],
     *,
     servers: Sequence[str],
-    ip: str | None = None,
+    ip: str | Address | None = None,
+    family: int | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
+    on_checked: Callable[[int, int], None] = lambda _done, _total: None,
     waits: Waits = Waits(),  # noqa: B008  # frozen
 ) -> Report:
     """Verify that the world can reach this machine on its ports.
@@ -30,69 +57,361 @@ async def verify(
     failure is part of the report.
 
     Args:
-        ports: TCP ports, 1 to 65535.
+        ports: TCP ports, 1 to 65535. A pair is a port as the world sees it and the port of this
+            machine that it is forwarded to.
         servers: URLs of port checkers.
-        ip: This machine's public address; by default, as seen by the first server that answers.
+        ip: This machine's public address; by default, each server is asked about the address that
+            it sees.
+        family: 4 or 6, the IP version to check; by default that of ``ip``, else 4 where a server
+            can be reached over it, else 6.
         on_progress: Called with a few words on what is happening.
+        on_checked: Called with how many ports have been checked, and how many there are.
         waits: How long to wait.
 
     Returns:
         The report.
 
     Raises:
-        ValueError: ``ip`` is not an IP address, or a port is not one.
+        TypeError: An argument is of another type.
+        ValueError: ``ip`` is not an IP address or not of ``family``, a port is out of range or
+            named for two others, or a URL is not one.
     """
-    ports = list(dict.fromkeys(ports))
-    if wrong := [port for port in ports if not 1 <= port <= 65535]:
-        raise ValueError(f"{wrong[0]} is not a port (1-65535)")
-    address = parse_address(ip) if ip else None
-    async with httpx.AsyncClient(
-        timeout=httpx.Timeout(waits.answer, connect=waits.connect),
-        trust_env=False,  # through a proxy, a server would see the proxy's address
-    ) as http:
-        checkers = [Server(url, http, on_progress, waits) for url in dict.fromkeys(servers)]
-        if not address:
-            on_progress("asking for this machine's address")
-            addresses = await asyncio.gather(*(server.fetch_address() for server in checkers))
-            address = next((one for one in addresses if one), None)
-        reports = []
-        for some in _in_parts(ports, descriptors_left() - _OTHER_DESCRIPTORS):
-            reports += await _verify_part(some, address, checkers, waits)
-    return Report(
-        ip=str(address) if address else None,
-        servers=[server.report() for server in checkers],
-        ports=reports,
+    pairs = _port_pairs(ports)
+    urls = _server_urls(servers)
+    address = _address(ip)
+    if family not in (None, 4, 6):
+        raise ValueError(f"family must be 4 or 6, not {family!r}")
+    if address and family not in (None, address.version):
+        raise ValueError(f"{address} is not an IPv{family} address")
+    local_ports = LocalPorts({pair.inner for pair in pairs})
+    if not address and not family:
+        family = await _choose_family(urls, local_ports, waits)
+    http = HttpClient(local_ports, None if address else family, waits.connect, waits.answer)
+    check = _Check(
+        servers=[Server(url, http, on_progress, waits) for url in urls],
+        given=address,
+        family=address.version if address else family or 4,
+        waits=waits,
+        on_progress=on_progress,
     )
+    reports: list[PortReport] = []
+    parts = list(_in_parts(pairs, descriptors_left() - _OTHER_DESCRIPTORS))
+    for part in parts:
+        reports += await check.verify_part(part, only_part=len(parts) == 1)
+        on_checked(len(reports), len(pairs))
+    return check.report(reports)
 
 
-async def _verify_part(
-    ports: Sequence[int], address: Address | None, servers: Sequence[Server], waits: Waits
-) -> list[PortReport]:
-    """Verify as many ports as this process can listen on at once."""
-    with Listeners(ports, address.version if address else 4) as listeners:
-        worth_asking = [port for port in ports if listeners.local[port] in ("bound", "in use")]
-        if address and worth_asking:
-            await asyncio.gather(*(server.ask(address, worth_asking) for server in servers))
-        answers = {
-            port: {
-                server.url: server.verdicts[port] for server in servers if port in server.verdicts
+@dataclass
+class _Check:
+    """One run of ``verify``, and what it has found out about all ports."""
+
+    servers: Sequence[Server]
+    given: Address | None
+    family: int
+    waits: Waits
+    on_progress: Callable[[str], None]
+    let_in_later: int = 0
+    crossed: dict[PortPair, int] = field(default_factory=dict)
+
+    async def verify_part(self, pairs: Sequence[PortPair], *, only_part: bool) -> list[PortReport]:
+        """Verify as many ports as this process can listen on at once."""
+        async with Listeners([pair.inner for pair in pairs], self.family) as listeners:
+            await self._find_address()
+            asked = [pair for pair in pairs if listeners.local[pair.inner] in ("bound", "in use")]
+            discarded = packets_not_delivered(self.family)
+            await self._ask(asked, listeners)
+            half_open = half_open_ports({pair.inner for pair in asked})
+            failed = [
+                pair
+                for pair in asked
+                if not self._is_accessible(pair)
+                and not {pair.inner} & (listeners.seen.keys() | half_open)
+            ]
+            place = self._place(len(failed), discarded)
+            seen = set(listeners.seen)
+            arrivals = None
+            if through := await self._ask_in_groups(asked, seen, listeners):
+                seen |= set(listeners.seen)
+                self.let_in_later += through
+            elif self._wants_tracing(asked, listeners, only_part and not place.own_address):
+                arrivals = await self._trace(asked, listeners)
+            self.crossed |= {
+                pair: arrivals[pair.outer]
+                for pair in pairs
+                if arrivals and arrivals.get(pair.outer, pair.inner) != pair.inner
             }
-            for port in ports
-        }
-        open_outside = [
-            port
-            for port in ports
-            if listeners.local[port] == "bound"
-            and any(verdict.accessible for verdict in answers[port].values())
+            return [
+                judge(self._observe(pair, listeners, seen, half_open, arrivals), place)
+                for pair in pairs
+            ]
+
+    async def _find_address(self) -> None:
+        if self.given:
+            for server in self.servers:
+                server.address = self.given
+            return
+        unknown = [s for s in self.servers if not s.address and not s.error]
+        if unknown:
+            self.on_progress("asking for this machine's address")
+            await asyncio.gather(*(server.fetch_address() for server in unknown))
+        known = next((server.address for server in self.servers if server.address), None)
+        for server in self.servers:
+            if known and not server.address and server.does_not_know_address:
+                server.address, server.error = known, None
+            elif server.address and server.address.version != self.family:
+                seen, server.address = server.address, None
+                server.error = f"sees this machine at {seen}, not at an IPv{self.family} address"
+
+    async def _ask(self, pairs: Sequence[PortPair], listeners: Listeners) -> None:
+        ports = [pair.outer for pair in pairs]
+        await asyncio.gather(*(server.ask(ports) for server in self.servers if server.address))
+        await self._wait_until_seen(pairs, listeners)
+
+    async def _wait_until_seen(self, pairs: Sequence[PortPair], listeners: Listeners) -> None:
+        expected = [
+            pair.inner
+            for pair in pairs
+            if listeners.local[pair.inner] == "bound" and self._is_accessible(pair)
         ]
-        await listeners.wait_until_seen(open_outside, waits.late_connections)
-        seen = listeners.seen
-        if any(listeners.local[port] == "bound" and port not in seen for port in answers):
-            seen = seen | half_open_ports()
-        return [judge(port, listeners.local[port], port in seen, answers[port]) for port in ports]
+        await listeners.wait_until_seen(expected, self.waits.late_connections)
+
+    def _answers(self, pair: PortPair) -> dict[str, Verdict]:
+        return {
+            str(server.url): server.verdicts[pair.outer]
+            for server in self.servers
+            if pair.outer in server.verdicts
+        }
+
+    def _is_accessible(self, pair: PortPair) -> bool:
+        return any(verdict.accessible for verdict in self._answers(pair).values())
+
+    async def _ask_in_groups(
+        self, pairs: Sequence[PortPair], seen: set[int], listeners: Listeners
+    ) -> int:
+        """Ask again in small groups where a limit on new connections shows."""
+        reached = {pair.outer for pair in pairs if self._is_accessible(pair)}
+        lost = [
+            pair.outer
+            for pair in pairs
+            if listeners.local[pair.inner] == "bound"
+            and pair.inner not in seen
+            and set(self._answers(pair).values()) == {TIMED_OUT}
+        ]
+        if not looks_limited(pairs, reached, set(lost)):
+            return 0
+        server = next(s for s in self.servers if s.verdicts.keys() & set(lost))
+        through = await ask_in_groups(server, lost, self.waits)
+        if through:
+            await self._wait_until_seen(pairs, listeners)
+        return through
+
+    def _wants_tracing(
+        self, pairs: Sequence[PortPair], listeners: Listeners, suspicious: bool
+    ) -> bool:
+        """Whether the forwards must be traced.
+
+        Where what was said and what was seen differ, and where a router may exchange ports without
+        that.
+        """
+        bound = [pair for pair in pairs if listeners.local[pair.inner] == "bound"]
+        seen = [pair for pair in bound if pair.inner in listeners.seen]
+        accessible = [pair for pair in pairs if self._is_accessible(pair)]
+        if not seen or not accessible:
+            return False
+        differ = {pair for pair in bound if pair in accessible} != set(seen)
+        return differ or (suspicious and len(accessible) > 1)
+
+    async def _trace(
+        self, pairs: Sequence[PortPair], listeners: Listeners
+    ) -> dict[int, int] | None:
+        self.on_progress("looking at which port each connection arrives")
+        for server in self.servers:
+            open_ports = [
+                pair
+                for pair in pairs
+                if pair.outer in server.verdicts and server.verdicts[pair.outer].accessible
+            ]
+            if open_ports:
+                return await trace_forwards(server, open_ports, listeners, self.waits)
+        return None
+
+    def _observe(
+        self,
+        pair: PortPair,
+        listeners: Listeners,
+        seen: set[int],
+        half_open: set[int],
+        arrivals: dict[int, int] | None,
+    ) -> Observation:
+        arrives_at = None
+        arrived = pair.inner in seen
+        if arrivals is not None:
+            at = arrivals.get(pair.outer)
+            arrives_at = at if at != pair.inner else None
+            # What others' forwards brought here says nothing about this port.
+            arrived = at == pair.inner or (
+                arrived and not self._is_accessible(pair) and pair.inner not in arrivals.values()
+            )
+        return Observation(
+            ports=pair,
+            local=listeners.local[pair.inner],
+            seen=arrived or pair.inner in half_open,
+            answers=self._answers(pair),
+            arrives_at=arrives_at,
+            holders=listeners.holders.get(pair.inner, ()),
+            other_family=pair.inner in listeners.other_family,
+            excluded=any(pair.outer in server.excluded for server in self.servers),
+            reason="; ".join(
+                f"{server.url} {server.error}" for server in self.servers if server.error
+            )
+            or "no server was asked",
+        )
+
+    @property
+    def _address(self) -> Address | None:
+        return next((server.address for server in self.servers if server.address), self.given)
+
+    def _place(self, failed: int, discarded_before: int | None) -> Place:
+        address = self._address
+        own = bool(address and _is_own(address))
+        discarded = packets_not_delivered(self.family)
+        arrived = None
+        if failed and discarded is not None and discarded_before is not None:
+            arrived = _arrived(failed, discarded - discarded_before)
+        local = next((server.local for server in self.servers if server.local), None)
+        return Place(
+            own_address=own,
+            caller_hidden=bool(address and not self.given and not own and not address.is_global),
+            arrived=arrived,
+            family=self.family,
+            address=address if own else local,
+        )
+
+    def report(self, ports: list[PortReport]) -> Report:
+        """Put together what was found."""
+        address = self._address
+        return Report(
+            ip=str(address) if address else None,
+            servers=[server.report() for server in self.servers],
+            ports=ports,
+            notes=list(self._notes(ports)),
+            family=self.family,
+        )
+
+    def _notes(self, ports: Sequence[PortReport]) -> Iterator[str]:
+        for server in self.servers:
+            if server.address:
+                yield from self._notes_on(server, server.address)
+        addresses = {str(s.url): str(s.address) for s in self.servers if s.address}
+        if len(set(addresses.values())) > 1:
+            written = ", ".join(f"{ip} ({url})" for url, ip in addresses.items())
+            yield advice.ADDRESSES_DIFFER.format(addresses=written)
+        yield from self._notes_on_address(ports)
+        if self.let_in_later:
+            yield advice.CONNECTION_LIMIT.format(retried=self.let_in_later)
+        if self.crossed:
+            wrong = [PortPair(pair.outer, inner) for pair, inner in self.crossed.items()]
+            yield advice.FORWARDS_CROSSED.format(
+                outer=port_ranges(PortPair(pair.outer, pair.outer) for pair in wrong),
+                inner=port_ranges(PortPair(pair.inner, pair.inner) for pair in wrong),
+                pairs=port_ranges(wrong),
+            )
+        taken = {port.inner for port in ports if port.local == "outgoing connection"}
+        if taken & set(ephemeral_ports()):
+            ours = port_ranges(PortPair(port.inner, port.inner) for port in ports)
+            reserved = reserved_ports()
+            both = ",".join(filter(None, [reserved, ours.replace(" ", "")]))
+            yield advice.RESERVE_PORTS.format(ports=both)
+
+    def _notes_on(self, server: Server, address: Address) -> Iterator[str]:
+        if server.remote and _is_own(server.remote):
+            yield advice.SERVER_HERE.format(url=server.url)
+        elif not address.is_global:
+            if _is_own(address) or self.given:
+                yield advice.SERVER_NEARBY.format(url=server.url, ip=address)
+            else:
+                yield advice.NAT_BEFORE_SERVER.format(url=server.url, ip=address)
+
+    def _notes_on_address(self, ports: Sequence[PortReport]) -> Iterator[str]:
+        """Name a shared address where nothing at all got through."""
+        address = self._address
+        answers = [verdict for port in ports for verdict in port.answers.values()]
+        if not address or not answers or any(verdict.accessible for verdict in answers):
+            return
+        if address.version == 6 or not address.is_global or _is_own(address):
+            return
+        local = next((server.local for server in self.servers if server.local), None)
+        if isinstance(local, IPv4Address) and local in _SHARED:
+            yield advice.SHARED_ADDRESS_HERE.format(local=local)
+        elif not any(port.advice == advice.OWN_FIREWALL for port in ports):
+            yield advice.SHARED_ADDRESS.format(ip=address)
 
 
-def _in_parts(ports: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+def _arrived(failed: int, discarded: int) -> bool | None:
+    """Tell from packets that the kernel discarded whether failed connections arrived here.
+
+    Each would have brought at least one packet; some other packets may have come meanwhile.
+    """
+    if discarded >= max(2 * failed, failed + _OTHER_PACKETS):
+        return True
+    if discarded < max(1, failed / 4):
+        return False
+    return None
+
+
+def _is_own(address: Address) -> bool:
+    with contextlib.suppress(OSError):
+        return route_type(address) is RouteType.LOCAL
+    return False
+
+
+async def _choose_family(urls: Sequence[ServerUrl], ports: LocalPorts, waits: Waits) -> int:
+    """Choose IPv4 where a server can be reached over it, else IPv6."""
+    http = HttpClient(ports, 4, waits.connect, waits.answer)
+    families = await asyncio.gather(*(http.families(url) for url in urls))
+    if not any(6 in some for some in families):
+        return 4
+    reached = await asyncio.gather(
+        *(http.reaches(url) for url, some in zip(urls, families, strict=True) if 4 in some)
+    )
+    return 4 if any(reached) else 6
+
+
+def _port_pairs(ports: Sequence[int | tuple[int, int]]) -> list[PortPair]:
+    if isinstance(ports, str | bytes):
+        raise TypeError(f"ports must be a list of ports, not {ports!r}")
+    pairs: dict[int, PortPair] = {}
+    outer_of: dict[int, int] = {}
+    for port in ports:
+        both = port if isinstance(port, tuple) else (port, port)
+        if len(both) != 2 or any(type(number) is not int for number in both):
+            raise TypeError(f"a port must be an integer or a pair of integers, not {port!r}")
+        if wrong := [number for number in both if not 1 <= number <= MAX_PORT]:
+            raise ValueError(f"{wrong[0]} is not a port (1-65535)")
+        pair = PortPair(*both)
+        if pairs.setdefault(pair.outer, pair) != pair:
+            raise ValueError(f"port {pair.outer} cannot lead to two ports of this machine")
+        if outer_of.setdefault(pair.inner, pair.outer) != pair.outer:
+            raise ValueError(f"two ports cannot lead to port {pair.inner} of this machine")
+    return list(pairs.values())
+
+
+def _server_urls(servers: Sequence[str]) -> list[ServerUrl]:
+    if isinstance(servers, str | bytes) or not all(isinstance(url, str) for url in servers):
+        raise TypeError("servers must be a list of URLs")
+    return list({str(url): url for url in map(ServerUrl.parse, servers)}.values())
+
+
+def _address(ip: str | Address | None) -> Address | None:
+    if ip is None:
+        return None
+    if not isinstance(ip, str | IPv4Address | IPv6Address):
+        raise TypeError(f"ip must be an IP address, not {ip!r}")
+    return parse_address(str(ip))
+
+
+def _in_parts(pairs: Sequence[PortPair], size: int) -> Iterator[Sequence[PortPair]]:
     size = max(1, min(size, MAX_PORTS_PER_REQUEST))
-    for start in range(0, len(ports), size):
-        yield ports[start : start + size]
+    for start in range(0, len(pairs), size):
+        yield pairs[start : start + size]

@@ -255,9 +255,11 @@ class Lab:
                 host, sys.executable, "-m", "port_checker", env=environment, output=log
             )
 
+        port = int(settings.get("PORT_CHECKER_PORT", SERVICE_PORT))
+
         def ready() -> bool:
             assert service.poll() is None, self.log.read_text()
-            return self.submit(host, _is_healthy, "::1").result()
+            return self.submit(host, _is_healthy, "::1", port).result()
 
         wait_until(ready, "the service to answer", seconds=20)
         return service
@@ -304,6 +306,16 @@ class Lab:
         self._rule("router", "prerouting", f"iif internet {_dport(ports)} dnat ip to {ipv4}")
         if to:
             self._rule("router", "prerouting", f"iif internet {_dport(ports)} dnat ip6 to {to[6]}")
+
+    def cross(self, ports: range, offset: int) -> None:
+        """Make the router forward each of ports to another one of the provider: so many further."""
+        for family, address in (("ip", PROVIDER_BEHIND_NAT), ("ip6", f"[{PROVIDER[6]}]")):
+            rules = "".join(
+                f"add rule inet lab prerouting iif internet tcp dport {port} "
+                f"dnat {family} to {address}:{port + offset}\n"
+                for port in ports
+            )
+            self.run("router", "nft", "-f", "-", stdin=rules)
 
     def take_over(self, ports: range) -> None:
         """Make the router itself accept every connection to ports, as some middleboxes do."""
@@ -424,8 +436,8 @@ def _set_sysctls(sysctls: Mapping[str, str]) -> None:
         Path("/proc/sys", name).write_text(value)
 
 
-def _is_healthy(server: str) -> bool:
-    connection = http.client.HTTPConnection(server, SERVICE_PORT, timeout=5)
+def _is_healthy(server: str, port: int = SERVICE_PORT) -> bool:
+    connection = http.client.HTTPConnection(server, port, timeout=5)
     try:
         connection.request("GET", "/health")
         return connection.getresponse().status == http.HTTPStatus.OK

@@ -1,173 +1,259 @@
-"""``port-checker check`` behind a router: what a provider sees."""
+"""A page of situations: what a provider's owner is told in each, over IPv4 and IPv6.
 
-import fcntl
+Each situation is a network, made by a function, and the sentences that the owner must get. The
+provider's machine is behind a router, which translates addresses for IPv4 alone; the third's
+machine has its public addresses itself.
+"""
+
 import json
 import os
-import pty
-import re
-import struct
 import subprocess
 import sys
-import termios
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
+
+import pytest
 
 from port_checker import advice
 from tests.lab import network
 from tests.lab.network import Lab
 
-ONE_COMMAND = [sys.executable, "-m", "port_checker", "check"]
+ONE_COMMAND = [sys.executable, "-m", "port_checker", "check", "--json"]
+# A service that is quicker to call something lost than the defaults are.
+QUICK_PORT = 9001
+QUICK = {
+    "PORT_CHECKER_PORT": str(QUICK_PORT),
+    "PORT_CHECK_RETRIES": "2",
+    "PORT_CHECK_TIMEOUT": "1.0",
+    "PORT_CHECK_RETRY_DELAY": "0.1",
+}
+REFUSED, TIMED_OUT, NO_ROUTE = "Connection refused", "Connection timed out", "No route to host"
 
 
-def server(version: int) -> str:
-    host = network.CHECKER[version]
-    return f"http://[{host}]:9000" if version == 6 else f"http://{host}:9000"
+@pytest.fixture(scope="module")
+def quick_lab(lab: Lab) -> Lab:
+    lab.serve(**QUICK)
+    return lab
 
 
-def check_as_json(lab: Lab, *words: str, version: int = 4) -> tuple[int, Any]:
-    """Run the program on the provider's machine; return its exit status and document."""
+def url_of(hosts: Mapping[int, str], version: int, port: int = QUICK_PORT) -> str:
+    host = hosts[version]
+    return f"http://[{host}]:{port}" if version == 6 else f"http://{host}:{port}"
+
+
+def check(lab: Lab, machine: str, *words: str, server: str) -> Any:
+    """Run the program on a machine; return its document."""
     program = lab.popen(
-        "provider",
+        machine,
         *ONE_COMMAND,
         *words,
         "--server",
-        server(version),
-        "--json",
+        server,
         env={**os.environ},
         output=subprocess.PIPE,
     )
-    told, _ = program.communicate(timeout=60)
-    return program.returncode, json.loads(told)
+    output, _ = program.communicate(timeout=120)
+    document = json.loads(output)
+    assert program.returncode == (document["reachable"] < document["total"])
+    return document
 
 
-def check_on_a_terminal(lab: Lab, *words: str, columns: int = 120) -> tuple[int, str]:
-    """The same on a terminal; return the exit status and all that it shows, less the colours."""
-    ours, its = pty.openpty()
-    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    environment = {**os.environ, "TERM": "xterm-256color"}
-    for name in ("NO_COLOR", "COLUMNS", "LINES"):
-        environment.pop(name, None)
-    program = lab.popen(
-        "provider", *ONE_COMMAND, *words, "--server", server(4), env=environment, output=its
-    )
-    os.close(its)
-    shown = b""
-    try:
-        while chunk := os.read(ours, 4096):
-            shown += chunk
-    except OSError:  # the terminal's last user is gone
-        pass
-    os.close(ours)
-    return program.wait(60), re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+# Networks
 
 
-def word(ports: range) -> str:
-    return f"{ports[0]}-{ports[-1]}"
-
-
-def nothing(_lab: Lab, _ports: range) -> None:
-    """Not forwarded: refused by the router."""
-
-
-def dropped(lab: Lab, ports: range) -> None:
-    lab.forward(ports)
-    lab.filter("router", "forward", ports, "drop")
-
-
-def rejected(lab: Lab, ports: range) -> None:
-    lab.forward(ports)
-    lab.filter("router", "forward", ports, "reject with icmpx host-unreachable")
-
-
-def elsewhere(lab: Lab, ports: range) -> None:
-    lab.listen("neighbour", ports)
-    lab.forward(ports, network.NEIGHBOUR)
-
-
-def one_way(lab: Lab, ports: range) -> None:
-    lab.forward(ports)
-    lab.drop_answers(ports)
-
-
-def in_use(lab: Lab, ports: range) -> None:
-    lab.listen("provider", ports)
+def forwarded(lab: Lab, ports: range) -> None:
     lab.forward(ports)
 
 
 def lossy(lab: Lab, ports: range) -> None:
     lab.forward(ports)
-    lab.lose(ports, 20)
+    lab.lose(ports, 10)
 
 
-# What is done to ten ports, and for each of them: local binding, reachable, confirmed, error,
-# advice.
-Told = tuple[str, bool, bool | None, str | None, str | None]
-KINDS: list[tuple[Callable[[Lab, range], object], Told]] = [
-    (Lab.forward, ("bound", True, True, None, None)),
-    (lossy, ("bound", True, True, None, None)),
-    (in_use, ("in use", True, None, None, None)),
-    (dropped, ("bound", False, False, "Connection timed out", advice.TIMED_OUT)),
-    (rejected, ("bound", False, False, "No route to host", advice.UNREACHABLE)),
-    (elsewhere, ("bound", False, False, None, advice.ANSWERED_ELSEWHERE)),
-    (Lab.take_over, ("bound", False, False, None, advice.ANSWERED_ELSEWHERE)),
-    (one_way, ("bound", False, False, "Connection timed out", advice.WAY_BACK)),
+def not_forwarded(_lab: Lab, _ports: range) -> None:
+    """Refused by the router itself."""
+
+
+def forwarded_to_a_machine_that_does_not_listen(lab: Lab, ports: range) -> None:
+    lab.forward(ports, network.NEIGHBOUR)
+
+
+def answered_by_a_neighbour(lab: Lab, ports: range) -> None:
+    lab.listen("neighbour", ports)
+    lab.forward(ports, network.NEIGHBOUR)
+
+
+def answered_by_the_router(lab: Lab, ports: range) -> None:
+    lab.take_over(ports)
+
+
+def router_drops(lab: Lab, ports: range) -> None:
+    lab.forward(ports)
+    lab.filter("router", "forward", ports, "drop")
+
+
+def router_rejects(lab: Lab, ports: range) -> None:
+    lab.forward(ports)
+    lab.filter("router", "forward", ports, "reject with icmpx host-unreachable")
+
+
+def replies_get_lost(lab: Lab, ports: range) -> None:
+    lab.forward(ports)
+    lab.drop_answers(ports)
+
+
+def own_firewall(machine: str, statement: str) -> Callable[[Lab, range], None]:
+    def arrange(lab: Lab, ports: range) -> None:
+        if machine == "provider":
+            lab.forward(ports)
+        lab.filter(machine, "input", ports, statement)
+
+    arrange.__name__ = f"own firewall: {statement}"
+    return arrange
+
+
+def a_firewall_before_the_machine(lab: Lab, ports: range) -> None:
+    lab.filter("internet", "forward", ports, "drop")
+
+
+def connections_are_limited(lab: Lab, ports: range) -> None:
+    lab.forward(ports)
+    limit = "ct state new limit rate over 25/second burst 50 packets drop"
+    lab.filter("router", "forward", ports, limit)
+
+
+def a_program_has_them(lab: Lab, ports: range) -> None:
+    lab.forward(ports)
+    lab.listen("provider", ports)
+
+
+# The table
+
+Row = tuple[str, str | None, str | None]  # local binding, error and advice
+REACHABLE: Row = ("bound", None, None)
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What is arranged, and what the owner must be told of every port.
+
+    Attributes:
+        arrange: Makes the network.
+        expected: The row that all ports make, by IP version; no key, no check.
+        notes: What is true of all ports, by IP version.
+        machine: Where the program runs.
+        count: How many ports.
+    """
+
+    arrange: Callable[[Lab, range], None]
+    expected: Mapping[int, Row]
+    notes: Mapping[int, Sequence[str]] = field(default_factory=dict)
+    machine: str = "provider"
+    count: int = 20
+
+    def __str__(self) -> str:
+        return f"{self.arrange.__name__} ({self.machine}, {self.count})".replace("_", " ")
+
+
+def both(local: str, error: str | None, sentence: str | None) -> dict[int, Row]:
+    return dict.fromkeys((4, 6), (local, error, sentence))
+
+
+CGNAT = {4: [advice.SHARED_ADDRESS.format(ip=network.PROVIDER[4])]}
+STATEMENTS = {
+    "drop": {4: TIMED_OUT, 6: TIMED_OUT},
+    "reject": {4: REFUSED, 6: REFUSED},
+    "reject with tcp reset": {4: REFUSED, 6: REFUSED},
+    "reject with icmpx host-unreachable": {4: NO_ROUTE, 6: NO_ROUTE},
+    "reject with icmpx admin-prohibited": {4: NO_ROUTE, 6: "Permission denied"},
+}
+SITUATIONS = [
+    Situation(forwarded, both(*REACHABLE)),
+    Situation(lossy, both(*REACHABLE), count=5),
+    Situation(a_program_has_them, both("in use", None, None)),
+    Situation(not_forwarded, {4: ("bound", REFUSED, advice.NOT_FORWARDED)}, CGNAT),
+    Situation(not_forwarded, {4: ("bound", REFUSED, advice.NOT_FORWARDED)}, CGNAT, count=1),
+    Situation(
+        forwarded_to_a_machine_that_does_not_listen,
+        {
+            4: ("bound", REFUSED, advice.NOT_FORWARDED),
+            6: ("bound", REFUSED, advice.NETWORK_FIREWALL),
+        },
+        CGNAT,
+    ),
+    Situation(answered_by_a_neighbour, both("bound", None, advice.ANSWERED_ELSEWHERE)),
+    Situation(answered_by_the_router, both("bound", None, advice.ANSWERED_ELSEWHERE)),
+    Situation(
+        router_drops,
+        {
+            4: ("bound", TIMED_OUT, advice.NOTHING_ARRIVED),
+            6: ("bound", TIMED_OUT, advice.NETWORK_FIREWALL),
+        },
+        CGNAT,
+    ),
+    Situation(
+        router_rejects,
+        {
+            4: ("bound", NO_ROUTE, advice.ROUTER_REJECTS),
+            6: ("bound", NO_ROUTE, advice.NETWORK_FIREWALL),
+        },
+        CGNAT,
+    ),
+    Situation(replies_get_lost, both("bound", TIMED_OUT, advice.WAY_BACK), CGNAT),
+    *(
+        Situation(
+            own_firewall(machine, statement),
+            {version: ("bound", errors[version], advice.OWN_FIREWALL) for version in (4, 6)},
+            machine=machine,
+        )
+        for machine in ("provider", "third")
+        for statement, errors in STATEMENTS.items()
+    ),
+    Situation(
+        own_firewall("third", "drop"),
+        both("bound", TIMED_OUT, advice.OWN_FIREWALL_FIRST),
+        machine="third",
+        count=1,
+    ),
+    Situation(
+        own_firewall("provider", "drop"),
+        {
+            4: ("bound", TIMED_OUT, advice.TIMED_OUT),
+            6: ("bound", TIMED_OUT, advice.OWN_FIREWALL_FIRST),
+        },
+        CGNAT,
+        count=1,
+    ),
+    Situation(
+        a_firewall_before_the_machine,
+        both("bound", TIMED_OUT, advice.NETWORK_FIREWALL),
+        machine="third",
+    ),
+    Situation(connections_are_limited, {4: REACHABLE}, count=300),
 ]
-REFUSED: Told = ("bound", False, False, "Connection refused", advice.REFUSED)
 
 
-def test_each_kind_of_trouble_has_its_sentence(lab: Lab) -> None:
-    """For both families, side by side."""
-    expected: dict[int, dict[int, Told]] = {4: {}, 6: {}}
-    for version, told_of in expected.items():
-        # For IPv6 there is no forwarding that could be forgotten.
-        for arrange, told in [*KINDS, (nothing, REFUSED)] if version == 4 else KINDS:
-            ports = lab.take(10)
-            arrange(lab, ports)
-            told_of |= dict.fromkeys(ports, told)
+@pytest.mark.parametrize("situation", SITUATIONS, ids=str)
+def test_each_situation_has_its_sentences(quick_lab: Lab, situation: Situation) -> None:
+    ports = quick_lab.take(situation.count)
+    situation.arrange(quick_lab, ports)
+    word = f"{ports[0]}-{ports[-1]}"
     with ThreadPoolExecutor() as pool:
         checks = {
-            version: pool.submit(check_as_json, lab, *map(str, told_of), version=version)
-            for version, told_of in expected.items()
+            version: pool.submit(
+                check, quick_lab, situation.machine, word, server=url_of(network.CHECKER, version)
+            )
+            for version in situation.expected
         }
-    for version, check in checks.items():
-        status, report = check.result()
-        assert report["ip"] == network.PROVIDER[version]
-        assert report["servers"] == [{"url": server(version), "asked": True, "error": None}]
-        for port in report["ports"]:
-            *facts, expected_advice = expected[version][port["port"]]
-            known = ("local", "reachable", "confirmed", "error")
-            assert [port[fact] for fact in known] == facts, port
-            assert port["advice"] == expected_advice, port
-        assert (report["reachable"], report["total"]) == (30, len(expected[version]))
-        assert status == 1
-
-
-def test_a_hundred_ports_of_which_ten_are_not_forwarded(lab: Lab) -> None:
-    ports = lab.take(100)
-    forwarded, forgotten, forwarded_too = ports[:40], ports[40:50], ports[50:]
-    lab.forward(forwarded)
-    lab.forward(forwarded_too)
-    status, shown = check_on_a_terminal(lab, word(ports))
-    assert status == 1
-    rows = [line for line in shown.splitlines() if re.match(r"│ \d", line)]
-    assert [row.split("│")[1].strip().rstrip(",") for row in rows] == [
-        f"{forwarded[0]}–{forwarded[-1]}, {forwarded_too[0]}–{forwarded_too[-1]}",  # noqa: RUF001  # as shown
-        f"{forgotten[0]}–{forgotten[-1]}",  # noqa: RUF001
-    ]
-    assert "reachable" in rows[0]
-    assert "Connection refused" in rows[1]
-    assert "nothing listens on this port there" in " ".join(re.split(r"[│\s]+", shown))
-    assert shown.rstrip().endswith("90 of 100 ports of 60.0.2.2 are reachable.")
-
-    status, report = check_as_json(lab, word(ports))
-    assert status == 1
-    assert [port["port"] for port in report["ports"] if not port["reachable"]] == list(forgotten)
-
-
-def test_all_forwarded_is_a_success(lab: Lab) -> None:
-    ports = lab.take(100)
-    lab.forward(ports)
-    status, report = check_as_json(lab, word(ports))
-    assert (status, report["reachable"]) == (0, 100)
-    assert all(port["confirmed"] for port in report["ports"])
+    for version, running in checks.items():
+        report = running.result()
+        rows = {(port["local"], port["error"], port["advice"]) for port in report["ports"]}
+        assert rows == {situation.expected[version]}, version
+        notes = situation.notes.get(version, [])
+        if situation.arrange is connections_are_limited:
+            (note,) = report["notes"]
+            assert "limits how many new connections it lets in per second" in note
+        else:
+            assert report["notes"] == notes, version

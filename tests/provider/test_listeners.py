@@ -1,6 +1,7 @@
 """Temporary listeners: real sockets on loopback."""
 
 import asyncio
+import contextlib
 import socket
 import subprocess
 import sys
@@ -9,7 +10,14 @@ import pytest
 
 from port_checker.linux import half_open_ports
 from port_checker.provider.listeners import Listeners
-from tests.support.loopback import free_port, free_ports, is_listened_on, open_listener
+from tests.support.loopback import (
+    family_of,
+    free_port,
+    free_ports,
+    is_listened_on,
+    open_listener,
+    refused_port,
+)
 from tests.support.namespace import ROOT
 
 
@@ -22,13 +30,13 @@ def test_listeners_are_on_all_addresses_and_see_who_connects(
     quiet, *ports = free_ports(1 + len(hosts))
 
     async def listen() -> None:
-        with Listeners([quiet, *ports], ip_version) as listeners:
+        async with Listeners([quiet, *ports], ip_version) as listeners:
             assert set(listeners.local.values()) == {"bound"}
-            assert listeners.seen == set()
+            assert not listeners.seen
             for host, port in zip(hosts, ports, strict=True):
                 await asyncio.to_thread(is_listened_on, port, host)
             await listeners.wait_until_seen(ports, 30)
-            assert listeners.seen == set(ports)
+            assert listeners.seen.keys() == set(ports)
         assert not any(is_listened_on(port, hosts[0]) for port in (quiet, *ports))
 
     asyncio.run(listen())
@@ -38,10 +46,10 @@ def test_waiting_for_connections_ends_when_the_time_is_up() -> None:
     one, other = free_ports(2)
 
     async def listen() -> None:
-        with Listeners([one, other], 4) as listeners:
+        async with Listeners([one, other], 4) as listeners:
             await asyncio.to_thread(is_listened_on, one)
             await listeners.wait_until_seen([one, other], 0.2)
-            assert listeners.seen == {one}
+            assert listeners.seen.keys() == {one}
             await listeners.wait_until_seen([], 60)
             await listeners.wait_until_seen([one], 60)
 
@@ -52,7 +60,7 @@ def test_listeners_close_whatever_happens() -> None:
     ports = free_ports(3)
 
     async def fail() -> None:
-        with Listeners(ports, 4):
+        async with Listeners(ports, 4):
             assert all(map(is_listened_on, ports))
             raise LookupError
 
@@ -68,7 +76,7 @@ from port_checker.provider.listeners import Listeners
 async def listen():
     used = len(os.listdir("/proc/self/fd"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (used + 5, used + 5))
-    with Listeners(map(int, sys.argv[1:]), 4) as listeners:
+    async with Listeners(map(int, sys.argv[1:]), 4) as listeners:
         return listeners.local
 
 print(*asyncio.run(listen()).values(), sep=",")
@@ -90,26 +98,66 @@ def test_a_handshake_that_does_not_end_is_half_open(host: str) -> None:
         port = listener.getsockname()[1]
         # The kernel ignores the end of a handshake until there are data, or the time is up.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 30)
-        assert port not in half_open_ports()
+        assert not half_open_ports({port})
         with socket.create_connection((host, port), 5) as client:
-            assert port in half_open_ports()
+            assert half_open_ports({port}) == {port}
             client.sendall(b"data")
             listener.accept()[0].close()
-            assert port not in half_open_ports()
+            assert not half_open_ports({port})
 
 
-def test_ports_are_free_again_at_once() -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_every_port_can_be_bound_afterwards_without_reuseaddr(host: str) -> None:
+    ports = free_ports(100)  # more than connections are held
+
+    async def listen() -> None:
+        async with Listeners(ports, 6 if ":" in host else 4) as listeners:
+            for port in ports:
+                await asyncio.to_thread(is_listened_on, port, host)
+            await listeners.wait_until_seen(ports, 30)
+            assert listeners.seen.keys() == set(ports)
+
+    asyncio.run(listen())
+    with contextlib.ExitStack() as stack:
+        for port in ports:
+            sock = stack.enter_context(socket.socket(family_of(host)))
+            sock.bind((host, port))
+            sock.listen()
+
+
+def local_binding(port: int, ip_version: int = 4) -> str:
+    async def listen() -> str:
+        async with Listeners([port], ip_version) as listeners:
+            return listeners.local[port]
+
+    return asyncio.run(listen())
+
+
+def test_an_outgoing_connection_is_told_from_a_program_that_listens() -> None:
+    with open_listener() as listener, socket.socket() as outgoing:
+        outgoing.bind(("127.0.0.1", 0))
+        outgoing.connect(listener.getsockname())
+        assert local_binding(listener.getsockname()[1]) == "in use"
+        assert local_binding(outgoing.getsockname()[1]) == "outgoing connection"
+
+
+def test_a_port_that_is_held_without_listening_is_in_use() -> None:
+    with refused_port() as port:
+        assert local_binding(port) == "in use"
+
+
+@pytest.mark.parametrize(("ip_version", "host"), [(4, "::"), (6, "0.0.0.0")])  # noqa: S104  # closed at once
+def test_a_program_on_the_other_family_alone_has_the_port(ip_version: int, host: str) -> None:
+    with open_listener(host) as listener:
+        port = listener.getsockname()[1]
+        assert local_binding(port, ip_version) == "in use"
+
+
+def test_checks_of_both_families_do_not_take_each_other_for_programs() -> None:
     port = free_port()
 
     async def listen() -> None:
-        with Listeners([port], 4) as listeners:
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            # The listener closes first, so that the connection stays in TIME_WAIT at this port.
-            assert await reader.read() == b""
-            writer.close()
-            await writer.wait_closed()
-            assert listeners.seen == {port}
-        with Listeners([port], 4) as listeners:
-            assert listeners.local == {port: "bound"}
+        async with Listeners([port], 4) as one, Listeners([port], 6) as other:
+            assert one.local[port] == other.local[port] == "bound"
 
     asyncio.run(listen())

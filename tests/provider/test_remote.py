@@ -1,17 +1,24 @@
 """One port checker: what it may send, what is waited for, and how its failures are told."""
 
+import asyncio
+import contextlib
 import json
 import socket
 import ssl
 import struct
 import subprocess
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
 
 from port_checker import advice
-from port_checker.provider import Report
+from port_checker.linux import ephemeral_ports
+from port_checker.provider import Report, verify
+from port_checker.provider.http_client import LocalPorts, ServerUrl
 from port_checker.schemas import CheckRequest, ErrorCode, InvalidRequest
 from tests.support.loopback import free_port, free_ports, refused_port
 from tests.support.namespace import in_namespace, needs_root
@@ -35,12 +42,12 @@ def error_of(url: str, ip: str | None = "127.0.0.1") -> str:
     """How the failure of a server that checks nothing is told."""
     report = check([free_port()], url, ip=ip)
     (server,) = report.servers
-    assert (server.url, server.asked) == (url, False)
+    assert not server.asked
     assert server.error
     assert server.error.isprintable()
     (port,) = report.ports
     assert (port.reachable, port.error, port.answers) == (False, None, {})
-    assert port.advice == advice.NOT_ASKED
+    assert port.advice == advice.NOT_CHECKED.format(reason=f"{server.url} {server.error}")
     return server.error
 
 
@@ -83,13 +90,40 @@ def test_a_failure_half_way_keeps_what_was_told() -> None:
     ports = free_ports(4)
 
     def check_the_first(asked: list[int]) -> Answer:
-        return connected(asked) if ports[0] in asked else refusal(ErrorCode.CHECK_FAILED, "Sorry.")
+        first = ports[0] in asked
+        return connected(asked) if first else refusal(ErrorCode.TARGET_NOT_ALLOWED, "Sorry.")
 
     with scripted(taking(2, check_the_first)) as server:
         report = check(ports, server.url)
     assert [port.reachable for port in report.ports] == [True, True, False, False]
-    assert (report.servers[0].asked, report.servers[0].error) == (True, "Sorry. (CHECK_FAILED)")
-    assert {port.advice for port in report.ports[2:]} == {advice.NOT_ASKED}
+    server_report = report.servers[0]
+    assert (server_report.asked, server_report.error) == (True, "Sorry. (TARGET_NOT_ALLOWED)")
+    assert all("Sorry." in (port.advice or "") for port in report.ports[2:])
+
+
+def test_a_port_that_the_server_may_not_connect_to_costs_no_other_its_verdict() -> None:
+    ports = free_ports(3)
+
+    def check_most(asked: list[int]) -> Answer:
+        if ports[1] not in asked:
+            return connected(asked)
+        failed = refusal(ErrorCode.CHECK_FAILED, "Its firewall.").document
+        assert isinstance(failed, dict)
+        return Answer({"detail": {**failed["detail"], "ports": [ports[1], 1]}}, 503)
+
+    slept: list[float] = []
+    with scripted(check_most) as server:
+        report = check(ports, server.url, slept=slept)
+    assert server.asked == [ports, [ports[0], ports[2]]]
+    assert [port.advice for port in report.ports] == [None, advice.SERVER_CANNOT, None]
+    assert report.servers[0].error is None
+    assert slept == []
+
+
+@pytest.mark.parametrize("status", [400, 418, 500])
+def test_an_error_code_of_a_newer_server_is_shown_with_its_message(status: int) -> None:
+    with scripted(lambda _: Answer({"detail": {"code": "NEW", "message": "A."}}, status)) as server:
+        assert error_of(server.url) == "A. (NEW)"
 
 
 # What is waited for
@@ -127,13 +161,76 @@ def test_an_overloaded_server_is_asked_for_fewer() -> None:
     assert server.asked == [ports, ports[:2], ports[2:]]
 
 
-@pytest.mark.parametrize(
-    "seconds", ["100000", "121", "soon", "", "Wed, 21 Oct 2065 07:28:00 GMT", "9" * 5000]
-)
-def test_a_wait_without_end_or_sense_is_not_waited(seconds: str) -> None:
+@pytest.mark.parametrize("seconds", ["100000", "121", "Wed, 21 Oct 2065 07:28:00 GMT"])
+def test_a_wait_without_end_is_not_waited(seconds: str) -> None:
     with scripted(lambda _: refusal(ErrorCode.OVERLOADED, Retry_After=seconds)) as server:
         assert error_of(server.url) == "No. (OVERLOADED)"
     assert len(server.asked) == 1
+
+
+def passing(answer: Answer, times: int) -> Callable[[list[int]], Answer]:
+    answers = iter([answer] * times)
+    return lambda ports: next(answers, None) or connected(ports)
+
+
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+@pytest.mark.parametrize("retry_after", [None, "soon", "", "9" * 5000, "-1e9"])
+def test_what_passes_is_waited_out_with_growing_pauses(
+    status: int, retry_after: str | None
+) -> None:
+    headers = {} if retry_after is None else {"Retry-After": retry_after}
+    slept: list[float] = []
+    with scripted(passing(Answer(b"<html>", status, headers), 3)) as server:
+        report = check(free_ports(1), server.url, slept=slept)
+    assert (report.reachable, slept) == (1, [1, 2, 4])
+
+
+def test_a_date_to_retry_after_is_waited_for() -> None:
+    date = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
+    slept: list[float] = []
+    with scripted(passing(Answer(b"", 503, {"Retry-After": date}), 1)) as server:
+        check(free_ports(1), server.url, slept=slept)
+    assert len(slept) == 1
+    assert 0 < slept[0] <= 60
+
+
+def test_connection_errors_pass() -> None:
+    """A server that closes at once, then resets, is then reached."""
+    tries: list[str] = []
+    with scripted() as server:
+        behaviours = iter([close, reset])
+
+        def relay(connection: socket.socket) -> None:
+            if behave := next(behaviours, None):
+                tries.append(behave.__name__)
+                return behave(connection)
+            return forward(connection, server)
+
+        with raw_server(relay) as url:
+            report = check(free_ports(1), url, ip="127.0.0.1")
+    assert tries == ["close", "reset"]
+    assert (report.reachable, report.servers[0].error) == (1, None)
+
+
+def close(connection: socket.socket) -> None:
+    connection.recv(65536)
+
+
+def reset(connection: socket.socket) -> None:
+    connection.recv(1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+def forward(connection: socket.socket, server: ScriptedServer) -> None:
+    """Be a proxy for one request."""
+    with socket.create_connection(("127.0.0.1", server.server_address[1]), 30) as onwards:
+        request = b""
+        while b"}" not in request:
+            request += connection.recv(65536)
+        onwards.sendall(request)
+        while data := onwards.recv(65536):
+            connection.sendall(data)
 
 
 def test_patience_is_for_all_waits_together() -> None:
@@ -154,52 +251,87 @@ def test_a_server_that_says_why_it_does_not_check(code: ErrorCode) -> None:
         assert error_of(server.url) == f"It cannot be. ({code})"
 
 
-def test_a_server_that_is_down() -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"], ids=["one address", "both families"])
+def test_a_server_that_is_down(host: str) -> None:
     with refused_port() as port:
-        assert error_of(f"http://127.0.0.1:{port}") == f"it cannot be reached: {REFUSED}"
+        assert error_of(f"http://{host}:{port}") == f"cannot be reached: {REFUSED}"
 
 
 def test_a_server_that_resets_the_connection() -> None:
-    def reset(connection: socket.socket) -> None:
-        connection.recv(1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        connection.close()
-
     with raw_server(reset) as url:
-        assert error_of(url) == "it cannot be reached: Connection reset by peer"
+        assert error_of(url) == "cannot be reached: Connection reset by peer"
 
 
-@pytest.mark.parametrize(
-    "said",
-    [
-        b"",
-        b"220 mail.example ESMTP\r\n",
-        b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{}",
-        b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
-    ],
-)
+CUT_SHORT = "closes the connection without a full answer"
+SAID = {
+    b"": CUT_SHORT,
+    b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{}": CUT_SHORT,
+    b"220 mail.example ESMTP\r\n": "does not speak HTTP",
+    b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}": (
+        "encodes its answer, though it was asked not to"
+    ),
+    b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 100_000: "does not speak HTTP",
+}
+
+
+@pytest.mark.parametrize("said", SAID, ids=lambda said: said[:60])
 def test_a_server_that_does_not_talk_http(said: bytes) -> None:
     def say(connection: socket.socket) -> None:
         connection.recv(65536)
         connection.sendall(said)
 
     with raw_server(say) as url:
-        assert error_of(url).startswith("the exchange with it failed: ")
+        assert error_of(url).startswith(SAID[said])
 
 
-def test_a_certificate_that_nobody_vouches_for(tmp_path: Path) -> None:
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+@pytest.mark.parametrize("body", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"])
+def test_a_server_that_never_answers(body: bytes) -> None:
+    done = threading.Event()
+
+    def stall(connection: socket.socket) -> None:
+        connection.sendall(body)
+        done.wait(60)
+
+    with raw_server(stall) as url:
+        try:
+            report = check([free_port()], url, ip="127.0.0.1", answer=0.1)
+        finally:
+            done.set()
+    assert report.servers[0].error == "does not answer in time"
+
+
+@contextlib.contextmanager
+def tls_server(directory: Path) -> Iterator[tuple[str, Path]]:
+    """A server with a certificate of its own; yield its URL and the certificate."""
+    key, certificate = directory / "key.pem", directory / "certificate.pem"
     make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1"
-    where = ["-subj", "/CN=127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run([*make.split(), *where], check=True, capture_output=True)
+    name = ["-subj", "/CN=checker", "-addext", "subjectAltName=IP:127.0.0.1"]
+    where = ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*make.split(), *name, *where], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     server = ScriptedServer(connected, lambda: TELLS_IP)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     with running(server):
-        error = error_of(server.url.replace("http:", "https:"))
-    assert error == "TLS failed: self-signed certificate"
-    assert server.asked == []
+        yield server.url.replace("http:", "https:"), certificate
+
+
+def test_a_certificate_that_nobody_vouches_for(tmp_path: Path) -> None:
+    with tls_server(tmp_path) as (url, _):
+        assert error_of(url) == "TLS failed: self-signed certificate"
+
+
+@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "SSL_CERT_DIR"])
+def test_an_authority_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    with tls_server(tmp_path) as (url, certificate):
+        words = ["openssl", "x509", "-hash", "-noout", "-in", str(certificate)]
+        name = subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+        (tmp_path / f"{name}.0").symlink_to(certificate)
+        monkeypatch.setenv(variable, str(certificate if "FILE" in variable else tmp_path))
+        report = check([free_port()], url)
+    assert (report.reachable, report.servers[0].error) == (1, None)
 
 
 def test_a_server_without_tls() -> None:
@@ -217,21 +349,19 @@ print(server.asked, server.error)
 @needs_root
 def test_a_server_whose_name_is_unknown() -> None:
     (line,) = in_namespace(NO_SUCH_NAME_SCRIPT).splitlines()
-    assert line.startswith("False its host name cannot be resolved: ")
+    assert line.startswith("False host name cannot be resolved: ")
 
 
 NONSENSE = {
     "html": Answer(b"<html><title>Welcome to nginx!</title></html>"),
     "empty": Answer(b""),
     "no content": Answer(b"", 204),
-    "moved": Answer(b"", 302, {"Location": "http://127.0.0.1:1/"}),
     "not found": NOT_FOUND,
-    "an unknown error": Answer({"detail": {"code": "TEAPOT", "message": "Short."}}, 418),
     "another shape": Answer({"ports": [7466]}),
     "a list": Answer([]),
     "null": Answer(None),
     "not utf-8": Answer(b'{"results": "\xff"}'),
-    "nested": Answer(b"[" * 100_000),
+    "nested": Answer(b"[" * 60_000),
     "verdicts that are none": Answer({"success": True, "results": {"1": 2}, "message": ""}),
 }
 
@@ -241,7 +371,8 @@ def test_an_answer_that_is_not_a_port_checkers(what: str) -> None:
     answer = NONSENSE[what]
     with scripted(lambda _: answer) as server:
         error = error_of(server.url)
-    assert error == f"unexpected answer (HTTP status {answer.status}): is this a port checker?"
+    assert error.startswith(f"unexpected answer, HTTP status {answer.status} (")
+    assert error.endswith("is this a port checker?")
     assert len(server.asked) == 1
 
 
@@ -257,7 +388,7 @@ def test_an_answer_that_is_not_a_port_checkers(what: str) -> None:
 def test_an_answer_for_other_ports_counts_for_none(alter: Callable[[list[int]], list[int]]) -> None:
     with scripted(lambda asked: accessible(alter(asked))) as server:
         error = error_of(server.url)
-    assert error == "it reported on other ports than it was asked about"
+    assert error == "reported on other ports than it was asked about"
 
 
 @pytest.mark.parametrize("path", ["/ip", "/check-ports"])
@@ -265,7 +396,7 @@ def test_an_answer_without_end(path: str) -> None:
     endless = Answer(b" " * (16 * 1024 * 1024))
     with scripted(lambda _: endless, endless) as server:
         error = error_of(server.url, None if path == "/ip" else "127.0.0.1")
-    assert error == "its answer is too long: is this a port checker?"
+    assert error == "answer is too long: is this a port checker?"
 
 
 def test_a_message_is_shown_without_what_a_terminal_would_obey() -> None:
@@ -299,17 +430,115 @@ def test_a_server_that_does_not_tell_the_address(what: str) -> None:
 @pytest.mark.parametrize("ip", ["localhost", "127.0.0.1:80", "fe80::1%lo", "\x1b[2J"])
 def test_an_address_that_is_none(ip: str) -> None:
     with scripted(ip=Answer({"ip": ip})) as server:
-        assert error_of(server.url, ip=None) == "it sent an invalid IP address"
+        assert error_of(server.url, ip=None) == "sent an invalid IP address"
     assert server.asked == []
 
 
 @pytest.mark.parametrize("answer", [Answer(b"<html>"), Answer({}), Answer({"ip": 7}), Answer([])])
 def test_no_address_at_all(answer: Answer) -> None:
     with scripted(ip=answer) as server:
-        assert error_of(server.url, ip=None).startswith("unexpected answer (HTTP status 200)")
+        assert error_of(server.url, ip=None).startswith("unexpected answer, HTTP status 200")
     assert server.asked == []
 
 
 def test_an_error_instead_of_the_address() -> None:
     with scripted(ip=refusal(ErrorCode.INTERNAL_ERROR, "A bug.")) as server:
         assert error_of(server.url, ip=None) == "A bug. (INTERNAL_ERROR)"
+
+
+# URLs
+
+
+@pytest.mark.parametrize(
+    ("location", "target"),
+    [
+        ("https://checker.example/check-ports", "https://checker.example"),
+        ("/elsewhere/check-ports", "http://127.0.0.1:{port}/elsewhere"),
+        ("http://user:secret@checker.example/\x9b", "http://checker.example/?"),
+    ],
+)
+def test_a_redirect_names_its_target(location: str, target: str) -> None:
+    with scripted(lambda _: Answer(b"", 301, {"Location": location})) as server:
+        error = error_of(server.url)
+        port = server.server_address[1]
+    assert error == f"redirects to {target.format(port=port)}: give that URL"
+
+
+def test_the_url_of_a_page_of_the_server() -> None:
+    with scripted() as server:
+        url = f"{server.url}/docs"
+        assert error_of(url, ip=None) == f"has nothing at {url}/ip: try {server.url}"
+
+
+def test_a_password_is_sent_and_never_shown() -> None:
+    asked: list[bytes] = []
+    heard: list[str] = []
+    with scripted() as server:
+
+        def remember(connection: socket.socket) -> None:
+            asked.append(connection.recv(65536, socket.MSG_PEEK))
+            forward(connection, server)
+
+        with raw_server(remember) as url:
+            secret = url.replace("//", "//me:s%65cret@")
+            report = asyncio.run(
+                verify(free_ports(1), servers=[secret], ip="127.0.0.1", on_progress=heard.append)
+            )
+    assert b"Authorization: Basic bWU6c2VjcmV0\r\n" in asked[0]
+    assert report.reachable == 1
+    assert report.servers[0].url == url
+    assert "cret" not in repr((report, heard))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://",
+        "http://[::1",
+        "http://[::g]",
+        "http://127.0.0.1:abc",
+        "http://h:99999",
+        "http://h:0",
+        "http://127.0.0.1:1/\n",
+        "http://a,http://b",
+        "http://a http://b",
+        "http://me:secret@",
+        "http://h/?secret",
+        "127.0.0.1:1",
+        "ftp://me:secret@h",
+        "me:secret@h",
+        "",
+    ],
+)
+def test_a_url_that_is_none(url: str) -> None:
+    with pytest.raises(ValueError, match=r"URL|must start with") as raised:
+        ServerUrl.parse(url)
+    assert "secret@" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://h", "http://h"),
+        ("HTTPS://Checker.Example:443/a/", "https://checker.example/a"),
+        ("http://[2001:db8::7]:9000/", "http://[2001:db8::7]:9000"),
+        ("http://bücher.example", "http://xn--bcher-kva.example"),
+    ],
+)
+def test_urls_in_one_form(text: str, shown: str) -> None:
+    assert str(ServerUrl.parse(text)) == shown
+
+
+# This program's own connections
+
+
+def test_its_own_ports_are_none_of_those_under_check() -> None:
+    checked = set(ephemeral_ports()) - {ephemeral_ports()[5]}
+    with socket.socket() as sock, socket.socket() as other:
+        LocalPorts(checked).bind(sock)
+        assert sock.getsockname()[1] == ephemeral_ports()[5]
+        with pytest.raises(OSError, match="Cannot assign"):
+            LocalPorts(checked).bind(other)  # it is taken
+    with socket.socket() as sock:
+        LocalPorts(range(1024, 65536)).bind(sock)  # there is no other
+        assert sock.getsockname()[1] >= 1024
