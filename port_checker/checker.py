@@ -1,27 +1,87 @@
-"""One check: rounds of attempts with a delay between them, within the capacity of the process."""
+"""One check: rounds of attempts with a delay between them; and who may have how much in flight."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import sys
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from typing import Final, Self
 
 from port_checker.addresses import Address
 from port_checker.connect import TIMED_OUT, OpenConnectionPacer, Verdict, attempt
 from port_checker.tls import TlsClient, TlsVerdict
 
+# Ports in flight that the callers of one network may have, in shares of one caller.
+_SHARES_OF_NETWORK: Final = 2
 
-class Overloaded(Exception):
-    """The check would put more ports in flight than the checker may have.
+
+# Who has ports in flight, besides each caller and network.
+_EVERYBODY: Final = "everybody"
+_STRANGERS: Final = "strangers"
+
+
+class NoRoom(Exception):
+    """A check would put more ports in flight than it may; the message is a sentence that says so.
 
     Attributes:
         asked: Ports that the refused check asked for.
-        max_in_flight: Ports that may be in flight at once.
-        retry_after: Whole seconds after which room is to be expected.
+        limit: Ports that may be in flight at once, of those that the check would be among.
+        retry_after: Whole seconds after which there may be room.
     """
 
-    def __init__(self, asked: int, max_in_flight: int, retry_after: int) -> None:
-        super().__init__(f"{asked} more ports would pass {max_in_flight} in flight")
+    def __init__(self, asked: int, limit: int, whose: str, retry_after: int) -> None:
+        if asked > limit:
+            message = f"This service checks at most {limit} ports {whose}".rstrip() + " at once."
+        else:
+            message = "Too many checks " + f"{whose} are running.".lstrip()
+        super().__init__(message)
         self.asked = asked
-        self.max_in_flight = max_in_flight
+        self.limit = limit
         self.retry_after = retry_after
+
+
+class CallerOverLimit(NoRoom):
+    """The caller, or its network, has its share in flight."""
+
+
+class Overloaded(NoRoom):
+    """All callers together have as many ports in flight as there may be."""
+
+
+def max_for_others(max_in_flight: int) -> int:
+    """Return how many ports of addresses that are not the caller's own may be in flight at once.
+
+    The other half is for callers that check themselves, whatever strangers do.
+    """
+    return max_in_flight // 2
+
+
+class Reservation:
+    """Ports in flight that are held for one check: a context manager, which gives them back."""
+
+    def __init__(
+        self, in_flight: dict[Hashable, int], holders: Sequence[Hashable], ports: int
+    ) -> None:
+        self._in_flight = in_flight
+        self._holders = holders
+        self._ports = ports
+        for holder in holders:
+            in_flight[holder] = in_flight.get(holder, 0) + ports
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._ports:
+            self.release(self._ports)
+
+    def release(self, ports: int) -> None:
+        """Give back so many, which are in flight no more."""
+        self._ports -= ports
+        for holder in self._holders:
+            left = self._in_flight[holder] - ports
+            if left:
+                self._in_flight[holder] = left
+            else:
+                del self._in_flight[holder]
 
 
 class Checker:
@@ -35,6 +95,7 @@ class Checker:
         retry_delay: Seconds between the end of one round of attempts and the next.
         timeout: Seconds that one attempt may last.
         max_in_flight: Ports that may be under check at once.
+        max_per_caller: Ports of these that one caller may have; None for no bound.
         sleep: Waits for so many seconds; called between rounds.
     """
 
@@ -45,32 +106,69 @@ class Checker:
         retry_delay: float,
         timeout: float,
         max_in_flight: int,
+        max_per_caller: int | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        self.in_flight = 0
         self._retries = retries
         self._retry_delay = retry_delay
         self._timeout = timeout
         self._max_in_flight = max_in_flight
+        self._max_per_caller = sys.maxsize if max_per_caller is None else max_per_caller
         self._sleep = sleep
         self._pacer = OpenConnectionPacer()
         self._tls = TlsClient()
+        self._in_flight: dict[Hashable, int] = {}  # ports by holder; see reserve()
 
-    def require_room(self, ports: int) -> None:
-        """Refuse a check for which there is no room.
+    @property
+    def in_flight(self) -> int:
+        """Ports under check now."""
+        return self._in_flight.get(_EVERYBODY, 0)
+
+    def reserve(
+        self,
+        ports: int,
+        *,
+        caller: Hashable = None,
+        network: Hashable = None,
+        is_own: bool = True,
+    ) -> Reservation:
+        """Make room for a check, or refuse it at once.
 
         Args:
             ports: How many ports it asks for.
+            caller: Who asks; those who are None count as one.
+            network: The network that the caller has many addresses of; None if it has not.
+            is_own: Whether the target is the caller itself. All checks of others' addresses
+                together have at most half of the ports in flight.
+
+        Returns:
+            To be entered, and handed to ``check``.
 
         Raises:
-            Overloaded: They would pass ``max_in_flight``.
+            CallerOverLimit: The caller or its network would have more than its share.
+            Overloaded: All checks together would have too many.
         """
-        if self.in_flight + ports > self._max_in_flight:
-            # Nothing is certain to end sooner than one round of attempts.
-            retry_after = max(1, round(self._timeout))
-            raise Overloaded(ports, self._max_in_flight, retry_after)
+        shares: list[tuple[Hashable, int]] = [(("caller", caller), self._max_per_caller)]
+        if network is not None:
+            shares.append((("network", network), _SHARES_OF_NETWORK * self._max_per_caller))
+        if not is_own:
+            shares.append((_STRANGERS, max_for_others(self._max_in_flight)))
+        shares.append((_EVERYBODY, self._max_in_flight))
+        for holder, limit in shares:
+            if self._in_flight.get(holder, 0) + ports > limit:
+                # Nothing is certain to end sooner than one round of attempts.
+                retry_after = max(1, round(self._timeout))
+                if holder is _EVERYBODY:
+                    raise Overloaded(ports, limit, "", retry_after)
+                if holder is _STRANGERS:
+                    raise Overloaded(ports, limit, "of others' addresses", retry_after)
+                whose = "of one caller" if holder == shares[0][0] else f"of {network}"
+                raise CallerOverLimit(ports, limit, whose, retry_after)
+        return Reservation(self._in_flight, [holder for holder, _ in shares], ports)
 
-    async def check(self, target: Address, ports: Sequence[int]) -> dict[int, Verdict]:
+    async def check(
+        self, target: Address, ports: Sequence[int], reservation: Reservation | None = None
+    ) -> dict[int, Verdict]:
         """Find out which of ``ports`` accept connections.
 
         All of them are tried at once; those that fail are tried again, all at once, after the
@@ -80,20 +178,19 @@ class Checker:
         Args:
             target: The address that the ports are on.
             ports: TCP ports, each at most once.
+            reservation: The room for them; without one, it is reserved for a caller unknown.
 
         Returns:
             A verdict for each port, in the order of ``ports``. If all attempts of a port failed,
             it is that of the last one which was answered, if any was.
 
         Raises:
-            Overloaded: There is no room for them; no attempt was made.
+            NoRoom: There was no reservation, and no room; no attempt was made.
             CheckFailed: The checker itself is in trouble, so nothing is known about any port.
         """
-        self.require_room(len(ports))
         verdicts: dict[int, Verdict] = {}
         failed = list(ports)
-        self.in_flight += len(failed)
-        try:
+        with reservation or self.reserve(len(ports)) as in_flight:
             for round_ in range(self._retries):
                 if round_:
                     await self._sleep(self._retry_delay)
@@ -104,44 +201,44 @@ class Checker:
                     if verdict is not TIMED_OUT or port not in verdicts:
                         verdicts[port] = verdict
                 still_failed = [port for port in failed if not verdicts[port].accessible]
-                self.in_flight -= len(failed) - len(still_failed)
-                failed = still_failed
-                if not failed:
+                if not still_failed:
                     break
-        finally:
-            self.in_flight -= len(failed)
+                in_flight.release(len(failed) - len(still_failed))
+                failed = still_failed
         return {port: verdicts[port] for port in ports}
 
     async def check_tls(
-        self, target: Address, port: int, expected: Sequence[Address | str]
+        self,
+        target: Address,
+        port: int,
+        expected: Sequence[Address | str],
+        reservation: Reservation | None = None,
     ) -> TlsVerdict:
-        """Tell whether a TLS endpoint has a certificate that is good for what is expected.
+        """Find out whether a TLS endpoint has a certificate that is good for what is expected.
 
         It takes the room and the time of a check of one port. A connection that fails, in the
-        handshake too, is tried again; what a certificate tells is final.
+        handshake too, is tried again; what a certificate says is final.
 
         Args:
             target: The address that the port is on.
             port: A TCP port.
             expected: Addresses and at most one DNS name, as for ``TlsClient.attempt``.
+            reservation: As for ``check``.
+
+        Returns:
+            The verdict; if all attempts failed, that of the last one which was answered, if any.
 
         Raises:
-            Overloaded: There is no room for it; nothing was attempted.
-            CheckFailed: The checker's own trouble; nothing can be said about the endpoint.
+            NoRoom: There was no reservation, and no room; no attempt was made.
+            CheckFailed: The checker itself is in trouble, so nothing is known about the endpoint.
         """
-        self.require_room(1)
-        self.in_flight += 1
-        try:
-            verdict = None
-            for round_ in range(self._retries):
-                if round_:
-                    await self._sleep(self._retry_delay)
-                latest = await self._tls.attempt(target, port, expected, self._timeout, self._pacer)
-                if verdict is None or latest.error != TIMED_OUT.error:
-                    verdict = latest
-                if not latest.try_again:
+        with reservation or self.reserve(1):
+            verdict = await self._tls.attempt(target, port, expected, self._timeout, self._pacer)
+            for _ in range(1, self._retries):
+                if not verdict.try_again:
                     break
-        finally:
-            self.in_flight -= 1
-        assert verdict, "there is at least one attempt"  # noqa: S101
+                await self._sleep(self._retry_delay)
+                next_ = await self._tls.attempt(target, port, expected, self._timeout, self._pacer)
+                if next_.error != TIMED_OUT.error:
+                    verdict = next_
         return verdict

@@ -72,6 +72,34 @@ def serve() -> None:
 
 
 @app.command()
+def health(
+    url: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="URL",
+            help="URL of the service; by default, the one with these settings on this machine.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Ask a running server whether it is healthy; for containers and scripts.
+
+    Exit status: 0 it is, 1 it is not, 2 wrong usage or a wrong setting.
+    """
+    from port_checker.server.health import Unhealthy, local_url, require_healthy
+    from port_checker.server.settings import SettingsError, load_settings
+
+    try:
+        require_healthy(local_url(load_settings()) if url is None else url)
+    except Unhealthy as error:
+        sys.stderr.write(f"port-checker: {error}\n")
+        raise typer.Exit(1) from None
+    except (SettingsError, ValueError) as error:
+        sys.stderr.write(f"port-checker: {error}\n")
+        raise typer.Exit(2) from None
+
+
+@app.command()
 def check(
     ports: Annotated[
         list[str] | None,

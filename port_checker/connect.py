@@ -18,6 +18,12 @@ from dataclasses import dataclass
 from port_checker.addresses import Address, parse_address
 from port_checker.linux import could_not_retransmit, report_icmp_errors, take_icmp_error
 
+# Seconds until the kernel forgets a connection that we closed, if the target does not acknowledge
+# that or does not close its own end. By default it takes a minute and more (tcp(7),
+# tcp_orphan_retries and tcp_fin_timeout), and strangers can make many. Long enough for four
+# retransmissions on a way that loses packets.
+_CLOSED_AFTER = 3
+
 # Connections opened in one turn of the event loop. One costs about 30 µs to open and close
 # (measured), so everything else waits for about 2 ms at the most, however many are opened.
 _OPENED_PER_TURN = 64
@@ -37,7 +43,19 @@ class Verdict:
 
 
 class CheckFailed(Exception):
-    """The checker itself could not do its work, so nothing is known about the target."""
+    """The checker itself could not do its work, so nothing is known about the target.
+
+    Attributes:
+        ports: The ports to which this machine may not connect, if it is about these alone.
+    """
+
+    def __init__(self, message: str, ports: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.ports = list(ports)
+
+
+class _Forbidden(Exception):
+    """This machine may not connect to a port; the message says what forbids it."""
 
 
 OPEN = Verdict(accessible=True, error=None)
@@ -58,8 +76,8 @@ _VERDICTS = {
     errno.ENETUNREACH: Verdict(accessible=False, error="Network is unreachable"),
 }
 
-# Errors of a socket that are this machine's own trouble. EACCES is not one of them, though it is if
-# connect() raises it: later, it comes from a packet, ICMPv6's "administratively prohibited" (Linux
+# Errors of a socket that are this machine's own trouble, whatever the port. EACCES is not one of
+# them: it comes from a packet, ICMPv6's "administratively prohibited" (Linux
 # icmpv6_err_convert()), which a firewall on the provider's side has sent.
 OWN_TROUBLE = {
     errno.EMFILE,
@@ -67,8 +85,11 @@ OWN_TROUBLE = {
     errno.ENOMEM,
     errno.ENOBUFS,
     errno.EADDRNOTAVAIL,
-    errno.EPERM,
 }
+
+# Errors of connect() that say that this machine may not connect to this port: a firewall, a
+# security module or a control group forbids it.
+_FORBIDDEN = {errno.EACCES, errno.EPERM}
 
 # IP version, and ICMP type and code, of the error that a host does not answer on its link.
 _HOST_UNREACHABLE = {(4, 3, 1), (6, 1, 3)}
@@ -145,8 +166,8 @@ async def attempt(
         A verdict for each port, in no particular order.
 
     Raises:
-        CheckFailed: The checker ran out of descriptors, memory, buffers or local ports, or is not
-            permitted to connect.
+        CheckFailed: The checker ran out of descriptors, memory, buffers or local ports; or it may
+            not connect to some of the ports, and names them all.
     """
     with own_failures("could not connect"):
         round_ = _Round(target)
@@ -160,7 +181,8 @@ async def attempt(
             await round_.wait(timeout)
         finally:
             round_.close()
-        return round_.verdicts
+    round_.require_permitted(ports)
+    return round_.verdicts
 
 
 async def connect(
@@ -169,7 +191,8 @@ async def connect(
     """Try one port as ``attempt`` does, and hand over the connection instead of closing it.
 
     Returns:
-        The connected socket, non-blocking, for the caller to close; or why there is none.
+        The connected socket, non-blocking, for the caller to ``close_for_good``; or why there is
+        none.
 
     Raises:
         CheckFailed: As for ``attempt``.
@@ -181,9 +204,21 @@ async def connect(
             round_.open([port])
             round_.collect()
             await round_.wait(timeout)
+            round_.require_permitted([port])
             return round_.connected.pop(port, None) or round_.verdicts[port]
         finally:
             round_.close()
+
+
+def close_for_good(connection: socket.socket) -> None:
+    """Close a connection so that the kernel forgets it soon, too."""
+    _have_it_forgotten(connection)
+    connection.close()
+
+
+def _have_it_forgotten(connection: socket.socket) -> None:
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _CLOSED_AFTER * 1000)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_LINGER2, _CLOSED_AFTER)
 
 
 def _is_rejected_here(sock: socket.socket, target: Address) -> bool:
@@ -211,6 +246,7 @@ class _Round:
 
     def __init__(self, target: Address, *, keep_connected: bool = False) -> None:
         self.verdicts: dict[int, Verdict] = {}
+        self.forbidden: dict[int, str] = {}  # why this machine may not connect, by port
         self.connected: dict[int, socket.socket] = {}  # by port; empty unless they are kept
         self._keep_connected = keep_connected
         self._target = target
@@ -228,6 +264,11 @@ class _Round:
             if self._family == socket.AF_INET6:
                 report_icmp_errors(sock)
             error = sock.connect_ex((self._host, port))
+            if error in _FORBIDDEN:
+                self.forbidden[port] = os.strerror(error)
+                del self._waiting[descriptor]
+                sock.close()
+                continue
             if error != errno.EINPROGRESS:
                 raise OSError(error, os.strerror(error))
             self._epoll.register(descriptor, select.EPOLLOUT)
@@ -236,14 +277,19 @@ class _Round:
         """Collect the verdicts known so far: a loopback target's are when connect() returns."""
         for descriptor, events in self._epoll.poll(0):
             sock, port = self._waiting[descriptor]
-            verdict = self._verdict(sock, port, events)
-            if verdict:
+            try:
+                verdict = self._verdict(sock, port, events)
+            except _Forbidden as reason:
+                self.forbidden[port] = str(reason)
+            else:
+                if not verdict:
+                    continue
                 self.verdicts[port] = verdict
-                del self._waiting[descriptor]
-                if self._keep_connected and verdict is OPEN:
-                    self.connected[port] = sock
-                else:
-                    sock.close()
+            del self._waiting[descriptor]
+            if self._keep_connected and self.verdicts.get(port) is OPEN:
+                self.connected[port] = sock
+            else:
+                sock.close()
 
     async def wait(self, timeout: float) -> None:
         """Wait until each attempt has ended, at most ``timeout`` seconds, and give verdicts."""
@@ -268,7 +314,18 @@ class _Round:
             timer.cancel()
             loop.remove_reader(self._epoll.fileno())
         for sock, port in self._waiting.values():
-            self.verdicts[port] = self._verdict_at_timeout(sock)
+            try:
+                self.verdicts[port] = self._verdict_at_timeout(sock)
+            except _Forbidden as reason:
+                self.forbidden[port] = str(reason)
+
+    def require_permitted(self, ports: Sequence[int]) -> None:
+        """Raise ``CheckFailed`` if this machine may not connect to some of ``ports``."""
+        if self.forbidden:
+            reason = next(iter(self.forbidden.values()))
+            raise CheckFailed(
+                f"could not connect: {reason}", [port for port in ports if port in self.forbidden]
+            )
 
     def close(self) -> None:
         """Give back every descriptor."""
@@ -277,11 +334,13 @@ class _Round:
             sock.close()
         self._waiting.clear()
         for sock in self.connected.values():
-            sock.close()
+            close_for_good(sock)
 
     def _verdict(self, sock: socket.socket, port: int, events: int) -> Verdict | None:
         """The verdict of an attempt that an event has ended; None if it goes on."""
         if events == select.EPOLLOUT:
+            if not self._keep_connected:
+                _have_it_forgotten(sock)
             return REFUSED if self._is_echo(sock, port) else OPEN
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         # The kernel queues an ICMP error, which is an event, before it sets SO_ERROR: in between
@@ -294,14 +353,16 @@ class _Round:
         if error:
             return self._verdict_of(sock, error)
         if could_not_retransmit(sock):
-            raise OSError(errno.EPERM, "this machine's own firewall drops what it sends")
+            raise _Forbidden("this machine's own firewall drops what it sends")
         return TIMED_OUT
 
     def _verdict_of(self, sock: socket.socket, error: int) -> Verdict:
         if error in OWN_TROUBLE:
             raise OSError(error, os.strerror(error))
+        if error == errno.EPERM:
+            raise _Forbidden(os.strerror(error))
         if _is_rejected_here(sock, self._target):
-            raise OSError(errno.EPERM, "this machine's own firewall rejects what it sends")
+            raise _Forbidden("this machine's own firewall rejects what it sends")
         return _VERDICTS.get(error) or Verdict(accessible=False, error=os.strerror(error))
 
     def _is_echo(self, sock: socket.socket, port: int) -> bool:

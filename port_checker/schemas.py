@@ -348,6 +348,11 @@ class ErrorDetail(BaseModel):
 
     code: ErrorCode
     message: str = Field(description="A sentence that says what to do.")
+    ports: list[int] | None = Field(
+        default=None,
+        description="With CHECK_FAILED, the ports to which this service may not connect, if it is "
+        "about these alone; else absent.",
+    )
 
 
 class ErrorResponse(BaseModel):

@@ -5,6 +5,7 @@ TLS errors become ours here, as the operating system's do in ``connect``: an att
 """
 
 import asyncio
+import errno
 import ipaddress
 import os
 import re
@@ -23,6 +24,7 @@ from port_checker.connect import (
     CheckFailed,
     OpenConnectionPacer,
     Verdict,
+    close_for_good,
     connect,
     own_failures,
 )
@@ -126,11 +128,13 @@ class TlsClient:
         connection = await connect(target, port, timeout, pacer)
         if isinstance(connection, Verdict):
             return TlsVerdict(valid=False, error=connection.error, try_again=True)
-        with connection, self._counted():
-            try:
+        try:
+            with self._counted():
                 certificate = await self._certificate(connection, expected, deadline)
-            except _Failed as failure:
-                return failure.verdict
+        except _Failed as failure:
+            return failure.verdict
+        finally:
+            close_for_good(connection)
         not_after = datetime.fromtimestamp(
             ssl.cert_time_to_seconds(certificate["notAfter"]), tz=UTC
         )
@@ -262,7 +266,7 @@ def _is_finished(tls: ssl.SSLObject) -> bool:
 
 
 def _connection_failure(error: OSError) -> _Failed | CheckFailed:
-    if error.errno in OWN_TROUBLE:
+    if error.errno in OWN_TROUBLE or error.errno == errno.EPERM:  # by this machine's own firewall
         return CheckFailed(f"could not send or receive: {error.strerror}")
     if isinstance(error, BrokenPipeError):  # the same, told to who sends
         return _handshake_failed("Connection reset by peer", try_again=True)

@@ -7,9 +7,12 @@ import pytest
 from port_checker.addresses import (
     Address,
     Network,
+    have_one_subscriber,
     lies_in,
     parse_address,
     parse_networks,
+    site,
+    subscriber,
 )
 
 LONGEST = "2001:0db8:0000:0000:0000:0000:198.151.100.255"
@@ -146,3 +149,39 @@ def test_no_networks(text: str) -> None:
 def test_lying_in_networks(address: str, inside: bool) -> None:
     assert lies_in(parse_address(address), parse_networks("10.0.0.0/8,fd00::/8")) is inside
     assert not lies_in(parse_address(address), ())
+
+
+@pytest.mark.parametrize(
+    ("text", "of_subscriber", "of_site"),
+    [
+        ("203.0.113.7", "203.0.113.7", None),
+        ("::ffff:203.0.113.7", "203.0.113.7", None),
+        ("2001:db8::7", "2001:db8::/64", "2001:db8::/48"),
+        ("2001:db8:1:2:ffff:ffff:ffff:ffff", "2001:db8:1:2::/64", "2001:db8:1::/48"),
+        ("ffff:ffff:ffff:ffff::", "ffff:ffff:ffff:ffff::/64", "ffff:ffff:ffff::/48"),
+    ],
+)
+def test_what_one_subscriber_and_one_site_have(
+    text: str, of_subscriber: str, of_site: str | None
+) -> None:
+    address = parse_address(text)
+    assert (subscriber(address), site(address)) == (of_subscriber, of_site)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_one"),
+    [
+        ("203.0.113.7", "203.0.113.7", True),
+        ("203.0.113.7", "203.0.113.8", False),
+        ("2001:db8:1:2::", "2001:db8:1:2:ffff:ffff:ffff:ffff", True),
+        ("2001:db8:1:2::", "2001:db8:1:3::", False),
+        ("::203.0.113.7", "203.0.113.7", False),
+        ("203.0.113.7", None, False),
+        (None, None, False),
+    ],
+)
+def test_whose_addresses_are_one_subscribers(
+    one: str | None, other: str | None, is_one: bool
+) -> None:
+    addresses = [parse_address(text) if text else None for text in (one, other)]
+    assert have_one_subscriber(*addresses) is is_one

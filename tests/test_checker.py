@@ -8,7 +8,7 @@ from contextlib import ExitStack, suppress
 import pytest
 
 from port_checker.addresses import parse_address
-from port_checker.checker import Checker, Overloaded
+from port_checker.checker import Checker, NoRoom, Overloaded
 from port_checker.connect import OPEN, REFUSED, TIMED_OUT, CheckFailed
 from tests.support.loopback import open_listener, open_port, ports, refused_port, silent_port
 
@@ -79,10 +79,9 @@ def test_a_check_without_room_is_refused_at_once() -> None:
             check = asyncio.create_task(checker.check(LOOPBACK, silent))
             await asyncio.sleep(0)
             assert checker.in_flight == 3
-            checker.require_room(1)
-            with pytest.raises(Overloaded) as refusal:
+            with pytest.raises(Overloaded, match="Too many checks are running") as refusal:
                 await checker.check(LOOPBACK, [1, 2])
-            assert (refusal.value.asked, refusal.value.max_in_flight) == (2, 4)
+            assert (refusal.value.asked, refusal.value.limit) == (2, 4)
             assert refusal.value.retry_after == 5
             check.cancel()
             with suppress(asyncio.CancelledError):
@@ -90,6 +89,53 @@ def test_a_check_without_room_is_refused_at_once() -> None:
             assert checker.in_flight == 0
 
         asyncio.run(run())
+
+
+def reserve(checker: Checker, ports: int, caller: str, is_own: bool = True) -> str | None:
+    """Take room for ever; what is said if there is none."""
+    try:
+        checker.reserve(
+            ports, caller=caller, network=caller.partition("/")[0], is_own=is_own
+        ).__enter__()
+    except NoRoom as refusal:
+        return f"{type(refusal).__name__}: {refusal}"
+    return None
+
+
+def test_nobody_can_keep_others_out() -> None:
+    checker = Checker(retries=1, retry_delay=0, timeout=5, max_in_flight=100, max_per_caller=20)
+    for is_own in (True, False):
+        assert not reserve(checker, 10, "a/1", is_own)
+    for is_own in (True, False):
+        assert reserve(checker, 1, "a/1", is_own) == (
+            "CallerOverLimit: Too many checks of one caller are running."
+        )
+    assert not reserve(checker, 20, "a/2")
+    assert reserve(checker, 1, "a/3") == ("CallerOverLimit: Too many checks of a are running.")
+    assert not reserve(checker, 20, "b/1", is_own=False)
+    assert not reserve(checker, 20, "c/1", is_own=False)
+    assert reserve(checker, 1, "d/1", is_own=False) == (
+        "Overloaded: Too many checks of others' addresses are running."
+    )
+    assert not reserve(checker, 20, "d/1")
+    assert reserve(checker, 1, "e/1") == ("Overloaded: Too many checks are running.")
+    assert checker.in_flight == 100
+    assert reserve(checker, 21, "f/1") == (
+        "CallerOverLimit: This service checks at most 20 ports of one caller at once."
+    )
+
+
+def test_room_comes_back_to_everybody_who_had_it() -> None:
+    checker = make_checker(max_in_flight=10)
+    for _ in range(3):
+        with checker.reserve(5, caller="a", network="n", is_own=False) as reservation:
+            reservation.release(2)
+            assert checker.in_flight == 3
+            with pytest.raises(Overloaded):
+                checker.reserve(3, caller="b", is_own=False)
+            with checker.reserve(2, caller="b", is_own=False):
+                assert checker.in_flight == 5
+        assert checker.in_flight == 0
 
 
 def test_a_port_that_is_done_is_in_flight_no_more() -> None:

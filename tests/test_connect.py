@@ -194,6 +194,65 @@ for host in ("192.0.2.1", "198.51.100.1", "203.0.113.1"):
 
 
 @needs_root
+def test_all_ports_that_this_machine_may_not_connect_to_are_named() -> None:
+    script = (
+        PRELUDE
+        + """
+import socket
+with socket.create_server(("127.0.0.1", 80)):
+    try:
+        print(try_once([26, 80, 81, 25], timeout=2))
+    except CheckFailed as error:
+        print(error, error.ports)
+    print(try_once([80])[80].accessible)
+"""
+    )
+    told = in_namespace(
+        script,
+        "nft add table inet t",
+        "nft add chain inet t o '{ type filter hook output priority 0; }'",
+        "nft add rule inet t o tcp dport 25-26 drop",
+    )
+    reason = "could not connect: this machine's own firewall drops what it sends"
+    assert told == f"{reason} [26, 25]\nTrue\n"
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("trouble", "state"),
+    [
+        ("tcp dport 80 tcp flags fin drop", "04"),  # FIN-WAIT-1: nothing is acknowledged
+        ("tcp dport 80 accept", "05"),  # FIN-WAIT-2: the target never closes
+    ],
+)
+def test_a_connection_is_gone_for_good_within_seconds(trouble: str, state: str) -> None:
+    """By default it takes a minute and more."""
+    script = (
+        PRELUDE
+        + f"""
+import socket, time
+from tests.support.waiting import wait_until
+
+def count():
+    with open("/proc/net/tcp") as table:
+        return sum(line.split()[3] == {state!r} for line in table)
+
+with socket.create_server(("127.0.0.1", 80)):
+    try_once([80])
+    print(count())
+    wait_until(lambda: not count(), seconds=40)
+"""
+    )
+    told = in_namespace(
+        script,
+        "nft add table inet t",
+        "nft add chain inet t i '{ type filter hook input priority 0; }'",
+        f"nft add rule inet t i {trouble}",
+    )
+    assert told == "1\n"
+
+
+@needs_root
 def test_rejection_by_the_target_is_its_verdict_when_it_is_this_machine() -> None:
     script = (
         PRELUDE

@@ -10,7 +10,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
-from port_checker.checker import Checker
+from port_checker.addresses import Address, have_one_subscriber, site, subscriber
+from port_checker.checker import Checker, Reservation
 from port_checker.schemas import (
     CHECK_EXAMPLE,
     ERROR_EXAMPLES,
@@ -119,16 +120,16 @@ class Api:
         """
         started = time.perf_counter()
         caller = self._callers.resolve(request)
+        # Before anything that costs more than this does.
+        await self._limiter.pay_request(caller)
         asked = CheckRequest.parse(await _read_body(request), self._settings.max_ports)
-        await self._limiter.pay_caller(caller)
-        require_allowed(caller, asked.provider_ip, self._settings)
-        if not request.client or request.client.host != str(asked.provider_ip):
-            # Not needed for the peer: this connection proves that there is a route.
-            verify_local_binding(asked.provider_ip)
-        self._checker.require_room(len(asked.ports))
-        await self._limiter.pay_target(asked.provider_ip, len(asked.ports))
-        verdicts = await _unless_caller_leaves(
-            request, self._checker.check(asked.provider_ip, asked.ports)
+        target, ports = asked.provider_ip, asked.ports
+        verdicts = await self._run(
+            request,
+            caller,
+            target,
+            len(ports),
+            lambda room: self._checker.check(target, ports, room),
         )
         answer = CheckResponse.of(verdicts)
         logger.info(
@@ -154,16 +155,15 @@ class Api:
         """
         started = time.perf_counter()
         caller = self._callers.resolve(request)
+        await self._limiter.pay_request(caller)
         asked = TlsCheckRequest.parse(await _read_body(request))
         target = asked.target
-        await self._limiter.pay_caller(caller)
-        require_allowed(caller, target, self._settings)
-        if not request.client or request.client.host != str(target):
-            verify_local_binding(target)
-        self._checker.require_room(1)
-        await self._limiter.pay_target(target, 1)
-        verdict = await _unless_caller_leaves(
-            request, self._checker.check_tls(target, asked.port, asked.expected)
+        verdict = await self._run(
+            request,
+            caller,
+            target,
+            1,
+            lambda room: self._checker.check_tls(target, asked.port, asked.expected, room),
         )
         answer = TlsCheckResponse.of(asked, verdict)
         logger.info(
@@ -175,6 +175,29 @@ class Api:
             time.perf_counter() - started,
         )
         return Response(answer.model_dump_json(), media_type="application/json")
+
+    async def _run(
+        self,
+        request: Request,
+        caller: Address | None,
+        target: Address,
+        ports: int,
+        check: Callable[[Reservation], Awaitable[_T]],
+    ) -> _T:
+        """Run a check within the rules, the limits and the room, unless its caller leaves."""
+        require_allowed(caller, target, self._settings)
+        if not request.client or request.client.host != str(target):
+            # Not needed for the peer: this connection proves that there is a route.
+            verify_local_binding(target)
+        # The room comes before the ports are paid for, so that refusals cost nothing.
+        with self._checker.reserve(
+            ports,
+            caller=caller and subscriber(caller),
+            network=caller and site(caller),
+            is_own=have_one_subscriber(caller, target),
+        ) as room:
+            await self._limiter.pay_ports(caller, target, ports)
+            return await _unless_caller_leaves(request, check(room))
 
     async def ip(self, request: Request) -> Response:
         """Return the address that your requests come from."""

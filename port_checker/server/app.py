@@ -22,7 +22,10 @@ def create_app(
         checker: Used instead of one made of the settings.
     """
     limits = limiter or RateLimiter(
-        settings.caller_rate_limit, settings.target_rate_limit, settings.rate_limit_store
+        settings.caller_rate_limit,
+        settings.others_rate_limit,
+        settings.target_rate_limit,
+        settings.rate_limit_store,
     )
     app = FastAPIOffline(
         title="Golem Port Checker",
@@ -50,6 +53,7 @@ def create_app(
             retry_delay=settings.retry_delay,
             timeout=settings.timeout,
             max_in_flight=settings.max_in_flight,
+            max_per_caller=settings.max_in_flight_per_caller,
         ),
     ).add_routes(app)
     answer_errors(app)

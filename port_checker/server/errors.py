@@ -1,7 +1,7 @@
 """Error responses: which status each code has, and the handlers that turn exceptions into them."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from port_checker.checker import Overloaded
+from port_checker.checker import CallerOverLimit, NoRoom
 from port_checker.connect import CheckFailed
 from port_checker.schemas import ErrorCode, InvalidRequest
 from port_checker.server.rate_limit import RateLimited
@@ -41,15 +41,21 @@ class ApiError(Exception):
         code: The error code; it decides the HTTP status.
         message: A sentence that tells the caller what to do.
         headers: Additional HTTP headers of the response.
+        ports: The ports that it is about, if it is about certain ports alone.
     """
 
     def __init__(
-        self, code: ErrorCode, message: str, headers: Mapping[str, str] | None = None
+        self,
+        code: ErrorCode,
+        message: str,
+        headers: Mapping[str, str] | None = None,
+        ports: Sequence[int] = (),
     ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.headers = headers
+        self.ports = ports
 
 
 def to_api_error(error: Exception) -> ApiError:
@@ -67,18 +73,26 @@ def to_api_error(error: Exception) -> ApiError:
                 f"{error} Try again in {error.retry_after} s.",
                 {"Retry-After": str(error.retry_after)},
             )
-        case Overloaded() if error.asked > error.max_in_flight:
+        case NoRoom():
+            is_too_large = error.asked > error.limit
+            advice = (
+                "Send fewer per request."
+                if is_too_large
+                else f"Try again in {error.retry_after} s."
+            )
             return ApiError(
-                ErrorCode.OVERLOADED,
-                f"This service checks at most {error.max_in_flight} ports at once. "
-                "Send fewer per request.",
+                ErrorCode.RATE_LIMITED
+                if isinstance(error, CallerOverLimit)
+                else ErrorCode.OVERLOADED,
+                f"{error} {advice}",
                 {"Retry-After": str(error.retry_after)},
             )
-        case Overloaded():
+        case CheckFailed(ports=[_, *_]):
             return ApiError(
-                ErrorCode.OVERLOADED,
-                f"Too many checks are running. Try again in {error.retry_after} s.",
-                {"Retry-After": str(error.retry_after)},
+                ErrorCode.CHECK_FAILED,
+                f"This service may not connect to some of these ports ({error}). That says nothing "
+                "about them, nor about the others. Leave them out.",
+                ports=error.ports,
             )
         case CheckFailed():
             return ApiError(
@@ -109,8 +123,11 @@ async def answer_error(_: Request, error: Exception) -> JSONResponse:
     if isinstance(error, CheckFailed):
         logger.error("Check failed: %s", error)
     answer = to_api_error(error)
+    detail: dict[str, object] = {"code": answer.code, "message": answer.message}
+    if answer.ports:
+        detail["ports"] = answer.ports
     return JSONResponse(
-        {"detail": {"code": answer.code, "message": answer.message}},
+        {"detail": detail},
         status_code=STATUS[answer.code],
         headers=answer.headers,
     )
@@ -123,7 +140,7 @@ def answer_errors(app: FastAPI) -> None:
         InvalidRequest,
         TargetNotAllowed,
         RateLimited,
-        Overloaded,
+        NoRoom,
         CheckFailed,
         ClientDisconnect,
         HTTPException,

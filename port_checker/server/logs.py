@@ -1,4 +1,4 @@
-"""One line for each event, on stderr: in colour on a terminal, plain elsewhere."""
+"""One line for each event, on stderr: for a terminal, for systemd's journal, or plain."""
 
 import contextlib
 import logging
@@ -9,6 +9,8 @@ import sys
 import threading
 import time
 from typing import Any
+
+from port_checker.server.systemd import stderr_is_the_journal
 
 # Lines that may wait to be written: some seconds of what a busy service logs.
 QUEUE_SIZE = 10_000
@@ -23,6 +25,16 @@ FLUSH_PATIENCE = 2.0
 _TIME = "%Y-%m-%d %H:%M:%S"
 _PLAIN = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _COLOURED = "%(asctime)s %(log_color)s%(levelname)s%(reset)s %(name)s: %(message)s"
+_JOURNAL = "%(levelname)s %(name)s: %(message)s"  # which has the time of each line itself
+
+# The journal's priorities: syslog(3).
+_PRIORITIES = {
+    logging.CRITICAL: 2,
+    logging.ERROR: 3,
+    logging.WARNING: 4,
+    logging.INFO: 6,
+    logging.DEBUG: 7,
+}
 
 
 def logging_config(*, debug: bool) -> dict[str, Any]:
@@ -31,16 +43,10 @@ def logging_config(*, debug: bool) -> dict[str, Any]:
     Args:
         debug: Whether to log a line for each port and each HTTP request as well.
     """
-    on_terminal = sys.stderr is not None and sys.stderr.isatty()  # None if it was closed
-    colours = on_terminal and not os.environ.get("NO_COLOR")  # https://no-color.org
     return {
         "version": 1,
         "disable_existing_loggers": False,
-        "formatters": {
-            "line": {"()": "colorlog.ColoredFormatter", "fmt": _COLOURED, "datefmt": _TIME}
-            if colours
-            else {"format": _PLAIN, "datefmt": _TIME}
-        },
+        "formatters": {"line": _formatter()},
         "handlers": {
             "stderr": {"class": "port_checker.server.logs.BackgroundHandler", "formatter": "line"}
         },
@@ -52,6 +58,28 @@ def logging_config(*, debug: bool) -> dict[str, Any]:
             "uvicorn": {"level": "DEBUG" if debug else "ERROR"},
         },
     }
+
+
+def _formatter() -> dict[str, Any]:
+    if stderr_is_the_journal():
+        return {"class": "port_checker.server.logs.JournalFormatter", "format": _JOURNAL}
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()  # None if it was closed
+    if on_terminal and not os.environ.get("NO_COLOR"):  # https://no-color.org
+        return {"()": "colorlog.ColoredFormatter", "fmt": _COLOURED, "datefmt": _TIME}
+    return {"format": _PLAIN, "datefmt": _TIME}
+
+
+class JournalFormatter(logging.Formatter):
+    """Begins each line with its priority, as sd-daemon(3) has it.
+
+    A traceback becomes one line, since the journal makes an entry of each.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        priority = _PRIORITIES.get(record.levelno, _PRIORITIES[logging.INFO])
+        lines = (line.strip() for line in super().format(record).splitlines())
+        return f"<{priority}>{' | '.join(filter(None, lines))}"
 
 
 class BackgroundHandler(logging.Handler):

@@ -1,55 +1,171 @@
 """uvicorn's HTTP protocol, hardened for the open internet: deadlines and limits.
 
-On its own uvicorn waits for ever for the rest of a request, restarts its keep-alive timeout at each
-byte, waits for ever for a client to read its answer, and limits neither the size of a head (with
-httptools) nor the number of connections.
+On its own uvicorn waits for ever for the rest of a request and for a client to read its answer. It
+does not limit heads and trailers (with httptools), pipelined requests, or connections. It takes
+trailer fields for header fields. And when a request asks for an upgrade, it loses the body, or even
+reads it as the next request.
+
+Here the parser gets one request at a time. What a client sends behind a complete request stays
+unparsed until that request is answered.
 """
 
 import asyncio
 import json
+import math
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
+from ipaddress import IPv6Network
 from typing import Any, cast
 
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from port_checker.addresses import Address, Network, lies_in, parse_address
 from port_checker.schemas import ErrorCode
 
 # Seconds for a request to arrive, head and body together: the first from accept, a later one from
 # its first byte. A client that stops reading its answer has as long.
 DEADLINE = 10.0
 
+# Seconds for which a connection is kept between requests: longer than proxies keep theirs (60 s in
+# nginx), which would answer 502 if we closed one that they are about to use.
+KEEP_ALIVE = 75.0
+
 # Bytes of a request's head. uvicorn has the same limit with its other parser, h11.
 MAX_HEAD = 64 * 1024
 
-# Seconds after which a client that was refused for want of room may try again: by then deadlines
+# Fields of a head: each takes some 150 bytes of memory besides its own.
+MAX_FIELDS = 256
+
+# Bytes of a chunked message that are neither head nor body: sizes, extensions, trailer. Chunks of
+# 8 bytes have as much for the longest body that the application accepts. (It limits bodies itself,
+# and nobody stores what comes after its answer.)
+MAX_FRAMING = 64 * 1024
+
+# One address may have one connection in so many.
+_SHARE = 10
+
+# Unparsed bytes, of some hundred requests, above which reading pauses until some are answered.
+_MAX_UNPARSED = 16 * 1024
+
+# Bytes that the parser gets at once; the limits are checked in between.
+_MAX_PIECE = 16 * 1024
+
+# Seconds between two looks at whether a client reads its answer.
+_PROGRESS_INTERVAL = 1.0
+
+# Seconds after which a client may try again that was refused for want of room: by then deadlines
 # have closed the connections that did nothing.
 _RETRY_AFTER = 10
 
 
 class ConnectionLimits:
-    """What all connections of a process share: their limits, and which of them may be closed.
+    """What the connections of a process share: how many there may be, and for how long.
 
     Args:
         max_connections: Open connections, in one process.
-        deadline: Seconds for receiving a request, and for the client to read an answer.
+        deadline: Seconds for a request to arrive, and for a client that does not read its answer.
+        trusted_proxies: Addresses without a limit of their own. All others have one: a tenth of the
+            connections, for an IPv4 address or an IPv6 /64.
 
     Attributes:
-        awaiting_request: The connections that have no complete request, longest waiting first.
+        is_stopping: Whether new requests are refused because the service is stopping.
     """
 
-    def __init__(self, max_connections: int, deadline: float = DEADLINE) -> None:
-        self.max_connections = max_connections
+    def __init__(
+        self,
+        max_connections: int,
+        deadline: float = DEADLINE,
+        trusted_proxies: Sequence[Network] = (),
+    ) -> None:
         self.deadline = deadline
-        self.awaiting_request: dict[BoundedProtocol, None] = {}
+        self.is_stopping = False
+        self._trusted_proxies = trusted_proxies
+        self._all = ConnectionGroup(max_connections)
+        self._max_per_address = max(1, max_connections // _SHARE)
+        self._by_address: dict[Address | IPv6Network, ConnectionGroup] = {}
+
+    def groups_of(self, peer: str | None) -> "list[ConnectionGroup]":
+        """Return the groups of connections that one from this address belongs to.
+
+        Args:
+            peer: The IP address of its other end, if it has one.
+        """
+        if peer is None:
+            return [self._all]
+        address = parse_address(peer.partition("%")[0])
+        if lies_in(address, self._trusted_proxies):
+            return [self._all]
+        key = IPv6Network((address, 64), strict=False) if address.version == 6 else address
+        if key not in self._by_address:
+            self._by_address[key] = ConnectionGroup(
+                self._max_per_address, when_empty=lambda: self._by_address.pop(key)
+            )
+        return [self._by_address[key], self._all]
+
+
+class ConnectionGroup:
+    """Connections with a common limit.
+
+    Args:
+        limit: How many there may be.
+        when_empty: Called when the last one has left.
+
+    Attributes:
+        waiting: Those that wait for their client, the longest first: for a request or the rest of
+            one, or for the client to read its answer.
+    """
+
+    def __init__(self, limit: int, when_empty: Callable[[], object] = lambda: None) -> None:
+        self.waiting: dict[BoundedProtocol, None] = {}
+        self._limit = limit
+        self._size = 0
+        self._when_empty = when_empty
+
+    def add(self) -> None:
+        """Count a new connection."""
+        self._size += 1
+
+    def make_room(self) -> bool:
+        """Return whether the limit is kept, if need be by closing a connection that waits."""
+        if self._size > self._limit and self.waiting:
+            next(iter(self.waiting)).make_way()
+        return self._size <= self._limit
+
+    def remove(self, connection: "BoundedProtocol") -> None:
+        """Forget a connection."""
+        self.waiting.pop(connection, None)
+        self._size -= 1
+        if not self._size:
+            self._when_empty()
+
+
+class _Refused(Exception):
+    """A request that the application does not get to see."""
+
+    def __init__(self, status: HTTPStatus, code: ErrorCode, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
+class _Dropped(list[tuple[bytes, bytes]]):
+    """The header fields of which none is kept."""
+
+    def append(self, _: tuple[bytes, bytes]) -> None:
+        """Drop a field."""
+
+
+_DROPPED = _Dropped()
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection, with one deadline for each request as a whole.
+    """One connection, which answers one request at a time.
 
-    Only a complete request stops the deadline; there is none while the answer is being made. A
-    client that does not read its answer is disconnected after as long. When a new connection
-    exceeds the limit, the connection that has waited longest for a request is closed; if none
-    waits, the new one is refused.
+    Each request has one deadline as a whole, which only its last byte stops. While an answer is
+    being made there is none. A client that stops reading its answer is disconnected after as long.
+    When a new connection exceeds a limit, the connection that has waited longest for its client is
+    closed; if none waits, the new one is refused.
 
     Args:
         limits: Shared by all connections of the process.
@@ -59,42 +175,48 @@ class BoundedProtocol(HttpToolsProtocol):
     def __init__(self, limits: ConnectionLimits, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._limits = limits
-        self._deadline: asyncio.TimerHandle | None = None
-        self._abort_timer: asyncio.TimerHandle | None = None
-        self._head_bytes = 0  # of a head that is still incomplete
+        self._groups: Sequence[ConnectionGroup] = ()
+        # When to close the connection, if it still waits for its client then. Looking at this when
+        # the timer fires costs less than a new timer for each request.
+        self._expires = math.inf
+        self._timer: asyncio.TimerHandle | None = None
+        self._progress_timer: asyncio.TimerHandle | None = None
+
+        # The request that is arriving. The first one starts with the connection.
+        self._has_started = True
+        self._is_in_head = True
+        self._counted = 0  # bytes of its head; of its framing, once the head is complete
+        self._body_left = 0  # bytes, where their number was announced
+        self._tail = b""  # the last bytes of its head, or of its body and framing
+
+        self._unparsed = b""  # what has arrived behind a request that is not answered yet
+        self._has_paused_reading = False
+        self._unread = 0  # bytes that the client has not read
+        self._read_at = 0.0  # when it last read some
+        self.headers = _DROPPED
 
     # Called by the transport
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         """Accept the connection, or refuse it."""
+        # We hear at once, and not only beyond 64 KiB, that the client does not read.
+        transport.set_write_buffer_limits(high=0)
         self._coalescing = WriteCoalescingTransport(transport, self.loop)
         super().connection_made(cast(asyncio.Transport, self._coalescing))
-        if len(self.connections) > self._limits.max_connections:
-            if not self._limits.awaiting_request:
-                self._refuse(503, ErrorCode.OVERLOADED, "Too many connections are open.")
-                return
-            next(iter(self._limits.awaiting_request)).close()
-        self._start_deadline()
+        self._groups = self._limits.groups_of(self.client[0] if self.client else None)
+        for group in self._groups:
+            group.add()
+        if all(group.make_room() for group in self._groups):
+            self._wait_for_client()
+        else:
+            self._refuse(_overloaded("Too many connections are open."))
 
     def data_received(self, data: bytes) -> None:
-        """Feed the parser, and set a deadline for what is still missing."""
-        scope, cycle = self.scope, self.cycle
-        was_idle = cycle is None or not cycle.more_body
-        super().data_received(data)
-        if self.cycle is None or self.scope is not self.cycle.scope:
-            # The head is incomplete.
-            if self.scope is scope:
-                self._head_bytes += len(data)
-            else:  # it began in this data, perhaps behind the end of another request
-                self._head_bytes = len(data) if was_idle and self.cycle is cycle else 0
-            if self._head_bytes > MAX_HEAD and not self.transport.is_closing():
-                self._refuse(
-                    413, ErrorCode.REQUEST_TOO_LARGE, f"The head is over {MAX_HEAD} bytes."
-                )
-        if self._is_answering():
-            self._stop_deadline()
-        elif not (self._deadline and self.scope is scope) and not self.transport.is_closing():
-            self._start_deadline()
+        """Parse a request, or keep what comes before the last one is answered."""
+        if self._unparsed or self._is_answering():
+            self._keep_unparsed(self._unparsed + data)
+        else:
+            self._parse(data)
 
     def eof_received(self) -> None:
         """Send what is written before the transport closes, as it does on return."""
@@ -102,94 +224,306 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
-        self._stop_deadline()
-        if self._abort_timer:
-            self._abort_timer.cancel()
+        for timer in self._timer, self._progress_timer:
+            if timer:
+                timer.cancel()
+        self._leave_groups()
+        self._unparsed = b""
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """The client has stopped reading its answer, or is slow: start its deadline."""
+        """The client has not read everything: watch it."""
         super().pause_writing()
-        self._abort_later()
+        for group in self._groups:
+            group.waiting[self] = None
+        self._unread = self.transport.get_write_buffer_size()
+        self._read_at = self.loop.time()
+        self._watch_progress()
 
     def resume_writing(self) -> None:
-        """The client has read most of it."""
+        """The client has read everything, or the connection is lost."""
         super().resume_writing()
-        if self._abort_timer and not self.transport.is_closing():
-            self._abort_timer.cancel()
-            self._abort_timer = None
+        if self._progress_timer:
+            self._progress_timer.cancel()
+            self._progress_timer = None
+        if self._is_answering():
+            self._leave_waiting()
 
     # Called by the parser
 
-    def on_message_complete(self) -> None:
-        """Note that the request is complete, which uvicorn does not if it was answered early."""
-        super().on_message_complete()
-        if self.cycle.more_body:
-            self.cycle.more_body = False
-            self._stop_deadline()
+    def on_headers_complete(self) -> None:
+        """Hand the request to the application, or refuse it.
 
-    # Called by the application, through uvicorn
+        Raises:
+            _Refused: The application shall not see it.
+        """
+        self._require_bounded_head()
+        if self._limits.is_stopping:
+            raise _stopping()
+        if self.cycle and not self.cycle.response_complete:
+            # A bug, since a piece ends where a request ends; uvicorn would queue this one.
+            raise _bad_request("it begins too early")
+        names = [name for name, _ in self.headers]
+        version = self.parser.get_http_version()
+        if version not in ("1.1", "1.0"):
+            raise _bad_request(f"HTTP/{version} is not supported")
+        hosts = names.count(b"host")
+        if hosts != 1 and (hosts or version == "1.1"):
+            raise _bad_request("it needs one Host field")  # RFC 9112 section 3.2
+        super().on_headers_complete()
+        self._is_in_head = False
+        self._counted = 0
+        if b"content-length" in names:
+            self._body_left = int(self.headers[names.index(b"content-length")][1])
+        # Of a trailer (RFC 9110 section 6.5) nothing is kept.
+        self.headers = _DROPPED
+
+    def on_body(self, body: bytes) -> None:
+        """Hand a part of the body to the application."""
+        self._counted -= len(body)
+        if self._body_left:
+            self._body_left -= len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Stop the deadline, and the parsing until the request is answered."""
+        if self.parser.should_upgrade():
+            return  # it is complete only for the parser; see _ignore_upgrade
+        # Also of a request that was answered early, for which uvicorn would not.
+        self.cycle.more_body = False
+        self.cycle.message_event.set()
+        self._has_started = False
+        self._is_in_head = True
+        self._counted = 0
+        self._expires = math.inf
+        if not self.flow.write_paused:
+            self._leave_waiting()
+
+    # Called by the application and the server, through uvicorn
 
     def on_response_complete(self) -> None:
-        """Wait for the next request, or for the rest of one that was answered early."""
-        super().on_response_complete()
+        """Go on with the next request, or with the rest of one that was answered early."""
+        self.server_state.total_requests += 1
         if self.transport.is_closing():
-            self._abort_later()
-        elif self._is_answering():
-            self._limits.awaiting_request.pop(self, None)
-        elif self.cycle.more_body and not self._deadline:
-            self._start_deadline()
-        else:  # uvicorn's keep-alive timeout is running
-            self._limits.awaiting_request[self] = None
+            return
+        self.flow.resume_reading()
+        if self._unparsed:
+            self._parse(self._unparsed)
+        else:
+            self._wait_for_client()
 
-    def timeout_keep_alive_handler(self) -> None:
-        """Close the connection: no further request came."""
-        self.close()
+    def shutdown(self) -> None:
+        """Close the connection after the answer that is being made; refuse all other requests."""
+        self._limits.is_stopping = True
+        if self._is_answering():
+            self.cycle.keep_alive = False
+        elif self._counted or not self._is_in_head:
+            self._refuse(_stopping())
+        else:
+            self.transport.close()
 
-    def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP, in the API's error format."""
-        self._refuse(400, ErrorCode.INVALID_REQUEST, msg)
+    def make_way(self) -> None:
+        """Close this connection, which waits for its client, in favour of another."""
+        self._leave_groups()
+        if self.flow.write_paused:
+            self.transport.abort()
+        else:
+            self.transport.close()
 
-    def close(self) -> None:
-        """Close the connection once the client has read what is written, or at a deadline."""
-        self._stop_deadline()
-        self.transport.close()
-        self._abort_later()
+    # Parsing
 
-    def _is_answering(self) -> bool:
-        """Whether a complete request is being answered."""
-        cycle = self.cycle
-        complete = cycle is not None and not cycle.response_complete and not cycle.more_body
-        return complete or bool(self.pipeline)
+    def _parse(self, data: bytes) -> None:
+        """Feed the parser up to the end of one request, and keep what comes after it."""
+        position = 0
+        is_answering = False
+        while position < len(data) and not is_answering:
+            end = self._piece_end(data, position)
+            if not self._feed(data[position:end]):
+                return
+            position = end
+            is_answering = self._is_answering()
+        if position < len(data) or self._unparsed:
+            self._keep_unparsed(data[position:])
+        if not is_answering:
+            self._wait_for_client()
 
-    def _start_deadline(self) -> None:
-        self._stop_deadline()
-        self._deadline = self.loop.call_later(self._limits.deadline, self.close)
-        self._limits.awaiting_request[self] = None
+    def _keep_unparsed(self, data: bytes) -> None:
+        self._unparsed = data
+        if len(data) > _MAX_UNPARSED:
+            self._has_paused_reading = True
+            self.transport.pause_reading()
+        elif self._has_paused_reading:
+            self._has_paused_reading = False
+            self.transport.resume_reading()
 
-    def _stop_deadline(self) -> None:
-        self._limits.awaiting_request.pop(self, None)
-        if self._deadline:
-            self._deadline.cancel()
-            self._deadline = None
+    def _piece_end(self, data: bytes, start: int) -> int:
+        """Return where the next piece for the parser ends.
 
-    def _abort_later(self) -> None:
-        if not self._abort_timer:
-            self._abort_timer = self.loop.call_later(self._limits.deadline, self.transport.abort)
+        A request ends at the end of a piece, never within one. Heads, and chunked bodies with their
+        trailers, end with the first empty line after something else: llhttp accepts no other line
+        end than CRLF.
+        """
+        if self._body_left:
+            return min(start + self._body_left, len(data))
+        if self._tail:  # the empty line may have begun in the piece before
+            end = (self._tail + data[start : start + 3]).find(b"\r\n\r\n")
+            if end >= 0:
+                return start + end + 4 - len(self._tail)
+        end = data.find(b"\r\n\r\n", start, start + _MAX_PIECE)
+        return end + 4 if end >= 0 else min(start + _MAX_PIECE, len(data))
 
-    def _refuse(self, status: int, code: ErrorCode, message: str) -> None:
+    def _feed(self, piece: bytes) -> bool:
+        """Feed the parser; return whether all is well."""
+        if not self._has_started:
+            self._has_started = True
+            self._expires = math.inf
+        self._counted += len(piece)
+        try:
+            try:
+                self.parser.feed_data(piece)
+            except HttpParserUpgrade:
+                self._ignore_upgrade()
+            if self._has_started:
+                self._tail = piece[-3:]
+                if self._is_in_head:
+                    self._require_bounded_head()
+                elif self._counted > MAX_FRAMING:
+                    raise _too_large(f"The body has over {MAX_FRAMING} bytes of chunk framing.")
+            else:
+                self._tail = b""
+        except _Refused as refused:
+            self._refuse(refused)
+            return False
+        except HttpParserError as error:
+            reason = error.__context__  # of an error in one of our callbacks
+            if not isinstance(reason, _Refused):
+                is_http2 = self.parser.get_method() == b"PRI"
+                reason = _bad_request("HTTP/2 is not supported" if is_http2 else str(error))
+            self._refuse(reason)
+            return False
+        return True
+
+    def _require_bounded_head(self) -> None:
+        if self._counted > MAX_HEAD:
+            raise _too_large(f"The head is over {MAX_HEAD} bytes.")
+        if len(self.headers) > MAX_FIELDS:
+            raise _too_large(f"The head has over {MAX_FIELDS} fields.")
+
+    def _ignore_upgrade(self) -> None:
+        """Parse the rest of a request as if it had no Upgrade field (RFC 9110 section 7.8).
+
+        Behind a head with such a field, the parser expects another protocol. So a new parser gets
+        the rest, behind a head with only the fields that say how long the body is.
+        """
+        framing = [
+            b"%b: %b\r\n" % field
+            for field in self.scope["headers"]
+            if field[0] in (b"content-length", b"transfer-encoding")
+        ]
+        self.parser = HttpRequestParser(_BodyCallbacks(self))
+        self.parser.feed_data(b"".join([b"POST / HTTP/1.1\r\n", *framing, b"\r\n"]))
+
+    def _refuse(self, refused: _Refused) -> None:
         """Answer without the application, and close."""
-        body = json.dumps({"detail": {"code": code, "message": message}}, separators=(",", ":"))
+        status = refused.status
+        error = {"detail": {"code": refused.code, "message": str(refused)}}
+        body = json.dumps(error, separators=(",", ":"))
         head = [
-            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+            f"HTTP/1.1 {status} {status.phrase}",
             "content-type: application/json",
+            "cache-control: no-store",
             f"content-length: {len(body)}",
             "connection: close",
         ]
         if status == HTTPStatus.SERVICE_UNAVAILABLE:
             head.append(f"retry-after: {_RETRY_AFTER}")
-        self.transport.write("\r\n".join([*head, "", body]).encode())
-        self.close()
+        # A request that was answered early gets no second answer, which would be the next one's.
+        if self._is_in_head or not self.cycle.response_started:
+            self.transport.write("\r\n".join([*head, "", body]).encode())
+        self.transport.close()
+
+    # Waiting
+
+    def _is_answering(self) -> bool:
+        """Whether a complete request is being answered."""
+        cycle = self.cycle
+        return cycle is not None and not cycle.response_complete and not cycle.more_body
+
+    def _wait_for_client(self) -> None:
+        """Limit the time until the rest of a request, or the next one, is here."""
+        for group in self._groups:
+            group.waiting[self] = None
+        if self._expires == math.inf:
+            seconds = self._limits.deadline if self._has_started else KEEP_ALIVE
+            self._expires = self.loop.time() + seconds
+            if self._timer and self._timer.when() > self._expires:
+                self._timer.cancel()
+                self._timer = None
+            if not self._timer:
+                self._timer = self.loop.call_later(seconds, self._close_if_expired)
+
+    def _close_if_expired(self) -> None:
+        self._timer = None
+        if self._expires == math.inf:
+            return
+        left = self._expires - self.loop.time()
+        if left > 0:
+            self._timer = self.loop.call_later(left, self._close_if_expired)
+        else:
+            self.transport.close()
+
+    def _leave_groups(self) -> None:
+        for group in self._groups:
+            group.remove(self)
+        self._groups = ()
+
+    def _leave_waiting(self) -> None:
+        for group in self._groups:
+            group.waiting.pop(self, None)
+
+    def _watch_progress(self) -> None:
+        """Disconnect a client that has read nothing for too long."""
+        now = self.loop.time()
+        unread = self.transport.get_write_buffer_size()
+        if unread < self._unread:
+            self._unread, self._read_at = unread, now
+        left = self._read_at + self._limits.deadline - now
+        if left > 0:
+            self._progress_timer = self.loop.call_later(
+                min(left, _PROGRESS_INTERVAL), self._watch_progress
+            )
+        else:
+            self.transport.abort()
+
+
+def _overloaded(message: str) -> _Refused:
+    return _Refused(HTTPStatus.SERVICE_UNAVAILABLE, ErrorCode.OVERLOADED, message)
+
+
+def _stopping() -> _Refused:
+    return _overloaded("The service is stopping.")
+
+
+def _too_large(message: str) -> _Refused:
+    return _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, ErrorCode.REQUEST_TOO_LARGE, message)
+
+
+def _bad_request(reason: str) -> _Refused:
+    message = f"This is not a valid HTTP/1.1 request: {reason}."
+    return _Refused(HTTPStatus.BAD_REQUEST, ErrorCode.INVALID_REQUEST, message)
+
+
+class _BodyCallbacks:
+    """What a parser calls that shall see nothing but the body of a request."""
+
+    def __init__(self, connection: BoundedProtocol) -> None:
+        self._connection = connection
+        self.on_body = connection.on_body
+
+    def on_message_complete(self) -> None:
+        """Complete the request, and leave the next one to a parser that sees all of it."""
+        self._connection.on_message_complete()
+        self._connection.parser = HttpRequestParser(self._connection)
 
 
 class WriteCoalescingTransport:

@@ -1,15 +1,14 @@
-"""How often a caller may ask, and how many ports may be asked of a target."""
+"""How often a caller may ask, and for how many ports of whom."""
 
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from ipaddress import IPv6Address, IPv6Network
-from typing import TYPE_CHECKING, Final
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from throttled.asyncio import MemoryStoreBackend
 
-from port_checker.addresses import Address
+from port_checker.addresses import Address, have_one_subscriber, site, subscriber
 from port_checker.server.gcra import Charge, pay_in_memory
 from port_checker.server.settings import IN_PROCESS, Rate
 
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
 # Keys that the process remembers, the least recently used making way. A key takes about 300 bytes
 # (measured), so this bounds all of them to about 60 MiB.
 MAX_KEYS: Final = 200_000
+
+_SITE_RATES: Final = 10  # times the rates of one caller, for an IPv6 /48
 
 
 class RateLimited(Exception):
@@ -34,14 +35,18 @@ class RateLimited(Exception):
 
 
 class RateLimiter:
-    """The limits per caller and per target.
+    """What callers may ask, and what may be asked of a target.
 
-    They are kept in this process, in constant time and bounded memory however many callers there
-    are; while ``shared`` is entered, they are kept where ``store`` says.
+    A caller is an IPv4 address or an IPv6 /64; an IPv6 /48 has ten times the rates of a caller, in
+    addition. Callers whose address is not known share one limit. All limits are kept in this
+    process, in constant time and bounded memory however many callers there are; while ``shared``
+    is entered, they are kept where ``store`` says.
 
     Args:
-        per_caller: Requests that one caller may make; None for no limit.
-        per_target: Ports that may be asked of one target; None for no limit.
+        requests: Requests of one caller; None for no limit.
+        others: Ports that one caller may ask for on addresses that are not its own.
+        targets: Ports that may be asked of one target by others than itself; an IPv6 target is
+            its /64.
         store: ``memory://``, or the URL of the Redis that other processes share.
         answer_timeout: Seconds that a payment waits for Redis before it is made in this process;
             None for the default.
@@ -51,16 +56,20 @@ class RateLimiter:
 
     def __init__(
         self,
-        per_caller: Rate | None,
-        per_target: Rate | None,
+        requests: Rate | None = None,
+        others: Rate | None = None,
+        targets: Rate | None = None,
         store: str = IN_PROCESS,
         *,
         answer_timeout: float | None = None,
         max_keys: int = MAX_KEYS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._per_caller = per_caller and _Limit("callers", per_caller)
-        self._per_target = per_target and _Limit("targets", per_target)
+        self._requests = _limit("requests", requests)
+        self._site_requests = _limit("requests", requests, _SITE_RATES)
+        self._others = _limit("others", others)
+        self._site_others = _limit("others", others, _SITE_RATES)
+        self._targets = _limit("targets", targets)
         self._url = store
         self._answer_timeout = answer_timeout
         self._clock = clock
@@ -82,49 +91,87 @@ class RateLimiter:
             finally:
                 self._shared = None
 
-    async def pay_caller(self, caller: Address | None) -> None:
-        """Count one request of ``caller``; those without an address share one limit.
+    async def pay_request(self, caller: Address | None) -> None:
+        """Count one request of ``caller``.
 
         Raises:
-            RateLimited: It has none left.
+            RateLimited: It has none left, or its /48 has none.
         """
-        if self._per_caller:
-            (wait,) = await self._pay([self._per_caller.charge(_caller_key(caller), 1)])
-            if wait:
-                raise RateLimited("You ask too often.", wait)
+        payment = _Payment()
+        payment.add(self._requests, _key(caller), 1, "You ask too often.")
+        if caller and (network := site(caller)):
+            payment.add(self._site_requests, network, 1, f"Your network {network} asks too often.")
+        await self._pay(payment)
 
-    async def pay_target(self, target: Address, ports: int) -> None:
-        """Count ``ports`` asked of ``target``, whoever asks.
+    async def pay_ports(self, caller: Address | None, target: Address, ports: int) -> None:
+        """Count ``ports`` that ``caller`` asks of ``target``, unless that is the caller itself.
+
+        A caller that checks itself pays nothing: nobody is harmed by that, and strangers must not
+        be able to use up what it has left.
 
         Raises:
-            RateLimited: It has fewer left.
+            RateLimited: The caller, its /48 or the target has fewer left; nothing was counted.
         """
-        if self._per_target:
-            (wait,) = await self._pay([self._per_target.charge(str(target), ports)])
-            if wait:
-                raise RateLimited(f"Too many ports of {target} were asked for.", wait)
+        if have_one_subscriber(caller, target):
+            return
+        payment = _Payment()
+        payment.add(
+            self._others,
+            _key(caller),
+            ports,
+            "You ask for too many ports of others' addresses.",
+        )
+        if caller and (network := site(caller)):
+            payment.add(
+                self._site_others,
+                network,
+                ports,
+                f"Your network {network} asks for too many ports of others' addresses.",
+            )
+        key = subscriber(target)
+        payment.add(self._targets, key, ports, f"Too many ports of {key} were asked for.")
+        await self._pay(payment)
 
-    async def _pay(self, charges: Sequence[Charge]) -> list[float]:
-        waits = await self._shared.pay(charges) if self._shared else None
+    async def _pay(self, payment: "_Payment") -> None:
+        if not payment.charges:
+            return
+        waits = await self._shared.pay(payment.charges) if self._shared else None
         if waits is None:
-            waits = pay_in_memory(self._memory, charges, self._clock())
-        return waits
+            waits = pay_in_memory(self._memory, payment.charges, self._clock())
+        if longest := max(waits):
+            refused = next(
+                message for message, wait in zip(payment.refusals, waits, strict=True) if wait
+            )
+            raise RateLimited(refused, longest)
 
 
-class _Limit:
-    """One limit for each key of its kind."""
+class _Limit(NamedTuple):
+    """One limit for each key that begins with ``prefix``; see ``Charge``."""
 
-    def __init__(self, name: str, rate: Rate) -> None:
-        self._prefix = f"port-checker:{name}:"
-        self._interval = rate.period.total_seconds() / rate.count
-        self._capacity = rate.count
-
-    def charge(self, key: str, cost: int) -> Charge:
-        return Charge(self._prefix + key, self._interval, self._capacity, cost)
+    prefix: str
+    interval: float
+    capacity: int
 
 
-def _caller_key(caller: Address | None) -> str:
-    """An IPv6 user is given a /64 (RFC 6177), so all of its addresses are one caller."""
-    if isinstance(caller, IPv6Address):
-        return str(IPv6Network((caller, 64), strict=False))
-    return str(caller)
+def _limit(name: str, rate: Rate | None, factor: int = 1) -> _Limit | None:
+    if not rate:
+        return None
+    capacity = rate.count * factor
+    return _Limit(f"port-checker:{name}:", rate.period.total_seconds() / capacity, capacity)
+
+
+class _Payment:
+    """What is taken from several limits, and what to say when one of them refuses."""
+
+    def __init__(self) -> None:
+        self.charges: list[Charge] = []
+        self.refusals: list[str] = []
+
+    def add(self, limit: _Limit | None, key: str, cost: int, refusal: str) -> None:
+        if limit:
+            self.charges.append(Charge(limit.prefix + key, limit.interval, limit.capacity, cost))
+            self.refusals.append(refusal)
+
+
+def _key(caller: Address | None) -> str:
+    return subscriber(caller) if caller else "unknown"

@@ -16,15 +16,24 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn import Config
 
+from port_checker.checker import max_for_others
 from port_checker.linux import ConnectionTracking, connection_tracking, raise_descriptor_limit
+from port_checker.server import systemd
 from port_checker.server.app import create_app
 from port_checker.server.logs import logging_config
 from port_checker.server.protocol import BoundedProtocol, ConnectionLimits
 from port_checker.server.settings import Settings, unknown_names
-from port_checker.server.workers import BEAT, Supervisor
+from port_checker.server.workers import BEAT, Supervisor, write_traceback_when_aborted
 
 # Connections waiting for accept(). The kernel caps it at net.core.somaxconn.
 _BACKLOG = 4096
+
+# Bytes that the kernel keeps of what a client has sent and we have not read. It doubles the number
+# for its own use. Requests are much smaller.
+_RECEIVE_BUFFER = 64 * 1024
+
+# Seconds between two looks at whether the requests in progress have finished.
+_STOP_INTERVAL = 0.1
 
 # Clients' connections in one process, however many descriptors there are.
 _MAX_CONNECTIONS = 50_000
@@ -45,8 +54,10 @@ def serve(settings: Settings) -> int:
         The program's exit status: 0, or 1 if it could not start.
     """
     logging.config.dictConfig(logging_config(debug=settings.debug))
+    write_traceback_when_aborted()
     _warn_of_unknown_names()
     settings = fit_descriptor_limit(settings, raise_descriptor_limit())
+    warn_of_small_shares(settings)
     try:
         listener = listen(settings.host, settings.port)
     except OSError as error:
@@ -55,10 +66,16 @@ def serve(settings: Settings) -> int:
         return 1
     _log_start(settings, listener)
     if settings.workers == 1:
-        _serve_in_process(settings, listener, lambda: None)
+        _serve_in_process(settings, listener, _give_sign_of_life, _say_stopping)
     else:
         work = functools.partial(_serve_in_worker, settings, listener)
-        supervisor = Supervisor(settings.workers, work, stop_patience=_stop_patience(settings) + 5)
+        supervisor = Supervisor(
+            settings.workers,
+            work,
+            stop_patience=_stop_patience(settings) + 5,
+            on_beat=_give_sign_of_life,
+            on_stop=_say_stopping,
+        )
         if not supervisor.run():
             logger.critical("No worker could start; see the lines above for why")
             return 1
@@ -68,14 +85,27 @@ def serve(settings: Settings) -> int:
 
 def _serve_in_worker(settings: Settings, listener: socket.socket, beat: Callable[[], None]) -> None:
     logging.config.dictConfig(logging_config(debug=settings.debug))
-    _serve_in_process(settings, listener, beat)
+    _serve_in_process(settings, listener, beat, lambda: None)
+
+
+def _give_sign_of_life() -> None:
+    # Each says that we are ready, in case one is lost; systemd ignores what it knows.
+    systemd.notify("READY=1", "WATCHDOG=1")
+
+
+def _say_stopping() -> None:
+    systemd.notify("STOPPING=1")
 
 
 def _serve_in_process(
-    settings: Settings, listener: socket.socket, beat: Callable[[], None]
+    settings: Settings,
+    listener: socket.socket,
+    on_beat: Callable[[], None],
+    on_stop: Callable[[], None],
 ) -> None:
-    limits = ConnectionLimits(max_connections(settings))
-    server = Server(server_config(settings, functools.partial(create_app, settings), limits), beat)
+    limits = ConnectionLimits(max_connections(settings), trusted_proxies=settings.trusted_proxies)
+    make_app = functools.partial(create_app, settings)
+    server = Server(server_config(settings, make_app, limits), on_beat, on_stop)
     # After its shutdown uvicorn restores these handlers and raises the signal that it received
     # again: the default one would end the process before it returns an exit status.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -88,12 +118,19 @@ class Server(uvicorn.Server):
 
     Args:
         config: uvicorn's configuration.
-        beat: Called when the server is ready, and every second from then on, by the event loop.
+        on_beat: Called when the server is ready, and every second from then on, by the event loop.
+        on_stop: Called when it begins to stop.
     """
 
-    def __init__(self, config: Config, beat: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        on_beat: Callable[[], None] = lambda: None,
+        on_stop: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(config)
-        self._beat = beat
+        self._on_beat = on_beat
+        self._on_stop = on_stop
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to serve."""
@@ -101,8 +138,21 @@ class Server(uvicorn.Server):
         self._keep_beating(asyncio.get_running_loop())
 
     def _keep_beating(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._beat()
+        self._on_beat()
         loop.call_later(BEAT, self._keep_beating, loop)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Finish what is in progress, and refuse all other requests meanwhile."""
+        self._on_stop()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        # uvicorn would stop listening first, and leave new connections without an answer.
+        patience: float = self.config.timeout_graceful_shutdown or 0
+        while self.server_state.tasks and patience > 0 and not self.force_exit:
+            await asyncio.sleep(_STOP_INTERVAL)
+            patience -= _STOP_INTERVAL
+        self.config.timeout_graceful_shutdown = math.ceil(patience) + 1
+        await super().shutdown(sockets)
 
 
 def server_config(
@@ -113,7 +163,7 @@ def server_config(
     Args:
         settings: The operator's settings.
         make_app: Called once.
-        limits: Limits the connections.
+        limits: Of the connections.
     """
     return Config(
         make_app,
@@ -151,6 +201,8 @@ def listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Accepted connections inherit it.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address != "::"))
         listener.bind((address, port))
@@ -167,7 +219,8 @@ def fit_descriptor_limit(settings: Settings, limit: int) -> Settings:
     """Return settings whose ports in flight use at most half of ``limit`` descriptors.
 
     Each port in flight uses one descriptor. The other half is for clients' connections, for the
-    one more that each check uses, and for the process itself.
+    one more that each check uses, and for the process itself. The share of one caller is lowered
+    in proportion.
     """
     fitting = max(1, limit // 2)
     if limit == resource.RLIM_INFINITY or settings.max_in_flight <= fitting:
@@ -179,7 +232,24 @@ def fit_descriptor_limit(settings: Settings, limit: int) -> Settings:
         fitting,
         limit,
     )
-    return settings.model_copy(update={"max_in_flight": fitting})
+    share = max(1, settings.max_in_flight_per_caller * fitting // settings.max_in_flight)
+    return settings.model_copy(update={"max_in_flight": fitting, "max_in_flight_per_caller": share})
+
+
+def warn_of_small_shares(settings: Settings) -> None:
+    """Log a warning for each share of the ports in flight that a full request does not fit."""
+    for whose, share in (
+        ("one caller", settings.max_in_flight_per_caller),
+        ("all checks of others' addresses together", max_for_others(settings.max_in_flight)),
+    ):
+        if share < settings.max_ports:
+            logger.warning(
+                "A request for PORT_CHECK_MAX_PORTS=%d ports will be refused: %s may have at most "
+                "%d in flight. Raise PORT_CHECK_MAX_IN_FLIGHT, or the limit of open files.",
+                settings.max_ports,
+                whose,
+                share,
+            )
 
 
 def max_connections(settings: Settings) -> int:

@@ -167,6 +167,13 @@ class Settings(BaseModel):
         ge=1,
         le=1_000_000,
     )
+    max_in_flight_per_caller: int = _setting(
+        "PORT_CHECK_MAX_IN_FLIGHT_PER_CALLER",
+        2000,
+        "a number of ports, from 1 to 1000000",
+        ge=1,
+        le=1_000_000,
+    )
     targets: Literal["public", "caller"] = _setting(
         "PORT_CHECK_TARGETS", "public", "public or caller"
     )
@@ -174,6 +181,11 @@ class Settings(BaseModel):
         "PORT_CHECK_ALLOWED_NETWORKS",
         (),
         "networks, such as 10.0.0.0/8,fd00::/8, or empty for none",
+    )
+    others_rate_limit: _RateOrOff = _setting(
+        "PORT_CHECK_OTHERS_RATE_LIMIT",
+        Rate(1000, timedelta(minutes=1)),
+        "a whole number per second, minute or hour, such as 1000/minute, or off",
     )
     target_rate_limit: _RateOrOff = _setting(
         "PORT_CHECK_TARGET_RATE_LIMIT",
@@ -210,19 +222,34 @@ class Settings(BaseModel):
         return store
 
     @model_validator(mode="after")
-    def _check_full_request_fits(self) -> Self:
-        rate = self.target_rate_limit
-        if rate and rate.count < self.max_ports:
+    def _make_full_request_fit(self) -> Self:
+        """Raise the defaults that would refuse every full request.
+
+        Raises:
+            PydanticCustomError: A value that was set would.
+        """
+        least = self.max_ports
+        if self.max_in_flight_per_caller < least:
+            self._require_unset("max_in_flight_per_caller", f"at least {least}")
+            self.__dict__["max_in_flight_per_caller"] = least  # the model is frozen
+        for name in ("others_rate_limit", "target_rate_limit"):
+            rate = getattr(self, name)
+            if rate and rate.count < least:
+                self._require_unset(name, f"off or at least {least}")
+                self.__dict__[name] = Rate(least, rate.period)
+        return self
+
+    def _require_unset(self, name: str, allowed: str) -> None:
+        if name in self.model_fields_set:
             raise PydanticCustomError(
                 "wrong",
                 _wrong(
-                    "PORT_CHECK_TARGET_RATE_LIMIT",
-                    str(rate),
-                    f"off or at least {self.max_ports} (PORT_CHECK_MAX_PORTS): anything less "
-                    "would refuse every full request",
+                    str(type(self).model_fields[name].validation_alias),
+                    str(getattr(self, name)),
+                    f"{allowed} (PORT_CHECK_MAX_PORTS): anything less would refuse every full "
+                    "request",
                 ),
             )
-        return self
 
     @model_validator(mode="after")
     def _check_redis_is_installed(self) -> Self:

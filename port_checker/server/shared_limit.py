@@ -143,12 +143,15 @@ class SharedStore:
         self._probing = asyncio.create_task(self._probe(_reason(error)))
 
     async def _probe(self, reason: str) -> None:
-        """Try until Redis answers; log that it is unavailable, and that it is available again."""
+        """Try until Redis answers, at once and then twice a second.
+
+        Logs that it is unavailable unless it answers at once, and that it is available again.
+        """
         now = asyncio.get_running_loop().time
         has_warned = False
         # The other end may be gone without a word.
         await self._disconnect()
-        while not self._is_available:
+        while not await self._answers():
             if not has_warned and now() >= self._next_warning:
                 logger.warning(
                     "Redis is unavailable (%s): each process keeps its own limits meanwhile", reason
@@ -156,11 +159,16 @@ class SharedStore:
                 has_warned = True
                 self._next_warning = now() + self._warning_interval
             await asyncio.sleep(_PROBE_INTERVAL)
-            with contextlib.suppress(Exception):
-                await self._connect()
-                self._is_available = True
+        self._is_available = True
         if has_warned:
             logger.info("Redis is available again: limits are shared")
+
+    async def _answers(self) -> bool:
+        try:
+            await self._connect()
+        except Exception:
+            return False
+        return True
 
     async def _connect(self) -> None:
         """Connect and load the script, which a payment need not wait for; then ask like one."""

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import wait
@@ -53,15 +54,26 @@ class Supervisor:
         count: How many.
         work: What each does; it must be picklable.
         stop_patience: Seconds that workers have for finishing what they do.
+        on_beat: Called at each look at the workers, from when all of them have come up.
+        on_stop: Called before the workers are stopped.
         patience: Seconds without a sign of life after which a worker is replaced.
     """
 
     def __init__(
-        self, count: int, work: Work, *, stop_patience: float, patience: float = _PATIENCE
+        self,
+        count: int,
+        work: Work,
+        *,
+        stop_patience: float,
+        on_beat: Callable[[], None] = lambda: None,
+        on_stop: Callable[[], None] = lambda: None,
+        patience: float = _PATIENCE,
     ) -> None:
         self._count = count
         self._work = work
         self._stop_patience = stop_patience
+        self._on_beat = on_beat
+        self._on_stop = on_stop
         self._patience = patience
         self._workers: list[_Worker] = []
         self._failed_starts = 0  # in a row
@@ -78,6 +90,7 @@ class Supervisor:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: wake.send(b"."))
             before = time.monotonic()
+            is_complete = False
             while not self._has_given_up():
                 self._start_missing()
                 sentinels = [worker.process.sentinel for worker in self._workers]
@@ -89,7 +102,12 @@ class Supervisor:
                 before = time.monotonic()
                 self._pause -= elapsed
                 self._workers = [worker for worker in self._workers if self._look(worker, elapsed)]
+                ready = sum(worker.is_ready for worker in self._workers)
+                is_complete = is_complete or ready == self._count
+                if is_complete:
+                    self._on_beat()
             has_served = not self._has_given_up()
+            self._on_stop()
             self._stop()
         return has_served
 
@@ -179,9 +197,18 @@ class _Worker:
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
 
 
+def write_traceback_when_aborted() -> None:
+    """Have SIGABRT write this process's traceback, even if the event loop is stuck.
+
+    It is what systemd's watchdog sends, and what a supervisor sends to a stuck worker.
+    """
+    if sys.stderr:  # None if it was closed
+        faulthandler.enable()
+
+
 def _run(work: Work, beats: ctypes.c_ulong, parent: int) -> None:
     end_with_parent(parent)
-    faulthandler.enable()  # SIGABRT writes the traceback, also if the event loop is stuck
+    write_traceback_when_aborted()
 
     def beat() -> None:
         beats.value += 1

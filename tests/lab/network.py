@@ -245,9 +245,8 @@ class Lab:
 
         Its limits are off; the rest is the defaults, unless ``settings`` say otherwise.
         """
-        limits_off = dict.fromkeys(
-            ("PORT_CHECKER_RATE_LIMIT", "PORT_CHECK_TARGET_RATE_LIMIT"), "off"
-        )
+        limits = ("CHECKER_RATE_LIMIT", "CHECK_OTHERS_RATE_LIMIT", "CHECK_TARGET_RATE_LIMIT")
+        limits_off = {f"PORT_{limit}": "off" for limit in limits}
         inherited = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
         environment = inherited | limits_off | {"PORT_CHECKER_HOST": "::"} | settings
         with self.log.open("ab") as log:

@@ -26,10 +26,27 @@ def test_what_the_checker_does_not_let_out_blames_nobody(lab: Lab) -> None:
         lab.forward(firewalled)
         lab.filter("checker", "output", firewalled, statement, version=version)
         target = network.PROVIDER[version]
-        failing.append((said, lab.ask("provider", target, [*firewalled, *opened])))
+        answer = lab.ask("provider", target, [*firewalled, *opened])
+        failing.append((said, firewalled, answer))
         passing.append(lab.ask("provider", target, opened))
-    for said, answer in failing:
+    for said, firewalled, answer in failing:
         assert (answer.result().status, answer.result().code) == (503, "CHECK_FAILED")
         assert said in answer.result().body["detail"]["message"]
+        assert answer.result().body["detail"]["ports"] == [*firewalled]
     for answer in passing:
         assert all(verdict["accessible"] for verdict in answer.result().body["results"].values())
+
+
+def test_every_port_that_the_checker_does_not_let_out_is_named(lab: Lab) -> None:
+    dropped, rejected, opened, silent = (lab.take(2) for _ in range(4))
+    lab.filter("checker", "output", dropped, "drop")
+    lab.filter("checker", "output", rejected, "reject")
+    lab.listen("provider", opened)
+    lab.forward(opened)
+    lab.filter("router", "forward", silent, "drop")
+    lab.forward(silent)
+    asked = [*silent, *rejected, *opened, *dropped]
+    for version in 4, 6:
+        detail = lab.ask("provider", network.PROVIDER[version], asked).result().body["detail"]
+        assert list(detail) == ["code", "message", "ports"]
+        assert detail["ports"] == [*rejected, *dropped]

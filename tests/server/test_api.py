@@ -3,15 +3,16 @@
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import httpx
 import pytest
 
-from port_checker.addresses import Address
+from port_checker.addresses import parse_networks
 from port_checker.checker import Checker
 from port_checker.schemas import ERROR_EXAMPLES, CheckResponse, ErrorCode
+from port_checker.server.api import MAX_BODY
 from port_checker.server.app import create_app
 from port_checker.server.errors import STATUS
 from port_checker.server.settings import Settings
@@ -22,7 +23,11 @@ from tests.support.service import serve
 from tests.support.waiting import wait_until
 
 # For tests that send more requests or ports than the limits allow.
-UNLIMITED: Mapping[str, Any] = {"caller_rate_limit": None, "target_rate_limit": None}
+UNLIMITED: Mapping[str, Any] = {
+    "caller_rate_limit": None,
+    "others_rate_limit": None,
+    "target_rate_limit": None,
+}
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +199,8 @@ def test_the_check_of_a_caller_that_disconnects_is_cancelled(
 class BrokenChecker(Checker):
     """A checker with a bug."""
 
-    async def check(self, target: Address, ports: Sequence[int]) -> NoReturn:
-        raise ZeroDivisionError(f"{target} {ports}")
+    async def check(self, *asked: object) -> NoReturn:
+        raise ZeroDivisionError(asked)
 
 
 def test_a_bug_is_logged_and_not_shown(caplog: pytest.LogCaptureFixture) -> None:
@@ -268,49 +273,81 @@ def test_a_caller_is_limited() -> None:
         assert client.get("/health").status_code == 200
 
 
-def test_a_target_is_limited_whoever_asks() -> None:
-    with serve(
-        target_rate_limit="10/hour", max_ports=10, allowed_networks="127.0.0.1", retries=1
-    ) as client:
-        with refused_port() as refused:
-            assert check(client, [refused, refused]).status_code == 200  # counts once
-            other = {"x-forwarded-for": "198.51.100.9"}
-            nine = [refused, *range(1, 9)]
-            assert check(client, nine, headers=other).status_code == 200
-            answer = check(client, [refused])
+OTHERS = {"x-forwarded-for": "198.51.100.9"}  # another caller than 127.0.0.1
+
+
+def test_a_request_is_paid_for_before_its_body_is_read() -> None:
+    with serve(caller_rate_limit="3/hour") as client:
+        for content in (b"{", b'{"provider_ip": "x", "ports": []}', b"x" * (MAX_BODY + 1)):
+            assert client.post("/check-ports", content=content).status_code in (413, 422)
+        answer = client.post("/check-ports", content=b"x" * (MAX_BODY + 1))
         assert error_of(answer)[:2] == (429, "RATE_LIMITED")
-        assert 1 <= int(answer.headers["retry-after"]) <= 360
+
+
+def test_others_are_limited_and_an_owner_is_not() -> None:
+    with (
+        serve(
+            others_rate_limit="20/hour",
+            target_rate_limit="10/hour",
+            max_ports=10,
+            allowed_networks="127.0.0.0/8",
+            retries=1,
+        ) as client,
+        refused_port() as refused,
+    ):
+        # Named twice, counted once.
+        assert check(client, [refused, refused], headers=OTHERS).status_code == 200
+        assert check(client, [refused, *range(1, 9)], headers=OTHERS).status_code == 200
+        limited = check(client, [refused], headers=OTHERS)
+        assert error_of(limited)[:2] == (429, "RATE_LIMITED")
+        assert 350 <= int(limited.headers["retry-after"]) <= 360
+        assert "Too many ports of 127.0.0.1" in error_of(limited)[2]
+        for _ in range(3):
+            assert check(client, [refused, *range(1, 9)]).status_code == 200
+        of_another = {"provider_ip": "127.0.0.2", "ports": list(range(1, 11))}
+        assert client.post("/check-ports", json=of_another, headers=OTHERS).status_code == 200
+        limited = client.post("/check-ports", json=of_another, headers=OTHERS)
+        assert "You ask for too many ports of others' addresses." in error_of(limited)[2]
 
 
 def test_a_refused_request_costs_its_target_nothing() -> None:
-    limits: dict[str, Any] = {"target_rate_limit": "2/hour", "max_ports": 2, "max_in_flight": 1}
+    limits: dict[str, Any] = {"target_rate_limit": "2/hour", "max_ports": 2, "max_in_flight": 2}
+    limits["allowed_networks"] = "127.0.0.1"
     with open_port() as opened, refused_port() as refused, serve(**limits, retries=1) as client:
         for _ in range(5):
-            assert error_of(check(client, [opened, refused]))[1] == "OVERLOADED"
+            assert error_of(check(client, [opened, refused], headers=OTHERS))[1] == "OVERLOADED"
         for _ in range(2):
-            assert check(client, [opened]).status_code == 200
-        assert error_of(check(client, [opened]))[1] == "RATE_LIMITED"
+            assert check(client, [opened], headers=OTHERS).status_code == 200
+        assert error_of(check(client, [opened], headers=OTHERS))[1] == "RATE_LIMITED"
 
 
 def test_a_check_without_room_is_refused_and_not_queued() -> None:
-    checker = Checker(retries=1, retry_delay=0, timeout=30, max_in_flight=3)
+    checker = Checker(retries=1, retry_delay=0, timeout=30, max_in_flight=5, max_per_caller=4)
+    settings = Settings(allowed_networks=parse_networks("127.0.0.1"))
     with (
         ports(3, silent_port) as silent,
         open_port() as opened,
-        serve(create_app(Settings(), checker=checker)) as client,
+        serve(create_app(settings, checker=checker)) as client,
     ):
         with connected(client) as other:
             other.sendall(check_of(*silent))
             wait_until(lambda: checker.in_flight == 3)
-            answer = check(client, [opened])
-            message = "Too many checks are running. Try again in 30 s."
-            assert error_of(answer) == (503, "OVERLOADED", message)
-            assert answer.headers["retry-after"] == "30"
+            for asked, headers, *refusal in (
+                ([1, 2], {}, 429, "RATE_LIMITED", "Too many checks of one caller are running."),
+                ([1, 2, 3], OTHERS, 503, "OVERLOADED", "This service checks at most 2 ports of "),
+                ([1, 2, 3, 4], OTHERS, 503, "OVERLOADED", "This service checks at most 2 ports of"),
+            ):
+                answer = check(client, asked, headers=headers)
+                assert list(error_of(answer)[:2]) == refusal[:2]
+                assert error_of(answer)[2].startswith(str(refusal[2]))
+                assert answer.headers["retry-after"] == "30"
             assert checker.in_flight == 3
         wait_until(lambda: not checker.in_flight)
         assert check(client, [opened]).status_code == 200
-        message = "This service checks at most 3 ports at once. Send fewer per request."
-        assert error_of(check(client, [1, 2, 3, 4])) == (503, "OVERLOADED", message)
+        message = (
+            "This service checks at most 4 ports of one caller at once. Send fewer per request."
+        )
+        assert error_of(check(client, [1, 2, 3, 4, 5])) == (429, "RATE_LIMITED", message)
 
 
 # OpenAPI

@@ -2,19 +2,18 @@
 
 import asyncio
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
 import pytest
 
-from port_checker.addresses import Address
 from port_checker.checker import Checker
 from port_checker.connect import Verdict
 from port_checker.server.app import create_app
 from port_checker.server.protocol import ConnectionLimits
 from port_checker.server.settings import Settings
-from tests.support.http import check_of
+from tests.support.http import HEALTH, check_of
 from tests.support.manual import Client, ManualLoop
 
 
@@ -25,7 +24,7 @@ class EndlessChecker(Checker):
         super().__init__(retries=1, retry_delay=0, timeout=1, max_in_flight=100)
         self.running = self.cancelled = 0
 
-    async def check(self, target: Address, ports: Sequence[int]) -> dict[int, Verdict]:
+    async def check(self, *asked: object) -> dict[int, Verdict]:
         self.running += 1
         try:
             await asyncio.Event().wait()
@@ -35,7 +34,7 @@ class EndlessChecker(Checker):
             raise
         finally:
             self.running -= 1
-        raise AssertionError(target, ports)
+        raise AssertionError(asked)
 
 
 @pytest.fixture
@@ -46,12 +45,13 @@ def loop() -> Iterator[ManualLoop]:
         assert loop.failures == []
 
 
+@pytest.mark.parametrize("behind", [b"", HEALTH[:9], HEALTH, HEALTH * 200])
 def test_a_check_is_cancelled_when_its_caller_disconnects(
-    loop: ManualLoop, caplog: pytest.LogCaptureFixture
+    loop: ManualLoop, behind: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     checker = EndlessChecker()
     client = Client(loop, ConnectionLimits(9), create_app(Settings(), checker=checker))
-    client.send(check_of(80))
+    client.send(check_of(80) + behind)
     loop.advance_to(10)
     assert checker.running == 1
     client.leave()

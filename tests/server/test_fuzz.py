@@ -376,8 +376,8 @@ HEADER_LINES = [
 def test_garbage_is_answered_with_an_error_or_closed(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    room = ConnectionLimits(100, deadline=0.3)
-    with open_port() as opened, serve(room=room, **LIMITS_OFF) as client:
+    limits = ConnectionLimits(100, deadline=0.3, trusted_proxies=parse_networks("127.0.0.1"))
+    with open_port() as opened, serve(limits=limits, **LIMITS_OFF) as client:
         server = client.base_url.port or 0
         known = requests_of(opened)
         garbage = st.one_of(

@@ -1,11 +1,12 @@
 """Log lines as they reach stderr: a pipe, and a terminal."""
 
+import logging
 import os
 import re
 import subprocess
 import sys
 
-from port_checker.server.logs import QUEUE_SIZE
+from port_checker.server.logs import QUEUE_SIZE, JournalFormatter
 from tests.support.namespace import ROOT
 
 # Logs at each level to one of our loggers, uvicorn's two and another library's.
@@ -25,9 +26,18 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ([A-Z]+) ([a-z_.]+): 3 of 100 ports")
 
 
-def logged(*, terminal: bool = False, debug: bool = False, **environment: str) -> list[str]:
-    """The lines that a process writes to its stderr: a terminal, or a pipe."""
+def logged(
+    *, terminal: bool = False, journal: bool = False, debug: bool = False, **environment: str
+) -> list[str]:
+    """The lines that a process writes to its stderr: a terminal, or a pipe.
+
+    systemd makes a process's stderr a socket of the journal, and names it so that the process
+    knows; here it is the pipe that is named so.
+    """
     reader, writer = os.openpty() if terminal else os.pipe()
+    if journal:
+        named = os.fstat(writer)
+        environment["JOURNAL_STREAM"] = f"{named.st_dev}:{named.st_ino}"
     inherited = {
         name: value
         for name, value in os.environ.items()
@@ -96,6 +106,36 @@ def test_each_level_has_its_colour_on_a_terminal() -> None:
     assert list(colours) == ALL_LEVELS
     assert all(len(found) == 1 for found in colours.values())
     assert len(set.union(*(colours[level] for level in ("INFO", "WARNING", "ERROR")))) == 3
+
+
+def test_lines_for_the_journal_have_a_priority_and_no_time() -> None:
+    ours = [line for line in logged(journal=True, debug=True) if "port_checker" in line]
+    assert ours[:5] == [
+        "<7>DEBUG port_checker.server.api: 3 of 100 ports",
+        "<6>INFO port_checker.server.api: 3 of 100 ports",
+        "<4>WARNING port_checker.server.api: 3 of 100 ports",
+        "<3>ERROR port_checker.server.api: 3 of 100 ports",
+        "<2>CRITICAL port_checker.server.api: 3 of 100 ports",
+    ]
+
+
+def test_a_traceback_is_one_entry_in_the_journal() -> None:
+    try:
+        raise RuntimeError("a\nbug")
+    except RuntimeError:
+        record = logging.makeLogRecord(
+            {"msg": "Failed", "levelno": logging.ERROR, "exc_info": sys.exc_info()}
+        )
+    line = JournalFormatter("%(message)s").format(record)
+    assert re.fullmatch(
+        r'<3>Failed \| Traceback \(most recent call last\): \| File ".+", line \d+, in .+ \| '
+        r"raise RuntimeError\(.+\) \| RuntimeError: a \| bug",
+        line,
+    )
+
+
+def test_another_process_journal_is_not_ours() -> None:
+    assert levels(logged(JOURNAL_STREAM="8:1234")) == levels(logged())
 
 
 def test_no_colours_where_they_are_not_wanted() -> None:

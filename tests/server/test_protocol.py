@@ -12,7 +12,8 @@ import pytest
 from fastapi import FastAPI, Response
 from uvicorn.server import ServerState
 
-from port_checker.server.protocol import DEADLINE, ConnectionLimits
+from port_checker.addresses import parse_networks
+from port_checker.server.protocol import DEADLINE, MAX_FRAMING, ConnectionLimits
 from tests.support.http import HEALTH, connected, read_answer
 from tests.support.manual import Client, ManualLoop
 from tests.support.service import serve
@@ -20,6 +21,8 @@ from tests.support.waiting import wait_until
 
 EARLY = b"POST /early HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
 POST = EARLY.replace(b"early", b"echo")
+CHUNKED = POST.replace(b"Content-Length: 1000", b"Transfer-Encoding: chunked")
+UPGRADE = POST.replace(b"Host: x", b"Host: x\r\nUpgrade: h2c\r\nConnection: Upgrade")
 SLOW = HEALTH.replace(b"health", b"slow")
 LARGE = HEALTH.replace(b"health", b"large")
 
@@ -29,22 +32,29 @@ class Service:
 
     def __init__(self, max_connections: int = 1000) -> None:
         self.loop = ManualLoop()
-        self.limits = ConnectionLimits(max_connections)
+        self.limits = ConnectionLimits(max_connections, trusted_proxies=parse_networks("127.0.0.1"))
         self.state = ServerState()
         self.slow_may_end = asyncio.Event()
-        self.left = 0
+        self.clients: list[Client] = []
+        self.started = 0
 
     def connect(self, address: str = "127.0.0.1") -> Client:
-        return Client(self.loop, self.limits, self.app, state=self.state, address=address)
+        client = Client(self.loop, self.limits, self.app, state=self.state, address=address)
+        self.clients.append(client)
+        return client
 
     def close(self) -> None:
-        """Check that nothing has failed unseen."""
+        """Disconnect all clients, and check that nothing has failed unseen."""
+        self.slow_may_end.set()
+        for client in self.clients:
+            client.abort()
         self.loop.settle()
         self.loop.close()
         assert self.loop.failures == []
 
     async def app(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
         """Answer with what was asked; /early before the body is there, /slow when it may end."""
+        self.started += 1
         body = b""
         while scope["path"] != "/early":
             message = await receive()
@@ -53,7 +63,8 @@ class Service:
                 break
         if scope["path"] == "/slow":
             await self.slow_may_end.wait()
-        answer = json.dumps([scope["method"], scope["path"], len(scope["headers"]), body.decode()])
+        names = sorted(name.decode() for name, _ in scope["headers"])
+        answer = json.dumps([scope["method"], scope["path"], names, body.decode()])
         if scope["path"] == "/large":
             answer = "x" * 200_000
         headers = [(b"content-length", b"%d" % len(answer))]
@@ -79,8 +90,11 @@ def service() -> Iterator[Service]:
         (b"", b"\r\n"),
         (POST + b"{", b""),
         (POST, b" "),
-        (POST.replace(b"Content-Length: 1000", b"Transfer-Encoding: chunked"), b"1\r\n\n\r\n"),
+        (CHUNKED, b"1\r\n\n\r\n"),
         (EARLY, b" "),
+        (HEALTH + b"G", b""),
+        (CHUNKED + b"0\r\n", b"X: y\r\n"),
+        (UPGRADE, b" "),
     ],
 )
 def test_a_request_has_ten_seconds_to_arrive(service: Service, sent: bytes, trickle: bytes) -> None:
@@ -155,7 +169,7 @@ def test_deadlines_on_a_socket() -> None:
     app = FastAPI()
     app.add_api_route("/large", lambda: Response(b"x" * 20_000_000))
     with (
-        serve(app, room=ConnectionLimits(100, deadline=0.2)) as client,
+        serve(app, limits=ConnectionLimits(100, deadline=0.2)) as client,
         connected(client) as idle,
         connected(client) as slow,
         connected(client) as deaf,
@@ -175,16 +189,133 @@ def test_deadlines_on_a_socket() -> None:
         wait_until(is_cut_off, "the server to give up on a client that does not read")
 
 
+def test_between_requests_a_connection_is_kept_for_75_seconds(service: Service) -> None:
+    client = service.connect()
+    client.send(HEALTH)
+    service.loop.advance_to(74.9)
+    client.send(HEALTH)
+    assert client.statuses == [200, 200]
+    service.loop.advance_to(74.9 + 74.9)
+    assert not client.is_closed
+    service.loop.advance_to(74.9 + 75.1)
+    assert client.is_closed
+
+
+def test_a_client_that_reads_slowly_is_not_cut_off(service: Service) -> None:
+    client = service.connect()
+    client.reads = False
+    client.send(LARGE)
+    for second in 9, 18, 27:
+        service.loop.advance_to(second)
+        client.read_some(1000)
+    service.loop.advance_to(36)
+    assert not client.is_closed
+    service.loop.advance_to(38)
+    assert client.is_aborted
+
+
+# What belongs to a request
+
+
+def seen(client: Client) -> list[Any]:
+    """What the application was asked, as its answers tell."""
+    bodies = client.received.split(b"\r\n\r\n")[1:]
+    return [json.JSONDecoder().raw_decode(body.decode())[0] for body in bodies]
+
+
+REST = b"\r\n\r\nsmuggled\r\n\r\nGET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
+FRAMINGS = {
+    "none": (b"", b"", b""),
+    "length": (b"Content-Length: %d\r\n" % len(REST), REST, REST),
+    "chunked": (
+        b"Transfer-Encoding: chunked\r\n",
+        b"%x;a=b\r\n%b\r\n4\r\n\r\n\r\n\r\n0\r\nX-Forwarded-For: y\r\nUpgrade: z\r\n\r\n"
+        % (len(REST), REST),
+        REST + b"\r\n\r\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("framing", FRAMINGS)
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [
+        (b"POST", b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\n"),
+        (b"GET", b"Connection: upgrade\r\nUpgrade: websocket\r\n"),
+        (b"OPTIONS", b"Upgrade: TLS/1.0\r\nConnection: Upgrade\r\n"),
+        (b"CONNECT", b""),
+        (b"POST", b""),
+    ],
+)
+def test_an_upgrade_is_ignored_and_a_trailer_dropped_in_every_segmentation(
+    service: Service, framing: str, method: bytes, fields: bytes
+) -> None:
+    field, sent, body = FRAMINGS[framing]
+    request = b"%b /echo HTTP/1.1\r\nHost: x\r\n%b%b\r\n%b" % (method, fields, field, sent)
+    data = request * 2 + HEALTH
+    names = sorted(
+        line.partition(b":")[0].decode().lower()
+        for line in (b"Host: x\r\n" + fields + field).splitlines()
+    )
+    echoed = [method.decode(), "/echo", names, body.decode()]
+    expected = [echoed, echoed, ["GET", "/health", ["host"], ""]]
+    cuts = [[data[:at], data[at:]] for at in range(len(data))]
+    for segments in [*cuts, [data[at : at + 1] for at in range(len(data))]]:
+        client = service.connect()
+        for segment in segments:
+            client.send(segment, turns=2)
+        service.loop.settle(turns=20)
+        assert seen(client) == expected, segments
+        client.leave()
+
+
+@pytest.mark.parametrize("start", [CHUNKED, CHUNKED.replace(b"echo", b"early")])
+@pytest.mark.parametrize(
+    ("frame", "repeated"), [(b"0\r\nX: y", b"y"), (b"0\r\n", b"X: y\r\n"), (b"1;a=b", b"c")]
+)
+def test_chunk_framing_and_trailers_are_limited(
+    service: Service, start: bytes, frame: bytes, repeated: bytes
+) -> None:
+    client = service.connect()
+    client.send(start + frame)
+    sent = 0
+    while not client.is_closed:
+        assert sent <= MAX_FRAMING
+        client.send(repeated * 1000)
+        sent += len(repeated) * 1000
+    # If it was answered already, a second answer would be taken for the next one's.
+    assert client.statuses == ([200] if start != CHUNKED else [413])
+
+
+def test_a_body_in_small_chunks_is_fine(service: Service) -> None:
+    client = service.connect()
+    client.send(CHUNKED)
+    client.send(b"8\r\n01234567\r\n" * 8192)
+    client.send(b"0\r\n\r\n")
+    assert len(seen(client)[0][3]) == 65536
+
+
 # Answers
 
 
-def test_keep_alive_and_pipelining(service: Service) -> None:
+def test_pipelined_requests_are_answered_in_turn(service: Service) -> None:
     client = service.connect()
-    for _ in range(3):
-        client.send(HEALTH)
-    client.send(HEALTH * 3 + HEALTH[:9])
-    client.send(HEALTH[9:])
-    assert client.statuses == [200] * 7
+    paths = [f"/{number}" for number in range(3000)]
+    client.send(b"".join(HEALTH.replace(b"/health", path.encode()) for path in paths))
+    service.loop.settle(turns=20_000)
+    assert [path for _, path, _, _ in seen(client)] == paths
+
+
+def test_while_one_request_is_answered_no_more_than_a_few_are_read(service: Service) -> None:
+    client = service.connect()
+    client.send(SLOW)
+    for _ in range(20):
+        client.send(HEALTH * 100)
+    assert client.unsent == 20 * 100 * len(HEALTH) - 5 * 100 * len(HEALTH)
+    assert service.started == 1
+    service.slow_may_end.set()
+    service.loop.settle(turns=20_000)
+    assert client.statuses == [200] * 2001
 
 
 def test_an_answer_is_one_packet() -> None:
@@ -223,10 +354,45 @@ def refusal(client: Client) -> tuple[int, str]:
     return status, json.loads(body)["detail"]["code"]
 
 
-def test_what_is_not_http_is_refused_in_the_format_of_all_errors(service: Service) -> None:
+NOT_HTTP = [
+    b"\x16\x03\x01 is how TLS begins\r\n\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(30),
+    b"GET / HTTP/2.0\r\nHost: x\r\n\r\n",
+    b"GET /\r\n\r\n",
+    b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\nUpgrade: y\r\nConnection: Upgrade\r\n\r\nGET / ",
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n",
+    b"GET / HTTP/1.0\r\nHost: x\r\nHost: x\r\n\r\n",
+    b"GET / HTTP/1.1\nHost: x\n\n",
+    HEALTH[:-2] + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+    HEALTH[:-2] + b"Content-Length: 1\r\nContent-Length: 1\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize("sent", NOT_HTTP)
+def test_what_is_not_http_gets_one_error_in_every_segmentation(
+    service: Service, sent: bytes
+) -> None:
+    for at in range(len(sent)):
+        client = service.connect()
+        client.send(sent[:at], turns=2)
+        client.send(sent[at:], turns=10)
+        assert refusal(client) == (400, "INVALID_REQUEST"), at
+
+
+def test_http_1_0_needs_no_host(service: Service) -> None:
     client = service.connect()
-    client.send(b"\x16\x03\x01 is how TLS begins\r\n\r\n")
-    assert refusal(client) == (400, "INVALID_REQUEST")
+    client.send(b"GET /health HTTP/1.0\r\n\r\n")
+    assert client.statuses == [200]
+    assert client.is_closed
+
+
+def test_a_request_that_was_answered_early_gets_no_second_answer(service: Service) -> None:
+    client = service.connect()
+    client.send(CHUNKED.replace(b"echo", b"early"))
+    client.send(b"no chunk")
+    assert client.statuses == [200]
+    assert client.is_closed
 
 
 @pytest.mark.parametrize("start", [b"GET /", HEALTH[:-2] + b"X: "])
@@ -253,6 +419,14 @@ def test_only_the_head_counts(
     for segment in segments:
         client.send(segment)
     assert client.statuses == statuses
+
+
+def test_the_fields_of_a_head_are_limited(service: Service) -> None:
+    for number, statuses in (255, [200]), (257, [413]):
+        for ending in b"\r\n", b"":
+            client = service.connect()
+            client.send(HEALTH[:-2] + b"X:\r\n" * number + ending)
+            assert client.statuses == (statuses if ending or statuses == [413] else [])
 
 
 # Limits
@@ -284,9 +458,61 @@ def test_when_all_are_being_answered_the_new_connection_is_refused() -> None:
         assert busy.statuses == [200]
 
 
+def test_a_client_that_does_not_read_makes_way() -> None:
+    with closing(Service(max_connections=2)) as service:
+        deaf, busy = service.connect(), service.connect()
+        deaf.reads = False
+        deaf.send(LARGE)
+        busy.send(SLOW)
+        new = service.connect()
+        new.send(HEALTH)
+        assert new.statuses == [200]
+        assert deaf.is_aborted
+        assert not busy.is_closed
+
+
+def test_an_address_has_a_tenth_of_the_room() -> None:
+    with closing(Service(max_connections=50)) as service:
+        addresses = ["203.0.113.7", "2001:db8::7", "::ffff:203.0.113.8", "fe80::7%eth0"]
+        others = {"2001:db8::7": "2001:db8::8", "::ffff:203.0.113.8": "203.0.113.8"}
+        for address in addresses:
+            busy = [service.connect(address) for _ in range(5)]
+            for client in busy[1:]:
+                client.send(SLOW)
+            new = service.connect(others.get(address, address))
+            assert busy[0].is_closed, address  # the only one that waits for its client
+            new.send(SLOW)
+            assert refusal(service.connect(address)) == (503, "OVERLOADED")
+            new.leave()
+            assert not service.connect(address).is_closed
+        trusted = [service.connect("127.0.0.1") for _ in range(20)]
+        assert not any(client.is_closed for client in trusted)
+
+
+def test_while_the_service_stops_new_requests_are_refused(service: Service) -> None:
+    idle, half, answered, busy, late = (service.connect() for _ in range(5))
+    half.send(POST)
+    answered.send(HEALTH)
+    busy.send(SLOW + HEALTH)
+    for client in list(service.state.connections):
+        if client is not late.protocol:
+            client.shutdown()
+    service.loop.settle()
+    assert idle.is_closed
+    assert answered.is_closed
+    assert refusal(half) == (503, "OVERLOADED")
+    late.send(HEALTH)
+    assert refusal(late) == (503, "OVERLOADED")
+    assert b"\r\nretry-after: 10\r\n" in late.received
+    service.slow_may_end.set()
+    service.loop.settle()
+    assert busy.statuses == [200]
+    assert busy.is_closed
+
+
 def test_bad_connections_leave_room_for_honest_ones() -> None:
     limits = ConnectionLimits(50)
-    with serve(room=limits) as client, ExitStack() as stack:
+    with serve(limits=limits) as client, ExitStack() as stack:
         parts = HEALTH[:20], b"\r", EARLY[:-2], EARLY + b"{"
         for part in parts * 50:
             stack.enter_context(connected(client)).sendall(part)

@@ -1,11 +1,13 @@
-"""The service behind a real nginx: configured well, chained, and configured badly.
+"""The service behind a real nginx or HAProxy: configured well, chained, and configured badly.
 
-nginx connects to the service from 127.0.0.1, which is trusted by default. Its clients come from
+They connect to the service from 127.0.0.1, which is trusted by default. Their clients come from
 127.0.0.2, which is not trusted, and stands for the outside.
 """
 
+import json
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -14,15 +16,19 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.support.http import HEALTH, read_answer
 from tests.support.loopback import free_port, open_port
 from tests.support.service import serve
 from tests.support.waiting import wait_until
 
-NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
+PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+NGINX = shutil.which("nginx", path=PATH)
+HAPROXY = shutil.which("haproxy", path=PATH)
 
 # CI must not skip them.
 pytestmark = pytest.mark.skipif(
-    os.environ.get("CI") != "true" and not NGINX, reason="nginx is not installed"
+    os.environ.get("CI") != "true" and not (NGINX and HAPROXY),
+    reason="nginx or haproxy is not installed",
 )
 
 OUTSIDE = "127.0.0.2"
@@ -67,7 +73,6 @@ def nginx(directory: Path, upstream: int, *directives: str) -> Iterator[int]:
     Yields:
         The port it listens on.
     """
-    assert NGINX, "nginx is not installed"
     port = free_port()
     home = directory / f"nginx-{port}"
     home.mkdir()
@@ -75,12 +80,44 @@ def nginx(directory: Path, upstream: int, *directives: str) -> Iterator[int]:
     configuration.write_text(
         CONFIGURATION.format(port=port, upstream=upstream, directives=" ".join(directives))
     )
+    with running(port, home, NGINX, "-p", home, "-c", configuration, "-e", "stderr"):
+        yield port
+
+
+HAPROXY_CONFIGURATION = """\
+defaults
+    mode http
+    timeout connect 60s
+    timeout client 60s
+    timeout server 60s
+    option forwardfor
+    http-reuse always
+frontend here
+    bind 127.0.0.1:{port}
+    default_backend service
+backend service
+    server only 127.0.0.1:{upstream}
+"""
+
+
+@contextmanager
+def haproxy(directory: Path, upstream: int) -> Iterator[int]:
+    """Run HAProxy in front of a port of 127.0.0.1; yield the port it listens on."""
+    port = free_port()
+    configuration = directory / "haproxy.cfg"
+    configuration.write_text(HAPROXY_CONFIGURATION.format(port=port, upstream=upstream))
+    with running(port, directory, HAPROXY, "-db", "-f", configuration):
+        yield port
+
+
+@contextmanager
+def running(port: int, home: Path, *command: str | Path | None) -> Iterator[None]:
+    """Run a proxy from when it passes requests on."""
     log = home / "stderr"
+    assert all(command), "it is not installed"
     with (
         log.open("wb") as stderr,
-        subprocess.Popen(
-            [NGINX, "-p", home, "-c", configuration, "-e", "stderr"], stderr=stderr
-        ) as process,
+        subprocess.Popen([str(word) for word in command], stderr=stderr) as process,
     ):
 
         def answers() -> bool:
@@ -90,8 +127,8 @@ def nginx(directory: Path, upstream: int, *directives: str) -> Iterator[int]:
             return False
 
         try:
-            wait_until(answers, "nginx to answer")
-            yield port
+            wait_until(answers, "the proxy to answer")
+            yield
         finally:
             process.kill()
 
@@ -213,3 +250,49 @@ def test_an_nginx_that_is_not_trusted_is_the_caller(tmp_path: Path) -> None:
         outsider(port, headers={"X-Forwarded-For": "203.0.113.7"}) as client,
     ):
         assert ip(client) == "127.0.0.1"
+
+
+UPGRADES = (
+    "proxy_http_version 1.1; proxy_request_buffering off;"
+    "proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection $http_connection;"
+)
+
+
+def test_what_nginx_upgrades_smuggles_no_request(tmp_path: Path) -> None:
+    smuggled = b"GET /ip HTTP/1.1\r\nHost: x\r\nX-Forwarded-For: 203.0.113.7\r\n\r\n"
+    head = (
+        b"POST /check-ports HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n"
+        b"Content-Length: %d\r\n\r\n" % len(smuggled)
+    )
+    with (
+        serve(caller_rate_limit="off") as service,
+        nginx(tmp_path, service.base_url.port or 0, FORWARDS, UPGRADES) as port,
+        outsider(port) as visitor,
+    ):
+        for segments in [head + smuggled], [head, smuggled], [head, smuggled[:9], smuggled[9:]]:
+            with socket.create_connection(
+                ("127.0.0.1", port), 60, source_address=(OUTSIDE, 0)
+            ) as sock:
+                for segment in segments:
+                    sock.sendall(segment)
+                    assert ip(visitor) == OUTSIDE  # and nginx has passed the segment on
+                assert read_answer(sock)[0].startswith(b"HTTP/1.1 422 ")
+                sock.sendall(HEALTH)
+                assert read_answer(sock)[1] == b'{"status":"ok"}'
+
+
+def test_a_trailer_that_haproxy_forwards_names_nobody(tmp_path: Path) -> None:
+    elsewhere = "127.0.0.9"
+    with (
+        serve() as service,
+        haproxy(tmp_path, service.base_url.port or 0) as port,
+        open_port(elsewhere) as opened,
+        socket.create_connection(("127.0.0.1", port), 60, source_address=(OUTSIDE, 0)) as sock,
+    ):
+        body = json.dumps({"provider_ip": elsewhere, "ports": [opened]}).encode()
+        sock.sendall(
+            b"POST /check-ports HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+            b"Trailer: X-Forwarded-For\r\n\r\n"
+            b"%x\r\n%b\r\n0\r\nX-Forwarded-For: %b\r\n\r\n" % (len(body), body, elsewhere.encode())
+        )
+        assert b"TARGET_NOT_ALLOWED" in read_answer(sock)[1]

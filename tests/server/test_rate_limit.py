@@ -1,4 +1,4 @@
-"""How often a caller may ask, and how many ports may be asked of a target."""
+"""How often a caller may ask, and for how many ports of whom."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -13,7 +13,6 @@ from port_checker.server.settings import Rate
 
 SECOND, MINUTE, HOUR = timedelta(seconds=1), timedelta(minutes=1), timedelta(hours=1)
 CALLER = parse_address("203.0.113.7")
-OTHER = parse_address("203.0.113.8")
 
 
 class Clock:
@@ -24,16 +23,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-def limiter(
-    callers: tuple[int, timedelta] | None = None,
-    targets: tuple[int, timedelta] | None = None,
-    clock: Clock | None = None,
-) -> RateLimiter:
-    return RateLimiter(
-        callers and Rate(*callers), targets and Rate(*targets), clock=clock or Clock()
-    )
 
 
 def refusal(payment: Awaitable[None]) -> RateLimited | None:
@@ -54,12 +43,18 @@ def let_through(limits: RateLimiter, caller: str | None) -> int:
     async def pay() -> int:
         for count in range(10_000):
             try:
-                await limits.pay_caller(address)
+                await limits.pay_request(address)
             except RateLimited:
                 return count
         return 10_000
 
     return asyncio.run(pay())
+
+
+def pays(limits: RateLimiter, caller: str | None, target: str, ports: int) -> bool:
+    """Whether a caller may ask for so many ports of a target."""
+    address = parse_address(caller) if caller else None
+    return not refusal(limits.pay_ports(address, parse_address(target), ports))
 
 
 @pytest.mark.parametrize(
@@ -70,10 +65,10 @@ def test_that_many_at_once_and_then_one_each_fraction_of_the_period(
     rate: tuple[int, timedelta], retry_after: int
 ) -> None:
     clock = Clock()
-    limits = limiter(rate, clock=clock)
     count, period = rate
+    limits = RateLimiter(Rate(count, period), clock=clock)
     assert let_through(limits, "203.0.113.7") == count
-    refused = refusal(limits.pay_caller(CALLER))
+    refused = refusal(limits.pay_request(CALLER))
     assert refused
     assert (str(refused), refused.retry_after) == ("You ask too often.", retry_after)
     clock.now += period.total_seconds() / count * 2.5
@@ -102,45 +97,93 @@ def test_retry_after_is_whole_seconds_rounded_up(seconds: float, whole: int) -> 
     ],
 )
 def test_who_shares_a_limit(one: str | None, other: str | None, are_one: bool) -> None:
-    limits = limiter((3, HOUR))
+    limits = RateLimiter(Rate(3, HOUR))
     assert let_through(limits, one) == 3
     assert let_through(limits, other) == (0 if are_one else 3)
 
 
-def test_a_target_pays_by_the_port_and_nothing_for_what_was_refused() -> None:
-    limits = limiter(targets=(100, HOUR))
-    assert not refusal(limits.pay_target(CALLER, 70))
-    refused = refusal(limits.pay_target(CALLER, 80))
+def test_a_48_has_ten_times_the_rates_of_a_caller() -> None:
+    limits = RateLimiter(requests=Rate(3, HOUR), others=Rate(3, HOUR))
+    assert [let_through(limits, f"2001:db8:1:{n}::") for n in range(12)] == [3] * 10 + [0, 0]
+    refused = refusal(limits.pay_request(parse_address("2001:db8:1:ffff::")))
+    assert refused
+    assert str(refused) == "Your network 2001:db8:1::/48 asks too often."
+    assert refused.retry_after == 120  # a tenth of what one caller waits
+    assert let_through(limits, "2001:db8:2::") == 3  # another site
+    asked = [pays(limits, f"2001:db8:1:{n}::", f"203.0.113.{n}", 3) for n in range(12)]
+    assert asked == [True] * 10 + [False] * 2
+
+
+def test_a_caller_pays_for_each_port_of_others_but_not_for_its_own() -> None:
+    limits = RateLimiter(others=Rate(100, HOUR))
+    for _ in range(10):
+        assert pays(limits, "203.0.113.7", "203.0.113.7", 100)
+        assert pays(limits, "2001:db8::1", "2001:db8::2", 100)  # its own /64
+    assert pays(limits, "203.0.113.7", "203.0.113.8", 70)
+    refused = refusal(limits.pay_ports(CALLER, parse_address("203.0.113.9"), 80))
+    assert refused
+    assert str(refused) == "You ask for too many ports of others' addresses."
+    assert refused.retry_after == 1800  # 50 ports, at 36 s each
+    assert pays(limits, "203.0.113.7", "203.0.113.9", 30)  # what was refused cost nothing
+    assert not pays(limits, "203.0.113.7", "203.0.113.9", 1)
+    assert pays(limits, "203.0.113.7", "203.0.113.7", 100)
+    assert pays(limits, "2001:db8:0:1::", "2001:db8:0:2::", 100)
+    assert not pays(limits, "2001:db8:0:1::", "2001:db8:0:2::", 1)  # another /64 is another's
+
+
+def test_strangers_cannot_use_up_an_owners_checks() -> None:
+    limits = RateLimiter(targets=Rate(100, HOUR))
+    for caller in ("198.51.100.1", None):
+        assert pays(limits, caller, "203.0.113.7", 50)
+    refused = refusal(limits.pay_ports(None, parse_address("203.0.113.7"), 1))
     assert refused
     assert str(refused) == "Too many ports of 203.0.113.7 were asked for."
-    assert refused.retry_after == 1800  # 50 ports, at 36 s each
-    assert not refusal(limits.pay_target(CALLER, 30))
-    assert refusal(limits.pay_target(CALLER, 1))
-    assert not refusal(limits.pay_target(OTHER, 100))
+    assert refused.retry_after == 36
+    for _ in range(10):
+        assert pays(limits, "203.0.113.7", "203.0.113.7", 100)
+    assert pays(limits, None, "203.0.113.8", 100)
 
 
-def test_callers_and_targets_are_counted_apart() -> None:
-    limits = limiter((1, HOUR), (1, HOUR))
-    assert not refusal(limits.pay_caller(CALLER))
-    assert not refusal(limits.pay_target(CALLER, 1))
+def test_an_ipv6_target_is_its_64() -> None:
+    limits = RateLimiter(targets=Rate(100, HOUR))
+    assert pays(limits, None, "2001:db8:0:1::7", 100)
+    assert not pays(limits, None, "2001:db8:0:1:ffff::", 1)
+    assert pays(limits, None, "2001:db8:0:2::7", 100)
+
+
+def test_what_one_limit_refuses_costs_nothing_in_the_others() -> None:
+    limits = RateLimiter(others=Rate(100, HOUR), targets=Rate(150, HOUR))
+    assert pays(limits, "198.51.100.1", "203.0.113.7", 100)
+    assert not pays(limits, "198.51.100.1", "203.0.113.7", 10)  # the caller's limit refuses
+    assert pays(limits, "198.51.100.2", "203.0.113.7", 50)  # the target has these 50 left
+    assert not pays(limits, "198.51.100.3", "203.0.113.7", 10)  # the target's limit refuses
+    assert pays(limits, "198.51.100.3", "203.0.113.8", 100)
+
+
+def test_the_wait_is_that_of_the_limit_that_takes_longest() -> None:
+    limits = RateLimiter(others=Rate(10, MINUTE), targets=Rate(10, HOUR))
+    assert pays(limits, "198.51.100.1", "203.0.113.7", 10)
+    refused = refusal(limits.pay_ports(parse_address("198.51.100.1"), CALLER, 10))
+    assert refused
+    assert refused.retry_after == 3600
 
 
 def test_off_is_no_limit() -> None:
-    assert let_through(limiter(targets=(1, HOUR)), "203.0.113.7") == 10_000
-    limits = limiter(callers=(1, HOUR))
+    limits = RateLimiter()
+    assert let_through(limits, "2001:db8::1") == 10_000
     for _ in range(10):
-        assert not refusal(limits.pay_target(CALLER, 10_000))
+        assert pays(limits, "2001:db8::1", "203.0.113.7", 10_000)
 
 
 def test_that_many_keys_are_remembered_and_no_more() -> None:
     """The one that was not heard of for longest makes way, so the store cannot grow."""
 
     async def run() -> None:
-        limits = RateLimiter(Rate(1, HOUR), None, max_keys=100)
+        limits = RateLimiter(Rate(1, HOUR), max_keys=100)
 
         async def is_remembered(number: int) -> bool:
             try:
-                await limits.pay_caller(IPv4Address(number))
+                await limits.pay_request(IPv4Address(number))
             except RateLimited:
                 return True
             return False

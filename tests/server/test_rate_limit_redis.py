@@ -41,8 +41,8 @@ UNAVAILABLE = "WARNING port_checker.server.shared_limit: Redis is unavailable"
 AVAILABLE = "INFO port_checker.server.shared_limit: Redis is available again"
 HOUR = timedelta(hours=1)
 CALLER = parse_address("203.0.113.7")
-CALLERS_KEY = "port-checker:callers:203.0.113.7"
-TARGETS_KEY = "port-checker:targets:127.0.0.1"
+CALLERS_KEY = "port-checker:requests:203.0.113.7"
+SERVICE_KEY = "port-checker:requests:127.0.0.1"
 PASSWORD = "s3cret"  # noqa: S105  # of the Redis that the tests start
 
 # Seconds that a payment waits where Redis answers: on a busy machine that takes a while.
@@ -189,12 +189,13 @@ def log(caplog: pytest.LogCaptureFixture) -> Iterator[Log]:
 
 
 def hourly(count: int, store: str, answer_timeout: float = PATIENT) -> RateLimiter:
-    return RateLimiter(Rate(count, HOUR), Rate(count, HOUR), store, answer_timeout=answer_timeout)
+    rate = Rate(count, HOUR)
+    return RateLimiter(rate, rate, rate, store, answer_timeout=answer_timeout)
 
 
 async def let_through(*limiters: RateLimiter, tries: int = 20) -> int:
     """How many requests of one caller go through, all of them made at once."""
-    payments = [limiter.pay_caller(CALLER) for limiter in limiters for _ in range(tries)]
+    payments = [limiter.pay_request(CALLER) for limiter in limiters for _ in range(tries)]
     results = await asyncio.gather(*payments, return_exceptions=True)
     for result in results:
         assert result is None or isinstance(result, RateLimited)
@@ -206,11 +207,6 @@ def test_processes_share_one_limit(server: RedisServer) -> None:
         one, other = hourly(30, server.url), hourly(30, server.url)
         async with one.shared(), other.shared():
             assert await let_through(one, other, tries=40) == 30
-            await one.pay_target(CALLER, 20)
-            with pytest.raises(RateLimited) as refused:
-                await other.pay_target(CALLER, 20)
-            assert 1199 <= refused.value.retry_after <= 1200  # 10 ports, at 120 s each
-            await other.pay_target(CALLER, 10)  # what was refused cost nothing
         for key in server.key_names():
             assert key.startswith("port-checker:")
             assert server.command("TTL", key) != -1  # it expires by itself
@@ -219,13 +215,46 @@ def test_processes_share_one_limit(server: RedisServer) -> None:
     assert server.connections() == 0
 
 
+def test_payments_that_travel_together_are_made_one_by_one(server: RedisServer) -> None:
+    """And each to all of its limits or to none, as in memory."""
+    asked = [  # caller, target, ports; what refuses it, and the seconds until it would not
+        ("198.51.100.1", "203.0.113.7", 100, None),
+        ("198.51.100.1", "203.0.113.7", 10, ("You ask for too many ports", 360)),
+        ("198.51.100.2", "203.0.113.7", 50, None),
+        ("2001:db8::1", "203.0.113.7", 10, ("Too many ports of 203.0.113.7", 240)),
+        ("2001:db8::1", "203.0.113.8", 100, None),
+        ("198.51.100.1", "198.51.100.1", 100, None),
+        ("2001:db8::2", "203.0.113.7", 50, ("You ask for too many ports", 1800)),
+    ]
+
+    async def run() -> None:
+        limiter = RateLimiter(None, Rate(100, HOUR), Rate(150, HOUR), server.url, answer_timeout=10)
+        async with limiter.shared():
+            results = await asyncio.gather(
+                *(
+                    limiter.pay_ports(parse_address(caller), parse_address(target), ports)
+                    for caller, target, ports, _ in asked
+                ),
+                return_exceptions=True,
+            )
+        for result, (*_, refused) in zip(results, asked, strict=True):
+            if refused:
+                assert isinstance(result, RateLimited)
+                assert str(result).startswith(refused[0])
+                assert refused[1] - 9 <= result.retry_after <= refused[1]
+            else:
+                assert result is None
+        assert "port-checker:others:2001:db8::/48" in server.key_names()
+
+    uvloop.run(run())
+
+
 @contextlib.contextmanager
 def service(store: str, **variables: str) -> Iterator[Program]:
     """A program whose limits are counted and not reached; in the end nothing of it is left."""
     environment = {
         "PORT_CHECKER_RATE_LIMIT_STORE": store,
         "PORT_CHECKER_RATE_LIMIT": "999999999/hour",
-        "PORT_CHECK_TARGET_RATE_LIMIT": "999999999/hour",
         "PORT_CHECKER_DEBUG": "true",
         "PYTHONWARNINGS": "always::ResourceWarning",
         **variables,
@@ -269,7 +298,7 @@ def test_an_outage_under_load_costs_no_check(server: RedisServer, outage: str) -
 
             wait_until(answered)
 
-        ask_until(lambda: TARGETS_KEY in server.key_names())
+        ask_until(lambda: SERVICE_KEY in server.key_names())
         if outage == "killed":
             server.kill()
         else:
@@ -281,7 +310,7 @@ def test_an_outage_under_load_costs_no_check(server: RedisServer, outage: str) -
             server.process.send_signal(signal.SIGCONT)
             server.command("FLUSHALL")
         ask_until(lambda: count(running, AVAILABLE))
-        ask_until(lambda: TARGETS_KEY in server.key_names())
+        ask_until(lambda: SERVICE_KEY in server.key_names())
         assert statuses.keys() == {200}
     assert count(running, UNAVAILABLE) == count(running, AVAILABLE) == 1
 
@@ -393,7 +422,7 @@ def test_a_process_that_is_busy_does_not_blame_redis(server: RedisServer, log: L
         limiter = hourly(1_000_000, server.url, ANSWER_TIMEOUT)
         async with limiter.shared():
             for _ in range(5):
-                paying = asyncio.gather(*(limiter.pay_caller(CALLER) for _ in range(5)))
+                paying = asyncio.gather(*(limiter.pay_request(CALLER) for _ in range(5)))
                 while not paying.done():
                     time.sleep(1.2 * ANSWER_TIMEOUT)  # each turn of the event loop takes that long
                     await asyncio.sleep(0)
@@ -402,10 +431,27 @@ def test_a_process_that_is_busy_does_not_blame_redis(server: RedisServer, log: L
     assert log.count(UNAVAILABLE) == 0
 
 
+def test_a_connection_that_breaks_is_replaced_without_ado(server: RedisServer, log: Log) -> None:
+    async def run() -> None:
+        async with SharedStore(server.url, PATIENT) as store:
+            for _ in range(3):
+                server.command("CLIENT", "KILL", "USER", "checker")
+                async with asyncio.timeout(60):
+                    while await store.pay([]) is None:
+                        await asyncio.sleep(0.01)
+
+    uvloop.run(run())
+    assert log.count(UNAVAILABLE) == 0
+
+
 def test_a_redis_that_comes_and_goes_is_logged_once_in_a_while(relay: Relay, log: Log) -> None:
     async def fail(store: SharedStore) -> None:
         relay.answer = b"-LOADING\r\n"
+        asked = relay.asked
         assert await store.pay([]) is None
+        async with asyncio.timeout(60):
+            while relay.asked < asked + 3:  # the payment, a probe in vain, and the next one
+                await asyncio.sleep(0.01)
 
     async def recover(store: SharedStore) -> None:
         relay.answer = None
@@ -437,14 +483,14 @@ def test_a_redis_that_comes_and_goes_is_logged_once_in_a_while(relay: Relay, log
 
 def test_an_application_that_is_started_again(server: RedisServer) -> None:
     """In another event loop, in which the connections of the first are of no use."""
-    app = create_app(Settings(rate_limit_store=server.url, caller_rate_limit=None))
+    app = create_app(Settings(rate_limit_store=server.url, caller_rate_limit=Rate(10**6, HOUR)))
     with open_port() as opened:
         for _ in range(2):
             server.command("FLUSHALL")
             with serve(app) as client:
 
                 def counts_in_redis(client: httpx.Client = client) -> bool:
-                    return ask(client, opened).is_success and TARGETS_KEY in server.key_names()
+                    return ask(client, opened).is_success and SERVICE_KEY in server.key_names()
 
                 wait_until(counts_in_redis)
             assert server.connections() == 0

@@ -6,18 +6,24 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 
 from port_checker.linux import ConnectionTracking
-from port_checker.server.run import connection_tracking_advice, fit_descriptor_limit, listen
+from port_checker.server.run import (
+    connection_tracking_advice,
+    fit_descriptor_limit,
+    listen,
+    warn_of_small_shares,
+)
 from port_checker.server.settings import Settings
-from tests.support.loopback import free_port, open_listener, open_port, silent_port
+from tests.support.loopback import free_port, full_backlog, open_listener, open_port
 from tests.support.namespace import ROOT
 from tests.support.service import ask, program
+from tests.support.waiting import wait_until
 
 
 @pytest.mark.parametrize(
@@ -71,21 +77,38 @@ def test_debugging_logs_each_port_and_request() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_checks_in_flight_are_finished_before_it_stops(number: signal.Signals) -> None:
+def test_before_it_stops_it_finishes_checks_in_flight_and_refuses_new_requests(
+    number: signal.Signals,
+) -> None:
     with (
-        program(PORT_CHECK_RETRIES="2", PORT_CHECK_TIMEOUT="1") as running,
+        program(PORT_CHECK_RETRIES="1", PORT_CHECK_TIMEOUT="20") as running,
         open_listener() as opened,
-        silent_port() as silent,
+        full_backlog() as (silent, make_room),
         running.client() as client,
+        ThreadPoolExecutor() as pool,
     ):
-        asked = [opened.getsockname()[1], silent]
-        answers: list[httpx.Response] = []
-        check = threading.Thread(target=lambda: answers.append(ask(client, *asked)))
-        check.start()
+        check = pool.submit(ask, client, opened.getsockname()[1], silent)
         opened.accept()[0].close()  # the check is under way
-        assert running.stop(number) == 0
-        check.join()
-    assert answers[0].json()["message"] == "Successfully verified 1 out of 2 ports"
+        running.process.send_signal(number)
+
+        def refusal() -> httpx.Response | None:
+            with running.client() as newcomer:
+                answer = newcomer.get("/health")
+            return answer if answer.status_code == 503 else None
+
+        wait_until(refusal, "the refusal of a new request")
+        refused = refusal()
+        assert refused
+        assert refused.json()["detail"]["code"] == "OVERLOADED"
+        assert int(refused.headers["Retry-After"]) >= 1
+
+        def is_done() -> bool:
+            make_room()
+            return check.done()
+
+        wait_until(is_done, "the check")
+        assert running.wait() == 0
+    assert check.result().json()["message"] == "Successfully verified 2 out of 2 ports"
     assert "Traceback" not in "".join(running.lines)
 
 
@@ -120,6 +143,7 @@ def test_what_an_operator_should_look_at_is_a_warning() -> None:
         PORT_CHECK_RETRIES="4",
         PORT_CHECK_TIMEOUT="8",
         PORT_CHECK_MAX_IN_FLIGHT="1000",  # which every machine can track
+        PORT_CHECK_MAX_PORTS="500",
     ) as running:
         running.stop()
     warnings = [
@@ -181,10 +205,13 @@ def test_the_descriptor_limit_is_raised_and_bounds_the_ports_in_flight() -> None
         running.stop()
     (files,) = (line.split() for line in limits.splitlines() if line.startswith("Max open files"))
     assert files[3:5] == ["1024", "1024"]
-    lowered, start, _ = running.lines
+    lowered, of_caller, of_others, start, _ = running.lines
     assert (
         "PORT_CHECK_MAX_IN_FLIGHT=10000 lowered to 512: this process may open only 1024" in lowered
     )
+    assert "PORT_CHECK_MAX_PORTS=1000" in of_caller
+    assert "one caller may have at most 102 in flight" in of_caller
+    assert "others' addresses together may have at most 256 in flight" in of_others
     assert "ports in flight in each: 512" in start
 
 
@@ -198,8 +225,19 @@ def test_the_descriptor_limit_is_raised_and_bounds_the_ports_in_flight() -> None
     ],
 )
 def test_ports_in_flight_fit_the_descriptor_limit(limit: int, asked: int, fitting: int) -> None:
-    settings = Settings(max_in_flight=asked)
-    assert fit_descriptor_limit(settings, limit).max_in_flight == fitting
+    settings = fit_descriptor_limit(Settings(max_in_flight=asked), limit)
+    assert settings.max_in_flight == fitting
+    assert settings.max_in_flight_per_caller == max(1, 2000 * fitting // asked)
+
+
+@pytest.mark.parametrize(
+    ("max_ports", "shares"), [(1000, []), (2500, []), (2501, ["others"]), (5000, ["others"])]
+)
+def test_shares_below_a_full_request_are_warned_of(
+    max_ports: int, shares: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_of_small_shares(Settings(max_in_flight=5000, max_ports=max_ports))
+    assert ["others" if "others" in message else "caller" for message in caplog.messages] == shares
 
 
 def test_a_stalled_reader_of_the_log_holds_up_nobody() -> None:

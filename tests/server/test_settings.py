@@ -29,8 +29,10 @@ DEFAULTS = {
     "PORT_CHECK_TIMEOUT": ("timeout", 5.0),
     "PORT_CHECK_MAX_PORTS": ("max_ports", 1000),
     "PORT_CHECK_MAX_IN_FLIGHT": ("max_in_flight", 10_000),
+    "PORT_CHECK_MAX_IN_FLIGHT_PER_CALLER": ("max_in_flight_per_caller", 2000),
     "PORT_CHECK_TARGETS": ("targets", "public"),
     "PORT_CHECK_ALLOWED_NETWORKS": ("allowed_networks", ()),
+    "PORT_CHECK_OTHERS_RATE_LIMIT": ("others_rate_limit", Rate(1000, timedelta(minutes=1))),
     "PORT_CHECK_TARGET_RATE_LIMIT": ("target_rate_limit", Rate(2000, timedelta(minutes=1))),
 }
 NETWORKS = (IPv4Network("10.0.0.0/8"), IPv4Network("192.0.2.7/32"), IPv6Network("fd00::/8"))
@@ -67,7 +69,7 @@ NETWORKS = (IPv4Network("10.0.0.0/8"), IPv4Network("192.0.2.7/32"), IPv6Network(
         ("PORT_CHECK_RETRY_DELAY", "30", 30.0),
         ("PORT_CHECK_TIMEOUT", "0.1", 0.1),
         ("PORT_CHECK_TIMEOUT", "30", 30.0),
-        ("PORT_CHECK_MAX_PORTS", "2000", 2000),
+        ("PORT_CHECK_MAX_PORTS", "1000", 1000),
         ("PORT_CHECK_MAX_IN_FLIGHT", "1000000", 1_000_000),
         ("PORT_CHECK_TARGETS", "caller", "caller"),
         ("PORT_CHECK_ALLOWED_NETWORKS", "10.0.0.0/8,192.0.2.7,fd00::/8", NETWORKS),
@@ -140,11 +142,16 @@ ALLOWED: dict[str, tuple[str, list[str]]] = {
         "a number of ports, from 1 to 1000000",
         [*NO_WHOLE_NUMBERS, "1000001"],
     ),
+    "PORT_CHECK_MAX_IN_FLIGHT_PER_CALLER": (
+        "a number of ports, from 1 to 1000000",
+        [*NO_WHOLE_NUMBERS, "1000001"],
+    ),
     "PORT_CHECK_TARGETS": ("public or caller", ["", " ", "PUBLIC", "all", "caller ", "\udcff"]),
     "PORT_CHECK_ALLOWED_NETWORKS": (
         "networks, such as 10.0.0.0/8,fd00::/8, or empty for none",
         NO_NETWORKS,
     ),
+    "PORT_CHECK_OTHERS_RATE_LIMIT": (RATE.format("1000/minute"), BAD_RATES),
     "PORT_CHECK_TARGET_RATE_LIMIT": (RATE.format("2000/minute"), BAD_RATES),
 }
 
@@ -337,3 +344,36 @@ def test_the_example_lists_all_settings_with_their_defaults(
     assert settings.model_fields_set == set(Settings.model_fields)
     assert dict(settings) == dict(DEFAULTS.values())
     assert unknown_names(os.environ) == {}
+
+
+def test_defaults_follow_the_most_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORT_CHECK_MAX_PORTS", "1500")
+    settings = load_settings()
+    minute = timedelta(minutes=1)
+    assert settings.max_in_flight_per_caller == 2000
+    assert settings.others_rate_limit == Rate(1500, minute)
+    assert settings.target_rate_limit == Rate(2000, minute)
+    monkeypatch.setenv("PORT_CHECK_MAX_PORTS", "5000")
+    settings = load_settings()
+    assert settings.max_in_flight_per_caller == 5000
+    assert settings.others_rate_limit == settings.target_rate_limit == Rate(5000, minute)
+    monkeypatch.setenv("PORT_CHECK_OTHERS_RATE_LIMIT", "off")
+    assert load_settings().others_rate_limit is None
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "allowed"),
+    [
+        ("PORT_CHECK_MAX_IN_FLIGHT_PER_CALLER", "1499", "at least 1500"),
+        ("PORT_CHECK_OTHERS_RATE_LIMIT", "1000/minute", "off or at least 1500"),
+        ("PORT_CHECK_TARGET_RATE_LIMIT", "1499/second", "off or at least 1500"),
+    ],
+)
+def test_what_was_set_too_low_for_a_full_request_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, allowed: str
+) -> None:
+    monkeypatch.setenv("PORT_CHECK_MAX_PORTS", "1500")
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError) as error:
+        load_settings()
+    assert str(error.value).startswith(f"{variable}='{value}' is wrong: it must be {allowed}")

@@ -98,7 +98,6 @@ class Client(asyncio.Transport):
             lifespan="off",
             log_config=None,
             proxy_headers=False,
-            timeout_keep_alive=75,
         )
         self.protocol = BoundedProtocol(
             limits, config=config, server_state=state or ServerState(), app_state={}, _loop=loop
@@ -116,13 +115,17 @@ class Client(asyncio.Transport):
     def read(self) -> None:
         """Read everything, from now on."""
         self.reads = True
-        self.received += self._unread
-        self._unread = b""
+        self.read_some(len(self._unread))
         if self._has_paused_writing:
             self._has_paused_writing = False
             self.protocol.resume_writing()
         self._lose_if_done()
         self._loop.settle()
+
+    def read_some(self, size: int) -> None:
+        """Read so many bytes."""
+        self.received += self._unread[:size]
+        self._unread = self._unread[size:]
 
     def leave(self) -> None:
         """Close the connection."""

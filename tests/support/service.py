@@ -27,7 +27,7 @@ from tests.support.waiting import wait_until
 def serve(
     app: FastAPI | None = None,
     host: str = "127.0.0.1",
-    room: ConnectionLimits | None = None,
+    limits: ConnectionLimits | None = None,
     **values: Any,
 ) -> Iterator[httpx.Client]:
     """Serve an application from a thread, on a port of its own.
@@ -35,7 +35,7 @@ def serve(
     Args:
         app: The application; else one is made of the settings.
         host: The address to listen on.
-        room: Bounds the connections.
+        limits: Of the connections.
         values: Settings, by field name.
 
     Yields:
@@ -44,7 +44,8 @@ def serve(
     settings = Settings(**values)
     with listen(host, 0) as listener:
         make_app = functools.partial(create_app, settings) if app is None else lambda: app
-        server = Server(server_config(settings, make_app, room or ConnectionLimits(1000)))
+        limits = limits or ConnectionLimits(1000, trusted_proxies=settings.trusted_proxies)
+        server = Server(server_config(settings, make_app, limits))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

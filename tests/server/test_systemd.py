@@ -1,0 +1,71 @@
+"""What the program tells systemd, which is here a socket of the test's."""
+
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from port_checker.server import systemd
+from tests.support.service import Program, program
+
+
+class Manager:
+    """Receives notices as systemd does."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+
+    def next(self) -> list[str]:
+        return self._socket.recv(4096).decode().splitlines()
+
+    def next_other_than(self, state: str) -> list[str]:
+        while state in (assignments := self.next()):
+            pass
+        return assignments
+
+
+@contextmanager
+def manager(address: str) -> Iterator[Manager]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind("\0" + address[1:] if address.startswith("@") else address)
+        sock.settimeout(60)
+        yield Manager(sock)
+
+
+def is_healthy(running: Program) -> bool:
+    with running.client() as client:
+        return client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("workers", ["1", "3"])
+def test_it_tells_when_it_is_ready_that_it_lives_and_that_it_stops(
+    workers: str, tmp_path: Path
+) -> None:
+    address = str(tmp_path / "notify")
+    with (
+        manager(address) as notices,
+        program(ready=False, NOTIFY_SOCKET=address, PORT_CHECKER_WORKERS=workers) as running,
+    ):
+        assert "READY=1" in notices.next()
+        assert is_healthy(running)
+        assert "WATCHDOG=1" in notices.next()
+        running.process.send_signal(signal.SIGTERM)
+        assert notices.next_other_than("WATCHDOG=1") == ["STOPPING=1"]
+        assert running.wait() == 0
+
+
+def test_an_abstract_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = f"@{tmp_path}"  # a name that nobody else has
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    with manager(address) as notices:
+        systemd.notify("READY=1", "STATUS=as ever")
+        assert notices.next() == ["READY=1", "STATUS=as ever"]
+
+
+def test_a_service_manager_that_cannot_be_reached_is_no_trouble() -> None:
+    with program(NOTIFY_SOCKET="/nowhere/notify") as running:
+        assert is_healthy(running)
+        assert running.stop() == 0
