@@ -18,6 +18,7 @@ from port_checker.checker import Checker
 from port_checker.connect import CheckFailed, OpenConnectionPacer
 from port_checker.tls import TlsClient, TlsVerdict
 from tests.support.loopback import refused_port, silent_port
+from tests.support.namespace import in_namespace, needs_root
 from tests.support.tls import (
     answering,
     endpoint,
@@ -287,6 +288,35 @@ def test_a_step_that_waits_too_long_for_its_turn_is_the_checkers_failure() -> No
         pytest.raises(CheckFailed, match="too busy for a TLS handshake"),
     ):
         asyncio.run(run(port))
+
+
+@needs_root
+def test_a_connection_is_gone_for_good_within_seconds() -> None:
+    """Where the target acknowledges nothing after the handshake, it would take a minute and more."""
+    script = """
+import asyncio, socket
+from ipaddress import ip_address
+from port_checker.connect import OpenConnectionPacer
+from port_checker.tls import TlsClient
+from tests.support.waiting import wait_until
+
+def closing():
+    with open("/proc/net/tcp") as table:
+        return any(line.split()[3] in ("04", "05") for line in table)  # FIN-WAIT-1, FIN-WAIT-2
+
+with socket.create_server(("127.0.0.1", 80)):
+    localhost = ip_address("127.0.0.1")
+    attempt = TlsClient().attempt(localhost, 80, [localhost], 0.5, OpenConnectionPacer())
+    print(asyncio.run(attempt).error, closing())
+    wait_until(lambda: not closing(), seconds=40)
+"""
+    told = in_namespace(
+        script,
+        "nft add table inet t",
+        "nft add chain inet t i '{ type filter hook input priority 0; }'",
+        "nft add rule inet t i tcp dport 80 tcp flags fin drop",
+    )
+    assert told == "TLS handshake failed: timed out True\n"
 
 
 def test_cancellation_leaves_nothing() -> None:
