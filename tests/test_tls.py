@@ -292,7 +292,7 @@ def test_a_step_that_waits_too_long_for_its_turn_is_the_checkers_failure() -> No
 
 @needs_root
 def test_a_connection_is_gone_for_good_within_seconds() -> None:
-    """Where the target acknowledges nothing after the handshake, it would take a minute and more."""
+    """By default it takes a minute and more, where the target acknowledges nothing."""
     script = """
 import asyncio, socket
 from ipaddress import ip_address
