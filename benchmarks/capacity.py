@@ -33,8 +33,8 @@ HONEST_PER_SECOND = 20
 _PATIENCE = 60.0  # seconds for each of the two loads
 _HEALTH_EVERY = 0.01  # seconds
 
-_HALF_A_HEAD = b"POST /check-ports HTTP/1.1\r\nHost: x\r\nX: y"
-_HALF_A_BODY = b"POST /check-ports HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{"
+_HALF_A_HEAD = b"POST /check-ports HTTP/1.1\r\nHost: localhost\r\nX: y"
+_HALF_A_BODY = b"POST /check-ports HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{"
 
 
 @dataclass(frozen=True, slots=True)

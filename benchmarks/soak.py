@@ -176,7 +176,9 @@ def checks_of(ports: Sequence[int], refused: int) -> list[Check]:
         if number == 0:
             asked[0] = refused
         body = json.dumps({"provider_ip": HOST, "ports": asked}).encode()
-        head = f"POST /check-ports HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = (
+            f"POST /check-ports HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
         results: dict[str, object] = {
             str(port): {
                 "accessible": port != refused,

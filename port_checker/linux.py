@@ -11,7 +11,7 @@ import resource
 import signal
 import socket
 import struct
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from ipaddress import ip_address
@@ -21,6 +21,8 @@ from port_checker.addresses import Address, parse_address
 
 # linux/rtnetlink.h and linux/netlink.h
 _RTM_GETROUTE, _RTA_DST, _NLM_F_REQUEST, _NLMSG_ERROR = 26, 1, 1, 2
+_RTA_GATEWAY, _RTA_MULTIPATH, _RTA_VIA, _NLM_F_DUMP, _NLMSG_DONE = 5, 9, 18, 0x300, 3
+_NLA_TYPE_MASK = 0x3FFF
 
 # How the kernel says that it has no route, or one that is prohibited, or one that leads nowhere.
 _NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL}
@@ -102,6 +104,67 @@ def route_type(address: Address) -> RouteType | None:
         return RouteType(number)
     except ValueError:
         return RouteType.OTHER
+
+
+def is_next_hop(address: Address) -> bool:
+    """Whether a route of this machine, in any of its tables, leads through ``address``.
+
+    The kernel is asked for all routes (rtnetlink(7)). The next hop of an IPv4 route may be an IPv6
+    address (``via inet6``), and a route may have several next hops.
+
+    Raises:
+        OSError: The kernel cannot tell now: no descriptor is left, say.
+    """
+    wanted = address.packed
+    family = socket.AF_INET if address.version == 4 else socket.AF_UNSPEC
+    flags = _NLM_F_REQUEST | _NLM_F_DUMP
+    question = struct.pack("=IHHIIB11x", 28, _RTM_GETROUTE, flags, 0, 0, family)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as netlink:
+        netlink.send(question)
+        while True:
+            answer = netlink.recv(65536)
+            is_there = wanted in answer  # spares most answers a closer look
+            start = 0
+            while start < len(answer):
+                size, kind = struct.unpack_from("=IH", answer, start)
+                if kind == _NLMSG_DONE:
+                    return False
+                if kind == _NLMSG_ERROR:
+                    (error,) = struct.unpack_from("=i", answer, start + 16)
+                    raise OSError(-error, os.strerror(-error))
+                # Behind the header is a struct rtmsg, and behind that are the route's attributes.
+                if is_there and wanted in _next_hops(answer[start + 28 : start + size]):
+                    return True
+                start += _aligned(size)
+
+
+def _next_hops(attributes: bytes) -> Iterator[bytes]:
+    """Yield the packed addresses of a route's next hops."""
+    for kind, value in _attributes(attributes):
+        if kind == _RTA_GATEWAY:
+            yield value
+        elif kind == _RTA_VIA:  # struct rtvia: the address behind its family
+            yield value[2:]
+        elif kind == _RTA_MULTIPATH:  # each struct rtnexthop is followed by its attributes
+            start = 0
+            while start < len(value):
+                (size,) = struct.unpack_from("=H", value, start)
+                yield from _next_hops(value[start + 8 : start + size])
+                start += _aligned(size)
+
+
+def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield the type and value of each attribute (netlink(7), struct rtattr)."""
+    start = 0
+    while start < len(data):
+        size, kind = struct.unpack_from("=HH", data, start)
+        yield kind & _NLA_TYPE_MASK, data[start + 4 : start + size]
+        start += _aligned(size)
+
+
+def _aligned(size: int) -> int:
+    """Round up to the 4 bytes by which netlink aligns messages and attributes."""
+    return (size + 3) & ~3
 
 
 # Connections

@@ -2,6 +2,7 @@
 
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import Mapping
 from enum import StrEnum
 from ipaddress import IPv6Address
@@ -46,6 +47,7 @@ class ErrorCode(StrEnum):
     TOO_MANY_PORTS = "TOO_MANY_PORTS"
     INVALID_REQUEST = "INVALID_REQUEST"
     TARGET_NOT_ALLOWED = "TARGET_NOT_ALLOWED"
+    CROSS_ORIGIN = "CROSS_ORIGIN"
     RATE_LIMITED = "RATE_LIMITED"
     REQUEST_TOO_LARGE = "REQUEST_TOO_LARGE"
     OVERLOADED = "OVERLOADED"
@@ -100,13 +102,15 @@ def _validate_ports(value: object, info: ValidationInfo) -> list[int]:
             "{asked} ports are too many: send at most {most} per request.",
             {"asked": len(value), "most": most},
         )
-    for port in value:
+    for index, port in enumerate(value):
         if type(port) is not int:  # isinstance() would let true in: bool is a subclass of int
-            raise PydanticCustomError(
-                "INVALID_PORT",
-                "Port {shown} is not an integer (1-65535).",
-                {"shown": _shown(port)},
-            )
+            if type(port) is not float or not port.is_integer():
+                raise PydanticCustomError(
+                    "INVALID_PORT",
+                    "Port {shown} is not an integer (1-65535).",
+                    {"shown": _shown(port)},
+                )
+            port = value[index] = int(port)  # as in JSON Schema, 80.0 is an integer
         if not 1 <= port <= MAX_PORT:
             raise PydanticCustomError(
                 "INVALID_PORT",
@@ -118,7 +122,7 @@ def _validate_ports(value: object, info: ValidationInfo) -> list[int]:
 
 def _parse(model: type[_RequestT], body: bytes, context: Mapping[str, int]) -> _RequestT:
     try:
-        document = from_json(body, allow_inf_nan=False)
+        document = from_json(body.removeprefix(BOM_UTF8), allow_inf_nan=False)
     except ValueError as error:
         raise InvalidRequest(
             ErrorCode.INVALID_REQUEST, f"The body is not valid JSON in UTF-8: {error}."
@@ -165,7 +169,7 @@ class CheckRequest(BaseModel):
         """Read a request's body.
 
         Args:
-            body: JSON in UTF-8.
+            body: JSON in UTF-8; a byte order mark is ignored (RFC 8259 section 8.1).
             max_ports: How many entries ``ports`` may have.
 
         Raises:
@@ -391,6 +395,10 @@ ERROR_EXAMPLES: Final = {
     ErrorCode.INVALID_REQUEST: "ports is missing.",
     ErrorCode.TARGET_NOT_ALLOWED: (
         "192.168.1.100 is a private address. You may check your own address, 127.0.0.1."
+    ),
+    ErrorCode.CROSS_ORIGIN: (
+        "This request comes from another site's page. Use this service's own page, or a program "
+        "that is not a browser."
     ),
     ErrorCode.REQUEST_TOO_LARGE: "The body is over 65536 bytes. Send fewer ports per request.",
     ErrorCode.RATE_LIMITED: "You ask too often. Try again in 2 s.",

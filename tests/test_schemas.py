@@ -1,6 +1,7 @@
 """What a request may look like, which error each wrong one gets, and the response to the byte."""
 
 import json
+from codecs import BOM_UTF8
 
 import pytest
 
@@ -59,6 +60,9 @@ def parse(body: bytes, max_ports: int = 1000) -> CheckRequest:
         (asking('"::FFFF:102:304"'), "1.2.3.4", [80]),
         (asking('"0000:0000:0000:0000:0000:ffff:203.113.113.107"'), "203.113.113.107", [80]),
         (asking(r'"\u0031.2.3.4"'), "1.2.3.4", [80]),  # JSON's own way to write a 1
+        # A number without a fraction is an integer, however it is written.
+        (asking(ports="[80.0, 81, 8.2e1, 80]"), "203.0.113.7", [80, 81, 82]),
+        (BOM_UTF8 + asking(), "203.0.113.7", [80]),
         # Duplicates count once, where they come first.
         (asking(ports="[81, 80, 81, 82, 80]"), "203.0.113.7", [81, 80, 82]),
         # Unknown fields are ignored.
@@ -77,6 +81,7 @@ def parse(body: bytes, max_ports: int = 1000) -> CheckRequest:
 def test_valid_requests(body: bytes, ip: str, ports: list[int]) -> None:
     request = parse(body)
     assert (request.provider_ip, request.ports) == (parse_address(ip), ports)
+    assert {type(port) for port in request.ports} == {int}
 
 
 NO_ADDRESSES = r"""
@@ -100,6 +105,7 @@ BAD_BODIES: list[tuple[bytes, str, str]] = [
             b"provider_ip=203.0.113.7&ports=80",
             GOOD.decode().encode("utf-16"),
             b"\x1f\x8b\x08\x00",  # gzip
+            BOM_UTF8 * 2 + GOOD,
             GOOD.replace(b"203", b"\xff203"),
             GOOD.replace(b"203", b"\xed\xa0\x80"),  # a surrogate in UTF-8
             GOOD.replace(b"203", b"\xc0\x80"),  # an overlong NUL
@@ -152,6 +158,8 @@ BAD_BODIES: list[tuple[bytes, str, str]] = [
         (with_port(port), "INVALID_PORT", f"Port {shown}{OUT_OF_RANGE}")
         for port, shown in [
             *((port, port) for port in ("0", "-1", "65536", "70000")),
+            ("-0.0", "0"),
+            ("7e4", "70000"),
             ("4294967376", "4294967376"),  # 80 in the lower 16 and 32 bits
             ("18446744073709551696", "18446744073709551696"),
             ("9" * 1000, "9" * 40 + "…"),

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
@@ -27,10 +26,12 @@ from port_checker.schemas import (
     TlsCheckResponse,
 )
 from port_checker.server.caller import CallerResolver
-from port_checker.server.errors import STATUS, ApiError
+from port_checker.server.errors import NO_STORE, STATUS, ApiError
+from port_checker.server.origin import require_same_origin
 from port_checker.server.rate_limit import RateLimiter
+from port_checker.server.records import CheckRecord
 from port_checker.server.settings import Settings
-from port_checker.server.targets import require_allowed, verify_local_binding
+from port_checker.server.targets import TargetRules, verify_local_binding
 
 MAX_BODY = 64 * 1024  # bytes
 
@@ -47,14 +48,22 @@ class Api:
     """The operations of the HTTP API.
 
     Args:
-        settings: Trusted proxies, allowed targets, ports per request.
+        settings: Allowed targets, ports per request.
+        callers: Finds out who asks.
         limiter: The rate limits.
         checker: Connects to the ports.
     """
 
-    def __init__(self, settings: Settings, limiter: RateLimiter, checker: Checker) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        callers: CallerResolver,
+        limiter: RateLimiter,
+        checker: Checker,
+    ) -> None:
         self._settings = settings
-        self._callers = CallerResolver(settings.trusted_proxies)
+        self._callers = callers
+        self._targets = TargetRules(settings)
         self._limiter = limiter
         self._checker = checker
 
@@ -106,10 +115,15 @@ class Api:
             response_description="The service is up",
         )
 
+        # Every GET route answers HEAD, too; the schema does not list that.
+        schema = app.openapi()
+        for route in app.routes:
+            if isinstance(route, APIRoute) and route.methods and "GET" in route.methods:
+                route.methods.add("HEAD")
+
         # Added to the finished schema, because FastAPI drops nulls from examples that it adds.
-        paths = app.openapi()["paths"]
         for path, example in ("/check-ports", CHECK_EXAMPLE), ("/check-tls", TLS_CHECK_EXAMPLE):
-            answer = paths[path]["post"]["responses"]["200"]
+            answer = schema["paths"][path]["post"]["responses"]["200"]
             answer["content"]["application/json"]["example"] = example
 
     async def check_ports(self, request: Request) -> Response:
@@ -118,32 +132,27 @@ class Api:
         A port is tried several times before it is reported as inaccessible, so a response can
         take some seconds. You may check your own address; any other must be public.
         """
-        started = time.perf_counter()
         caller = self._callers.resolve(request)
+        require_same_origin(request, caller)
         # Before anything that costs more than this does.
         await self._limiter.pay_request(caller)
         asked = CheckRequest.parse(await _read_body(request), self._settings.max_ports)
         target, ports = asked.provider_ip, asked.ports
-        verdicts = await self._run(
-            request,
-            caller,
-            target,
-            len(ports),
-            lambda room: self._checker.check(target, ports, room),
-        )
+        with CheckRecord(caller, target, len(ports)) as record:
+            verdicts = await self._run(
+                request,
+                caller,
+                target,
+                len(ports),
+                lambda room: self._checker.check(target, ports, room),
+            )
+            accessible = sum(verdict.accessible for verdict in verdicts.values())
+            record.result = f"accessible={accessible}"
         answer = CheckResponse.of(verdicts)
-        logger.info(
-            "%s checked %s: %d ports, %d accessible, %.3f s",
-            caller or "An unknown caller",
-            asked.provider_ip,
-            len(verdicts),
-            sum(verdict.accessible for verdict in verdicts.values()),
-            time.perf_counter() - started,
-        )
         if logger.isEnabledFor(logging.DEBUG):
             for port, verdict in verdicts.items():
                 logger.debug("%s port %d: %s", asked.provider_ip, port, verdict.error or "open")
-        return Response(answer.model_dump_json(), media_type="application/json")
+        return _json_response(answer.model_dump_json())
 
     async def check_tls(self, request: Request) -> Response:
         """Connect to a port, make a TLS handshake (1.2 or later), and verify the certificate.
@@ -153,28 +162,21 @@ class Api:
         tried again, so a response can take some seconds. You may check your own address; any other
         must be public.
         """
-        started = time.perf_counter()
         caller = self._callers.resolve(request)
+        require_same_origin(request, caller)
         await self._limiter.pay_request(caller)
         asked = TlsCheckRequest.parse(await _read_body(request))
         target = asked.target
-        verdict = await self._run(
-            request,
-            caller,
-            target,
-            1,
-            lambda room: self._checker.check_tls(target, asked.port, asked.expected, room),
-        )
-        answer = TlsCheckResponse.of(asked, verdict)
-        logger.info(
-            "%s checked TLS of %s port %d: %s, %.3f s",
-            caller or "An unknown caller",
-            target,
-            asked.port,
-            verdict.error or "valid",
-            time.perf_counter() - started,
-        )
-        return Response(answer.model_dump_json(), media_type="application/json")
+        with CheckRecord(caller, target, 1) as record:
+            verdict = await self._run(
+                request,
+                caller,
+                target,
+                1,
+                lambda room: self._checker.check_tls(target, asked.port, asked.expected, room),
+            )
+            record.result = f'tls="{verdict.error or "valid"}"'
+        return _json_response(TlsCheckResponse.of(asked, verdict).model_dump_json())
 
     async def _run(
         self,
@@ -185,7 +187,7 @@ class Api:
         check: Callable[[Reservation], Awaitable[_T]],
     ) -> _T:
         """Run a check within the rules, the limits and the room, unless its caller leaves."""
-        require_allowed(caller, target, self._settings)
+        self._targets.require_allowed(caller, target)
         if not request.client or request.client.host != str(target):
             # Not needed for the peer: this connection proves that there is a route.
             verify_local_binding(target)
@@ -203,11 +205,11 @@ class Api:
         """Return the address that your requests come from."""
         caller = self._callers.resolve(request)
         answer = CallerAddress(ip=str(caller) if caller else None)
-        return Response(answer.model_dump_json(), media_type="application/json")
+        return _json_response(answer.model_dump_json())
 
     async def health(self, _: Request) -> Response:
         """Answer at once, however busy the service is."""
-        return Response('{"status":"ok"}', media_type="application/json")
+        return _json_response('{"status":"ok"}')
 
     def _documented_body(self) -> dict[str, Any]:
         schema = CheckRequest.model_json_schema()
@@ -246,6 +248,10 @@ def _documented_tls_body() -> dict[str, Any]:
             }
         },
     }
+
+
+def _json_response(body: str) -> Response:
+    return Response(body, media_type="application/json", headers=NO_STORE)
 
 
 def _documented_errors(examples: Mapping[ErrorCode, str]) -> dict[int | str, dict[str, Any]]:

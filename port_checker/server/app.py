@@ -6,6 +6,7 @@ from fastapi_offline import FastAPIOffline
 from port_checker import __version__
 from port_checker.checker import Checker
 from port_checker.server.api import Api
+from port_checker.server.caller import CallerResolver
 from port_checker.server.errors import answer_errors
 from port_checker.server.rate_limit import RateLimiter
 from port_checker.server.settings import Settings
@@ -44,8 +45,10 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False},
         lifespan=lambda _: limits.shared(),
     )
+    callers = CallerResolver(settings.trusted_proxies)
     Api(
         settings,
+        callers,
         limits,
         checker
         or Checker(
@@ -56,5 +59,5 @@ def create_app(
             max_per_caller=settings.max_in_flight_per_caller,
         ),
     ).add_routes(app)
-    answer_errors(app)
+    answer_errors(app, callers)
     return app

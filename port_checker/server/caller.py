@@ -11,6 +11,10 @@ from port_checker.addresses import Address, Network, lies_in, parse_address
 # convention of nginx), but from which we do not take the caller's address.
 _OTHER_PROXY_HEADERS = frozenset((b"forwarded", b"via", b"x-real-ip"))
 
+# How many hops of X-Forwarded-For are read. Chains of proxies are shorter; a header that is as long
+# as a request may be would take 0.2 s.
+_MAX_HOPS = 20
+
 logger = logging.getLogger(__name__)
 
 
@@ -68,7 +72,8 @@ def find_caller(
 
     Returns:
         The address; None if the peer has none, if a trusted proxy forwarded none or something
-        that is not an address, or if every forwarded address is a trusted proxy's.
+        that is not an address, or if every forwarded address, or each of the last 20, is a trusted
+        proxy's.
     """
     if peer is None:
         return None
@@ -77,7 +82,8 @@ def find_caller(
         address = parse_address(peer.partition("%")[0])
         if not (forwarded_for or is_proxy) or not lies_in(address, trusted_proxies):
             return address
-        for hop in reversed(",".join(forwarded_for).split(",")):
+        hops = ",".join(forwarded_for).rsplit(",", _MAX_HOPS)
+        for hop in reversed(hops[-_MAX_HOPS:]):
             address = parse_address(_without_port(hop.strip()))
             if not lies_in(address, trusted_proxies):
                 return address

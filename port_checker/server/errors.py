@@ -1,6 +1,5 @@
 """Error responses: which status each code has, and the handlers that turn exceptions into them."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 
@@ -12,11 +11,14 @@ from starlette.requests import ClientDisconnect
 from port_checker.checker import CallerOverLimit, NoRoom
 from port_checker.connect import CheckFailed
 from port_checker.schemas import ErrorCode, InvalidRequest
+from port_checker.server.caller import CallerResolver
+from port_checker.server.origin import CrossOrigin
 from port_checker.server.rate_limit import RateLimited
+from port_checker.server.records import RefusalLog
 from port_checker.server.targets import TargetNotAllowed
 
-logger = logging.getLogger(__name__)
-
+# Nothing that is answered may be kept by a proxy's cache and given to somebody else.
+NO_STORE = {"Cache-Control": "no-store"}
 
 STATUS = {
     ErrorCode.INVALID_IP: HTTPStatus.UNPROCESSABLE_ENTITY,
@@ -24,6 +26,7 @@ STATUS = {
     ErrorCode.TOO_MANY_PORTS: HTTPStatus.UNPROCESSABLE_ENTITY,
     ErrorCode.INVALID_REQUEST: HTTPStatus.UNPROCESSABLE_ENTITY,
     ErrorCode.TARGET_NOT_ALLOWED: HTTPStatus.FORBIDDEN,
+    ErrorCode.CROSS_ORIGIN: HTTPStatus.FORBIDDEN,
     ErrorCode.RATE_LIMITED: HTTPStatus.TOO_MANY_REQUESTS,
     ErrorCode.REQUEST_TOO_LARGE: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     ErrorCode.OVERLOADED: HTTPStatus.SERVICE_UNAVAILABLE,
@@ -31,6 +34,15 @@ STATUS = {
     ErrorCode.NOT_FOUND: HTTPStatus.NOT_FOUND,
     ErrorCode.METHOD_NOT_ALLOWED: HTTPStatus.METHOD_NOT_ALLOWED,
     ErrorCode.INTERNAL_ERROR: HTTPStatus.INTERNAL_SERVER_ERROR,
+}
+
+# Codes of which each one is logged: the request was turned away. The others mean a wrong URL, or
+# have a log line of their own.
+_REFUSALS = STATUS.keys() - {
+    ErrorCode.NOT_FOUND,
+    ErrorCode.METHOD_NOT_ALLOWED,
+    ErrorCode.CHECK_FAILED,
+    ErrorCode.INTERNAL_ERROR,
 }
 
 
@@ -67,6 +79,8 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(error.code, str(error))
         case TargetNotAllowed():
             return ApiError(ErrorCode.TARGET_NOT_ALLOWED, str(error))
+        case CrossOrigin():
+            return ApiError(ErrorCode.CROSS_ORIGIN, str(error))
         case RateLimited():
             return ApiError(
                 ErrorCode.RATE_LIMITED,
@@ -118,27 +132,28 @@ def to_api_error(error: Exception) -> ApiError:
             )
 
 
-async def answer_error(_: Request, error: Exception) -> JSONResponse:
-    """Answer with an error response; a Starlette exception handler."""
-    if isinstance(error, CheckFailed):
-        logger.error("Check failed: %s", error)
-    answer = to_api_error(error)
-    detail: dict[str, object] = {"code": answer.code, "message": answer.message}
-    if answer.ports:
-        detail["ports"] = answer.ports
-    return JSONResponse(
-        {"detail": detail},
-        status_code=STATUS[answer.code],
-        headers=answer.headers,
-    )
+def answer_errors(app: FastAPI, callers: CallerResolver) -> None:
+    """Have every exception in ``app`` answered with an error response, and refusals logged."""
+    refusals = RefusalLog()
 
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        told = to_api_error(error)
+        if told.code in _REFUSALS and not isinstance(error, ClientDisconnect):
+            refusals.add(callers.resolve(request), told.code)
+        detail: dict[str, object] = {"code": told.code, "message": told.message}
+        if told.ports:
+            detail["ports"] = told.ports
+        return JSONResponse(
+            {"detail": detail},
+            status_code=STATUS[told.code],
+            headers={**NO_STORE, **(told.headers or {})},
+        )
 
-def answer_errors(app: FastAPI) -> None:
-    """Have every exception in ``app`` answered with an error response."""
     for error in (
         ApiError,
         InvalidRequest,
         TargetNotAllowed,
+        CrossOrigin,
         RateLimited,
         NoRoom,
         CheckFailed,
@@ -146,4 +161,4 @@ def answer_errors(app: FastAPI) -> None:
         HTTPException,
         Exception,  # a bug: uvicorn logs its traceback
     ):
-        app.add_exception_handler(error, answer_error)
+        app.add_exception_handler(error, answer)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -41,6 +42,11 @@ _REDIS_URL = re.compile(
     r"(:[0-9]+)?(/[0-9]*)?",
     re.ASCII,
 )
+
+_STORE_SCHEME = re.compile(r"(memory|rediss?)(:/*|$)", re.IGNORECASE)
+
+# How the names of our variables begin.
+_PREFIXES = ("PORT_CHECK_", "PORT_CHECKER_")
 
 # Not a setting of the server: `port-checker check` reads it.
 _CLIENT_VARIABLE = "PORT_CHECKER_URL"
@@ -135,8 +141,8 @@ class Settings(BaseModel):
         "memory://, or redis:// or rediss:// with [[user]:password@]host[:port][/db]",
         repr=False,  # it may hold a password, which error messages hide, too
     )
-    metrics: bool = _setting(
-        "PORT_CHECKER_METRICS", False, "false (this version does not serve metrics)"
+    metrics: Literal[""] = _setting(
+        "PORT_CHECKER_METRICS", "", "empty or false (this version does not serve metrics)"
     )
     retries: int = _setting(
         "PORT_CHECK_RETRIES", 3, "a number of attempts, from 1 to 10", ge=1, le=10
@@ -182,6 +188,11 @@ class Settings(BaseModel):
         (),
         "networks, such as 10.0.0.0/8,fd00::/8, or empty for none",
     )
+    denied_networks: _Networks = _setting(
+        "PORT_CHECK_DENIED_NETWORKS",
+        (),
+        "networks, such as 198.51.100.0/24,2001:db8::/32, or empty for none",
+    )
     others_rate_limit: _RateOrOff = _setting(
         "PORT_CHECK_OTHERS_RATE_LIMIT",
         Rate(1000, timedelta(minutes=1)),
@@ -205,12 +216,10 @@ class Settings(BaseModel):
             ip_address(host)
         return host
 
-    @field_validator("metrics")
+    @field_validator("metrics", mode="before")
     @classmethod
-    def _check_metrics(cls, metrics: bool) -> bool:
-        if metrics:
-            raise ValueError
-        return metrics
+    def _parse_metrics(cls, metrics: object) -> object:
+        return "" if metrics == "false" else metrics
 
     @field_validator("rate_limit_store")
     @classmethod
@@ -267,7 +276,7 @@ class _Environment(Settings, BaseSettings):
 
     model_config = SettingsConfigDict(
         env_file=ENV_FILE,
-        env_file_encoding="utf-8",
+        env_file_encoding="utf-8-sig",
         case_sensitive=True,
         extra="ignore",
         validate_by_name=False,  # a variable called "port" is not ours
@@ -281,11 +290,46 @@ def load_settings() -> Settings:
         SettingsError: A value is wrong, or ``.env`` cannot be read.
     """
     try:
+        _check_env_file()
         return _Environment()
     except ValidationError as error:
         raise SettingsError("; ".join(map(_explain, error.errors()))) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise SettingsError(f"{ENV_FILE} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise SettingsError(f"{ENV_FILE} cannot be read: {error}") from None
+
+
+def _check_env_file() -> None:
+    """Refuse what python-dotenv passes over in silence, or with a warning.
+
+    Raises:
+        OSError: ``.env`` cannot be read: it is a directory, say, or a symbolic link to nothing.
+        UnicodeDecodeError: It is not UTF-8.
+        SettingsError: A line cannot be parsed, or names one of our variables without a value.
+    """
+    try:
+        file = ENV_FILE.open(encoding="utf-8-sig")
+    except FileNotFoundError:
+        if ENV_FILE.is_symlink():
+            raise
+        return
+    with file:
+        bindings = list(parse_stream(file))
+    for binding in bindings:
+        # The line itself may hold a password, so its number has to do.
+        blank = len(binding.original.string) - len(binding.original.string.lstrip())
+        line = binding.original.line + binding.original.string.count("\n", 0, blank)
+        if binding.error:
+            raise SettingsError(
+                f"{ENV_FILE} line {line} cannot be parsed: it must be NAME=value, "
+                "with every quote closed"
+            )
+        if binding.key and binding.value is None and binding.key.startswith(_PREFIXES):
+            name = re.match("[A-Z_]*", binding.key)
+            raise SettingsError(
+                f"{ENV_FILE} line {line} has no value: it must be {name and name[0]}=value"
+            )
 
 
 def _explain(error: ErrorDetails) -> str:
@@ -296,14 +340,19 @@ def _explain(error: ErrorDetails) -> str:
         field for field in Settings.model_fields.values() if field.validation_alias == variable
     )
     value = str(error["input"])
-    if not field.repr:  # the secret may be anywhere in the wrong value
-        value = re.sub(r"(:/*)[^/].*", r"\1…", value, flags=re.DOTALL)
+    if not field.repr:  # all but a known scheme may be the secret
+        scheme = _STORE_SCHEME.match(value)
+        known = scheme[0] if scheme else ""
+        value = known + "…" * (value != known)
     return _wrong(variable, value, field.description or "")
 
 
 def _wrong(variable: str, value: str, allowed: str) -> str:
-    shown = value if len(value) <= _LONGEST_SHOWN else value[:_LONGEST_SHOWN] + "…"
-    return f"{variable}={shown!r} is wrong: it must be {allowed}"
+    return f"{variable}={_shorten(value)!r} is wrong: it must be {allowed}"
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "…"
 
 
 def unknown_names(environment: Mapping[str, str]) -> dict[str, str | None]:
@@ -321,5 +370,5 @@ def unknown_names(environment: Mapping[str, str]) -> dict[str, str | None]:
     return {
         name: next(iter(difflib.get_close_matches(name, known, n=1)), None)
         for name in names
-        if name.startswith(("PORT_CHECK_", "PORT_CHECKER_")) and name not in known
+        if name.startswith(_PREFIXES) and name not in known
     }

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import httpx
 import pytest
+from starlette.routing import Route
 
 from port_checker.addresses import parse_networks
 from port_checker.checker import Checker
@@ -16,7 +17,7 @@ from port_checker.server.api import MAX_BODY
 from port_checker.server.app import create_app
 from port_checker.server.errors import STATUS
 from port_checker.server.settings import Settings
-from tests.support.http import check_of, connected
+from tests.support.http import HEALTH, check_of, connected, read_answer
 from tests.support.loopback import open_port, ports, refused_port, silent_port
 from tests.support.namespace import in_namespace, needs_root
 from tests.support.service import serve
@@ -109,6 +110,41 @@ def test_ip_is_the_callers_address() -> None:
         assert client.get("/ip", headers={"x-forwarded-for": "?"}).text == '{"ip":null}'
 
 
+PATHS = ["/health", "/ip", "/docs", "/openapi.json", "/static-offline-docs/swagger-ui.css"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_head_is_answered_like_get_without_a_body(client: httpx.Client, path: str) -> None:
+    with connected(client) as sock:
+        heads = []
+        for method in "GET", "HEAD":
+            request = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            sock.sendall(request.encode() + HEALTH)
+            head, _ = read_answer(sock, has_body=method == "GET")
+            assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+            heads.append([line for line in head.splitlines() if not line.startswith(b"date:")])
+            assert read_answer(sock)[1] == b'{"status":"ok"}'  # right behind it
+    assert heads[0] == heads[1]
+
+
+def test_every_get_route_answers_head() -> None:
+    routes = [route for route in create_app(Settings()).routes if isinstance(route, Route)]
+    assert [it.path for it in routes if it.methods and "HEAD" not in it.methods] == ["/check-ports"]
+
+
+def test_nothing_but_static_files_may_be_cached(client: httpx.Client) -> None:
+    with open_port() as opened:
+        answers = [
+            *(client.request(method, path) for path in PATHS[:2] for method in ("GET", "HEAD")),
+            check(client, [opened]),
+            check(client, [opened], "::1"),
+            client.get("/nothing"),
+            client.get("/check-ports"),
+        ]
+    assert [it.headers["cache-control"] for it in answers] == ["no-store"] * len(answers)
+    assert "no-store" not in client.get(PATHS[-1]).headers.get("cache-control", "")
+
+
 # Errors
 
 
@@ -155,8 +191,8 @@ def test_a_body_over_64_kib_is_refused(client: httpx.Client, chunked: bool) -> N
             (method, path, (405, "METHOD_NOT_ALLOWED", "Method not allowed. See /docs."), allow)
             for method, path, allow in [
                 ("GET", "/check-ports", "POST"),
-                ("DELETE", "/health", "GET"),
-                ("POST", "/docs", "GET"),
+                ("DELETE", "/health", "GET, HEAD"),
+                ("POST", "/docs", "GET, HEAD"),
                 ("POST", "/static-offline-docs/swagger-ui.css", "GET, HEAD"),
             ]
         ),
@@ -167,7 +203,8 @@ def test_wrong_paths_and_methods(
 ) -> None:
     answer = client.request(method, path)
     assert error_of(answer) == expected
-    assert answer.headers.get("allow") == allow
+    told = answer.headers.get("allow")
+    assert (told and sorted(told.split(", "))) == (allow and sorted(allow.split(", ")))
 
 
 def test_a_caller_that_disconnects_during_its_body_is_not_an_error(
@@ -175,7 +212,9 @@ def test_a_caller_that_disconnects_during_its_body_is_not_an_error(
 ) -> None:
     with serve() as client:
         with socket.create_connection(("127.0.0.1", client.base_url.port or 0)) as caller:
-            caller.sendall(b"POST /check-ports HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
+            caller.sendall(
+                b"POST /check-ports HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{"
+            )
         client.get("/health")
     assert not caplog.records
 
@@ -207,7 +246,9 @@ def test_a_bug_is_logged_and_not_shown(caplog: pytest.LogCaptureFixture) -> None
     checker = BrokenChecker(retries=1, retry_delay=0, timeout=1, max_in_flight=10)
     with serve(create_app(Settings(), checker=checker)) as client:
         expected = (500, "INTERNAL_ERROR", "Internal error; it has been logged.")
-        assert error_of(check(client, [80])) == expected
+        answer = check(client, [80])
+        assert error_of(answer) == expected
+        assert answer.headers["cache-control"] == "no-store"
         assert client.get("/health").status_code == 200
     assert "ZeroDivisionError" in caplog.text
 
@@ -239,6 +280,39 @@ with serve(retries=1) as client:
         assert '"code":"TARGET_NOT_ALLOWED"' in line
     for line, code in (private, ErrorCode.TARGET_NOT_ALLOWED), (unrouted, ErrorCode.CHECK_FAILED):
         assert json.loads(line)["detail"] == {"code": code, "message": ERROR_EXAMPLES[code]}
+
+
+@needs_root
+def test_addresses_that_are_not_the_callers_own() -> None:
+    """A gateway's, link-local ones, and those that the operator forbids."""
+    script = """
+import logging
+from tests.support.service import serve
+logging.basicConfig(format="%(levelname)s %(message)s")
+with serve(retries=1, timeout=0.1, denied_networks="198.51.100.128/25,127.0.0.3") as client:
+    for ip in "198.51.100.1", "fd01::1", "169.254.7.7", "fe80::7", "198.51.100.200", "127.0.0.3":
+        headers = {"x-forwarded-for": ip}
+        body = {"provider_ip": ip, "ports": [80]}
+        print(ip, client.post("/check-ports", json=body, headers=headers).text)
+        assert client.get("/ip", headers=headers).json() == {"ip": ip}
+    body = {"provider_ip": "198.51.100.7", "ports": [80]}
+    answer = client.post("/check-ports", json=body, headers={"x-forwarded-for": "198.51.100.7"})
+    print(answer.json()["results"])
+"""
+    *refused, checked = in_namespace(
+        script + "import sys; sys.stderr = sys.stdout",
+        "ip link add one type veth peer name other",
+        "ip address add 198.51.100.6/24 dev one",
+        "ip address add fd01::6/64 dev one nodad",
+        "ip link set one up",
+        "ip link set other up",
+        "ip route add default via 198.51.100.1",
+        "ip -6 route add default via fd01::1",
+    ).splitlines()
+    assert len(refused) == 6
+    for line in refused:
+        assert '"code":"TARGET_NOT_ALLOWED"' in line, line
+    assert checked == "{'80': {'accessible': False, 'error': 'Connection timed out'}}"
 
 
 def test_allowed_networks_may_be_checked_by_anybody() -> None:

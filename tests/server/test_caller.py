@@ -83,6 +83,12 @@ def test_what_a_trusted_proxy_forwards(
     assert found(peer, *forwarded_for) == caller
 
 
+def test_a_chain_of_20_hops_is_read_and_no_longer_one() -> None:
+    assert found("127.0.0.1", "203.0.113.7" + ",::1" * 19) == "203.0.113.7"
+    assert found("127.0.0.1", "203.0.113.7" + ",::1" * 20) is None
+    assert found("127.0.0.1", *["203.0.113.7", *["::1"] * 20]) is None
+
+
 def test_trusting_nobody_or_everybody() -> None:
     proxy = parse_address("127.0.0.1")
     assert find_caller("127.0.0.1", ["203.0.113.7"], ()) == proxy

@@ -24,7 +24,7 @@ from port_checker.server.caller import find_caller
 from port_checker.server.errors import STATUS
 from port_checker.server.protocol import ConnectionLimits
 from port_checker.server.settings import Settings
-from port_checker.server.targets import TargetNotAllowed, require_allowed, special_purpose
+from port_checker.server.targets import TargetNotAllowed, TargetRules, special_purpose
 from tests.support.http import check_of
 from tests.support.loopback import open_port
 from tests.support.service import serve
@@ -61,35 +61,49 @@ Targets = Literal["public", "caller"]
 TARGETS: tuple[Targets, ...] = get_args(Targets)
 
 
+networks = st.sampled_from(["", "10.0.0.0/8,fd00::/8", "0.0.0.0/0", "::/0", "::1"]).map(
+    parse_networks
+)
+
+
 @fuzzed()
 @given(
     caller=st.none() | addresses,
     target=addresses,
     targets=st.sampled_from(TARGETS),
-    allowed=st.sampled_from(["", "10.0.0.0/8,fd00::/8", "0.0.0.0/0", "::/0", "::1"]).map(
-        parse_networks
-    ),
+    allowed=networks,
+    denied=networks,
     own=st.booleans(),
+    gateway=st.booleans(),
 )
-@example(IPv4Address("127.0.0.1"), IPv4Address("127.0.0.1"), "caller", (), True)
-@example(IPv4Address("8.8.8.8"), IPv4Address("8.8.4.4"), "public", (), True)
-@example(None, IPv4Address("127.0.0.1"), "public", (), False)
-def test_callers_may_check_themselves_allowed_networks_and_public_addresses(
+@example(IPv4Address("127.0.0.1"), IPv4Address("127.0.0.1"), "caller", (), (), True, False)
+@example(IPv4Address("10.0.0.1"), IPv4Address("10.0.0.1"), "public", (), (), False, True)
+@example(IPv4Address("8.8.8.8"), IPv4Address("8.8.8.8"), "public", (), (), False, True)
+@example(IPv4Address("8.8.8.8"), IPv4Address("8.8.4.4"), "public", (), (), True, False)
+@example(None, IPv4Address("127.0.0.1"), "public", (), (), False, False)
+def test_who_may_check_what(
     caller: Address | None,
     target: Address,
     targets: Targets,
     allowed: tuple[Network, ...],
+    denied: tuple[Network, ...],
     own: bool,
+    gateway: bool,
 ) -> None:
-    values = Settings(targets=targets, allowed_networks=allowed)
-    expected = (
-        target == caller
-        or lies_in(target, allowed)
-        or (targets == "public" and special_purpose(target) is None and not own)
+    """The rules in the order in which README lists them."""
+    values = Settings(targets=targets, allowed_networks=allowed, denied_networks=denied)
+    is_public = special_purpose(target) is None
+    is_callers_own = target == caller and (
+        is_public or target.is_loopback or not (target.is_link_local or gateway)
     )
-    refusal = nullcontext() if expected else pytest.raises(TargetNotAllowed)
-    with refusal:
-        require_allowed(caller, target, values, lambda _: own)
+    expected = not lies_in(target, denied) and (
+        is_callers_own
+        or lies_in(target, allowed)
+        or (targets == "public" and is_public and not own and target != caller)
+    )
+    rules = TargetRules(values, is_own=lambda _: own, is_gateway=lambda _: gateway)
+    with nullcontext() if expected else pytest.raises(TargetNotAllowed):
+        rules.require_allowed(caller, target)
 
 
 def written_out(address: IPv4Address) -> list[str]:
@@ -174,6 +188,7 @@ def test_any_body_is_a_request_or_an_error(body: bytes) -> None:
     st.sampled_from([1, 10, 1000]),
 )
 @example({"provider_ip": "1.1.1.1", "ports": [True]}, True, 10)
+@example({"provider_ip": "1.1.1.1", "ports": [2, 2.0, 1.0]}, True, 10)
 @example({"provider_ip": "1.1.1.1", "ports": [3, 1, 3, 2, 1]}, True, 10)
 @example({"provider_ip": {"{shown}": "{asked}"}, "ports": [1]}, True, 10)
 @example({"provider_ip": "{shown}", "ports": ["{most}"]}, True, 10)
@@ -259,12 +274,12 @@ def body_of(sent: bytes, chunks: int) -> bytes:
     size = -(-len(sent) // chunks)
     parts = [sent[start : start + size] for start in range(0, len(sent), size)]
     body = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
-    head = b"POST /check-ports HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = b"POST /check-ports HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
     return head + body + b"0\r\n\r\n"
 
 
 def get(path: bytes, *header: bytes, method: bytes = b"GET") -> bytes:
-    return b"\r\n".join([b"%b %b HTTP/1.1" % (method, path), b"Host: x", *header, b"", b""])
+    return b"\r\n".join([b"%b %b HTTP/1.1" % (method, path), b"Host: localhost", *header, b"", b""])
 
 
 def requests_of(port: int) -> list[bytes]:

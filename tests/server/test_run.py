@@ -61,7 +61,7 @@ def test_one_line_at_the_start_one_for_each_check_one_at_the_end() -> None:
     )
     for effective in ("processes: 1, ports in flight in each: 10000", "30/minute requests per"):
         assert effective in start
-    told = " INFO port_checker.server.api: 127.0.0.1 checked 127.0.0.1: 1 ports, 1 accessible, 0."
+    told = " INFO port_checker.server.records: check caller=127.0.0.1 target=127.0.0.1 ports=1 "
     assert told in check
     assert stop.endswith(" INFO port_checker.server.run: Stopped\n")
 
@@ -186,7 +186,7 @@ def test_the_ipv6_wildcard_serves_both_families() -> None:
         with running.client() as client:  # arrives as ::ffff:127.0.0.1
             assert ask(client, opened).json()["success"] is True
         running.stop()
-    assert any("127.0.0.1 checked 127.0.0.1: 1 ports" in line for line in running.lines)
+    assert any("check caller=127.0.0.1 target=127.0.0.1 ports=1 " in line for line in running.lines)
 
 
 def test_one_ipv6_address_does_not() -> None:

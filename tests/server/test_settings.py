@@ -23,7 +23,7 @@ DEFAULTS = {
     ),
     "PORT_CHECKER_RATE_LIMIT": ("caller_rate_limit", Rate(30, timedelta(minutes=1))),
     "PORT_CHECKER_RATE_LIMIT_STORE": ("rate_limit_store", "memory://"),
-    "PORT_CHECKER_METRICS": ("metrics", False),
+    "PORT_CHECKER_METRICS": ("metrics", ""),
     "PORT_CHECK_RETRIES": ("retries", 3),
     "PORT_CHECK_RETRY_DELAY": ("retry_delay", 1.0),
     "PORT_CHECK_TIMEOUT": ("timeout", 5.0),
@@ -32,6 +32,7 @@ DEFAULTS = {
     "PORT_CHECK_MAX_IN_FLIGHT_PER_CALLER": ("max_in_flight_per_caller", 2000),
     "PORT_CHECK_TARGETS": ("targets", "public"),
     "PORT_CHECK_ALLOWED_NETWORKS": ("allowed_networks", ()),
+    "PORT_CHECK_DENIED_NETWORKS": ("denied_networks", ()),
     "PORT_CHECK_OTHERS_RATE_LIMIT": ("others_rate_limit", Rate(1000, timedelta(minutes=1))),
     "PORT_CHECK_TARGET_RATE_LIMIT": ("target_rate_limit", Rate(2000, timedelta(minutes=1))),
 }
@@ -63,7 +64,8 @@ NETWORKS = (IPv4Network("10.0.0.0/8"), IPv4Network("192.0.2.7/32"), IPv6Network(
                 "rediss://user:s3cret@redis.example:6380/0",
             )
         ],
-        ("PORT_CHECKER_METRICS", "false", False),
+        ("PORT_CHECKER_METRICS", "false", ""),
+        ("PORT_CHECKER_METRICS", "", ""),
         ("PORT_CHECK_RETRIES", "10", 10),
         ("PORT_CHECK_RETRY_DELAY", "0", 0.0),
         ("PORT_CHECK_RETRY_DELAY", "30", 30.0),
@@ -73,6 +75,7 @@ NETWORKS = (IPv4Network("10.0.0.0/8"), IPv4Network("192.0.2.7/32"), IPv6Network(
         ("PORT_CHECK_MAX_IN_FLIGHT", "1000000", 1_000_000),
         ("PORT_CHECK_TARGETS", "caller", "caller"),
         ("PORT_CHECK_ALLOWED_NETWORKS", "10.0.0.0/8,192.0.2.7,fd00::/8", NETWORKS),
+        ("PORT_CHECK_DENIED_NETWORKS", "10.0.0.0/8,192.0.2.7,fd00::/8", NETWORKS),
         ("PORT_CHECK_TARGET_RATE_LIMIT", "off", None),
         ("PORT_CHECK_TARGET_RATE_LIMIT", "1000/hour", Rate(1000, timedelta(hours=1))),
     ],
@@ -122,11 +125,11 @@ ALLOWED: dict[str, tuple[str, list[str]]] = {
     "PORT_CHECKER_RATE_LIMIT": (RATE.format("30/minute"), BAD_RATES),
     "PORT_CHECKER_RATE_LIMIT_STORE": (
         "memory://, or redis:// or rediss:// with [[user]:password@]host[:port][/db]",
-        ["", " ", "memory", "memory:", "MEMORY://", "redis", "redis:", "redis://", "\udcff"],
+        ["memory", "memory:", "MEMORY://", "redis", "redis:", "redis://"],
     ),
     "PORT_CHECKER_METRICS": (
-        "false (this version does not serve metrics)",
-        ["", " ", "maybe", "true", "1", "/metrics", "\udcff"],
+        "empty or false (this version does not serve metrics)",
+        [" ", "maybe", "true", "0", "127.0.0.1:9464", "\udcff"],
     ),
     "PORT_CHECK_RETRIES": ("a number of attempts, from 1 to 10", [*NO_WHOLE_NUMBERS, "11"]),
     "PORT_CHECK_RETRY_DELAY": (
@@ -149,6 +152,10 @@ ALLOWED: dict[str, tuple[str, list[str]]] = {
     "PORT_CHECK_TARGETS": ("public or caller", ["", " ", "PUBLIC", "all", "caller ", "\udcff"]),
     "PORT_CHECK_ALLOWED_NETWORKS": (
         "networks, such as 10.0.0.0/8,fd00::/8, or empty for none",
+        NO_NETWORKS,
+    ),
+    "PORT_CHECK_DENIED_NETWORKS": (
+        "networks, such as 198.51.100.0/24,2001:db8::/32, or empty for none",
         NO_NETWORKS,
     ),
     "PORT_CHECK_OTHERS_RATE_LIMIT": (RATE.format("1000/minute"), BAD_RATES),
@@ -192,6 +199,9 @@ def test_several_bad_values_are_one_line_too(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     "store",
     [
+        "s3cretpw",
+        "s3cret:pw",
+        "rediss3cret",
         "redis://:s3cret@",
         "redis://s3cret@redis.example",
         "redis://:s3c/s3cret@redis.example",
@@ -276,7 +286,43 @@ def test_dotenv_that_is_not_utf_8() -> None:
 
 def test_dotenv_that_cannot_be_read() -> None:
     Path(".env").symlink_to("/proc/self/mem")  # a file whose first page cannot be read
-    assert complaint() == ".env cannot be read: [Errno 5] Input/output error"
+    assert complaint() == ".env cannot be read: Input/output error"
+    Path(".env").unlink()
+    Path(".env").symlink_to("nowhere")
+    assert complaint() == ".env cannot be read: No such file or directory"
+    Path(".env").unlink()
+    Path(".env").mkdir()  # as Docker does for the missing source of a bind mount
+    assert complaint() == ".env cannot be read: Is a directory"
+
+
+NOT_PARSED = "cannot be parsed: it must be NAME=value, with every quote closed"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('PORT_CHECK_TARGETS="caller\n', f".env line 1 {NOT_PARSED}"),
+        ("\n\n# s3cret\n  PORT_CHECKER_RATE_LIMIT_STORE='s3cret\n", f".env line 4 {NOT_PARSED}"),
+        ("PORT_CHECK_TARGETS: caller\n", f".env line 1 {NOT_PARSED}"),
+        ('PORT_CHECK_ALLOWED_NETWORKS="10.0.0.0/8\nX="1"\n', f".env line 1 {NOT_PARSED}"),
+        (
+            "X=1\n\nexport PORT_CHECK_TARGETS\n",
+            ".env line 3 has no value: it must be PORT_CHECK_TARGETS=value",
+        ),
+        (
+            "PORT_CHECKER_RATE_LIMIT_STORE:s3cret\n",
+            ".env line 1 has no value: it must be PORT_CHECKER_RATE_LIMIT_STORE=value",
+        ),
+    ],
+)
+def test_dotenv_that_cannot_be_read_as_meant(content: str, told: str) -> None:
+    Path(".env").write_text(content)
+    assert complaint() == told
+
+
+def test_dotenv_of_other_programs_is_left_alone() -> None:
+    Path(".env").write_text("\ufeffPORT_CHECK_TARGETS=caller\r\nOTHER\nexport ANOTHER\n\n#\n")
+    assert load_settings().targets == "caller"
 
 
 # Names

@@ -15,8 +15,9 @@ from port_checker.schemas import ERROR_EXAMPLES, ErrorCode
 from port_checker.server.settings import Settings
 from port_checker.server.targets import (
     TargetNotAllowed,
+    TargetRules,
+    is_gateway,
     is_own_address,
-    require_allowed,
     special_purpose,
     verify_local_binding,
 )
@@ -33,6 +34,13 @@ FURTHER_SPECIAL = parse_networks(
 )
 
 
+# Public addresses inside of Azure, Google Cloud and IBM Cloud.
+CLOUDS = parse_networks(
+    "168.63.129.16,199.36.153.4/30,199.36.153.8/30,161.26.0.0/16,166.8.0.0/14,"
+    "2600:2d00:2:1000::/64,2600:2d00:2:2000::/64"
+)
+
+
 def is_public_unicast(address: Address) -> bool:
     """The oracle: the standard library's tables instead of the service's."""
     return not (
@@ -42,6 +50,7 @@ def is_public_unicast(address: Address) -> bool:
         or not address.is_global
         or (isinstance(address, IPv6Address) and address not in ip_network("2000::/3"))
         or lies_in(address, FURTHER_SPECIAL)
+        or lies_in(address, CLOUDS)
     )
 
 
@@ -69,7 +78,7 @@ SPECIAL = parse_networks(
 
 def test_special_ranges_agree_with_the_standard_library() -> None:
     """At their edges, and at an address in each /12 of IPv4 and each /16 of IPv6."""
-    probes: list[Address] = [edge for network in SPECIAL for edge in edges_of(network)]
+    probes: list[Address] = [edge for network in SPECIAL + CLOUDS for edge in edges_of(network)]
     probes += [IPv4Address((block << 20) + 1) for block in range(1 << 12)]
     probes += [IPv6Address((block << 112) + (1 << 90)) for block in range(1 << 16)]
     assert [it for it in probes if (special_purpose(it) is None) != is_public_unicast(it)] == []
@@ -96,117 +105,169 @@ def test_special_ranges_agree_with_the_standard_library() -> None:
     ],
 )
 def test_a_special_address_is_refused_and_named(address: str, kind: str) -> None:
-    for caller in CALLER, None:
-        with pytest.raises(TargetNotAllowed) as refusal:
-            require_allowed(caller, parse_address(address), Settings(), lambda _: False)
-        assert str(refusal.value).startswith(f"{address} is {kind}. You may check your own address")
+    for caller in str(CALLER), None:
+        refusal = refused(address, caller=caller)
+        assert refusal.startswith(f"{address} is {kind}. You may check your own address")
 
 
-def allowed(
-    target: str, *, caller: str | None = str(CALLER), own: str = "", **settings: Any
-) -> bool:
-    """Whether ``caller`` may have ``target`` checked by a machine whose address is ``own``."""
+def refused(
+    target: str,
+    *,
+    caller: str | None = str(CALLER),
+    own: str = "",
+    gateway: str = "",
+    **settings: Any,
+) -> str:
+    """Why a machine with the address ``own`` and this gateway does not check; empty if it does."""
+    rules = TargetRules(
+        Settings(**settings),
+        is_own=lambda address: str(address) == own,
+        is_gateway=lambda address: str(address) == gateway,
+    )
     try:
-        require_allowed(
-            parse_address(caller) if caller else None,
-            parse_address(target),
-            Settings(**settings),
-            lambda address: str(address) == own,
-        )
-    except TargetNotAllowed:
-        return False
-    return True
+        rules.require_allowed(parse_address(caller) if caller else None, parse_address(target))
+    except TargetNotAllowed as refusal:
+        return str(refusal)
+    return ""
 
 
 @pytest.mark.parametrize("address", ["198.41.0.4", "127.0.0.1", "192.168.1.100", "::1", "fd00::7"])
 def test_callers_may_check_their_own_address(address: str) -> None:
     for settings in {}, {"targets": "caller"}:
-        assert allowed(address, caller=address, **settings)
-        assert allowed(address, caller=address, own=address, **settings)
-        assert not allowed(address, caller=None, own=address, **settings)
+        assert not refused(address, caller=address, **settings)
+        assert not refused(address, caller=address, own=address, **settings)
+        assert refused(address, caller=None, own=address, **settings)
+
+
+@pytest.mark.parametrize("address", ["169.254.7.7", "fe80::7"])
+def test_link_local_addresses_are_nobodys_own(address: str) -> None:
+    for settings in {}, {"targets": "caller"}:
+        assert refused(address, caller=address, **settings) == (
+            f"{address} is a link-local address, which only means something on its own link. "
+            "Connect to this service from another address."
+        )
+
+
+@pytest.mark.parametrize("address", ["172.17.0.1", "100.64.0.1", "fd00::1"])
+def test_a_gateways_address_is_not_the_callers(
+    address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Everybody behind a NAT in front of the service has it."""
+    for settings in {}, {"targets": "caller"}:
+        assert refused(address, caller=address, gateway=address, **settings) == (
+            f"{address} is the address of a gateway. This service cannot see your own address "
+            "behind it."
+        )
+    assert not refused(address, caller=address, gateway=address, allowed_networks=address)
+    caplog.clear()
+    rules = TargetRules(Settings(), is_gateway=lambda _: True)
+    for _ in range(3):
+        with pytest.raises(TargetNotAllowed):
+            rules.require_allowed(parse_address(address), parse_address(address))
+    (warning,) = caplog.messages
+    assert warning.startswith(f"Requests come from {address}, a gateway of this machine: a NAT ")
+    assert "PORT_CHECKER_TRUSTED_PROXIES" in warning
+
+
+@pytest.mark.parametrize("address", ["198.41.0.4", "127.0.0.1", "::1", "2001:4860:4860::8888"])
+def test_public_and_loopback_addresses_are_no_hidden_gateways(address: str) -> None:
+    assert not refused(address, caller=address, gateway=address)
+
+
+@pytest.mark.parametrize("address", ["198.51.100.7", "8.8.8.8", "127.0.0.1", "2001:4860::7"])
+def test_denied_networks_are_not_checked_whoever_asks(address: str) -> None:
+    denied = f"{address},192.0.2.0/24"
+    for caller in address, str(CALLER), None:
+        assert refused(
+            address, caller=caller, denied_networks=denied, allowed_networks=address
+        ) == (f"{address} is in a network that this service does not check.")
+    assert not refused(str(STRANGER), denied_networks=denied)
 
 
 def test_others_are_checked_unless_the_operator_forbids_it() -> None:
     for target in "8.8.8.8", "2001:4860:4860::8888":
         for caller in str(CALLER), None:
-            assert allowed(target, caller=caller)
-            assert not allowed(target, caller=caller, targets="caller")
-            assert not allowed(target, caller=caller, own=target)
+            assert not refused(target, caller=caller)
+            assert refused(target, caller=caller, targets="caller")
+            assert refused(target, caller=caller, own=target)
 
 
 def test_allowed_networks_may_be_checked_by_anybody() -> None:
     networks = "127.0.0.0/8,10.0.0.0/8,fd00::/8,8.8.8.8"
     for target in ("127.0.0.1", "10.1.2.3", "::ffff:10.1.2.3", "fd00::7", "8.8.8.8"):
         for caller in str(CALLER), None:
-            assert allowed(target, caller=caller, own=target, allowed_networks=networks)
-            assert allowed(target, caller=caller, allowed_networks=networks, targets="caller")
-    assert not allowed("8.8.4.4", allowed_networks=networks, targets="caller")
+            assert not refused(target, caller=caller, own=target, allowed_networks=networks)
+            assert not refused(target, caller=caller, allowed_networks=networks, targets="caller")
+    assert refused("8.8.4.4", allowed_networks=networks, targets="caller")
     for target in ("126.0.0.1", "192.168.0.1", "fc00::7", "::1", "::10.1.2.3"):
-        assert not allowed(target, allowed_networks=networks, own="126.0.0.1")
+        assert refused(target, allowed_networks=networks, own="126.0.0.1")
 
 
 def test_mapped_addresses_are_ipv4_addresses() -> None:
-    assert allowed("::ffff:8.8.8.8")
-    assert not allowed("::ffff:10.1.2.3")
-    assert not allowed("::ffff:8.8.8.8", own="8.8.8.8")
-    assert allowed("::ffff:10.1.2.3", caller="10.1.2.3")
-    assert allowed("10.1.2.3", caller="::ffff:10.1.2.3")
+    assert not refused("::ffff:8.8.8.8")
+    assert refused("::ffff:10.1.2.3")
+    assert refused("::ffff:8.8.8.8", own="8.8.8.8")
+    assert refused("::ffff:8.8.8.8", denied_networks="8.8.8.0/24")
+    assert not refused("::ffff:10.1.2.3", caller="10.1.2.3")
+    assert not refused("10.1.2.3", caller="::ffff:10.1.2.3")
 
 
-def test_only_public_targets_cost_a_look_at_the_routes() -> None:
-    asked: list[Address] = []
+def test_the_kernel_is_asked_only_where_its_routes_matter() -> None:
+    asked: list[tuple[str, Address]] = []
 
-    def is_own(address: Address) -> bool:
-        asked.append(address)
-        return False
+    def question(kind: str) -> Callable[[Address], bool]:
+        def ask(address: Address) -> bool:
+            asked.append((kind, address))
+            return False
 
-    settings = Settings(allowed_networks=parse_networks("10.0.0.0/8"))
-    require_allowed(CALLER, CALLER, settings, is_own)
-    require_allowed(CALLER, parse_address("10.1.2.3"), settings, is_own)
+        return ask
+
+    rules = TargetRules(
+        Settings(allowed_networks=parse_networks("10.0.0.0/8")),
+        is_own=question("own"),
+        is_gateway=question("gateway"),
+    )
+    for caller, target in [(CALLER, CALLER), (CALLER, parse_address("10.1.2.3"))]:
+        rules.require_allowed(caller, target)
     with pytest.raises(TargetNotAllowed):
-        require_allowed(CALLER, parse_address("127.0.0.1"), settings, is_own)
+        rules.require_allowed(CALLER, parse_address("127.0.0.1"))
     assert asked == []
-    require_allowed(CALLER, STRANGER, settings, is_own)
-    assert asked == [STRANGER]
+    private = parse_address("192.168.0.1")
+    rules.require_allowed(CALLER, STRANGER)
+    rules.require_allowed(private, private)
+    assert asked == [("own", STRANGER), ("gateway", private)]
 
 
 @pytest.mark.parametrize(
     ("caller", "target", "settings", "message"),
     [
         (
-            CALLER,
-            STRANGER,
-            Settings(),
+            str(CALLER),
+            str(STRANGER),
+            {"own": str(STRANGER)},
             f"{STRANGER} is this service's own address. You may check your own address, {CALLER}.",
         ),
         (
-            CALLER,
-            STRANGER,
-            Settings(targets="caller"),
+            str(CALLER),
+            str(STRANGER),
+            {"targets": "caller"},
             "This service does not check other addresses than the caller's. "
             f"You may check your own address, {CALLER}.",
         ),
         (
             None,
-            parse_address("10.0.0.1"),
-            Settings(),
+            "10.0.0.1",
+            {},
             "10.0.0.1 is a private address. You may check your own address, "
             "but this service cannot see which that is.",
         ),
-        (
-            parse_address("127.0.0.1"),
-            parse_address("192.168.1.100"),
-            Settings(),
-            ERROR_EXAMPLES[ErrorCode.TARGET_NOT_ALLOWED],
-        ),
+        ("127.0.0.1", "192.168.1.100", {}, ERROR_EXAMPLES[ErrorCode.TARGET_NOT_ALLOWED]),
     ],
 )
 def test_refusals_say_why_and_what_is_allowed(
-    caller: Address | None, target: Address, settings: Settings, message: str
+    caller: str | None, target: str, settings: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(TargetNotAllowed) as refusal:
-        require_allowed(caller, target, settings, lambda _: True)
-    assert str(refusal.value) == message
+    assert refused(target, caller=caller, **settings) == message
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2", "127.255.255.255", "::1"])
@@ -226,7 +287,7 @@ def no_descriptors() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@pytest.mark.parametrize("ask", [is_own_address, verify_local_binding])
+@pytest.mark.parametrize("ask", [is_own_address, is_gateway, verify_local_binding])
 def test_running_out_of_descriptors_is_the_checkers_failure(
     ask: Callable[[Address], object],
 ) -> None:
@@ -308,3 +369,33 @@ print(json.dumps(own(
         "ip route add unreachable 2001:db8:5::/64",
     )
     assert json.loads(told) == ["192.0.2.5", "2001:db8:1::5"]
+
+
+@needs_root
+def test_the_next_hops_of_routes_are_gateways() -> None:
+    """Of both IP versions, in every table, of several at once, of IPv4 through IPv6."""
+    gateways = [
+        *("198.51.100.1", "198.51.100.2", "198.51.100.3", "198.51.100.4", "198.51.100.5"),
+        *("2001:db8::1", "2001:db8::2", "2001:db8::3", "2001:db8::4", "2001:db8::5"),
+    ]
+    others = ["198.51.100.6", "198.51.100.7", "127.0.0.1", "2001:db8::6", "2001:db8::7", "10.1.0.0"]
+    script = f"""
+from port_checker.server.targets import is_gateway
+print(json.dumps([it for it in {gateways + others} if is_gateway(parse_address(it))]))
+"""
+    told = in_namespace(
+        PRELUDE + script,
+        "ip link add one type veth peer name other",
+        "ip address add 198.51.100.6/24 dev one",
+        "ip address add 2001:db8::6/64 dev one nodad",
+        "ip link set one up",
+        "ip link set other up",
+        "ip route add default via 198.51.100.1",
+        "ip route add 10.1.0.0/16 nexthop via 198.51.100.2 nexthop via 198.51.100.3",
+        "ip route add 10.2.0.0/16 via 198.51.100.4 table 77",
+        "ip route add 10.3.0.0/16 nexthop via inet6 2001:db8::4 dev one nexthop via 198.51.100.5",
+        "ip route add 10.4.0.0/16 via inet6 2001:db8::5 dev one",
+        "ip -6 route add default via 2001:db8::1",
+        "ip -6 route add fd01::/16 nexthop via 2001:db8::2 nexthop via 2001:db8::3",
+    )
+    assert json.loads(told) == gateways

@@ -59,7 +59,7 @@ def test_workers_share_the_port_and_stop_together() -> None:
         assert len(workers) == 2
         assert running.stop() == 0
     assert not any(map(is_running, workers))
-    assert len(lines_with(running, "checked")) == 8
+    assert len(lines_with(running, " outcome=completed ")) == 8
 
 
 def test_a_worker_that_is_killed_is_replaced_and_leaves_a_line() -> None:

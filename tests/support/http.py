@@ -13,7 +13,7 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 def check_of(*ports: int) -> bytes:
     """A request for a check of ports of 127.0.0.1."""
     body = json.dumps({"provider_ip": "127.0.0.1", "ports": ports}).encode()
-    head = f"POST /check-ports HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST /check-ports HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
     return head.encode() + body
 
 
@@ -24,7 +24,7 @@ def connected(client: httpx.Client) -> Iterator[socket.socket]:
         yield sock
 
 
-def read_answer(sock: socket.socket) -> tuple[bytes, bytes]:
+def read_answer(sock: socket.socket, *, has_body: bool = True) -> tuple[bytes, bytes]:
     """The head and body of one answer; both empty when the connection was closed."""
     head = b""
     while not head.endswith(b"\r\n\r\n"):
@@ -32,6 +32,8 @@ def read_answer(sock: socket.socket) -> tuple[bytes, bytes]:
         if not byte:
             return b"", b""
         head += byte
+    if not has_body:
+        return head, b""
     length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
     body = b""
     while len(body) < length:

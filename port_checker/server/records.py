@@ -1,0 +1,117 @@
+"""One log line for each check, and for each refusal: caller, target, outcome.
+
+Their format is stable, so that programs (fail2ban, say) can read them::
+
+    check caller=192.0.2.7 target=192.0.2.7 ports=3 outcome=completed duration=0.004 accessible=2
+    check caller=192.0.2.7 target=192.0.2.7 ports=3 outcome=cancelled duration=0.731
+    check caller=192.0.2.7 target=192.0.2.7 ports=3 outcome=failed duration=0.002 reason="..."
+    refused caller=192.0.2.7 code=RATE_LIMITED
+"""
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from types import TracebackType
+from typing import Final, Self
+
+from starlette.requests import ClientDisconnect
+
+from port_checker.addresses import Address, subscriber
+from port_checker.checker import NoRoom
+from port_checker.connect import CheckFailed
+from port_checker.schemas import ErrorCode
+from port_checker.server.rate_limit import RateLimited
+from port_checker.server.targets import TargetNotAllowed
+
+# Callers and codes whose last line is remembered: 2 MB (measured).
+MAX_REMEMBERED: Final = 10_000
+
+logger = logging.getLogger(__name__)
+
+
+class CheckRecord:
+    """Logs how a check ended, and how long it took, when the block ends that it is made for.
+
+    A refused check is logged as a refusal instead.
+
+    Args:
+        caller: Who asked; None if unknown.
+        target: The address to check.
+        ports: How many ports to check on it.
+
+    Attributes:
+        result: What came out, as ``name=value``; set when the check has completed.
+    """
+
+    def __init__(self, caller: Address | None, target: Address, ports: int) -> None:
+        self.result: str | None = None
+        self._caller = caller or "unknown"
+        self._target = target
+        self._ports = ports
+        self._started = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
+    ) -> None:
+        match error:
+            case None if self.result:
+                self._log(logging.INFO, "completed", f" {self.result}")
+            case ClientDisconnect() | asyncio.CancelledError():
+                self._log(logging.INFO, "cancelled")
+            case CheckFailed():
+                self._log(logging.ERROR, "failed", f' reason="{error}"')
+            case TargetNotAllowed() | RateLimited() | NoRoom():
+                pass
+            case Exception():
+                self._log(logging.ERROR, "bug")
+
+    def _log(self, level: int, outcome: str, more: str = "") -> None:
+        logger.log(
+            level,
+            "check caller=%s target=%s ports=%d outcome=%s duration=%.3f%s",
+            self._caller,
+            self._target,
+            self._ports,
+            outcome,
+            time.perf_counter() - self._started,
+            more,
+        )
+
+
+class RefusalLog:
+    """Logs refusals: at most one a second for each caller (IPv6: /64) and code.
+
+    Args:
+        clock: Returns the time in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._logged: OrderedDict[tuple[str | None, ErrorCode], float] = OrderedDict()
+
+    @property
+    def remembered(self) -> int:
+        """How many callers and codes are remembered."""
+        return len(self._logged)
+
+    def add(self, caller: Address | None, code: ErrorCode) -> None:
+        """Log a refusal, unless one like it was logged less than a second ago.
+
+        Args:
+            caller: Who was refused; None if unknown.
+            code: Why.
+        """
+        now = self._clock()
+        key = (caller and subscriber(caller), code)
+        if now - self._logged.get(key, now - 1) < 1:
+            return
+        self._logged[key] = now
+        self._logged.move_to_end(key)
+        if self.remembered > MAX_REMEMBERED:
+            self._logged.popitem(last=False)
+        logger.info("refused caller=%s code=%s", caller or "unknown", code)

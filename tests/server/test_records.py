@@ -1,0 +1,125 @@
+"""One log line for each check and each refusal, whoever asks and however it ends."""
+
+import asyncio
+import logging
+
+import httpx
+import pytest
+from starlette.requests import ClientDisconnect
+
+from port_checker.addresses import parse_address
+from port_checker.checker import Checker, Overloaded
+from port_checker.connect import CheckFailed
+from port_checker.schemas import ErrorCode
+from port_checker.server.app import create_app
+from port_checker.server.records import MAX_REMEMBERED, CheckRecord, RefusalLog
+from port_checker.server.settings import Settings
+from tests.support.http import check_of, connected
+from tests.support.loopback import open_port, refused_port, silent_port
+from tests.support.service import serve
+from tests.support.waiting import wait_until
+
+CALLER = parse_address("192.0.2.7")
+TARGET = parse_address("2001:db8::7")
+
+
+@pytest.fixture(autouse=True)
+def _log_everything(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "port_checker.server")
+
+
+def test_completed_checks_and_refusals(caplog: pytest.LogCaptureFixture) -> None:
+    with serve(retries=1) as client, open_port() as opened, refused_port() as refused:
+        for body in (
+            {"provider_ip": "127.0.0.1", "ports": [opened, refused, opened]},
+            {"provider_ip": "127.0.0.1\nrefused caller=192.0.2.1", "ports": [1]},
+            {"provider_ip": "::1", "ports": [1]},
+        ):
+            client.post("/check-ports", json=body)
+        client.post("/check-ports", content=b" " * 65537, headers={"x-forwarded-for": "?"})
+        client.get("/nothing")
+        with connected(client) as leaving:
+            leaving.sendall(check_of(opened)[:-1])
+        client.get("/health")
+    check, *refusals = caplog.messages
+    begins = "check caller=127.0.0.1 target=127.0.0.1 ports=2 outcome=completed duration="
+    assert check.startswith(begins)
+    assert check.endswith(" accessible=1")
+    assert 0 <= float(check.removeprefix(begins).split()[0]) < 60
+    assert refusals == [
+        "refused caller=127.0.0.1 code=INVALID_IP",
+        "refused caller=127.0.0.1 code=TARGET_NOT_ALLOWED",
+        "refused caller=unknown code=REQUEST_TOO_LARGE",
+    ]
+
+
+def test_a_check_whose_caller_disconnects(caplog: pytest.LogCaptureFixture) -> None:
+    checker = Checker(retries=1, retry_delay=0, timeout=30, max_in_flight=10)
+    with silent_port() as silent, serve(create_app(Settings(), checker=checker)) as client:
+        body = {"provider_ip": "127.0.0.1", "ports": [silent]}
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/check-ports", json=body, timeout=0.3)
+        wait_until(lambda: caplog.messages, "the line")
+    (line,) = caplog.messages
+    assert line.startswith(
+        "check caller=127.0.0.1 target=127.0.0.1 ports=1 outcome=cancelled duration="
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "level", "outcome", "more"),
+    [
+        (CheckFailed("no route"), "ERROR", "failed", ' reason="no route"'),
+        (ClientDisconnect(), "INFO", "cancelled", ""),
+        (asyncio.CancelledError(), "INFO", "cancelled", ""),
+        (ZeroDivisionError(), "ERROR", "bug", ""),
+    ],
+)
+def test_a_check_that_does_not_complete(
+    caplog: pytest.LogCaptureFixture, error: BaseException, level: str, outcome: str, more: str
+) -> None:
+    with pytest.raises(type(error)), CheckRecord(None, TARGET, 3):
+        raise error
+    (record,) = caplog.records
+    begins = f"check caller=unknown target=2001:db8::7 ports=3 outcome={outcome} duration=0."
+    assert record.levelname == level
+    assert record.getMessage().startswith(begins)
+    assert record.getMessage()[len(begins) + 3 :] == more
+
+
+def test_a_refused_check_is_no_check(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(Overloaded), CheckRecord(CALLER, TARGET, 3):
+        raise Overloaded(3, 2, "", 1)
+    assert not caplog.messages
+
+
+def test_one_refusal_a_second_for_each_caller_and_code(caplog: pytest.LogCaptureFixture) -> None:
+    now = 100.0
+    log = RefusalLog(lambda: now)
+    for text in ("192.0.2.7", "2001:db8::7", "192.0.2.8", "2001:db8::8", "2001:db8:0:1::7"):
+        for code in ErrorCode.INVALID_IP, ErrorCode.RATE_LIMITED, ErrorCode.INVALID_IP:
+            log.add(parse_address(text), code)
+    log.add(None, ErrorCode.INVALID_IP)
+    log.add(None, ErrorCode.INVALID_IP)
+    assert caplog.messages == [
+        *(
+            f"refused caller={text} code={code}"
+            for text in ("192.0.2.7", "2001:db8::7", "192.0.2.8", "2001:db8:0:1::7")
+            for code in ("INVALID_IP", "RATE_LIMITED")
+        ),
+        "refused caller=unknown code=INVALID_IP",
+    ]
+    caplog.clear()
+    now = 100.9
+    log.add(CALLER, ErrorCode.INVALID_IP)
+    assert not caplog.messages
+    now = 101.0
+    log.add(CALLER, ErrorCode.INVALID_IP)
+    assert len(caplog.messages) == 1
+
+
+def test_refusals_take_bounded_memory() -> None:
+    log = RefusalLog(lambda: 0.0)
+    for number in range(MAX_REMEMBERED + 100):
+        log.add(CALLER + number, ErrorCode.INVALID_IP)
+    assert log.remembered == MAX_REMEMBERED
