@@ -6,7 +6,6 @@ are a failure.
 """
 
 import asyncio
-import json
 import shutil
 import signal
 import socket
@@ -25,6 +24,7 @@ import uvloop
 from benchmarks import HOST, BenchmarkFailed
 from benchmarks.capacity import ask, percentiles, print_figure, probe_health
 from benchmarks.processes import OURS_COMMAND, Service, service
+from tests.support.http import check_tls_of
 from tests.support.loopback import free_port
 from tests.support.waiting import wait_until
 
@@ -34,13 +34,6 @@ PATIENCE = 8.0  # seconds that the network's next provider software waits
 
 _SETTINGS = ("PORT_CHECK_RETRIES=2", "PORT_CHECK_TIMEOUT=3", "PORT_CHECK_RETRY_DELAY=0.5")
 _HANG = 60.0  # seconds
-
-
-def check_tls_of(port: int) -> bytes:
-    """A request for a check of a TLS endpoint on 127.0.0.1."""
-    body = json.dumps({"host": HOST, "port": port, "expected_ip": HOST}).encode()
-    head = f"POST /check-tls HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
 
 
 @contextmanager

@@ -221,7 +221,7 @@ def test_responses_to_the_byte() -> None:
     )
     assert Health().model_dump_json() == '{"status":"ok"}'
     detail = ErrorDetail(code=ErrorCode.INVALID_PORT, message="No.")
-    assert ErrorResponse(detail=detail).model_dump_json() == (
+    assert ErrorResponse(detail=detail).model_dump_json(exclude_none=True) == (
         '{"detail":{"code":"INVALID_PORT","message":"No."}}'
     )
 

@@ -129,7 +129,10 @@ def test_head_is_answered_like_get_without_a_body(client: httpx.Client, path: st
 
 def test_every_get_route_answers_head() -> None:
     routes = [route for route in create_app(Settings()).routes if isinstance(route, Route)]
-    assert [it.path for it in routes if it.methods and "HEAD" not in it.methods] == ["/check-ports"]
+    assert [it.path for it in routes if it.methods and "HEAD" not in it.methods] == [
+        "/check-ports",
+        "/check-tls",
+    ]
 
 
 def test_nothing_but_static_files_may_be_cached(client: httpx.Client) -> None:
