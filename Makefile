@@ -9,6 +9,7 @@
 #   make lint         ruff and mypy
 #   make bench        measure, side by side with the published version; needs wrk
 #   make soak         keep the service busy and watch what grows; SOAK_MINUTES sets for how long
+#   make pictures     take the pictures in the README anew; needs chromium
 #   make wheel        build dist/*.whl
 #   make clean        delete all that these targets made
 
@@ -23,7 +24,7 @@ SOAK_MINUTES ?= 2
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: run test test-lowest cover lab fuzz lint bench soak wheel clean
+.PHONY: run test test-lowest cover lab fuzz lint bench soak pictures wheel clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/run.stamp
@@ -55,6 +56,9 @@ bench: $(VENV)/dev.stamp
 
 soak: $(VENV)/dev.stamp
 	@$(BIN)/python -m benchmarks.soak $(SOAK_MINUTES)
+
+pictures: $(VENV)/dev.stamp
+	@PICTURES=$(CURDIR)/docs $(BIN)/pytest tests/browser -k pictures
 
 wheel: | $(BIN)/python
 	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .

@@ -239,17 +239,16 @@ def count():
 
 with socket.create_server(("127.0.0.1", 80)):
     try_once([80])
-    print(count())
-    wait_until(lambda: not count(), seconds=40)
+    wait_until(count)
+    wait_until(lambda: not count(), seconds=40)  # the kernel's own minute is longer
 """
     )
-    told = in_namespace(
+    in_namespace(  # which asserts that the script ends well
         script,
         "nft add table inet t",
         "nft add chain inet t i '{ type filter hook input priority 0; }'",
         f"nft add rule inet t i {trouble}",
     )
-    assert told == "1\n"
 
 
 @needs_root

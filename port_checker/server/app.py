@@ -1,13 +1,13 @@
 """The ASGI application: its parts put together, and nothing else."""
 
 from fastapi import FastAPI
-from fastapi_offline import FastAPIOffline
 
 from port_checker import __version__
 from port_checker.checker import Checker
 from port_checker.server.api import Api
 from port_checker.server.caller import CallerResolver
 from port_checker.server.errors import answer_errors
+from port_checker.server.pages import add_pages
 from port_checker.server.rate_limit import RateLimiter
 from port_checker.server.settings import Settings
 
@@ -28,7 +28,7 @@ def create_app(
         settings.target_rate_limit,
         settings.rate_limit_store,
     )
-    app = FastAPIOffline(
+    app = FastAPI(
         title="Golem Port Checker",
         version=__version__,
         description="Tells a provider which of its TCP ports the world can reach.",
@@ -37,9 +37,8 @@ def create_app(
             {"name": "checks", "description": "What providers ask for."},
             {"name": "service", "description": "What operators ask for."},
         ],
-        # No validator: it would send the schema to a site on the internet.
-        swagger_ui_parameters={"tryItOutEnabled": True, "validatorUrl": None},
-        redoc_url=None,
+        servers=[{"url": "."}],  # beside the schema, whatever path a proxy puts before both
+        openapi_url=None,  # it and /docs are pages of ours
         redirect_slashes=False,  # a wrong path is NOT_FOUND, not redirected
         # Nobody configures OpenTelemetry here, and each request would look for it in vain.
         telemetry={"tracing": False, "metrics": False, "logs": False},
@@ -59,5 +58,6 @@ def create_app(
             max_per_caller=settings.max_in_flight_per_caller,
         ),
     ).add_routes(app)
+    add_pages(app, settings)
     answer_errors(app, callers)
     return app

@@ -119,10 +119,12 @@ def to_api_error(error: Exception) -> ApiError:
         case HTTPException(status_code=HTTPStatus.NOT_FOUND):
             return ApiError(ErrorCode.NOT_FOUND, "Not found. See /docs.")
         case HTTPException(status_code=HTTPStatus.METHOD_NOT_ALLOWED):
+            # Starlette lists the methods of a set, whose order changes from start to start.
+            allowed = sorted((error.headers or {}).get("Allow", "").split(", "))
             return ApiError(
                 ErrorCode.METHOD_NOT_ALLOWED,
                 "Method not allowed. See /docs.",
-                error.headers or {"Allow": "GET, HEAD"},  # static files set no headers
+                {"Allow": ", ".join(allowed)},
             )
         case _:
             return ApiError(

@@ -107,7 +107,7 @@ class RefusalLog:
             code: Why.
         """
         now = self._clock()
-        key = (subscriber(caller) if caller else None, code)
+        key = (caller and subscriber(caller), code)
         if now - self._logged.get(key, now - 1) < 1:
             return
         self._logged[key] = now

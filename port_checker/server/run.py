@@ -337,5 +337,5 @@ def connection_tracking_advice(
         f"If this machine's firewall tracks connections, checks can fill its table of "
         f"{tracking.max_entries} entries: set net.netfilter.nf_conntrack_max={needed} or more "
         f"(sysctl), or PORT_CHECK_MAX_IN_FLIGHT={tracking.max_entries // per_port} or less, or "
-        "exempt the checks (notrack in the README)"
+        "exempt the checks (notrack in docs/operating.md)"
     )

@@ -5,133 +5,25 @@ They connect to the service from 127.0.0.1, which is trusted by default. Their c
 """
 
 import json
-import os
-import shutil
 import socket
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.support.http import HEALTH, read_answer
-from tests.support.loopback import free_port, open_port
+from tests.support.loopback import open_port
+from tests.support.proxies import haproxy, needs_proxies, nginx
 from tests.support.service import serve
-from tests.support.waiting import wait_until
 
-PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
-NGINX = shutil.which("nginx", path=PATH)
-HAPROXY = shutil.which("haproxy", path=PATH)
-
-# CI must not skip them.
-pytestmark = pytest.mark.skipif(
-    os.environ.get("CI") != "true" and not (NGINX and HAPROXY),
-    reason="nginx or haproxy is not installed",
-)
+pytestmark = needs_proxies
 
 OUTSIDE = "127.0.0.2"
 OUTER_NGINX = "127.0.0.3"
 
 FORWARDS = "proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;"  # as the README has it
-
-# One process in the foreground, which writes nowhere but into its own directory.
-CONFIGURATION = """\
-daemon off;
-master_process off;
-pid nginx.pid;
-error_log stderr warn;
-events {{}}
-http {{
-    access_log off;
-    client_body_temp_path body;
-    proxy_temp_path proxy;
-    fastcgi_temp_path fastcgi;
-    uwsgi_temp_path uwsgi;
-    scgi_temp_path scgi;
-    server {{
-        listen 127.0.0.1:{port};
-        location / {{
-            proxy_pass http://127.0.0.1:{upstream};
-            {directives}
-        }}
-    }}
-}}
-"""
-
-
-@contextmanager
-def nginx(directory: Path, upstream: int, *directives: str) -> Iterator[int]:
-    """Run nginx in front of a port of 127.0.0.1.
-
-    Args:
-        directory: For its files.
-        upstream: The port.
-        directives: For its ``location``, besides ``proxy_pass``.
-
-    Yields:
-        The port it listens on.
-    """
-    port = free_port()
-    home = directory / f"nginx-{port}"
-    home.mkdir()
-    configuration = home / "nginx.conf"
-    configuration.write_text(
-        CONFIGURATION.format(port=port, upstream=upstream, directives=" ".join(directives))
-    )
-    with running(port, home, NGINX, "-p", home, "-c", configuration, "-e", "stderr"):
-        yield port
-
-
-HAPROXY_CONFIGURATION = """\
-defaults
-    mode http
-    timeout connect 60s
-    timeout client 60s
-    timeout server 60s
-    option forwardfor
-    http-reuse always
-frontend here
-    bind 127.0.0.1:{port}
-    default_backend service
-backend service
-    server only 127.0.0.1:{upstream}
-"""
-
-
-@contextmanager
-def haproxy(directory: Path, upstream: int) -> Iterator[int]:
-    """Run HAProxy in front of a port of 127.0.0.1; yield the port it listens on."""
-    port = free_port()
-    configuration = directory / "haproxy.cfg"
-    configuration.write_text(HAPROXY_CONFIGURATION.format(port=port, upstream=upstream))
-    with running(port, directory, HAPROXY, "-db", "-f", configuration):
-        yield port
-
-
-@contextmanager
-def running(port: int, home: Path, *command: str | Path | None) -> Iterator[None]:
-    """Run a proxy from when it passes requests on."""
-    log = home / "stderr"
-    assert all(command), "it is not installed"
-    with (
-        log.open("wb") as stderr,
-        subprocess.Popen([str(word) for word in command], stderr=stderr) as process,
-    ):
-
-        def answers() -> bool:
-            assert process.poll() is None, log.read_text()
-            with suppress(httpx.TransportError):
-                return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
-            return False
-
-        try:
-            wait_until(answers, "the proxy to answer")
-            yield
-        finally:
-            process.kill()
-
 
 Headers = Mapping[str, str] | Sequence[tuple[str, str]]
 

@@ -1,9 +1,12 @@
 """Network namespaces that have nothing but loopback: what is dialled there reaches nobody."""
 
+import ctypes
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -43,3 +46,27 @@ def in_namespace(script: str, *setup: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+_CLONE_NEWNET = 0x40000000  # linux/sched.h
+
+
+@contextmanager
+def loopback_alone(*addresses: str) -> Iterator[None]:
+    """Move this thread, and all that it starts from here on, into a namespace of its own.
+
+    As ``in_namespace`` does for a program; ``os.unshare`` is there from Python 3.12 on.
+
+    Args:
+        addresses: What its loopback interface has besides 127.0.0.1 and ::1.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open("/proc/thread-self/ns/net") as outside:
+        assert libc.unshare(_CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+        try:
+            subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+            for address in addresses:
+                subprocess.run(["ip", "address", "add", address, "dev", "lo"], check=True)
+            yield
+        finally:
+            assert libc.setns(outside.fileno(), _CLONE_NEWNET) == 0, "cannot return"

@@ -1,0 +1,169 @@
+"""What people open in a browser: a page that checks their ports, /docs, and the files of both.
+
+All URLs in them are relative, so both work under any path that a proxy puts before them.
+"""
+
+import functools
+import gzip
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+
+import fastapi_offline
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from port_checker import advice
+from port_checker.connect import REFUSED, TIMED_OUT
+from port_checker.server.settings import Settings
+
+_WEB = Path(__file__).parent / "web"
+
+# The sentence for each result of a port, by its error; "" stands for none.
+_ADVICE = {
+    "": advice.PAGE_REACHABLE,
+    REFUSED.error: advice.PAGE_REFUSED,
+    TIMED_OUT.error: advice.PAGE_TIMED_OUT,
+    "other": advice.PAGE_UNREACHABLE,
+}
+
+# Where programs find what there is.
+_LINKS = {
+    "name": "Golem Port Checker",
+    "check_ports": "check-ports",
+    "ip": "ip",
+    "health": "health",
+    "docs": "docs",
+    "openapi": "openapi.json",
+}
+
+_MEDIA_TYPES = {
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+
+_CONTENT_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src {images}; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+_NOSNIFF = {"X-Content-Type-Options": "nosniff"}
+_NO_STORE = {**_NOSNIFF, "Cache-Control": "no-store"}
+_PAGE_HEADERS = {
+    **_NO_STORE,
+    "Content-Security-Policy": _CONTENT_POLICY.format(images="'self'"),
+    "Referrer-Policy": "no-referrer",
+    "X-Frame-Options": "DENY",
+}
+_DOCS_HEADERS = {
+    **_PAGE_HEADERS,
+    # Swagger UI's style sheet holds its icons.
+    "Content-Security-Policy": _CONTENT_POLICY.format(images="'self' data:"),
+}
+# A file's name changes with its content, so a browser need never ask for it again.
+_FOR_EVER = {
+    **_NOSNIFF,
+    "Cache-Control": "public, max-age=31536000, immutable",
+    "Vary": "Accept-Encoding",
+}
+
+
+@dataclass(frozen=True)
+class _StaticFile:
+    """A file as it is served.
+
+    Attributes:
+        name: Its own, with a hash of its content in it.
+        media_type: The value of ``Content-Type``.
+        content: Its bytes.
+        compressed: The same in gzip's format.
+    """
+
+    name: str
+    media_type: str
+    content: bytes
+    compressed: bytes
+
+    @classmethod
+    def read(cls, path: Path) -> "_StaticFile":
+        content = path.read_bytes()
+        version = hashlib.sha256(content).hexdigest()[:12]
+        return cls(
+            f"{path.stem}.{version}{path.suffix}",
+            _MEDIA_TYPES[path.suffix],
+            content,
+            gzip.compress(content, mtime=0),
+        )
+
+
+@functools.cache  # once in a process, for all its applications: Swagger UI takes 50 ms to compress
+def _static_files() -> dict[str, _StaticFile]:
+    """All of them, by the names that the pages know them by."""
+    swagger_ui = Path(fastapi_offline.__file__).parent / "static"
+    paths = [_WEB / name for name in ("mark.svg", "page.css", "page.js", "docs.css", "docs.js")]
+    paths += [swagger_ui / name for name in ("swagger-ui.css", "swagger-ui-bundle.js")]
+    return {path.name: _StaticFile.read(path) for path in paths}
+
+
+def add_pages(app: FastAPI, settings: Settings) -> None:
+    """Route ``app`` to the pages; its other routes must be there, since /docs tells of them."""
+    data = {
+        "advice": _ADVICE,
+        "longestCheck": settings.longest_check,
+        "maxPorts": settings.max_ports,
+    }
+    # "<" could end the script element that holds it.
+    page = _fill_in("page.html", data=json.dumps(data).replace("<", r"\u003c"))
+    docs = _fill_in("docs.html")
+    schema = json.dumps(app.openapi())
+    links = json.dumps(_LINKS)
+    files = {file.name: file for file in _static_files().values()}
+    vary = {"Vary": "Accept"}
+
+    async def home(request: Request) -> Response:
+        if "text/html" in request.headers.get("accept", ""):
+            return Response(page, media_type="text/html", headers={**_PAGE_HEADERS, **vary})
+        return Response(links, media_type="application/json", headers={**_NO_STORE, **vary})
+
+    async def api_docs(_: Request) -> Response:
+        return Response(docs, media_type="text/html", headers=_DOCS_HEADERS)
+
+    async def openapi(_: Request) -> Response:
+        return Response(schema, media_type="application/json", headers=_NO_STORE)
+
+    async def static(request: Request) -> Response:
+        file = files.get(request.path_params["name"])
+        if not file:
+            raise HTTPException(HTTPStatus.NOT_FOUND)
+        headers = {**_FOR_EVER, "Content-Type": file.media_type}
+        if not _accepts_gzip(request.headers.get("accept-encoding", "")):
+            return Response(file.content, headers=headers)
+        return Response(file.compressed, headers={**headers, "Content-Encoding": "gzip"})
+
+    for path, endpoint in {
+        "/": home,
+        "/docs": api_docs,
+        "/openapi.json": openapi,
+        "/static/{name}": static,
+    }.items():
+        app.add_route(path, endpoint, methods=["GET"], include_in_schema=False)
+
+
+def _fill_in(page: str, **values: str) -> str:
+    """Return one of our pages with ``{{name}}`` replaced by a value, or by that file's URL."""
+    values |= {name: f"static/{file.name}" for name, file in _static_files().items()}
+    text = (_WEB / page).read_text(encoding="utf-8")
+    return re.sub(r"\{\{([\w.-]+)\}\}", lambda match: values[match[1]], text)
+
+
+def _accepts_gzip(field: str) -> bool:
+    """Read ``Accept-Encoding`` (RFC 9110 section 12.5.3)."""
+    for coding in field.lower().split(","):
+        name, _, weight = coding.partition(";")
+        if name.strip() in ("gzip", "*"):
+            return not re.fullmatch(r"\s*q=0(\.0*)?\s*", weight)
+    return False

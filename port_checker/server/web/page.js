@@ -1,0 +1,226 @@
+"use strict";
+
+// What the service knows: the longest a check takes (seconds), how many ports one request may have,
+// and a sentence for each result.
+const { advice, longestCheck, maxPorts } = JSON.parse(find("page-data").textContent);
+
+// The page may stand under any path: all that it asks for is beside it.
+const here = new URL(".", location.href).href.replace(/\/$/, "");
+
+const form = find("check");
+const field = find("ports");
+const table = document.querySelector("#results table");
+let isChecking = false;
+let resultsAsText = "";
+
+form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  check();
+});
+field.addEventListener("input", () => {
+  showFault("");
+  showCommand();
+});
+find("copy-results").addEventListener("click", (event) => copy(resultsAsText, event.target));
+find("copy-command").addEventListener("click", (event) => copy(find("command").textContent, event.target));
+find("copy-command").hidden = false;
+showCommand();
+findAddress().catch((error) => say(error.message, "failed"));
+
+async function check() {
+  if (isChecking) return;
+  let ports;
+  try {
+    ports = parsePorts(field.value);
+  } catch (error) {
+    showFault(error.message);
+    field.focus();
+    return;
+  }
+  showFault("");
+  find("results").hidden = true;
+  for (const note of document.querySelectorAll(".actions [role=status]")) note.textContent = "";
+  setChecking(true);
+  const progress = showProgress();
+  try {
+    // Asked again, since a browser can move to another network while a page is open.
+    const address = await findAddress();
+    say(`Checking ${count(ports.length)} of ${address}. This takes ${longestCheck} s at most.`, "checking");
+    const { results } = await ask("check-ports", {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify({ provider_ip: address, ports }),
+    });
+    showResults(address, results);
+  } catch (error) {
+    say(error.message, "failed");
+  } finally {
+    clearInterval(progress);
+    find("progress").hidden = true;
+    setChecking(false);
+  }
+}
+
+/** Ask the service; an Error's message says what went wrong, in words for people. */
+async function ask(path, options) {
+  let response, answer;
+  try {
+    const signal = AbortSignal.timeout((longestCheck + 10) * 1000);
+    response = await fetch(path, { cache: "no-store", signal, ...options });
+    answer = await response.json();
+  } catch {
+    if (!response) throw new Error("The service cannot be reached. See whether you are online, and try again.");
+  }
+  if (response.ok && answer) return answer;
+  if (answer?.detail?.message) throw new Error(answer.detail.message);
+  const wait = response.headers.get("Retry-After");
+  throw new Error(
+    `The service did not answer as it should (HTTP status ${response.status}). ` +
+      (wait ? `Try again in ${wait} s.` : "Try again later."),
+  );
+}
+
+/** Show the visitor's address as the service sees it, and return it. */
+async function findAddress() {
+  const { ip } = await ask("ip");
+  find("address").textContent = ip ?? "unknown";
+  find("family").textContent = !ip ? "" : ip.includes(":") ? "(IPv6)" : "(IPv4)";
+  if (!ip) throw new Error("The service does not see your address, so it cannot check it from here.");
+  return ip;
+}
+
+/** Return the ports of a text like "7466, 50800-50899", each once. */
+function parsePorts(text) {
+  const ports = new Set();
+  for (const word of text.replace(/\s*[-–]\s*/g, "-").split(/[\s,;]+/).filter(Boolean)) {
+    const match = /^(\d{1,5})(?:-(\d{1,5}))?$/.exec(word);
+    const low = Number(match?.[1]);
+    const high = Number(match?.[2] ?? match?.[1]);
+    if (!(1 <= low && low <= high && high <= 65535)) {
+      throw new Error(`“${word}” is neither a port (1 to 65535) nor a range such as 50800-50899.`);
+    }
+    for (let port = low; port <= high; port++) ports.add(port);
+  }
+  if (!ports.size) throw new Error("Enter at least one port.");
+  if (ports.size > maxPorts) {
+    throw new Error(`${ports.size} ports are too many for one check. Enter at most ${maxPorts}.`);
+  }
+  return [...ports];
+}
+
+/** Write ports like "7466, 50800–50899". */
+function formatPorts(ports) {
+  const runs = [];
+  for (const port of [...ports].sort((a, b) => a - b)) {
+    if (runs.at(-1)?.[1] === port - 1) runs.at(-1)[1] = port;
+    else runs.push([port, port]);
+  }
+  return runs.map(([low, high]) => (low === high ? low : `${low}–${high}`)).join(", ");
+}
+
+function showResults(address, results) {
+  const ports = Object.keys(results).map(Number);
+  const groups = new Map();
+  for (const port of ports) {
+    const { error } = results[port];
+    groups.set(error, [...(groups.get(error) ?? []), port]);
+  }
+  const summary = `${groups.get(null)?.length ?? 0} of ${count(ports.length)} can be reached.`;
+  const caption = `Ports of ${address}, checked ${new Date().toLocaleString()} by ${here}`;
+  const lines = [];
+  table.caption.textContent = caption;
+  table.tBodies[0].replaceChildren();
+  for (const [error, group] of groups) {
+    const numbers = formatPorts(group);
+    const verdict = error ?? "Reachable";
+    const sentence = advice[error ?? ""] ?? advice.other;
+    const sign = element("span", { class: "sign", "aria-hidden": "true" }, error ? "✕" : "✓");
+    table.tBodies[0].append(
+      element(
+        "tr",
+        { role: "row", class: error ? "unreachable" : "reachable" },
+        element("th", { role: "rowheader", scope: "row" }, numbers),
+        element(
+          "td",
+          { role: "cell" },
+          element("p", { class: "verdict" }, sign, verdict),
+          element("p", {}, sentence),
+        ),
+      ),
+    );
+    lines.push(`${numbers}: ${verdict}. ${sentence}`);
+  }
+  resultsAsText = [caption, ...lines, summary, ""].join("\n");
+  find("results").hidden = false;
+  say(summary);
+}
+
+function showProgress() {
+  const bar = document.querySelector("progress");
+  const started = performance.now();
+  bar.max = longestCheck;
+  bar.value = 0;
+  find("progress").hidden = false;
+  return setInterval(() => (bar.value = (performance.now() - started) / 1000), 100);
+}
+
+function setChecking(value) {
+  isChecking = value;
+  // Not disabled, which would take the keyboard's focus away.
+  form.querySelector("button").setAttribute("aria-disabled", value);
+}
+
+/** Show what is wrong with the field; nothing is, with an empty text. */
+function showFault(text) {
+  find("ports-error").textContent = text;
+  find("ports-error").hidden = !text;
+  field.setAttribute("aria-invalid", Boolean(text));
+}
+
+/** Show the line for a command line that checks the same. */
+function showCommand() {
+  let ports;
+  try {
+    ports = formatPorts(parsePorts(field.value)).replaceAll(", ", " ").replaceAll("–", "-");
+  } catch {
+    return; // not finished typing
+  }
+  find("command").textContent = `port-checker check ${ports} --server ${here}`;
+}
+
+async function copy(text, button) {
+  let copied = true;
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    // There is no clipboard on plain http, but what is selected can be copied.
+    const area = element("textarea", { class: "off-screen" }, text);
+    document.body.append(area);
+    area.select();
+    copied = document.execCommand("copy");
+    area.remove();
+    button.focus();
+  }
+  button.nextElementSibling.textContent = copied ? "Copied." : "Not copied: select the text instead.";
+}
+
+function say(text, kind = "") {
+  find("status").className = kind;
+  find("status").textContent = text;
+  find("status").scrollIntoView({ block: "nearest" });
+}
+
+function count(ports) {
+  return ports === 1 ? "1 port" : `${ports} ports`;
+}
+
+function element(name, attributes, ...children) {
+  const made = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.append(...children);
+  return made;
+}
+
+function find(id) {
+  return document.getElementById(id);
+}

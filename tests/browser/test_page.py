@@ -1,0 +1,361 @@
+"""The page on which people check their ports."""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import pytest
+from playwright.sync_api import Browser, FloatRect, expect
+
+from port_checker import advice
+from tests.browser.conftest import ADDRESS, OTHER_SITE, OWN_NAME, SERVICE, Visitor
+from tests.support.loopback import open_listener, open_port, ports, refused_port, silent_port
+from tests.support.proxies import needs_proxies, nginx
+from tests.support.service import program, serve
+
+Visit = Callable[..., Visitor]
+
+DEFAULT_PORTS = "7466, 50800-50899"
+HEADING = "Can the world reach your ports?"
+
+# As the README has them.
+FORWARDS = "proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;"
+PASSES_HOST = "proxy_set_header Host $host;"
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """The service's, which gives each port one attempt of a second."""
+    with serve(retries=1, timeout=1, caller_rate_limit="off") as client:
+        yield str(client.base_url)
+
+
+def test_a_check_by_keyboard_alone(url: str, visit: Visit) -> None:
+    visitor = visit(url)
+    page, keyboard = visitor.page, visitor.page.keyboard
+    expect(page.get_by_text("Your address: 127.0.0.1 (IPv4)")).to_be_visible()
+    with open_port() as opened, refused_port() as refused:
+        keyboard.press("Tab")
+        expect(page.get_by_role("link", name="API").first).to_be_focused()
+        keyboard.press("Tab")
+        expect(page.get_by_label("Ports")).to_be_focused()
+        expect(page.get_by_label("Ports")).to_have_value(DEFAULT_PORTS)
+        keyboard.press("Control+A")
+        keyboard.type(f"{opened} {refused}")
+        keyboard.press("Enter")
+        visitor.expect_status("1 of 2 ports can be reached.")
+        keyboard.press("Tab")
+        expect(page.get_by_role("button", name="Check")).to_be_focused()
+        keyboard.press("Tab")
+        expect(page.get_by_role("button", name="Copy as text")).to_be_focused()
+        keyboard.press("Enter")
+        expect(page.get_by_role("status").get_by_text("Copied.")).to_be_visible()
+    assert visitor.checks == [{"provider_ip": "127.0.0.1", "ports": [opened, refused]}]
+
+
+def test_ports_with_the_same_result_share_a_row(url: str, visit: Visit) -> None:
+    visitor = visit(url)
+    with open_port() as opened, refused_port() as refused, silent_port() as silent:
+        visitor.check(opened, refused, silent)
+        assert sorted(visitor.rows()) == sorted(
+            [
+                (str(opened), "✓Reachable", advice.PAGE_REACHABLE),
+                (str(refused), "✕Connection refused", advice.PAGE_REFUSED),
+                (str(silent), "✕Connection timed out", advice.PAGE_TIMED_OUT),
+            ]
+        )
+    visitor.check("50802, 50800-50801, 7466")  # nobody listens in the namespace
+    visitor.expect_status("0 of 4 ports can be reached.")
+    assert visitor.rows() == [
+        ("7466, 50800–50802", "✕Connection refused", advice.PAGE_REFUSED)  # noqa: RUF001  # for people
+    ]
+    expect(visitor.page.get_by_role("table")).to_have_accessible_name(
+        re.compile(f"Ports of 127.0.0.1, checked .* by {re.escape(url)}")
+    )
+
+
+def test_it_tells_how_long_a_check_takes(url: str, visit: Visit) -> None:
+    visitor = visit(url)
+    with silent_port() as silent:
+        # All that is said is kept, since a busy machine may look too late.
+        visitor.page.evaluate(
+            """() => {
+                window.said = [];
+                const look = () => said.push([
+                    document.getElementById("status").textContent,
+                    document.querySelector("#progress:not([hidden]) progress")?.max,
+                ]);
+                const status = document.getElementById("status");
+                new MutationObserver(look).observe(status, {childList: true});
+            }"""
+        )
+        visitor.check(silent)
+        visitor.expect_status("0 of 1 port can be reached.")
+    assert visitor.page.evaluate("() => said[0]") == [
+        "Checking 1 port of 127.0.0.1. This takes 1 s at most.",
+        1,
+    ]
+    expect(visitor.page.locator("progress")).to_be_hidden()
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("", "Enter at least one port."),
+        (" , ", "Enter at least one port."),
+        ("7466, 70000", "“70000” is neither a port (1 to 65535) nor a range such as 50800-50899."),
+        ("0", "“0” is neither a port (1 to 65535) nor a range such as 50800-50899."),
+        ("10-9", "“10-9” is neither a port (1 to 65535) nor a range such as 50800-50899."),
+        ("http", "“http” is neither a port (1 to 65535) nor a range such as 50800-50899."),
+        ("1-1001", "1001 ports are too many for one check. Enter at most 1000."),
+    ],
+)
+def test_a_wrong_port_is_told_before_anything_is_sent(
+    url: str, visit: Visit, text: str, fault: str
+) -> None:
+    visitor = visit(url)
+    visitor.check(text)
+    field = visitor.page.get_by_label("Ports")
+    expect(field).to_be_focused()
+    expect(field).to_have_attribute("aria-invalid", "true")
+    expect(field).to_have_accessible_description(
+        f"Ports and ranges, such as {DEFAULT_PORTS}. {fault}"
+    )
+    assert not visitor.checks
+    field.fill("7466")
+    expect(visitor.page.get_by_text(fault, exact=True)).to_be_hidden()
+    expect(field).to_have_attribute("aria-invalid", "false")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("7466", [7466]),
+        ("7466,50800-50802", [7466, 50800, 50801, 50802]),
+        ("  7466 ;\t50800 – 50801\n", [7466, 50800, 50801]),  # noqa: RUF001  # as the program prints
+        ("1-2, 2-3, 65535", [1, 2, 3, 65535]),
+    ],
+)
+def test_ports_may_be_written_as_people_do(
+    url: str, visit: Visit, text: str, expected: list[int]
+) -> None:
+    assert visit(url).page.evaluate("text => parsePorts(text)", text) == expected
+
+
+def test_a_limit_is_told_with_its_seconds(visit: Visit) -> None:
+    with serve(retries=1, caller_rate_limit="1/minute") as client, open_port() as opened:
+        visitor = visit(str(client.base_url))
+        visitor.check(opened)
+        visitor.expect_status("1 of 1 port can be reached.")
+        with visitor.page.expect_response("**/check-ports") as answered:
+            visitor.check(opened)
+        visitor.expect_status(answered.value.json()["detail"]["message"])
+        assert f"{answered.value.headers['retry-after']} s" in visitor.status()
+        expect(visitor.page.locator("#results")).to_be_hidden()
+        visitor.forgive("429")
+
+
+@needs_proxies
+def test_a_proxys_own_error_is_told_in_words(url: str, visit: Visit, tmp_path: Path) -> None:
+    limited = "if ($request_method = POST) { add_header Retry-After 7 always; return 503; }"
+    with nginx(tmp_path, httpx.URL(url).port or 0, limited) as port:
+        visitor = visit(f"http://127.0.0.1:{port}")
+        visitor.check(7466)
+        visitor.expect_status(
+            "The service did not answer as it should (HTTP status 503). Try again in 7 s."
+        )
+        visitor.forgive("503")
+
+
+def test_a_service_that_is_gone_is_told_in_words(visit: Visit) -> None:
+    with serve() as client:
+        visitor = visit(str(client.base_url))
+        expect(visitor.page.get_by_text("127.0.0.1 (IPv4)")).to_be_visible()
+    visitor.check(7466)
+    visitor.expect_status(
+        "The service cannot be reached. See whether you are online, and try again."
+    )
+    visitor.forgive("ERR_CONNECTION_REFUSED")
+
+
+def test_without_javascript_it_says_what_to_do_instead(url: str, visit: Visit) -> None:
+    page = visit(url, java_script_enabled=False).page
+    expect(page.get_by_role("heading", name=HEADING)).to_be_visible()
+    instead = page.locator("noscript code")  # which Playwright's other locators pass over
+    expect(instead).to_be_visible()
+    expect(instead).to_contain_text("curl -s URL/check-ports")
+    expect(page.get_by_text(f"port-checker check {DEFAULT_PORTS.replace(',', '')}")).to_be_visible()
+    expect(page.get_by_role("textbox")).to_be_hidden()
+    expect(page.get_by_role("button")).to_have_count(0)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(url: str, visit: Visit, scheme: str) -> None:
+    visitor = visit(url, color_scheme=scheme)
+    expect(visitor.page.get_by_text("(IPv4)")).to_be_visible()
+    found = [visitor.violations()]
+    with open_port() as opened, refused_port() as refused:
+        visitor.check(opened, refused)
+        visitor.expect_status("1 of 2 ports can be reached.")
+    found.append(visitor.violations())
+    visitor.check("no port")
+    found.append(visitor.violations())
+    assert found == [{}, {}, {}]
+
+
+@pytest.mark.parametrize("width", [320, 480, 768, 1920])
+def test_nothing_is_wider_than_the_window(url: str, visit: Visit, width: int) -> None:
+    visitor = visit(url, viewport={"width": width, "height": 700})
+    with ports(40, refused_port) as refused, open_port() as opened:
+        visitor.check(*refused, opened)
+        visitor.expect_status("1 of 41 ports can be reached.")
+    assert visitor.page.evaluate("() => document.documentElement.scrollWidth") <= width
+    expect(visitor.page.get_by_role("columnheader", name="Ports")).to_have_count(1)
+    expect(visitor.page.get_by_role("rowheader")).to_have_count(2)
+
+
+def test_on_paper_the_results_are_black_on_white(url: str, visit: Visit) -> None:
+    visitor = visit(url, color_scheme="dark")
+    visitor.check(7466)
+    visitor.expect_status("0 of 1 port can be reached.")
+    visitor.page.emulate_media(media="print")
+    expect(visitor.page.locator("body")).to_have_css("color", "rgb(0, 0, 0)")
+    expect(visitor.page.get_by_role("table")).to_be_visible()
+    expect(visitor.page.get_by_role("textbox")).to_be_hidden()
+    expect(visitor.page.get_by_role("button")).to_have_count(0)
+
+
+@needs_proxies
+@pytest.mark.parametrize("host", [ADDRESS, SERVICE])
+@pytest.mark.parametrize("directives", [(FORWARDS, PASSES_HOST), (FORWARDS,), ()])
+def test_it_works_under_any_path_of_a_proxy(
+    url: str, visit: Visit, tmp_path: Path, host: str, directives: tuple[str, ...]
+) -> None:
+    service = httpx.URL(url).port or 0
+    with (
+        nginx(tmp_path, service, *directives, host=ADDRESS, prefix="/portcheck/") as port,
+        open_port("0.0.0.0") as opened,  # noqa: S104  # of the namespace
+    ):
+        visitor = visit(f"http://{host}:{port}/portcheck/")
+        visitor.check(opened)
+        visitor.expect_status("1 of 1 port can be reached.")
+        command = f"port-checker check {opened} --server http://{host}:{port}/portcheck"
+        expect(visitor.page.get_by_text(command)).to_be_visible()
+        visitor.page.get_by_role("link", name="API").first.click()
+        visitor.page.locator("#operations-checks-ip").click()
+        visitor.page.get_by_role("button", name="Execute").click()
+        expect(visitor.page.locator("tr.response").get_by_text("200").first).to_be_visible()
+        visitor.page.get_by_role("link", name="Golem Port Checker").click()
+        expect(visitor.page.get_by_role("heading", name=HEADING)).to_be_visible()
+
+
+@needs_proxies
+def test_the_result_can_be_copied_on_plain_http(url: str, visit: Visit, tmp_path: Path) -> None:
+    with (
+        nginx(tmp_path, httpx.URL(url).port or 0, FORWARDS, PASSES_HOST, host=ADDRESS) as port,
+        refused_port(ADDRESS) as refused,
+    ):
+        visitor = visit(f"http://{SERVICE}:{port}")
+        assert visitor.page.evaluate("() => navigator.clipboard") is None
+        visitor.check(refused)
+        visitor.page.get_by_role("button", name="Copy as text").click()
+        expect(visitor.page.get_by_text("Copied.")).to_be_visible()
+    field = visitor.page.get_by_label("Ports")
+    field.fill("")
+    field.press("Control+V")
+    pasted = field.input_value()
+    assert pasted.startswith(f"Ports of {ADDRESS}, checked ")
+    assert f"{refused}: Connection refused. {advice.PAGE_REFUSED}" in pasted
+    assert pasted.endswith("0 of 1 port can be reached.")
+
+
+def test_it_works_on_a_name_that_etc_hosts_gives_this_machine(visit: Visit, tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text(f"127.0.0.1 localhost {OWN_NAME}\n")
+    command = 'mount --bind "$0" /etc/hosts && exec "$@"'
+    with program(
+        *("unshare", "--mount", "sh", "-c", command, str(hosts)),
+        *(sys.executable, "-m", "port_checker"),
+    ) as running:
+        visitor = visit(f"http://{OWN_NAME}:{running.port}")
+        visitor.check(running.port)
+        visitor.expect_status("1 of 1 port can be reached.")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_pictures_in_the_readme(visit: Visit, tmp_path: Path, scheme: str) -> None:
+    """Its pictures are made here: ``make pictures`` keeps them."""
+    picture = Path(os.environ.get("PICTURES", tmp_path)) / f"page-{scheme}.png"
+    with ExitStack() as stack:
+        for port in [7466, *range(50800, 50840), *range(50850, 50900)]:
+            stack.enter_context(open_listener(ADDRESS, port))
+        stack.enter_context(
+            program(
+                PORT_CHECKER_HOST="0.0.0.0",  # noqa: S104  # of the namespace
+                PORT_CHECKER_PORT="80",
+                PORT_CHECK_RETRIES="1",
+            )
+        )
+        visitor = visit(
+            f"http://{SERVICE}",
+            color_scheme=scheme,
+            viewport={"width": 680, "height": 900},
+            device_scale_factor=0.9,
+            locale="en-GB",
+            timezone_id="UTC",
+        )
+        visitor.check(DEFAULT_PORTS)
+        visitor.expect_status("91 of 101 ports can be reached.")
+        visitor.page.locator("h1").click()  # takes the focus off the button
+        table = visitor.page.get_by_role("table").bounding_box()
+        assert table
+        height = table["y"] + table["height"] + 20
+        clip: FloatRect = {"x": 0, "y": 80, "width": 680, "height": height - 80}
+        visitor.page.screenshot(path=picture, full_page=True, clip=clip)
+    assert picture.stat().st_size < 100_000
+
+
+@needs_proxies
+@pytest.mark.parametrize(
+    ("site", "service"),
+    [
+        (OTHER_SITE, "127.0.0.1"),
+        ("127.0.0.1", "127.0.0.1"),  # another port is another origin of the same site
+        (OTHER_SITE, SERVICE),  # on plain http, and so without Sec-Fetch-Site
+    ],
+)
+def test_another_sites_page_cannot_make_its_visitor_check(
+    chromium: Browser, tmp_path: Path, site: str, service: str
+) -> None:
+    with ExitStack() as stack:
+        start = stack.enter_context
+        checker, elsewhere = start(serve(retries=1)), start(serve())
+        port = checker.base_url.port or 0
+        if service == SERVICE:
+            port = start(nginx(tmp_path, port, FORWARDS, PASSES_HOST, host=ADDRESS))
+        listener = start(open_listener("0.0.0.0"))  # noqa: S104
+        listener.setblocking(False)
+        page = start(chromium.new_context()).new_page()
+        # This one has no content policy that is in the way.
+        page.goto(f"http://{site}:{elsewhere.base_url.port}/ip")
+        with page.expect_response("**/check-ports") as answered:
+            page.evaluate(
+                """([url, ip, port]) => fetch(url, {
+                    method: "POST",
+                    mode: "no-cors",
+                    headers: {"Content-Type": "text/plain"},
+                    body: JSON.stringify({provider_ip: ip, ports: [port]}),
+                })""",
+                [
+                    f"http://{service}:{port}/check-ports",
+                    ADDRESS if service == SERVICE else service,
+                    listener.getsockname()[1],
+                ],
+            )
+        assert answered.value.status == 403
+        with pytest.raises(BlockingIOError):
+            listener.accept()

@@ -1,0 +1,204 @@
+"""What the pages are made of, as a program sees it; tests/browser has them in a browser."""
+
+import gzip
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from openapi_spec_validator import validate
+
+import port_checker.server
+from port_checker import advice
+from tests.support.loopback import refused_port
+from tests.support.service import serve
+
+BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
+PAGES = ["/", "/docs"]
+WEB = Path(port_checker.server.__file__).parent / "web"
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[httpx.Client]:
+    with serve() as service:
+        yield service
+
+
+def urls(page: str) -> list[str]:
+    """What an HTML page refers to."""
+    return re.findall(r'(?:href|src)="([^"]+)"', page)
+
+
+def static_files(client: httpx.Client) -> list[str]:
+    pages = [client.get(path, headers=BROWSER).text for path in PAGES]
+    return sorted({url for page in pages for url in urls(page) if url.startswith("static/")})
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_a_page_is_protected(client: httpx.Client, path: str) -> None:
+    headers = client.get(path, headers=BROWSER).raise_for_status().headers
+    assert headers["Content-Type"] == "text/html; charset=utf-8"
+    assert headers["Cache-Control"] == "no-store"
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Referrer-Policy"] == "no-referrer"
+    assert headers["X-Frame-Options"] == "DENY"
+    policy = headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'; ")
+    assert "frame-ancestors 'none'" in policy
+    assert "unsafe" not in policy
+    assert "*" not in policy
+    assert "http" not in policy
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_a_page_refers_to_what_is_beside_it(client: httpx.Client, path: str) -> None:
+    found = urls(client.get(path, headers=BROWSER).text)
+    assert found
+    for url in found:
+        assert re.fullmatch(r"[a-z.]+|static/[\w.-]+", url), url
+        client.get(f"/{url}").raise_for_status()
+
+
+@pytest.mark.parametrize("accept", ["*/*", "application/json", ""])
+def test_programs_are_told_where_everything_is(client: httpx.Client, accept: str) -> None:
+    answer = client.get("/", headers={"Accept": accept}).raise_for_status()
+    assert answer.headers["Content-Type"] == "application/json"
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert answer.headers["Vary"] == "Accept"
+    links = answer.json()
+    assert links.pop("name") == "Golem Port Checker"
+    assert client.post(links.pop("check_ports")).status_code == 422
+    assert set(links) == {"ip", "health", "docs", "openapi"}
+    for link in links.values():
+        client.get(link).raise_for_status()
+
+
+def test_static_files_are_kept_for_ever_under_names_that_follow_their_content(
+    client: httpx.Client,
+) -> None:
+    files = static_files(client)
+    assert len(files) == 7
+    for url in files:
+        plain = client.get(url, headers={"Accept-Encoding": "identity"}).raise_for_status()
+        assert plain.headers["Cache-Control"] == "public, max-age=31536000, immutable"
+        assert plain.headers["X-Content-Type-Options"] == "nosniff"
+        assert plain.headers["Vary"] == "Accept-Encoding"
+        assert "Content-Encoding" not in plain.headers
+        with client.stream("GET", url, headers={"Accept-Encoding": "gzip"}) as compressed:
+            assert compressed.headers["Content-Encoding"] == "gzip"
+            assert gzip.decompress(b"".join(compressed.iter_raw())) == plain.content
+        assert client.get(url.replace(".", ".0", 1)).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("field", "compressed"),
+    [
+        ("gzip, deflate, br", True),
+        ("br, GZIP;q=0.5", True),
+        ("*", True),
+        ("gzip;q=1.0", True),
+        ("gzip;q=0", False),
+        ("gzip; q=0.000, br", False),
+        ("deflate, br", False),
+        ("", False),
+    ],
+)
+def test_a_static_file_is_compressed_for_those_who_take_it(
+    client: httpx.Client, field: str, compressed: bool
+) -> None:
+    url = static_files(client)[0]
+    answer = client.get(url, headers={"Accept-Encoding": field})
+    assert answer.headers.get("Content-Encoding") == ("gzip" if compressed else None)
+
+
+def test_head_has_the_same_head(client: httpx.Client) -> None:
+    for path in [*PAGES, "/openapi.json", *static_files(client)]:
+        full, head = client.get(path), client.head(path)
+        assert head.status_code == 200
+        assert head.content == b""
+        for answer in full, head:
+            del answer.headers["Date"]
+        assert head.headers == full.headers
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/redoc", "/docs/oauth2-redirect", "/static/redoc.standalone.js", "/static/..%2fpages.py"],
+)
+def test_nothing_else_is_there(client: httpx.Client, path: str) -> None:
+    answer = client.get(path)
+    assert answer.status_code == 404
+    assert answer.json()["detail"]["code"] == "NOT_FOUND"
+
+
+def test_the_page_is_told_what_the_program_says() -> None:
+    with serve(max_ports=7, retries=2, retry_delay=0.5, timeout=3) as client:
+        page = client.get("/", headers=BROWSER).text
+    found = re.search(r'<script type="application/json" id="page-data">(.*?)</script>', page)
+    assert found
+    assert json.loads(found[1]) == {
+        "advice": {
+            "": advice.PAGE_REACHABLE,
+            "Connection refused": advice.PAGE_REFUSED,
+            "Connection timed out": advice.PAGE_TIMED_OUT,
+            "other": advice.PAGE_UNREACHABLE,
+        },
+        "longestCheck": 6.5,
+        "maxPorts": 7,
+    }
+
+
+def test_our_own_files_are_small() -> None:
+    assert sum(path.stat().st_size for path in WEB.iterdir()) < 40_000
+
+
+def test_the_schema_is_valid_and_stands_beside_the_service(client: httpx.Client) -> None:
+    answer = client.get("/openapi.json").raise_for_status()
+    assert answer.headers["Cache-Control"] == "no-store"
+    schema: dict[str, Any] = answer.json()
+    validate(schema)
+    assert schema["servers"] == [{"url": "."}]
+
+
+def test_a_client_generated_from_the_schema_makes_a_check(
+    client: httpx.Client, tmp_path: Path
+) -> None:
+    schema = tmp_path / "openapi.json"
+    schema.write_bytes(client.get("/openapi.json").content)
+    command = ["generate", "--path", str(schema), "--output-path", "generated", "--meta", "none"]
+    subprocess.run(
+        [sys.executable, "-m", "openapi_python_client", *command], cwd=tmp_path, check=True
+    )
+    use = """
+import sys
+from generated import Client
+from generated.api.checks import check_ports
+from generated.models import CheckPortsCheckRequest
+
+open_port, refused_port = map(int, sys.argv[2:])
+body = CheckPortsCheckRequest(provider_ip="127.0.0.1", ports=[open_port, refused_port])
+answer = check_ports.sync(client=Client(sys.argv[1]), body=body)
+results = answer.results.additional_properties
+print(results[str(open_port)].accessible, results[str(refused_port)].error)
+"""
+    with refused_port() as refused:
+        used = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                use,
+                str(client.base_url),
+                str(client.base_url.port),
+                str(refused),
+            ],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert used.stdout == "True Connection refused\n", used.stderr

@@ -1,0 +1,136 @@
+"""A real nginx or HAProxy in front of the service."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.loopback import free_port
+from tests.support.waiting import wait_until
+
+_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+_NGINX = shutil.which("nginx", path=_PATH)
+_HAPROXY = shutil.which("haproxy", path=_PATH)
+
+# CI must not skip them.
+needs_proxies = pytest.mark.skipif(
+    os.environ.get("CI") != "true" and not (_NGINX and _HAPROXY),
+    reason="nginx or haproxy is not installed",
+)
+
+# One process in the foreground, which writes nowhere but into its own directory.
+_NGINX_CONFIGURATION = """\
+daemon off;
+master_process off;
+pid nginx.pid;
+error_log stderr warn;
+events {{}}
+http {{
+    access_log off;
+    client_body_temp_path body;
+    proxy_temp_path proxy;
+    fastcgi_temp_path fastcgi;
+    uwsgi_temp_path uwsgi;
+    scgi_temp_path scgi;
+    server {{
+        listen {host}:{port};
+        location {prefix} {{
+            proxy_pass http://127.0.0.1:{upstream}{upstream_path};
+            {directives}
+        }}
+    }}
+}}
+"""
+
+_HAPROXY_CONFIGURATION = """\
+defaults
+    mode http
+    timeout connect 60s
+    timeout client 60s
+    timeout server 60s
+    option forwardfor
+    http-reuse always
+frontend here
+    bind 127.0.0.1:{port}
+    default_backend service
+backend service
+    server only 127.0.0.1:{upstream}
+"""
+
+
+@contextmanager
+def nginx(
+    directory: Path,
+    upstream: int,
+    *directives: str,
+    host: str = "127.0.0.1",
+    prefix: str = "",
+) -> Iterator[int]:
+    """Run nginx in front of a port of 127.0.0.1.
+
+    Args:
+        directory: For its files.
+        upstream: The port.
+        directives: For its ``location``, besides ``proxy_pass``.
+        host: The address that it listens on.
+        prefix: The path that it serves and takes off, such as ``/portcheck/``; else it serves all
+            paths and takes nothing off.
+
+    Yields:
+        The port it listens on.
+    """
+    port = free_port()
+    home = directory / f"nginx-{port}"
+    home.mkdir()
+    configuration = home / "nginx.conf"
+    configuration.write_text(
+        _NGINX_CONFIGURATION.format(
+            host=host,
+            port=port,
+            upstream=upstream,
+            prefix=prefix or "/",
+            upstream_path="/" if prefix else "",
+            directives=" ".join(directives),
+        )
+    )
+    url = f"http://{host}:{port}{prefix or '/'}"
+    with _running(url, home, _NGINX, "-p", home, "-c", configuration, "-e", "stderr"):
+        yield port
+
+
+@contextmanager
+def haproxy(directory: Path, upstream: int) -> Iterator[int]:
+    """Run HAProxy in front of a port of 127.0.0.1; yield the port it listens on."""
+    port = free_port()
+    configuration = directory / "haproxy.cfg"
+    configuration.write_text(_HAPROXY_CONFIGURATION.format(port=port, upstream=upstream))
+    with _running(f"http://127.0.0.1:{port}/", directory, _HAPROXY, "-db", "-f", configuration):
+        yield port
+
+
+@contextmanager
+def _running(url: str, home: Path, *command: str | Path | None) -> Iterator[None]:
+    """Run a proxy from when it passes requests on."""
+    log = home / "stderr"
+    assert all(command), "it is not installed"
+    with (
+        log.open("wb") as stderr,
+        subprocess.Popen([str(word) for word in command], stderr=stderr) as process,
+    ):
+
+        def answers() -> bool:
+            assert process.poll() is None, log.read_text()
+            with suppress(httpx.TransportError):
+                return httpx.get(f"{url}health", timeout=30).status_code == 200
+            return False
+
+        try:
+            wait_until(answers, "the proxy to answer")
+            yield
+        finally:
+            process.kill()
