@@ -170,3 +170,21 @@ RESERVE_PORTS = (
     "So that outgoing connections leave these ports alone: "
     "sysctl -w net.ipv4.ip_local_reserved_ports={ports} (and put it into /etc/sysctl.conf)."
 )
+
+# For the page in a browser, which cannot listen: whether anything runs on a port it does not know.
+PAGE_REACHABLE = (
+    "Something accepts connections there. If your provider is not running yet, it is another "
+    "program or another machine."
+)
+PAGE_REFUSED = (
+    "The address answers, but nothing accepts connections on this port. Start your provider and "
+    "check again. If it is running, forward the port to its machine in your router."
+)
+PAGE_TIMED_OUT = (
+    "Nothing answers. Allow the port in the firewall of the provider's machine, and forward it to "
+    "that machine in your router."
+)
+PAGE_UNREACHABLE = (
+    "A router on the way could not or would not deliver the connection. Check the firewall of your "
+    "router, or ask your internet provider."
+)

@@ -107,7 +107,7 @@ class RefusalLog:
             code: Why.
         """
         now = self._clock()
-        key = (caller and subscriber(caller), code)
+        key = (subscriber(caller) if caller else None, code)
         if now - self._logged.get(key, now - 1) < 1:
             return
         self._logged[key] = now
