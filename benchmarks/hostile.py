@@ -23,7 +23,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from ipaddress import IPv6Address
 from itertools import count
+from pathlib import Path
 from socket import create_server
+from tempfile import TemporaryDirectory
 
 import uvloop
 
@@ -123,7 +125,7 @@ async def run(seconds: float) -> int:
     """Return the exit status: 0 if every honest check was served."""
     honest, health, hostile = Tally(), Tally(), [Tally(), Tally(), Tally()]
     load = os.getloadavg()[0]
-    async with service(), listeners():
+    async with service() as (log, pid), listeners():
         async with asyncio.TaskGroup() as group:
             until = time.monotonic() + seconds
             group.create_task(watch_health(seconds, health))
@@ -133,26 +135,36 @@ async def run(seconds: float) -> int:
             for number, tally in enumerate(hostile):
                 for _ in range(HOSTILE_CONNECTIONS):
                     group.create_task(attack(until, number, tally))
+        used, waited, _ = map(int, Path(f"/proc/{pid}/schedstat").read_text().split())
+        errors = [line for line in log.read_text().splitlines() if "ERROR" in line]
         syns = {name: packets(name) for name in ("to_strangers", "to_honest")}
     print(f"{seconds:g} s, load {load:.1f} before and {os.getloadavg()[0]:.1f} after")
+    print(f"service:   ran for {used / 1e9:.1f} s, waited {waited / 1e9:.1f} s for a processor")
     print(f"honest:    {honest}")
     for number, tally in enumerate(hostile):
         print(f"hostile {number + 1}: {tally}")
     print(f"/health:   {health}")
     for name, number in syns.items():
         print(f"SYNs {name.replace('_', ' ')}: {number}, {number / seconds:.0f} a second")
+    print(f"errors in the service's log: {len(errors)}", *errors[:5], sep="\n")
     return 0 if honest.outcomes.keys() == {"200"} else 1
 
 
 @asynccontextmanager
-async def service() -> AsyncIterator[None]:
-    """Build the network, and run the service in it."""
+async def service() -> AsyncIterator[tuple[Path, int]]:
+    """Build the network, and run the service in it.
+
+    Yields:
+        Its log and process id.
+    """
+    directory = TemporaryDirectory()
+    log = Path(directory.name, "log")
     # It starts once the network is there: when a line arrives.
     process = subprocess.Popen(
         ["unshare", "--net", "sh", "-c", 'read line && exec "$0" -m port_checker', sys.executable],
         env={**os.environ, "PORT_CHECKER_HOST": "::"},
         stdin=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=log.open("w"),
     )
     try:
         own = os.readlink("/proc/self/ns/net")
@@ -169,10 +181,11 @@ async def service() -> AsyncIterator[None]:
             assert process.poll() is None
             await asyncio.sleep(0.1)
             await ask_health(started)
-        yield
+        yield log, process.pid
     finally:
         process.terminate()
         process.wait()
+        directory.cleanup()
 
 
 def shell(script: str, *prefix: str) -> None:

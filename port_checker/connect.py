@@ -24,8 +24,8 @@ from port_checker.linux import could_not_retransmit, report_icmp_errors, take_ic
 # retransmissions on a way that loses packets.
 _CLOSED_AFTER = 3
 
-# Connections opened in one turn of the event loop. One costs about 30 µs to open and close
-# (measured), so everything else waits for about 2 ms at the most, however many are opened.
+# Connections opened, or given up, in one turn of the event loop. One costs about 30 µs to open and
+# close (measured), so everything else waits for about 2 ms at the most, however many there are.
 _OPENED_PER_TURN = 64
 
 
@@ -112,7 +112,7 @@ def own_failures(trouble: str) -> Iterator[None]:
 
 
 class OpenConnectionPacer:
-    """Spreads the opening of connections over the turns of one event loop.
+    """Spreads the opening of connections, and the end of attempts, over the turns of an event loop.
 
     All rounds share it, so that many which begin together do not hold up everything else. Those
     that wait are served in order.
@@ -123,7 +123,7 @@ class OpenConnectionPacer:
         self._waiting: deque[tuple[asyncio.Future[int], int]] = deque()
 
     async def take(self, wanted: int) -> int:
-        """Wait until connections may be opened; return how many of those wanted, at least one."""
+        """Wait until it is the caller's turn; return how many it may do now, at least one."""
         loop = asyncio.get_running_loop()
         if not self._left:
             waiter: asyncio.Future[int] = loop.create_future()
@@ -179,6 +179,8 @@ async def attempt(
                 round_.collect()
                 opened += few
             await round_.wait(timeout)
+            while round_.unanswered:
+                round_.give_up(await pacer.take(round_.unanswered))
         finally:
             round_.close()
     round_.require_permitted(ports)
@@ -292,7 +294,7 @@ class _Round:
                 sock.close()
 
     async def wait(self, timeout: float) -> None:
-        """Wait until each attempt has ended, at most ``timeout`` seconds, and give verdicts."""
+        """Wait until each attempt has ended, at most ``timeout`` seconds."""
         if not self._waiting:
             return
         loop = asyncio.get_running_loop()
@@ -313,11 +315,21 @@ class _Round:
         finally:
             timer.cancel()
             loop.remove_reader(self._epoll.fileno())
-        for sock, port in self._waiting.values():
-            try:
-                self.verdicts[port] = self._verdict_at_timeout(sock)
-            except _Forbidden as reason:
-                self.forbidden[port] = str(reason)
+
+    @property
+    def unanswered(self) -> int:
+        """How many attempts have not ended."""
+        return len(self._waiting)
+
+    def give_up(self, count: int) -> None:
+        """End so many attempts, whose time is over."""
+        for _ in range(count):
+            _, (sock, port) = self._waiting.popitem()
+            with sock:
+                try:
+                    self.verdicts[port] = self._verdict_at_timeout(sock)
+                except _Forbidden as reason:
+                    self.forbidden[port] = str(reason)
 
     def require_permitted(self, ports: Sequence[int]) -> None:
         """Raise ``CheckFailed`` if this machine may not connect to some of ``ports``."""

@@ -81,11 +81,12 @@ def test_provider_loads_nothing_of_the_server() -> None:
 
 def test_uvicorn_protocol_is_the_one_that_server_protocol_extends() -> None:
     has = {*dir(HttpToolsProtocol), *HttpToolsProtocol.__init__.__code__.co_names}
-    uses = {"loop", "transport", "connections", "scope", "cycle", "pipeline"}
+    uses = {"client", "cycle", "flow", "headers", "loop", "parser", "scope", "transport"}
     overrides = {
         name
         for name, value in vars(BoundedProtocol).items()
         if inspect.isfunction(value) and not name.startswith("_")
     } - {"make_way"}  # our own
     assert uses | overrides <= has
-    assert {"more_body", "response_complete"} <= {*RequestResponseCycle.__init__.__code__.co_names}
+    of_cycle = {"keep_alive", "message_event", "more_body", "response_complete", "response_started"}
+    assert of_cycle <= {*RequestResponseCycle.__init__.__code__.co_names}

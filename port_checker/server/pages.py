@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 from port_checker import advice
 from port_checker.connect import REFUSED, TIMED_OUT
+from port_checker.server.errors import NO_STORE
 from port_checker.server.settings import Settings
 
 _WEB = Path(__file__).parent / "web"
@@ -52,7 +53,7 @@ _CONTENT_POLICY = (
 )
 
 _NOSNIFF = {"X-Content-Type-Options": "nosniff"}
-_NO_STORE = {**_NOSNIFF, "Cache-Control": "no-store"}
+_NO_STORE = {**_NOSNIFF, **NO_STORE}
 _PAGE_HEADERS = {
     **_NO_STORE,
     "Content-Security-Policy": _CONTENT_POLICY.format(images="'self'"),

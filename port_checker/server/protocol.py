@@ -22,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from port_checker.addresses import Address, Network, lies_in, parse_address
 from port_checker.schemas import ErrorCode
+from port_checker.server.records import RefusalLog
 
 # Seconds for a request to arrive, head and body together: the first from accept, a later one from
 # its first byte. A client that stops reading its answer has as long.
@@ -54,6 +55,9 @@ _MAX_PIECE = 16 * 1024
 # Seconds between two looks at whether a client reads its answer.
 _PROGRESS_INTERVAL = 1.0
 
+# Bytes that are copied to be written at once. What is longer may be a file that many share.
+_MAX_JOINED = 64 * 1024
+
 # Seconds after which a client may try again that was refused for want of room: by then deadlines
 # have closed the connections that did nothing.
 _RETRY_AFTER = 10
@@ -70,6 +74,7 @@ class ConnectionLimits:
 
     Attributes:
         is_stopping: Whether new requests are refused because the service is stopping.
+        refusals: Logs what the application does not get to see.
     """
 
     def __init__(
@@ -80,21 +85,19 @@ class ConnectionLimits:
     ) -> None:
         self.deadline = deadline
         self.is_stopping = False
+        self.refusals = RefusalLog()
         self._trusted_proxies = trusted_proxies
         self._all = ConnectionGroup(max_connections)
         self._max_per_address = max(1, max_connections // _SHARE)
         self._by_address: dict[Address | IPv6Network, ConnectionGroup] = {}
 
-    def groups_of(self, peer: str | None) -> "list[ConnectionGroup]":
+    def groups_of(self, address: Address | None) -> "list[ConnectionGroup]":
         """Return the groups of connections that one from this address belongs to.
 
         Args:
-            peer: The IP address of its other end, if it has one.
+            address: Of its other end, if that has one.
         """
-        if peer is None:
-            return [self._all]
-        address = parse_address(peer.partition("%")[0])
-        if lies_in(address, self._trusted_proxies):
+        if address is None or lies_in(address, self._trusted_proxies):
             return [self._all]
         key = IPv6Network((address, 64), strict=False) if address.version == 6 else address
         if key not in self._by_address:
@@ -203,7 +206,7 @@ class BoundedProtocol(HttpToolsProtocol):
         transport.set_write_buffer_limits(high=0)
         self._coalescing = WriteCoalescingTransport(transport, self.loop)
         super().connection_made(cast(asyncio.Transport, self._coalescing))
-        self._groups = self._limits.groups_of(self.client[0] if self.client else None)
+        self._groups = self._limits.groups_of(_address_of(self.client))
         for group in self._groups:
             group.add()
         if all(group.make_room() for group in self._groups):
@@ -425,6 +428,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _refuse(self, refused: _Refused) -> None:
         """Answer without the application, and close."""
+        self._limits.refusals.add(_address_of(self.client), refused.code)
         status = refused.status
         error = {"detail": {"code": refused.code, "message": str(refused)}}
         body = json.dumps(error, separators=(",", ":"))
@@ -504,6 +508,11 @@ def _stopping() -> _Refused:
     return _overloaded("The service is stopping.")
 
 
+def _address_of(client: tuple[str, int] | None) -> Address | None:
+    # uvicorn leaves the scope id (RFC 4007) at the address of a link-local client.
+    return parse_address(client[0].partition("%")[0]) if client else None
+
+
 def _too_large(message: str) -> _Refused:
     return _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, ErrorCode.REQUEST_TOO_LARGE, message)
 
@@ -556,7 +565,10 @@ class WriteCoalescingTransport:
 
     def flush(self) -> None:
         """Send what is written."""
-        data = b"".join(self._written)
-        self._written.clear()
-        if data and not self.is_closing():
-            self._transport.write(data)
+        written, self._written = self._written, []
+        if not written or self.is_closing():
+            return
+        if sum(map(len, written)) <= _MAX_JOINED:
+            self._transport.write(b"".join(written))
+        else:
+            self._transport.writelines(written)

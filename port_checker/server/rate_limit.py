@@ -15,9 +15,9 @@ from port_checker.server.settings import IN_PROCESS, Rate
 if TYPE_CHECKING:
     from port_checker.server.shared_limit import SharedStore
 
-# Keys that the process remembers, the least recently used making way. A key takes about 300 bytes
+# Keys that the process remembers; the least recently used make way. A key takes 300 to 400 bytes
 # (measured), so this bounds all of them to about 60 MiB.
-MAX_KEYS: Final = 200_000
+MAX_KEYS: Final = 150_000
 
 _SITE_RATES: Final = 10  # times the rates of one caller, for an IPv6 /48
 

@@ -112,9 +112,10 @@ class SharedStore:
     async def _send(self) -> None:
         """Ask Redis for all payments that wait, many at a time."""
         while self._waiting:
-            together = self._waiting[:_MOST_TOGETHER]
+            together = [one for one in self._waiting[:_MOST_TOGETHER] if not one[1].done()]
             del self._waiting[:_MOST_TOGETHER]
-            together = [(charges, answer) for charges, answer in together if not answer.done()]
+            if not together:  # they have not waited
+                continue
             results: Sequence[list[float] | None]
             try:
                 async with _timeout(self._answer_timeout):

@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from playwright.sync_api import Browser, FloatRect, expect
 from port_checker import advice
 from tests.browser.conftest import ADDRESS, OTHER_SITE, OWN_NAME, SERVICE, Visitor
 from tests.support.loopback import open_listener, open_port, ports, refused_port, silent_port
+from tests.support.namespace import ROOT
 from tests.support.proxies import needs_proxies, nginx
 from tests.support.service import program, serve
 
@@ -22,9 +23,10 @@ Visit = Callable[..., Visitor]
 DEFAULT_PORTS = "7466, 50800-50899"
 HEADING = "Can the world reach your ports?"
 
-# As the README has them.
+# What the location of a proxy should have, and the one of these that it must.
+OPERATING = (ROOT / "docs" / "operating.md").read_text(encoding="utf-8")
+AS_DOCUMENTED = re.findall(r"^ +(proxy_(?:set_header|http_version) .*;)$", OPERATING, re.MULTILINE)
 FORWARDS = "proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;"
-PASSES_HOST = "proxy_set_header Host $host;"
 
 
 @pytest.fixture(scope="module")
@@ -230,15 +232,22 @@ def test_on_paper_the_results_are_black_on_white(url: str, visit: Visit) -> None
 
 
 @needs_proxies
-@pytest.mark.parametrize("host", [ADDRESS, SERVICE])
-@pytest.mark.parametrize("directives", [(FORWARDS, PASSES_HOST), (FORWARDS,), ()])
+@pytest.mark.parametrize(
+    ("directives", "address", "host"),
+    [
+        (AS_DOCUMENTED, ADDRESS, ADDRESS),
+        (AS_DOCUMENTED, ADDRESS, SERVICE),
+        ((FORWARDS,), ADDRESS, SERVICE),  # Host is that of proxy_pass then
+        ((), "127.0.0.1", "127.0.0.1"),  # nothing shows that there is a proxy
+    ],
+)
 def test_it_works_under_any_path_of_a_proxy(
-    url: str, visit: Visit, tmp_path: Path, host: str, directives: tuple[str, ...]
+    url: str, visit: Visit, tmp_path: Path, directives: Sequence[str], address: str, host: str
 ) -> None:
     service = httpx.URL(url).port or 0
     with (
-        nginx(tmp_path, service, *directives, host=ADDRESS, prefix="/portcheck/") as port,
-        open_port("0.0.0.0") as opened,  # noqa: S104  # of the namespace
+        nginx(tmp_path, service, *directives, host=address, prefix="/portcheck/") as port,
+        open_port(address) as opened,
     ):
         visitor = visit(f"http://{host}:{port}/portcheck/")
         visitor.check(opened)
@@ -256,7 +265,7 @@ def test_it_works_under_any_path_of_a_proxy(
 @needs_proxies
 def test_the_result_can_be_copied_on_plain_http(url: str, visit: Visit, tmp_path: Path) -> None:
     with (
-        nginx(tmp_path, httpx.URL(url).port or 0, FORWARDS, PASSES_HOST, host=ADDRESS) as port,
+        nginx(tmp_path, httpx.URL(url).port or 0, *AS_DOCUMENTED, host=ADDRESS) as port,
         refused_port(ADDRESS) as refused,
     ):
         visitor = visit(f"http://{SERVICE}:{port}")
@@ -336,7 +345,7 @@ def test_another_sites_page_cannot_make_its_visitor_check(
         checker, elsewhere = start(serve(retries=1)), start(serve())
         port = checker.base_url.port or 0
         if service == SERVICE:
-            port = start(nginx(tmp_path, port, FORWARDS, PASSES_HOST, host=ADDRESS))
+            port = start(nginx(tmp_path, port, *AS_DOCUMENTED, host=ADDRESS))
         listener = start(open_listener("0.0.0.0"))  # noqa: S104
         listener.setblocking(False)
         page = start(chromium.new_context()).new_page()

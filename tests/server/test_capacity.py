@@ -89,7 +89,7 @@ def test_bad_connections_by_the_thousand_do_not_stop_honest_ones() -> None:
 def test_more_connections_than_descriptors_make_way_for_each_other() -> None:
     limit = 128
     with (
-        ports(40, open_port) as opened,
+        ports(5, open_port) as opened,
         program(descriptors=limit, **NO_LIMITS) as running,
         ExitStack() as stack,
     ):

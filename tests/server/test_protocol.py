@@ -2,9 +2,10 @@
 
 import asyncio
 import json
+import logging
 import socket
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -13,7 +14,12 @@ from fastapi import FastAPI, Response
 from uvicorn.server import ServerState
 
 from port_checker.addresses import parse_networks
-from port_checker.server.protocol import DEADLINE, MAX_FRAMING, ConnectionLimits
+from port_checker.server.protocol import (
+    DEADLINE,
+    MAX_FRAMING,
+    ConnectionLimits,
+    WriteCoalescingTransport,
+)
 from tests.support.http import HEALTH, connected, read_answer
 from tests.support.manual import Client, ManualLoop
 from tests.support.service import serve
@@ -328,6 +334,28 @@ def test_an_answer_is_one_packet() -> None:
             assert with_data == answered
 
 
+def test_a_large_answer_is_not_copied_for_each_client(service: Service) -> None:
+    sent: list[object] = []
+
+    class Recorder(asyncio.Transport):
+        def write(self, data: object) -> None:
+            sent.append(data)
+
+        def writelines(self, data: Iterable[object]) -> None:
+            sent.extend(data)
+
+        def is_closing(self) -> bool:
+            return False
+
+    shared = b"x" * 1_000_000
+    transport = WriteCoalescingTransport(Recorder(), service.loop)
+    for written in b"head", shared:
+        transport.write(written)
+    service.loop.settle()
+    assert sent[0] == b"head"
+    assert sent[1] is shared
+
+
 def test_a_client_that_half_closes_right_after_its_request_is_answered() -> None:
     with serve() as client:
         for _ in range(10):
@@ -446,7 +474,10 @@ def test_when_there_is_no_room_the_connection_that_waited_longest_is_closed() ->
         assert not any(client.is_closed for client in crowd[3:])
 
 
-def test_when_all_are_being_answered_the_new_connection_is_refused() -> None:
+def test_when_all_are_being_answered_the_new_connection_is_refused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
     with closing(Service(max_connections=1)) as service:
         busy = service.connect()
         busy.send(SLOW)
@@ -456,6 +487,7 @@ def test_when_all_are_being_answered_the_new_connection_is_refused() -> None:
         service.slow_may_end.set()
         service.loop.settle()
         assert busy.statuses == [200]
+    assert "refused caller=127.0.0.1 code=OVERLOADED" in caplog.text
 
 
 def test_a_client_that_does_not_read_makes_way() -> None:
