@@ -172,18 +172,9 @@ async def attempt(
     with own_failures("could not connect"):
         round_ = _Round(target)
         try:
-            opened = 0
-            while opened < len(ports):
-                few = await pacer.take(len(ports) - opened)
-                round_.open(ports[opened : opened + few])
-                round_.collect()
-                opened += few
-            await round_.wait(timeout)
-            while round_.unanswered:
-                round_.give_up(await pacer.take(round_.unanswered))
+            await round_.run(ports, timeout, pacer)
         finally:
             round_.close()
-    round_.require_permitted(ports)
     return round_.verdicts
 
 
@@ -202,11 +193,7 @@ async def connect(
     with own_failures("could not connect"):
         round_ = _Round(target, keep_connected=True)
         try:
-            await pacer.take(1)
-            round_.open([port])
-            round_.collect()
-            await round_.wait(timeout)
-            round_.require_permitted([port])
+            await round_.run([port], timeout, pacer)
             return round_.connected.pop(port, None) or round_.verdicts[port]
         finally:
             round_.close()
@@ -256,6 +243,23 @@ class _Round:
         self._family = socket.AF_INET if target.version == 4 else socket.AF_INET6
         self._waiting: dict[int, tuple[socket.socket, int]] = {}  # by descriptor
         self._epoll = select.epoll()
+
+    async def run(self, ports: Sequence[int], timeout: float, pacer: OpenConnectionPacer) -> None:
+        """Try each of ``ports`` once; then there are verdicts, or it raises ``CheckFailed``."""
+        opened = 0
+        while opened < len(ports):
+            few = await pacer.take(len(ports) - opened)
+            self.open(ports[opened : opened + few])
+            self.collect()
+            opened += few
+        await self.wait(timeout)
+        while self.unanswered:
+            self.give_up(await pacer.take(self.unanswered))
+        if self.forbidden:
+            reason = next(iter(self.forbidden.values()))
+            raise CheckFailed(
+                f"could not connect: {reason}", [port for port in ports if port in self.forbidden]
+            )
 
     def open(self, ports: Sequence[int]) -> None:
         """Begin an attempt to each of ``ports``."""
@@ -330,14 +334,6 @@ class _Round:
                     self.verdicts[port] = self._verdict_at_timeout(sock)
                 except _Forbidden as reason:
                     self.forbidden[port] = str(reason)
-
-    def require_permitted(self, ports: Sequence[int]) -> None:
-        """Raise ``CheckFailed`` if this machine may not connect to some of ``ports``."""
-        if self.forbidden:
-            reason = next(iter(self.forbidden.values()))
-            raise CheckFailed(
-                f"could not connect: {reason}", [port for port in ports if port in self.forbidden]
-            )
 
     def close(self) -> None:
         """Give back every descriptor."""
