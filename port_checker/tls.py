@@ -130,7 +130,7 @@ class TlsClient:
             return TlsVerdict(valid=False, error=connection.error, try_again=True)
         try:
             with self._counted():
-                certificate = await self._certificate(connection, expected, deadline)
+                certificate = await self._certificate(connection, expected, deadline, pacer)
         except _Failed as failure:
             return failure.verdict
         finally:
@@ -146,6 +146,7 @@ class TlsClient:
         connection: socket.socket,
         expected: Sequence[Address | str],
         deadline: float,
+        pacer: OpenConnectionPacer,
     ) -> dict[str, Any]:
         """Shake hands; return the peer's certificate, verified but for what it is good for.
 
@@ -172,6 +173,7 @@ class TlsClient:
                         return tls.getpeercert() or {}
                     data = await loop.sock_recv(connection, _RECEIVED_AT_ONCE)
             except TimeoutError:
+                await pacer.take(1)  # many may time out together
                 raise _handshake_failed("timed out", try_again=True) from None
             except OSError as error:
                 raise _connection_failure(error) from error
