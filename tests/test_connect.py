@@ -333,3 +333,23 @@ def test_many_rounds_at_once_do_not_hold_up_the_loop() -> None:
             return times_around
 
         assert asyncio.run(run()) > 40
+
+
+class CountingPacer(OpenConnectionPacer):
+    """Counts what it lets through."""
+
+    granted = 0
+
+    async def take(self, wanted: int) -> int:
+        granted = await super().take(wanted)
+        self.granted += granted
+        return granted
+
+
+def test_the_end_of_many_silent_attempts_does_not_hold_up_the_loop() -> None:
+    """It is spread over the turns like their beginning."""
+    pacer = CountingPacer()
+    with ports(20, silent_port) as silent, ports(20, open_port) as opened:
+        verdicts = asyncio.run(attempt(LOOPBACK, silent + opened, 0.5, pacer))
+    assert verdicts == dict.fromkeys(silent, TIMED_OUT) | dict.fromkeys(opened, OPEN)
+    assert pacer.granted == 20 + 20 + 20

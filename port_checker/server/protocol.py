@@ -38,12 +38,12 @@ MAX_HEAD = 64 * 1024
 # Fields of a head: each takes some 150 bytes of memory besides its own.
 MAX_FIELDS = 256
 
-# Bytes of a chunked message that are neither head nor body: sizes, extensions, trailer. Chunks of
-# 8 bytes have as much for the longest body that the application accepts. (It limits bodies itself,
-# and nobody stores what comes after its answer.)
+# Bytes of a chunked request besides its head and body: chunk sizes and extensions, and the trailer.
+# Enough for a body of 64 KiB in chunks of 8 bytes. The application limits the body itself, and what
+# arrives of it after the answer is dropped.
 MAX_FRAMING = 64 * 1024
 
-# One address may have one connection in so many.
+# An address may have one in so many of all connections.
 _SHARE = 10
 
 # Unparsed bytes, of some hundred requests, above which reading pauses until some are answered.
@@ -153,7 +153,7 @@ class _Refused(Exception):
 
 
 class _Dropped(list[tuple[bytes, bytes]]):
-    """The header fields of which none is kept."""
+    """A list of header fields that keeps none of them."""
 
     def append(self, _: tuple[bytes, bytes]) -> None:
         """Drop a field."""
@@ -264,7 +264,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._limits.is_stopping:
             raise _stopping()
         if self.cycle and not self.cycle.response_complete:
-            # A bug, since a piece ends where a request ends; uvicorn would queue this one.
+            # This would be a bug, since a piece ends where a request ends.
             raise _bad_request("it begins too early")
         names = [name for name, _ in self.headers]
         version = self.parser.get_http_version()
@@ -384,7 +384,9 @@ class BoundedProtocol(HttpToolsProtocol):
         try:
             try:
                 self.parser.feed_data(piece)
-            except HttpParserUpgrade:
+            except HttpParserUpgrade as upgrade:
+                if upgrade.args[0] != len(piece):
+                    raise _bad_request("its head ends too early") from None  # a bug, as above
                 self._ignore_upgrade()
             if self._has_started:
                 self._tail = piece[-3:]

@@ -72,8 +72,8 @@ class SharedStore:
         try:
             await self._connect()
             self._is_available = True
-        except Exception as error:  # logged at once, and tried again
-            self._become_unavailable(error)
+        except Exception:  # tried again, and logged
+            self._become_unavailable()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -120,8 +120,8 @@ class SharedStore:
             try:
                 async with _timeout(self._answer_timeout):
                     results = await self._ask([charges for charges, _ in together])
-            except Exception as error:  # whatever goes wrong with Redis, checks go on
-                self._become_unavailable(error)
+            except Exception:  # whatever goes wrong with Redis, checks go on
+                self._become_unavailable()
                 together += self._waiting  # nobody waits in vain
                 self._waiting.clear()
                 results = [None] * len(together)
@@ -139,11 +139,11 @@ class SharedStore:
         waits = iter(await self._script(keys, arguments))
         return [[float(next(waits)) for _ in charges] for charges in payments]
 
-    def _become_unavailable(self, error: Exception) -> None:
+    def _become_unavailable(self) -> None:
         self._is_available = False
-        self._probing = asyncio.create_task(self._probe(_reason(error)))
+        self._probing = asyncio.create_task(self._probe())
 
-    async def _probe(self, reason: str) -> None:
+    async def _probe(self) -> None:
         """Try until Redis answers, at once and then twice a second.
 
         Logs that it is unavailable unless it answers at once, and that it is available again.
@@ -152,24 +152,21 @@ class SharedStore:
         has_warned = False
         # The other end may be gone without a word.
         await self._disconnect()
-        while not await self._answers():
-            if not has_warned and now() >= self._next_warning:
-                logger.warning(
-                    "Redis is unavailable (%s): each process keeps its own limits meanwhile", reason
-                )
-                has_warned = True
-                self._next_warning = now() + self._warning_interval
-            await asyncio.sleep(_PROBE_INTERVAL)
-        self._is_available = True
+        while not self._is_available:
+            try:
+                await self._connect()
+                self._is_available = True
+            except Exception as error:
+                if not has_warned and now() >= self._next_warning:
+                    logger.warning(
+                        "Redis is unavailable (%s): each process keeps its own limits meanwhile",
+                        _reason(error),
+                    )
+                    has_warned = True
+                    self._next_warning = now() + self._warning_interval
+                await asyncio.sleep(_PROBE_INTERVAL)
         if has_warned:
             logger.info("Redis is available again: limits are shared")
-
-    async def _answers(self) -> bool:
-        try:
-            await self._connect()
-        except Exception:
-            return False
-        return True
 
     async def _connect(self) -> None:
         """Connect and load the script, which a payment need not wait for; then ask like one."""

@@ -8,94 +8,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]  # has none
-from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
+from playwright.sync_api import Browser, sync_playwright
 
+from tests.support.browser import ADDRESS, FLAGS, HANGS_AFTER, Visitor
 from tests.support.namespace import loopback_alone
 
 CHROMIUM = shutil.which("chromium")
-
-# An address of the namespace: whoever connects to it comes from it. 127.0.0.1 is a trusted proxy's,
-# and so no caller's behind one.
-ADDRESS = "203.0.113.7"
-# Names in the browser. That of the service leads to that address, the others to loopback.
-SERVICE = "checker.example"
-OTHER_SITE = "elsewhere.example"
-OWN_NAME = "provider.example"
-
-_HANGS_AFTER = 60_000  # milliseconds
-expect.set_options(timeout=_HANGS_AFTER)
-
-_FLAGS = [
-    "--no-sandbox",  # Chromium's own sandbox does not work for root
-    "--disable-gpu",
-    "--disable-lcd-text",  # for pictures without coloured edges
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    f"--host-resolver-rules=MAP {SERVICE} {ADDRESS}, MAP {OTHER_SITE} 127.0.0.1, "
-    f"MAP {OWN_NAME} 127.0.0.1",
-]
-
-
-class Visitor:
-    """Somebody with a browser, whose page must not show a fault.
-
-    Attributes:
-        page: The page that is open.
-        requests: What it asked for, in order.
-        problems: Errors on its console, of its script and of its content policy.
-    """
-
-    def __init__(self, page: Page) -> None:
-        self.page = page
-        self.requests: list[Request] = []
-        self.problems: list[str] = []
-        page.on("request", lambda request: self.requests.append(request))
-        page.on("console", self._listen)
-        page.on("pageerror", lambda error: self.problems.append(str(error)))
-
-    def _listen(self, message: ConsoleMessage) -> None:
-        if message.type in ("error", "warning"):
-            self.problems.append(message.text)
-
-    @property
-    def checks(self) -> list[Any]:
-        """The bodies of the checks that it asked for."""
-        return [sent.post_data_json for sent in self.requests if sent.method == "POST"]
-
-    def check(self, *ports: int | str) -> None:
-        """Enter ports and have them checked."""
-        self.page.get_by_label("Ports").fill(", ".join(map(str, ports)))
-        self.page.get_by_role("button", name="Check").click()
-
-    def rows(self) -> list[tuple[str, ...]]:
-        """The ports, verdict and sentence of each row of the results."""
-        expect(self.page.locator("#results")).to_be_visible()
-        rows = self.page.locator("#results tbody tr").all()
-        return [
-            (row.locator("th").inner_text(), *row.locator("p").all_inner_texts()) for row in rows
-        ]
-
-    def status(self) -> str:
-        """What the page says of how it goes."""
-        return self.page.locator("#status").inner_text()
-
-    def violations(self) -> dict[str, list[str]]:
-        """What axe finds: the elements by the rule that they break."""
-        found = Axe().run(self.page).response["violations"]
-        return {rule["id"]: [node["html"] for node in rule["nodes"]] for rule in found}
-
-    def forgive(self, fault: str) -> None:
-        """Take the one problem that a test provokes, and that the browser notes on its console."""
-        (problem,) = self.problems
-        assert fault in problem
-        self.problems.clear()
-
-    def expect_status(self, text: str) -> None:
-        expect(self.page.locator("#status")).to_have_text(text)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,7 +27,7 @@ def _loopback_alone() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def chromium(_loopback_alone: None) -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=_FLAGS)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
         browser.close()
 
@@ -122,7 +40,7 @@ def visit(chromium: Browser) -> Iterator[Callable[..., Visitor]]:
 
         def open_url(url: str, **settings: Any) -> Visitor:
             context = stack.enter_context(chromium.new_context(**settings))
-            context.set_default_timeout(_HANGS_AFTER)
+            context.set_default_timeout(HANGS_AFTER)
             visitor = Visitor(context.new_page())
             visitors.append(visitor)
             visitor.page.goto(url)

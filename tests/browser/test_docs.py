@@ -7,7 +7,7 @@ import pytest
 from playwright.sync_api import expect
 
 from port_checker.schemas import ERROR_EXAMPLES
-from tests.browser.conftest import Visitor
+from tests.support.browser import Visitor
 from tests.support.loopback import open_port
 from tests.support.service import serve
 

@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import Browser, FloatRect, expect
 
 from port_checker import advice
-from tests.browser.conftest import ADDRESS, OTHER_SITE, OWN_NAME, SERVICE, Visitor
+from tests.support.browser import ADDRESS, OTHER_SITE, OWN_NAME, SERVICE, Visitor
 from tests.support.loopback import open_listener, open_port, ports, refused_port, silent_port
 from tests.support.namespace import ROOT
 from tests.support.proxies import needs_proxies, nginx
@@ -57,6 +57,29 @@ def test_a_check_by_keyboard_alone(url: str, visit: Visit) -> None:
         keyboard.press("Enter")
         expect(page.get_by_role("status").get_by_text("Copied.")).to_be_visible()
     assert visitor.checks == [{"provider_ip": "127.0.0.1", "ports": [opened, refused]}]
+
+
+def test_it_checks_over_ipv6_whoever_comes_over_it(visit: Visit) -> None:
+    with serve(host="::1", retries=1) as client, open_port("::1") as opened:
+        visitor = visit(str(client.base_url))
+        expect(visitor.page.get_by_text("Your address: ::1 (IPv6)")).to_be_visible()
+        visitor.check(opened)
+        visitor.expect_status("1 of 1 port can be reached.")
+
+
+@needs_proxies
+def test_a_visitor_whose_address_is_unknown_is_told_so(
+    url: str, visit: Visit, tmp_path: Path
+) -> None:
+    unknown = "proxy_set_header X-Forwarded-For unknown;"
+    with nginx(tmp_path, httpx.URL(url).port or 0, unknown) as port:
+        visitor = visit(f"http://127.0.0.1:{port}")
+        told = "The service does not see your address, so it cannot check it from here."
+        visitor.expect_status(told)
+        expect(visitor.page.get_by_text("Your address: unknown")).to_be_visible()
+        visitor.check(7466)
+        visitor.expect_status(told)
+    assert not visitor.checks
 
 
 def test_ports_with_the_same_result_share_a_row(url: str, visit: Visit) -> None:

@@ -54,7 +54,7 @@ def test_the_service_does_what_its_schema_says(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=60 + EXAMPLES / 5,
+        timeout=600 + EXAMPLES,  # only catches a hang
         check=False,
     )
     assert done.returncode == 0, done.stdout

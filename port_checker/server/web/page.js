@@ -65,7 +65,7 @@ async function check() {
 async function ask(path, options) {
   let response, answer;
   try {
-    const signal = AbortSignal.timeout((longestCheck + 10) * 1000);
+    const signal = AbortSignal.timeout((longestCheck + 30) * 1000);
     response = await fetch(path, { cache: "no-store", signal, ...options });
     answer = await response.json();
   } catch {
