@@ -6,6 +6,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from port_checker.addresses import Address, parse_address
 from port_checker.checker import Checker
 from port_checker.connect import CheckFailed, OpenConnectionPacer
 from port_checker.tls import TlsClient, TlsVerdict
-from tests.support.loopback import refused_port, silent_port
+from tests.support.loopback import full_backlog, refused_port, silent_port
 from tests.support.namespace import in_namespace, needs_root
 from tests.support.tls import (
     answering,
@@ -366,6 +367,19 @@ def test_a_connection_that_fails_is_tried_again(authority: trustme.CA) -> None:
     with endpoint(in_turn(reset, reset)) as port:
         verdict = check(port, waits=waits, retries=2)
     assert verdict == failed("Connection reset by peer", try_again=True)
+
+
+def test_of_attempts_that_fail_the_last_that_was_answered_counts() -> None:
+    with refused_port() as port:
+        pass
+    with ExitStack() as stack:
+
+        async def make_silent(_: float) -> None:
+            stack.enter_context(full_backlog(port=port))
+
+        checker = Checker(retries=2, retry_delay=7, timeout=0.2, max_in_flight=1, sleep=make_silent)
+        verdict = asyncio.run(checker.check_tls(LOOPBACK, port, [LOOPBACK]))
+    assert verdict.error == "Connection refused"
 
 
 @pytest.mark.parametrize("names", [["127.0.0.2"], ["127.0.0.1"]])
