@@ -181,7 +181,7 @@ class TlsClient:
                 raise _handshake_failed("connection closed by peer", try_again=True)
             received += len(data)
             if received > _MOST_RECEIVED:
-                raise _handshake_failed(f"no end of it after {_MOST_RECEIVED} bytes")
+                raise _handshake_failed(f"more than {_MOST_RECEIVED} bytes received")
             incoming.write(data)
             finished = await self._in_thread(lambda: _is_finished(tls))
 
@@ -268,9 +268,9 @@ def _is_finished(tls: ssl.SSLObject) -> bool:
 
 
 def _connection_failure(error: OSError) -> _Failed | CheckFailed:
-    if error.errno in OWN_TROUBLE or error.errno == errno.EPERM:  # by this machine's own firewall
+    if error.errno in OWN_TROUBLE or error.errno == errno.EPERM:  # this machine's own firewall
         return CheckFailed(f"could not send or receive: {error.strerror}")
-    if isinstance(error, BrokenPipeError):  # the same, told to who sends
+    if isinstance(error, BrokenPipeError):  # the same, noticed when sending
         return _handshake_failed("Connection reset by peer", try_again=True)
     return _handshake_failed(error.strerror or str(error), try_again=True)
 
