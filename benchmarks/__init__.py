@@ -1,6 +1,7 @@
 """``make bench``: side by side with the published golem-port-checker and a bare connect loop.
 
-All traffic stays on this machine's loopback. Linux only, since it uses epoll and /proc.
+All traffic stays on this machine's loopback, or in network namespaces (``hostile``). Linux only,
+since it uses epoll and /proc.
 """
 
 HOST = "127.0.0.1"

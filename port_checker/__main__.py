@@ -8,13 +8,12 @@ _INTERRUPTED = 130
 
 def main() -> None:
     """Run the program; an interrupt while it is still being loaded ends it quietly."""
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        from port_checker.cli import app  # whoever started it wants interrupts to be ignored
-    else:
+    # Whoever has interrupts ignored (nohup, a shell's background jobs) wants them to stay so.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
-        from port_checker.cli import app
 
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    from port_checker.cli import app
+
     app()
 
 

@@ -39,11 +39,11 @@ class NoRoom(Exception):
 
 
 class CallerOverLimit(NoRoom):
-    """The caller, or its network, has its share in flight."""
+    """The caller, or its network, would have more than its share in flight."""
 
 
 class Overloaded(NoRoom):
-    """All callers together have as many ports in flight as there may be."""
+    """All callers together would have more ports in flight than there may be."""
 
 
 def max_for_others(max_in_flight: int) -> int:
@@ -55,7 +55,7 @@ def max_for_others(max_in_flight: int) -> int:
 
 
 class Reservation:
-    """Ports in flight that are held for one check: a context manager, which gives them back."""
+    """Ports in flight, reserved for one check; a context manager that gives them back."""
 
     def __init__(
         self, in_flight: dict[Hashable, int], holders: Sequence[Hashable], ports: int
@@ -74,7 +74,7 @@ class Reservation:
             self.release(self._ports)
 
     def release(self, ports: int) -> None:
-        """Give back so many, which are in flight no more."""
+        """Give back ``ports``, which are no longer in flight."""
         self._ports -= ports
         for holder in self._holders:
             left = self._in_flight[holder] - ports
@@ -96,7 +96,7 @@ class Checker:
         timeout: Seconds that one attempt may last.
         max_in_flight: Ports that may be under check at once.
         max_per_caller: Ports of these that one caller may have; None for no bound.
-        sleep: Waits for so many seconds; called between rounds.
+        sleep: Waits for a number of seconds; called between rounds.
     """
 
     def __init__(

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -60,6 +61,7 @@ def serve() -> None:
 
     Exit status: 0 after a normal stop, 1 if it cannot start, 2 if a setting is wrong.
     """
+    _raise_interrupts()
     from port_checker.server.run import serve as run_server
     from port_checker.server.settings import SettingsError, load_settings
 
@@ -165,18 +167,13 @@ def check(
         _require_address(ip, families)
     raise_descriptor_limit()
     try:
+        _raise_interrupts()
         reports = [
             _verify(pairs, endpoints, servers, ip, family, quiet=as_json) for family in families
         ]
+        _print(reports, as_json)
     except KeyboardInterrupt:
         raise typer.Exit(_INTERRUPTED) from None
-    try:
-        _print(reports, as_json)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left cannot be written either
-        sys.stderr.write(f"port-checker: cannot write the report: {error.strerror}\n")
-        raise typer.Exit(_SOME_UNREACHABLE) from None
     if not any(server.asked for report in reports for server in report.servers):
         raise typer.Exit(_NO_SERVER)
     all_good = all(
@@ -184,6 +181,12 @@ def check(
         for report in reports
     )
     raise typer.Exit(_ALL_REACHABLE if all_good else _SOME_UNREACHABLE)
+
+
+def _raise_interrupts() -> None:
+    """Have an interrupt raised as ``KeyboardInterrupt`` from here on, not end the process."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _verify(
@@ -209,6 +212,16 @@ def _verify(
 
 
 def _print(reports: Sequence["Report"], as_json: bool) -> None:
+    try:
+        _write(reports, as_json)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left cannot be written either
+        sys.stderr.write(f"port-checker: cannot write the report: {error.strerror}\n")
+        raise typer.Exit(_SOME_UNREACHABLE) from None
+
+
+def _write(reports: Sequence["Report"], as_json: bool) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a server's words may not fit the encoding
     if as_json:

@@ -326,7 +326,7 @@ class _Round:
         return len(self._waiting)
 
     def give_up(self, count: int) -> None:
-        """End so many attempts, whose time is over."""
+        """End ``count`` attempts that have timed out."""
         for _ in range(count):
             _, (sock, port) = self._waiting.popitem()
             with sock:

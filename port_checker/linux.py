@@ -36,6 +36,7 @@ _TCP_INFO_SIZE = 104  # bytes of struct tcp_info, up to tcpi_total_retrans (linu
 class TcpState(IntEnum):
     """The state of a TCP socket (net/tcp_states.h); the states that we ask for."""
 
+    SYN_SENT = 2
     SYN_RECV = 3
     LISTEN = 10
     OTHER = -1
@@ -222,7 +223,8 @@ def could_not_retransmit(sock: socket.socket) -> bool:
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
     (retrans,) = struct.unpack_from("=I", info, 36)
     (total_retrans,) = struct.unpack_from("=I", info, 100)
-    return bool(total_retrans and not retrans)
+    # Once it is connected nothing is left to be sent again, whatever was before.
+    return info[0] == TcpState.SYN_SENT and bool(total_retrans and not retrans)
 
 
 @dataclass(frozen=True, slots=True)

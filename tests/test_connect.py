@@ -353,3 +353,23 @@ def test_the_end_of_many_silent_attempts_does_not_hold_up_the_loop() -> None:
         verdicts = asyncio.run(attempt(LOOPBACK, silent + opened, 0.5, pacer))
     assert verdicts == dict.fromkeys(silent, TIMED_OUT) | dict.fromkeys(opened, OPEN)
     assert pacer.granted == 20 + 20 + 20
+
+
+RETRANSMITTED_SCRIPT = """
+import socket
+from port_checker.linux import could_not_retransmit
+with socket.create_server(("127.0.0.1", 20000)), socket.socket() as client:
+    client.connect(("127.0.0.1", 20000))
+    print(could_not_retransmit(client))
+"""
+
+
+@needs_root
+def test_a_connection_made_by_the_second_packet_is_not_the_firewalls_fault() -> None:
+    told = in_namespace(
+        RETRANSMITTED_SCRIPT,
+        "nft add table inet lab",
+        "nft add chain inet lab input '{ type filter hook input priority 0; }'",
+        "nft add rule inet lab input tcp dport 20000 tcp flags syn numgen inc mod 2 == 0 drop",
+    )
+    assert told == "False\n"

@@ -103,19 +103,21 @@ class Listeners:
         Unless a check of the other family is running: the listeners are its own.
         """
         found: defaultdict[int, list[TcpSocket]] = defaultdict(list)
+        checks = self._checks_of_other_family()
         for sock in tcp_sockets(frozenset(self._ports)):
             is_other = sock.state is TcpState.LISTEN and sock.ipv6 != self._ipv6
             if is_other and not sock.address.is_loopback:
                 found[sock.port].append(sock)
-        # A check is marked for as long as it listens, and so it is looked for in this order.
-        checks = re.findall(
-            f"@{_MARK.format(version=4 if self._ipv6 else 6)}([0-9]+)-([0-9]+)-",
-            Path("/proc/net/unix").read_text() if found else "",
-        )
-        for low, high in checks:
-            for port in [port for port in found if int(low) <= port <= int(high)]:
+        # A check may have begun or ended meanwhile: it is marked for as long as it listens.
+        for low, high in checks + self._checks_of_other_family():
+            for port in [port for port in found if low <= port <= high]:
                 del found[port]
         return found
+
+    def _checks_of_other_family(self) -> list[tuple[int, int]]:
+        mark = f"@{_MARK.format(version=4 if self._ipv6 else 6)}([0-9]+)-([0-9]+)-"
+        found = re.findall(mark, _read_text("/proc/net/unix"))
+        return [(int(low), int(high)) for low, high in found]
 
     def _open(self, port: int, others: list[TcpSocket]) -> None:
         try:
@@ -178,6 +180,12 @@ class Listeners:
         asyncio.get_running_loop().remove_reader(connection)
         self._held.remove(connection)
         connection.close()
+
+
+def _read_text(path: str) -> str:
+    with contextlib.suppress(OSError):
+        return Path(path).read_text(errors="replace")
+    return ""
 
 
 _BINDINGS: dict[int, LocalBinding] = {

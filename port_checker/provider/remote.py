@@ -52,7 +52,8 @@ class Waits:
             more than 30.
         pauses: Before each new attempt after failures in a row, where the server does not say how
             long to wait by ``Retry-After``.
-        patience: In total, for one server, until it checks something.
+        patience: In total, for one server, until it checks something; attempts without an answer
+            count, too.
         late_connections: After an answer, for the connections that it reports: when the last
             packet of a handshake is lost, the next one follows after a retransmission timeout.
         between_groups: Between small groups of ports, when new connections are limited on the way.
@@ -81,7 +82,7 @@ class _ErrorDetail(BaseModel):
 
     code: str
     message: str
-    ports: list[int] = []
+    ports: list[int] | None = None
 
 
 class _ErrorBody(BaseModel):
@@ -237,7 +238,7 @@ class Server:
         detail = _error_detail(response)
         if detail and detail.code == ErrorCode.TOO_MANY_PORTS and len(ports) > 1:
             raise _Overloaded
-        if detail and (excluded := set(detail.ports) & set(ports)):
+        if detail and (excluded := set(detail.ports or ()) & set(ports)):
             return {}, excluded
         raise ServerError(_describe(response, self.url))
 
@@ -253,12 +254,14 @@ class Server:
         pauses = iter(self._waits.pauses)
         while True:
             retry_after = None
+            started = asyncio.get_running_loop().time()
             try:
                 response = await self._http.request(self.url, method, path, body, max_size)
             except HttpError as error:
                 if not error.passes:
                     raise ServerError(str(error)) from None
                 trouble, detail = str(error), None
+                self._patience -= asyncio.get_running_loop().time() - started
             else:
                 self.local, self.remote = response.local, response.remote
                 detail = _error_detail(response)
@@ -319,5 +322,5 @@ def _describe(response: Response, url: ServerUrl) -> str:
     if sender := response.headers.get("server"):
         status += f" from {printable(sender)}"
     if response.status in _PASSING:
-        return f"a proxy or server on the way answers with {status}"
+        return f"answer with {status}: it, or a proxy before it, is down or busy"
     return f"unexpected answer, {status}: is this a port checker?"

@@ -15,7 +15,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from port_checker.provider.remote import MAX_PORTS_PER_REQUEST
@@ -75,7 +75,8 @@ def progress(
     columns: list[ProgressColumn] = [SpinnerColumn("line")]
     if ports > MAX_PORTS_PER_REQUEST:
         columns += [BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn()]
-    columns.append(TextColumn("{task.description}", markup=False))
+    one_line = Column(no_wrap=True, overflow="crop")  # else a narrow terminal would keep pieces
+    columns.append(TextColumn("{task.description}", markup=False, table_column=one_line))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=ports)
         yield (
@@ -152,7 +153,7 @@ def _notes(report: Report) -> Iterator[str]:
         if server.error and server.asked:
             yield f"{server.url} checked only some of the ports: {server.error}."
         elif server.error and not in_rows:
-            yield f"{server.url} {server.error}."
+            yield f"{server.url}: {server.error}."
     yield from report.notes
     whose = report.ip or "this machine"
     over = f"over IPv{report.family}"

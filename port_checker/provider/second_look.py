@@ -51,11 +51,12 @@ async def trace_forwards(
     left = list(pairs)
     for _ in range(_ROUNDS):
         try:
-            arrivals |= await _trace_once(server, left, listeners, checkers, waits)
+            found = await _trace_once(server, left, listeners, checkers, waits)
         except ServerError:
             break
-        left = [pair for pair in left if pair.outer not in arrivals and pair.inner in seen]
-        if not left:
+        arrivals |= found
+        left = [pair for pair in left if pair.outer not in arrivals]
+        if not left or not found:
             break
     # Those that nothing else was found out about stand as they were first seen.
     unclaimed = seen - set(arrivals.values())
@@ -77,7 +78,7 @@ async def _trace_once(
         verdicts = await server.look_again([pair.outer for pair in half])
         reached = [pair for pair in half if verdicts[pair.outer].accessible]
         await listeners.wait_until_seen(
-            [pair.inner for pair in reached], waits.late_connections / 2, enough=len(reached)
+            [pair.inner for pair in reached], waits.late_connections / 3, enough=len(reached)
         )
         for pair in reached:
             connected[pair.outer] += 1 << bit
@@ -96,7 +97,15 @@ async def _trace_once(
         outers = by_halves[halves]
         if len(outers) == 1 and outers[0] not in arrivals:
             arrivals[outers[0]] = inner
-    return arrivals
+    # A port that gets its own connections may get others' besides.
+    claimed = set(arrivals.values())
+    return {
+        pair.outer: pair.inner
+        for pair in pairs
+        if pair.inner not in claimed
+        and (halves := connected[pair.outer])
+        and halves & arrived[pair.inner] == halves
+    } | arrivals
 
 
 def _checkers(seen: Mapping[int, Collection[Address]], ports: int) -> set[Address]:

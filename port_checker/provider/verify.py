@@ -298,7 +298,7 @@ class _Check:
             other_family=pair.inner in listeners.other_family,
             excluded=any(pair.outer in server.excluded for server in self.servers),
             reason="; ".join(
-                f"{server.url} {server.error}" for server in self.servers if server.error
+                f"{server.url}: {server.error}" for server in self.servers if server.error
             )
             or "no server was asked",
         )

@@ -17,8 +17,8 @@ from redis.backoff import NoBackoff
 
 from port_checker.server.gcra import PAY_IN_REDIS, Charge
 
-# Seconds that a payment waits for Redis. A request pays twice at most and waits for 0.1 at the
-# most, all told; each turn of the event loop may end a millisecond late.
+# Seconds that a payment waits for Redis. A request pays at most twice and may wait for at most 0.1
+# seconds in all; each turn of the event loop may end a millisecond late.
 ANSWER_TIMEOUT: Final = 0.04
 
 # A timeout counts in this many turns of the event loop: time in which this process was too busy to
@@ -31,8 +31,8 @@ _PROBE_INTERVAL: Final = 0.5  # seconds between attempts to reach Redis again
 # Payments that travel together, so that one call does not occupy Redis for long.
 _MOST_TOGETHER: Final = 100
 
-# Takes from a limit like a payment, so that a Redis which answers but refuses to write is not
-# taken to be well.
+# Takes from a limit like a payment, so that a Redis which answers but refuses to write counts as
+# unavailable.
 _PROBE: Final = Charge("port-checker:probe", interval=0.001, capacity=1000, cost=1)
 
 logger = logging.getLogger(__name__)

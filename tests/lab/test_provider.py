@@ -5,18 +5,27 @@ provider's machine is behind a router, which translates addresses for IPv4 alone
 machine has its public addresses itself.
 """
 
+import contextlib
+import html
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
+from rich.console import Console
 
 from port_checker import advice
+from port_checker.provider import Report
+from port_checker.provider.screen import show
 from tests.lab import network
 from tests.lab.network import Lab
 
@@ -257,3 +266,248 @@ def test_each_situation_has_its_sentences(quick_lab: Lab, situation: Situation) 
             assert "limits how many new connections it lets in per second" in note
         else:
             assert report["notes"] == notes, version
+
+
+def word(ports: range) -> str:
+    return f"{ports[0]}-{ports[-1]}"
+
+
+def results(report: Any) -> dict[int, tuple[bool, str | None]]:
+    return {port["port"]: (port["reachable"], port["advice"]) for port in report["ports"]}
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_crossed_forwards_are_named(quick_lab: Lab, version: int) -> None:
+    """Each port but the last leads to the next one, and a forward of the last is missing."""
+    ports = quick_lab.take(50)
+    quick_lab.cross(ports[:-1], 1)
+    quick_lab.filter("internet", "forward", ports[-1:], "reject with tcp reset")
+    report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, version))
+    assert report["reachable"] == 0
+    assert {results(report)[port] for port in ports[:-1]} == {(False, advice.CROSSED)}
+    assert report["ports"][-1]["error"] == REFUSED
+    assert [port["arrives_at"] for port in report["ports"]] == [*ports[1:], None]
+    assert report["notes"] == [
+        advice.FORWARDS_CROSSED.format(
+            outer=word(ports[:-1]),
+            inner=word(ports[1:]),
+            pairs=f"{word(ports[:-1])}:{word(ports[1:])}",
+        )
+    ]
+
+
+def test_two_ports_that_are_exchanged_are_found_behind_a_router(quick_lab: Lab) -> None:
+    """All is accessible and every listener sees a connection."""
+    ports = quick_lab.take(10)
+    quick_lab.cross(ports[3:4], 1)
+    quick_lab.cross(ports[4:5], -1)
+    quick_lab.forward(ports[:3])
+    quick_lab.forward(ports[5:])
+    report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, 4))
+    assert [port["port"] for port in report["ports"] if not port["reachable"]] == list(ports[3:5])
+    assert [port["arrives_at"] for port in report["ports"][3:5]] == [ports[4], ports[3]]
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_outer_and_inner_ports_may_differ(quick_lab: Lab, version: int) -> None:
+    ports = quick_lab.take(40)
+    outer, inner = ports[:20], ports[20:]
+    quick_lab.cross(outer, 20)
+    server = url_of(network.CHECKER, version)
+    report = check(quick_lab, "provider", f"{word(outer)}:{word(inner)}", server=server)
+    assert results(report) == dict.fromkeys(outer, (True, None))
+    assert report["notes"] == []
+    # Who does not say so is not told falsehoods.
+    report = check(quick_lab, "provider", word(ports), server=server)
+    assert {results(report)[port] for port in outer} == {(False, advice.CROSSED)}
+    # Without translation the inner ports can be reached as well.
+    assert report["reachable"] == (20 if version == 6 else 0)
+
+
+def test_a_hundred_ports_of_which_ten_are_not_forwarded(quick_lab: Lab) -> None:
+    ports = quick_lab.take(100)
+    forgotten = ports[40:50]
+    quick_lab.forward(ports[:40])
+    quick_lab.forward(ports[50:])
+    report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, 4))
+    assert [port for port, (good, _) in results(report).items() if not good] == list(forgotten)
+    assert {results(report)[port][1] for port in forgotten} == {advice.NOT_FORWARDED}
+    assert report["notes"] == []
+
+
+def test_ports_that_the_server_may_not_connect_to_cost_no_other_its_verdict(
+    quick_lab: Lab,
+) -> None:
+    ports = quick_lab.take(20)
+    quick_lab.forward(ports)
+    quick_lab.filter("checker", "output", ports[3:5], "reject")
+    report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, 4))
+    assert report["reachable"] == 18
+    assert [results(report)[port] for port in ports[3:5]] == [(False, advice.SERVER_CANNOT)] * 2
+    assert report["notes"] == []
+
+
+def test_a_server_on_this_machine_says_nothing_about_the_world(quick_lab: Lab) -> None:
+    quick_lab.serve("provider", **QUICK)
+    for host in ("127.0.0.1", network.PROVIDER_BEHIND_NAT):
+        server = f"http://{host}:{QUICK_PORT}"
+        report = check(quick_lab, "provider", word(quick_lab.take(5)), server=server)
+        assert report["reachable"] == 5
+        assert report["notes"] == [advice.SERVER_HERE.format(url=server)]
+
+
+def test_a_server_on_the_same_network_says_nothing_about_the_world(quick_lab: Lab) -> None:
+    quick_lab.serve("neighbour", **QUICK)
+    server = url_of(network.NEIGHBOUR, 4)
+    report = check(quick_lab, "provider", word(quick_lab.take(5)), server=server)
+    assert report["reachable"] == 5
+    assert report["notes"] == [
+        advice.SERVER_NEARBY.format(url=server, ip=network.PROVIDER_BEHIND_NAT)
+    ]
+
+
+def test_a_nat_before_the_server_hides_its_callers(quick_lab: Lab) -> None:
+    """The neighbour's service is reached as Docker's would be: it sees its router for everybody."""
+    ports, port = quick_lab.take(5), quick_lab.take(1)
+    quick_lab.serve("neighbour", **{**QUICK, "PORT_CHECKER_PORT": str(port[0])})
+    quick_lab.forward(port, network.NEIGHBOUR)
+    masquerade = f"oifname neighbour tcp dport {port[0]} masquerade"
+    quick_lab.run("router", "nft", "add", "rule", "inet", "lab", "postrouting", masquerade)
+    server = f"http://{network.ROUTER[4]}:{port[0]}"
+    program = quick_lab.popen(
+        "third",
+        *ONE_COMMAND,
+        word(ports),
+        "--server",
+        server,
+        env={**os.environ},
+        output=subprocess.PIPE,
+    )
+    report = json.loads(program.communicate(timeout=120)[0])
+    assert report["notes"] == [advice.NAT_BEFORE_SERVER.format(url=server, ip="192.168.2.1")]
+    assert not report["reachable"]
+    for port_report in report["ports"]:
+        told = advice.CALLER_HIDDEN, advice.NOT_CHECKED.format(reason="")[:-2]
+        assert port_report["advice"].startswith(told)
+    given = check(quick_lab, "third", word(ports), "--ip", network.THIRD[4], server=server)
+    assert (given["reachable"], given["notes"]) == (5, [])
+
+
+def test_connections_of_this_machine_do_not_get_in_the_way(quick_lab: Lab) -> None:
+    """With the ephemeral range on the ports: three times in a row, and all can be bound after."""
+    ports = quick_lab.take(100)
+    quick_lab.forward(ports)
+    own_range = "/proc/sys/net/ipv4/ip_local_port_range"
+    reserved = "/proc/sys/net/ipv4/ip_local_reserved_ports"
+
+    def set_range(value: str) -> str:
+        before = Path(own_range).read_text()
+        Path(own_range).write_text(value)
+        return before
+
+    def bind_all_without_reuseaddr() -> None:
+        with contextlib.ExitStack() as stack:
+            for port in ports:
+                sock = stack.enter_context(socket.socket())
+                sock.bind(("", port))
+                sock.listen()
+
+    before = quick_lab.submit("provider", set_range, f"{ports[0]} {ports[-1]}").result()
+    try:
+        for _ in range(3):
+            report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, 4))
+            assert report["reachable"] == 100
+            quick_lab.submit("provider", bind_all_without_reuseaddr).result()
+        # Another program's outgoing connection takes one of them.
+        where = (network.CHECKER[4], QUICK_PORT)
+        outgoing = quick_lab.submit("provider", socket.create_connection, where, 30).result()
+        with outgoing:
+            port = outgoing.getsockname()[1]
+            report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, 4))
+        assert report["reachable"] == 99
+        assert results(report)[port] == (False, advice.OUTGOING_CONNECTION)
+        assert report["notes"] == [advice.RESERVE_PORTS.format(ports=word(ports))]
+        quick_lab.submit("provider", Path(reserved).write_text, word(ports)).result()
+        with pytest.raises(OSError, match="Cannot assign"):
+            quick_lab.submit("provider", socket.create_connection, where, 30).result()
+    finally:
+        quick_lab.submit("provider", Path(reserved).write_text, "\n").result()
+        quick_lab.submit("provider", set_range, before).result()
+
+
+def test_programs_that_have_a_port_and_are_not_reached(quick_lab: Lab) -> None:
+    ports = quick_lab.take(5)
+    quick_lab.forward(ports)
+    loopback, ipv6_only, full, bound, firewalled = ports
+
+    def hold() -> list[socket.socket]:
+        held = [
+            socket.create_server(("127.0.0.1", loopback)),
+            socket.create_server(("::", ipv6_only), family=socket.AF_INET6),
+            socket.create_server(("", full), backlog=1),
+            socket.create_server(("", firewalled)),
+            socket.socket(),
+        ]
+        held[-1].bind(("", bound))
+        while True:  # until its backlog is full
+            client = socket.socket()
+            held.append(client)
+            client.settimeout(1)
+            if client.connect_ex(("127.0.0.1", full)):
+                return held
+
+    quick_lab.filter("provider", "input", range(firewalled, firewalled + 1), "drop")
+    held = quick_lab.submit("provider", hold).result()
+    try:
+        report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, 4))
+    finally:
+        for sock in held:
+            sock.close()
+    assert {port["local"] for port in report["ports"]} == {"in use"}
+    assert {port: text for port, (_, text) in results(report).items()} == {
+        loopback: advice.IN_USE_LOCALLY.format(addresses="127.0.0.1"),
+        ipv6_only: advice.IN_USE_OTHER_FAMILY.format(family="IPv4"),
+        full: advice.IN_USE_NOT_ACCEPTING.format(queued=2),
+        bound: advice.IN_USE_NOT_LISTENING,
+        firewalled: advice.IN_USE.format(and_router=advice.AND_ROUTER),
+    }
+
+
+PICTURE = Path(__file__).parent.parent.parent / "docs" / "check.svg"
+
+
+def test_the_picture_of_the_terminal_is_of_a_real_report(quick_lab: Lab) -> None:
+    """With UPDATE_PICTURE set, it is made anew."""
+    ports = range(50800, 50900)
+    quick_lab.forward(ports[:40])
+    quick_lab.forward(ports[50:])
+    document = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, 4))
+    with open(os.devnull, "w") as nowhere:
+        console = Console(
+            record=True,
+            file=nowhere,
+            force_terminal=True,
+            width=100,
+            markup=False,
+            emoji=False,
+            highlight=False,
+            color_system="truecolor",
+        )
+        command = "$ port-checker check --server https://checker.example"
+        console.print(command)
+        show(TypeAdapter(Report).validate_python(document), console)
+        picture = console.export_svg(title="port-checker check", unique_id="check")
+    # Its fonts would be loaded from elsewhere.
+    picture = re.sub(r"@font-face \{.*?\}", "", picture, flags=re.DOTALL)
+    if os.environ.get("UPDATE_PICTURE"):
+        PICTURE.parent.mkdir(exist_ok=True)
+        PICTURE.write_text(picture)
+    assert words_of(PICTURE.read_text()) == words_of(picture)
+    assert "90 of 100 ports of 60.0.2.2 are reachable over IPv4." in words_of(picture)
+    assert PICTURE.stat().st_size < 100_000
+
+
+def words_of(picture: str) -> str:
+    """The text on a picture."""
+    lines = re.findall(r"<text[^>]*>(.*?)</text>", picture)
+    return " ".join(html.unescape(" ".join(lines)).split())

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,7 @@ def error_of(url: str, ip: str | None = "127.0.0.1") -> str:
     assert server.error.isprintable()
     (port,) = report.ports
     assert (port.reachable, port.error, port.answers) == (False, None, {})
-    assert port.advice == advice.NOT_CHECKED.format(reason=f"{server.url} {server.error}")
+    assert port.advice == advice.NOT_CHECKED.format(reason=f"{server.url}: {server.error}")
     return server.error
 
 
@@ -298,6 +299,23 @@ def test_a_server_that_never_answers(body: bytes) -> None:
         finally:
             done.set()
     assert report.servers[0].error == "does not answer in time"
+
+
+def test_attempts_without_an_answer_use_up_patience() -> None:
+    attempts: list[bytes] = []
+    done = threading.Event()
+
+    def stall(connection: socket.socket) -> None:
+        attempts.append(connection.recv(1))
+        done.wait(60)
+
+    with raw_server(stall) as url:
+        try:
+            waits: dict[str, Any] = {"answer": 0.1, "pauses": (0.001,) * 20, "patience": 0.5}
+            check([free_port()], url, ip="127.0.0.1", **waits)
+        finally:
+            done.set()
+    assert len(attempts) <= 5
 
 
 @contextlib.contextmanager

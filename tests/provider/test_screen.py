@@ -171,7 +171,7 @@ def test_a_narrow_terminal_loses_nothing(encoding: str) -> None:
             ),
             [
                 "50800: bound; reachable.",
-                f"{OTHER} cannot be reached: Connection refused.",
+                f"{OTHER}: cannot be reached: Connection refused.",
                 "1 of 1 ports of 203.0.113.7 are reachable over IPv4.",
             ],
         ),

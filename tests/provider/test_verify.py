@@ -4,14 +4,17 @@ import asyncio
 import contextlib
 import gc
 import os
+import re
 import subprocess
 import sys
 import threading
+from ipaddress import ip_address
 
 import pytest
 
 from port_checker import advice
 from port_checker.provider import verify
+from port_checker.provider.listeners import Listeners
 from tests.support.loopback import free_port, free_ports, is_listened_on, open_listener
 from tests.support.namespace import ROOT, in_namespace, needs_root, needs_setpriv
 from tests.support.scripted import (
@@ -184,16 +187,129 @@ def test_without_a_server_nothing_is_known() -> None:
 # What the caller does wrong, and what is left behind
 
 
-@pytest.mark.parametrize("port", [0, -1, 65536])
-def test_a_port_that_is_none(port: int) -> None:
-    with pytest.raises(ValueError, match=f"{port} is not a port"):
-        check([50800, port])
+WRONG: list[tuple[type[Exception], str, dict[str, object]]] = [
+    (ValueError, "0 is not a port", {"ports": [50800, 0]}),
+    (ValueError, "65536 is not a port", {"ports": [(50800, 65536)]}),
+    (TypeError, "'51800'", {"ports": ["51800"]}),
+    (TypeError, "'51800'", {"ports": "51800"}),
+    (TypeError, "True", {"ports": [True]}),
+    (TypeError, "1.5", {"ports": [1.5]}),
+    (TypeError, "(1, 2, 3)", {"ports": [(1, 2, 3)]}),
+    (ValueError, "port 1 cannot lead to two", {"ports": [(1, 2), (1, 3)]}),
+    (ValueError, "two ports cannot lead to port 3", {"ports": [(1, 3), (2, 3)]}),
+    (TypeError, "servers must be a list", {"servers": "http://127.0.0.1:1"}),
+    (TypeError, "servers must be a list", {"servers": [None]}),
+    (ValueError, "not a valid server URL", {"servers": ["http://"]}),
+    (ValueError, "address", {"ip": "localhost"}),
+    (ValueError, "address", {"ip": ""}),
+    (ValueError, "address", {"ip": "fe80::1%lo"}),
+    (TypeError, "7", {"ip": 7}),
+    (ValueError, "family must be 4 or 6", {"family": 5}),
+    (ValueError, "127.0.0.1 is not an IPv6 address", {"ip": "127.0.0.1", "family": 6}),
+]
 
 
-@pytest.mark.parametrize("ip", ["localhost", "127.0.0.1:80", "127.0.0.01", "fe80::1%lo"])
-def test_an_ip_that_is_none(ip: str) -> None:
-    with pytest.raises(ValueError, match="address"):
-        check([50800], ip=ip)
+@pytest.mark.parametrize(("error", "said", "given"), WRONG)
+def test_wrong_arguments_are_told_at_the_door(
+    error: type[Exception], said: str, given: dict[str, object]
+) -> None:
+    arguments = {"ports": [50800], "servers": [], **given}
+    with pytest.raises(error, match=re.escape(said)):
+        asyncio.run(verify(**arguments))  # type: ignore[arg-type]
+
+
+def test_an_address_may_be_given_as_an_object() -> None:
+    with scripted() as server:
+        report = asyncio.run(
+            verify(free_ports(1), servers=[server.url], ip=ip_address("127.0.0.3"))
+        )
+    assert report.ip == "127.0.0.3"
+
+
+def test_other_tasks_run_while_many_listeners_are_opened() -> None:
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def listen() -> None:
+        counting = asyncio.create_task(count())
+        async with Listeners(free_ports(1000), 4):
+            counting.cancel()
+
+    asyncio.run(listen())
+    assert turns >= 20
+
+
+# What is known about the way to this machine
+
+
+def test_each_server_is_asked_about_the_address_that_it_sees() -> None:
+    with scripted() as one, scripted(ip=Answer({"ip": "127.0.0.2"})) as other:
+        report = check(free_ports(1), one.url, other.url)
+    assert (one.addresses, other.addresses) == (["127.0.0.1"], ["127.0.0.2"])
+    written = f"127.0.0.1 ({one.url}), 127.0.0.2 ({other.url})"
+    assert advice.ADDRESSES_DIFFER.format(addresses=written) in report.notes
+
+
+def test_an_address_of_the_other_family_is_not_checked() -> None:
+    with scripted(ip=Answer({"ip": "::1"})) as server:
+        report = check(free_ports(1), server.url)
+    assert report.servers[0].error == "sees this machine at ::1, not at an IPv4 address"
+    assert server.asked == []
+
+
+def test_a_private_address_that_is_not_this_machines_is_that_of_a_nat() -> None:
+    with scripted(refused, ip=Answer({"ip": "172.17.0.1"})) as server:
+        report = check(free_ports(1), server.url)
+    assert report.ports[0].advice == advice.CALLER_HIDDEN
+
+
+def test_outer_ports_are_asked_for_and_inner_ports_are_listened_on() -> None:
+    inner, outer = free_ports(2)
+
+    def check_through_a_forward(asked: list[int]) -> Answer:
+        connect([inner])
+        return accessible(asked)
+
+    with scripted(check_through_a_forward) as server:
+        report = asyncio.run(verify([(outer, inner)], servers=[server.url], waits=short_waits()))
+    assert server.asked == [[outer]]
+    (port,) = report.ports
+    assert (port.port, port.inner, port.reachable) == (outer, inner, True)
+
+
+def test_ports_are_bound_before_the_server_is_asked_anything() -> None:
+    ports = free_ports(20)
+    bound: list[bool] = []
+
+    def ip() -> Answer:
+        bound.extend(map(is_listened_on, ports))
+        return TELLS_IP
+
+    with scripted(ip=ip) as server:
+        check(ports, server.url)
+    assert bound == [True] * 20
+
+
+def test_how_far_a_long_check_is() -> None:
+    ports = free_ports(2100)
+    told: list[tuple[int, int]] = []
+    with scripted() as server:
+        report = asyncio.run(
+            verify(
+                ports,
+                servers=[server.url],
+                on_checked=lambda done, total: told.append((done, total)),
+                waits=short_waits(),
+            )
+        )
+    assert report.reachable == 2100
+    assert told[-1] == (2100, 2100)
+    assert len(told) >= 3
 
 
 def test_cancelling_closes_the_listeners_at_once() -> None:
