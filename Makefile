@@ -5,6 +5,8 @@
 #   make test-lowest  run them on the lowest versions that pyproject.toml allows
 #   make cover        run them and list the lines they did not reach
 #   make lab          run only the tests in network namespaces; needs root, iproute2 and nftables
+#   make systemd-test  install the service in a Debian that systemd boots; needs root, debootstrap
+#                     and systemd-container
 #   make fuzz         run the tests with generated requests for minutes; FUZZ_EXAMPLES sets how many
 #   make lint         ruff and mypy
 #   make bench        measure, side by side with the published version; needs wrk
@@ -20,11 +22,14 @@ CONSTRAINTS ?= constraints.txt
 TEST_PROCESSES ?= 3
 PYTEST_FLAGS ?=
 FUZZ_EXAMPLES ?= 2000
+# Kept between runs and between checkouts.
+DEBIAN ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/golem-port-checker/debian-12
+DEBIAN_PACKAGES := systemd,systemd-sysv,dbus,python3,python3-venv,curl,iproute2,procps
 SOAK_MINUTES ?= 2
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: run test test-lowest cover lab fuzz lint bench soak pictures wheel clean
+.PHONY: run test test-lowest cover lab systemd-test fuzz lint bench soak pictures wheel clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/run.stamp
@@ -39,6 +44,17 @@ test-lowest:
 
 cover: $(VENV)/dev.stamp
 	@$(BIN)/pytest --cov --cov-report=term-missing
+
+systemd-test: $(VENV)/dev.stamp $(DEBIAN)
+	@SYSTEMD_TEST_ROOT=$(DEBIAN) $(BIN)/pytest tests/systemd
+
+# The tests work on copies, so it is made once.
+$(DEBIAN):
+	@echo "Making a Debian in $@ ..."
+	@mkdir -p $(@D)
+	@rm -rf $@.part
+	@debootstrap --variant=minbase --include=$(DEBIAN_PACKAGES) bookworm $@.part >$@.log
+	@mv $@.part $@
 
 lab: $(VENV)/dev.stamp
 	@$(BIN)/pytest tests/lab

@@ -27,6 +27,7 @@ from port_checker.schemas import (
 )
 from port_checker.server.caller import CallerResolver
 from port_checker.server.errors import NO_STORE, STATUS, ApiError
+from port_checker.server.metrics import Metrics
 from port_checker.server.origin import require_same_origin
 from port_checker.server.rate_limit import RateLimiter
 from port_checker.server.records import CheckRecord
@@ -52,6 +53,7 @@ class Api:
         callers: Finds out who asks.
         limiter: The rate limits.
         checker: Connects to the ports.
+        metrics: Where checks are counted.
     """
 
     def __init__(
@@ -60,12 +62,14 @@ class Api:
         callers: CallerResolver,
         limiter: RateLimiter,
         checker: Checker,
+        metrics: Metrics,
     ) -> None:
         self._settings = settings
         self._callers = callers
         self._targets = TargetRules(settings)
         self._limiter = limiter
         self._checker = checker
+        self._metrics = metrics
 
     def add_routes(self, app: FastAPI) -> None:
         """Add the routes to ``app``."""
@@ -138,7 +142,7 @@ class Api:
         await self._limiter.pay_request(caller)
         asked = CheckRequest.parse(await _read_body(request), self._settings.max_ports)
         target, ports = asked.provider_ip, asked.ports
-        with CheckRecord(caller, target, len(ports)) as record:
+        with CheckRecord(caller, target, len(ports), self._metrics) as record:
             verdicts = await self._run(
                 request,
                 caller,
@@ -148,6 +152,7 @@ class Api:
             )
             accessible = sum(verdict.accessible for verdict in verdicts.values())
             record.result = f"accessible={accessible}"
+        self._metrics.count_ports(verdict.error for verdict in verdicts.values())
         answer = CheckResponse.of(verdicts)
         if logger.isEnabledFor(logging.DEBUG):
             for port, verdict in verdicts.items():
@@ -167,7 +172,7 @@ class Api:
         await self._limiter.pay_request(caller)
         asked = TlsCheckRequest.parse(await _read_body(request))
         target = asked.target
-        with CheckRecord(caller, target, 1) as record:
+        with CheckRecord(caller, target, 1, self._metrics) as record:
             verdict = await self._run(
                 request,
                 caller,
@@ -176,6 +181,7 @@ class Api:
                 lambda room: self._checker.check_tls(target, asked.port, asked.expected, room),
             )
             record.result = f'tls="{verdict.error or "valid"}"'
+        self._metrics.count_tls(verdict.error)
         return _json_response(TlsCheckResponse.of(asked, verdict).model_dump_json())
 
     async def _run(

@@ -7,13 +7,18 @@ from port_checker.checker import Checker
 from port_checker.server.api import Api
 from port_checker.server.caller import CallerResolver
 from port_checker.server.errors import answer_errors
+from port_checker.server.metrics import Metrics
 from port_checker.server.pages import add_pages
 from port_checker.server.rate_limit import RateLimiter
 from port_checker.server.settings import Settings
 
 
 def create_app(
-    settings: Settings, *, limiter: RateLimiter | None = None, checker: Checker | None = None
+    settings: Settings,
+    *,
+    limiter: RateLimiter | None = None,
+    checker: Checker | None = None,
+    metrics: Metrics | None = None,
 ) -> FastAPI:
     """Make an application; each has its own limits and capacity.
 
@@ -21,6 +26,7 @@ def create_app(
         settings: How it behaves.
         limiter: Used instead of one made of the settings.
         checker: Used instead of one made of the settings.
+        metrics: Where to count; else nobody sees it.
     """
     limits = limiter or RateLimiter(
         settings.caller_rate_limit,
@@ -45,19 +51,18 @@ def create_app(
         lifespan=lambda _: limits.shared(),
     )
     callers = CallerResolver(settings.trusted_proxies)
-    Api(
-        settings,
-        callers,
-        limits,
-        checker
-        or Checker(
-            retries=settings.retries,
-            retry_delay=settings.retry_delay,
-            timeout=settings.timeout,
-            max_in_flight=settings.max_in_flight,
-            max_per_caller=settings.max_in_flight_per_caller,
-        ),
-    ).add_routes(app)
+    checker = checker or Checker(
+        retries=settings.retries,
+        retry_delay=settings.retry_delay,
+        timeout=settings.timeout,
+        max_in_flight=settings.max_in_flight,
+        max_per_caller=settings.max_in_flight_per_caller,
+    )
+    metrics = metrics or Metrics()
+    metrics.watch("ports_in_flight", lambda: checker.in_flight)
+    metrics.watch("ports_in_flight_limit", lambda: settings.max_in_flight)
+    metrics.watch("rate_limit_store_up", lambda: limits.store_is_available)
+    Api(settings, callers, limits, checker, metrics).add_routes(app)
     add_pages(app, settings)
-    answer_errors(app, callers)
+    answer_errors(app, callers, metrics)
     return app

@@ -12,6 +12,7 @@ from port_checker.checker import CallerOverLimit, NoRoom
 from port_checker.connect import CheckFailed
 from port_checker.schemas import ErrorCode, InvalidRequest
 from port_checker.server.caller import CallerResolver
+from port_checker.server.metrics import Metrics
 from port_checker.server.origin import CrossOrigin
 from port_checker.server.rate_limit import RateLimited
 from port_checker.server.records import RefusalLog
@@ -134,12 +135,13 @@ def to_api_error(error: Exception) -> ApiError:
             )
 
 
-def answer_errors(app: FastAPI, callers: CallerResolver) -> None:
-    """Have every exception in ``app`` answered with an error response, and refusals logged."""
+def answer_errors(app: FastAPI, callers: CallerResolver, metrics: Metrics) -> None:
+    """Have every exception in ``app`` answered, counted, and, if it is a refusal, logged."""
     refusals = RefusalLog()
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
         told = to_api_error(error)
+        metrics.count("errors", told.code)
         if told.code in _REFUSALS and not isinstance(error, ClientDisconnect):
             refusals.add(callers.resolve(request), told.code)
         detail: dict[str, object] = {"code": told.code, "message": told.message}

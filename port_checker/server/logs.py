@@ -162,6 +162,12 @@ class BackgroundHandler(logging.Handler):
                     select.select([], [self._descriptor], [])
 
 
+def dropped_lines() -> int:
+    """Return how many lines this process has dropped."""
+    handlers = logging.getLogger().handlers
+    return sum(each.dropped for each in handlers if isinstance(each, BackgroundHandler))
+
+
 def _dropped_record(count: int) -> logging.LogRecord:
     message = "%d log lines were dropped: nobody read them fast enough"
     return logging.LogRecord(__name__, logging.WARNING, __file__, 0, message, (count,), None)

@@ -22,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from port_checker.addresses import Address, Network, lies_in, parse_address
 from port_checker.schemas import ErrorCode
+from port_checker.server.metrics import Metrics
 from port_checker.server.records import RefusalLog
 
 # Seconds for a request to arrive, head and body together: the first from accept, a later one from
@@ -71,6 +72,7 @@ class ConnectionLimits:
         deadline: Seconds for a request to arrive, and for a client that does not read its answer.
         trusted_proxies: Addresses without a limit of their own. All others have one: a tenth of the
             connections, for an IPv4 address or an IPv6 /64.
+        metrics: Where refusals and missed deadlines are counted; None if nowhere.
 
     Attributes:
         is_stopping: Whether new requests are refused because the service is stopping.
@@ -82,8 +84,10 @@ class ConnectionLimits:
         max_connections: int,
         deadline: float = DEADLINE,
         trusted_proxies: Sequence[Network] = (),
+        metrics: Metrics | None = None,
     ) -> None:
         self.deadline = deadline
+        self.metrics = metrics or Metrics()
         self.is_stopping = False
         self.refusals = RefusalLog()
         self._trusted_proxies = trusted_proxies
@@ -430,6 +434,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _refuse(self, refused: _Refused) -> None:
         """Answer without the application, and close."""
+        self._limits.metrics.count("errors", refused.code)
         self._limits.refusals.add(_address_of(self.client), refused.code)
         status = refused.status
         error = {"detail": {"code": refused.code, "message": str(refused)}}
@@ -476,6 +481,8 @@ class BoundedProtocol(HttpToolsProtocol):
         if left > 0:
             self._timer = self.loop.call_later(left, self._close_if_expired)
         else:
+            if self._has_started and not self.transport.is_closing():
+                self._limits.metrics.count("receive_deadlines")
             self.transport.close()
 
     def _leave_groups(self) -> None:

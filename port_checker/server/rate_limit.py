@@ -76,6 +76,11 @@ class RateLimiter:
         self._memory = MemoryStoreBackend(options={"MAX_SIZE": max_keys})
         self._shared: SharedStore | None = None
 
+    @property
+    def store_is_available(self) -> bool:
+        """Whether limits can be kept where ``store`` says."""
+        return self._shared is None or self._shared.is_available
+
     @contextlib.asynccontextmanager
     async def shared(self) -> AsyncIterator[None]:
         """Share the limits with other processes in the block, if the store is Redis."""

@@ -22,6 +22,7 @@ from port_checker.addresses import Address, subscriber
 from port_checker.checker import NoRoom
 from port_checker.connect import CheckFailed
 from port_checker.schemas import ErrorCode
+from port_checker.server.metrics import Metrics
 from port_checker.server.rate_limit import RateLimited
 from port_checker.server.targets import TargetNotAllowed
 
@@ -40,16 +41,24 @@ class CheckRecord:
         caller: Who asked; None if unknown.
         target: The address to check.
         ports: How many ports to check on it.
+        metrics: Where the check is counted; None if nowhere.
 
     Attributes:
         result: What came out, as ``name=value``; set when the check has completed.
     """
 
-    def __init__(self, caller: Address | None, target: Address, ports: int) -> None:
+    def __init__(
+        self,
+        caller: Address | None,
+        target: Address,
+        ports: int,
+        metrics: Metrics | None = None,
+    ) -> None:
         self.result: str | None = None
         self._caller = caller or "unknown"
         self._target = target
         self._ports = ports
+        self._metrics = metrics or Metrics()
         self._started = time.perf_counter()
 
     def __enter__(self) -> Self:
@@ -60,14 +69,19 @@ class CheckRecord:
     ) -> None:
         match error:
             case None if self.result:
+                self._metrics.count("checks", "completed")
+                self._metrics.time_check(time.perf_counter() - self._started)
                 self._log(logging.INFO, "completed", f" {self.result}")
             case ClientDisconnect() | asyncio.CancelledError():
+                self._metrics.count("checks", "caller_left")
                 self._log(logging.INFO, "cancelled")
             case CheckFailed():
+                self._metrics.count("checks", "failed")
                 self._log(logging.ERROR, "failed", f' reason="{error}"')
             case TargetNotAllowed() | RateLimited() | NoRoom():
                 pass
             case Exception():
+                self._metrics.count("checks", "failed")
                 self._log(logging.ERROR, "bug")
 
     def _log(self, level: int, outcome: str, more: str = "") -> None:

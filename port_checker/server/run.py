@@ -10,7 +10,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import uvicorn
 from fastapi import FastAPI
@@ -20,7 +20,8 @@ from port_checker.checker import max_for_others
 from port_checker.linux import ConnectionTracking, connection_tracking, raise_descriptor_limit
 from port_checker.server import systemd
 from port_checker.server.app import create_app
-from port_checker.server.logs import logging_config
+from port_checker.server.logs import dropped_lines, logging_config
+from port_checker.server.metrics import Metrics, Row, StatusLine, Totals
 from port_checker.server.protocol import BoundedProtocol, ConnectionLimits
 from port_checker.server.settings import Settings, unknown_names
 from port_checker.server.workers import BEAT, Supervisor, write_traceback_when_aborted
@@ -58,23 +59,39 @@ def serve(settings: Settings) -> int:
     _warn_of_unknown_names()
     settings = fit_descriptor_limit(settings, raise_descriptor_limit())
     warn_of_small_shares(settings)
+    passed = systemd.passed_sockets()
     try:
-        listener = listen(settings.host, settings.port)
+        listeners = passed or [listen(settings.host, settings.port)]
     except OSError as error:
         address = f"{settings.host} port {settings.port}"
         sys.stderr.write(f"port-checker: cannot listen on {address}: {error.strerror}\n")
         return 1
-    _log_start(settings, listener)
+    _log_start(settings, listeners[0])
+    serve_in_process = functools.partial(_serve_in_process, settings, listeners, bool(passed))
+    totals = Totals()
+    if settings.metrics:
+        from port_checker.server.prometheus import expose
+
+        try:
+            expose(totals, settings.metrics.host, settings.metrics.port)
+        except OSError as error:
+            sys.stderr.write(
+                f"port-checker: cannot serve metrics on {settings.metrics}: {error.strerror}\n"
+            )
+            return 1
+    heartbeat = systemd.Heartbeat(StatusLine(totals).text)
     if settings.workers == 1:
-        _serve_in_process(settings, listener, _give_sign_of_life, _say_stopping)
+        metrics = Metrics()
+        totals.add(metrics.row)
+        serve_in_process(metrics, heartbeat.beat, heartbeat.stop)
     else:
-        work = functools.partial(_serve_in_worker, settings, listener)
         supervisor = Supervisor(
             settings.workers,
-            work,
+            functools.partial(_serve_in_worker, settings, serve_in_process),
+            totals,
             stop_patience=_stop_patience(settings) + 5,
-            on_beat=_give_sign_of_life,
-            on_stop=_say_stopping,
+            on_beat=heartbeat.beat,
+            on_stop=heartbeat.stop,
         )
         if not supervisor.run():
             logger.critical("No worker could start; see the lines above for why")
@@ -83,34 +100,43 @@ def serve(settings: Settings) -> int:
     return 0
 
 
-def _serve_in_worker(settings: Settings, listener: socket.socket, beat: Callable[[], None]) -> None:
+def _serve_in_worker(
+    settings: Settings,
+    serve_in_process: Callable[[Metrics, Callable[[], None]], None],
+    beat: Callable[[], None],
+    row: Row,
+) -> None:
     logging.config.dictConfig(logging_config(debug=settings.debug))
-    _serve_in_process(settings, listener, beat, lambda: None)
-
-
-def _give_sign_of_life() -> None:
-    # Each says that we are ready, in case one is lost; systemd ignores what it knows.
-    systemd.notify("READY=1", "WATCHDOG=1")
-
-
-def _say_stopping() -> None:
-    systemd.notify("STOPPING=1")
+    serve_in_process(Metrics(row), beat)
 
 
 def _serve_in_process(
     settings: Settings,
-    listener: socket.socket,
+    listeners: Sequence[socket.socket],
+    listeners_stay: bool,
+    metrics: Metrics,
     on_beat: Callable[[], None],
-    on_stop: Callable[[], None],
+    on_stop: Callable[[], None] = lambda: None,
 ) -> None:
-    limits = ConnectionLimits(max_connections(settings), trusted_proxies=settings.trusted_proxies)
-    make_app = functools.partial(create_app, settings)
-    server = Server(server_config(settings, make_app, limits), on_beat, on_stop)
+    most = max_connections(settings)
+    limits = ConnectionLimits(most, trusted_proxies=settings.trusted_proxies, metrics=metrics)
+    make_app = functools.partial(create_app, settings, metrics=metrics)
+
+    def beat() -> None:
+        metrics.sample()
+        on_beat()
+
+    config = server_config(settings, make_app, limits)
+    server = Server(config, beat, on_stop, listeners_stay=listeners_stay)
+    metrics.watch("connections", lambda: len(server.server_state.connections))
+    metrics.watch("connections_limit", lambda: most)
+    metrics.watch("event_loop_lag_seconds", lambda: server.lag)
+    metrics.watch("log_lines_dropped", dropped_lines)
     # After its shutdown uvicorn restores these handlers and raises the signal that it received
     # again: the default one would end the process before it returns an exit status.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.handle_exit)
-    server.run(sockets=[listener])
+    server.run(sockets=list(listeners))
 
 
 class Server(uvicorn.Server):
@@ -120,6 +146,11 @@ class Server(uvicorn.Server):
         config: uvicorn's configuration.
         on_beat: Called when the server is ready, and every second from then on, by the event loop.
         on_stop: Called when it begins to stop.
+        listeners_stay: Whether the listening sockets stay open elsewhere, for the next process:
+            connections wait there, rather than be refused while this one stops.
+
+    Attributes:
+        lag: Seconds by which the event loop was late for the last of these calls.
     """
 
     def __init__(
@@ -127,23 +158,33 @@ class Server(uvicorn.Server):
         config: Config,
         on_beat: Callable[[], None] = lambda: None,
         on_stop: Callable[[], None] = lambda: None,
+        *,
+        listeners_stay: bool = False,
     ) -> None:
         super().__init__(config)
+        self._listeners_stay = listeners_stay
+        self.lag = 0.0
         self._on_beat = on_beat
         self._on_stop = on_stop
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to serve."""
         await super().startup(sockets)
-        self._keep_beating(asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        self._keep_beating(loop, loop.time())
 
-    def _keep_beating(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _keep_beating(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
+        self.lag = max(0.0, loop.time() - due)
         self._on_beat()
-        loop.call_later(BEAT, self._keep_beating, loop)
+        due = loop.time() + BEAT
+        loop.call_at(due, self._keep_beating, loop, due)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finish what is in progress, and refuse all other requests meanwhile."""
         self._on_stop()
+        if self._listeners_stay:
+            for server in self.servers:
+                server.close()
         for connection in list(self.server_state.connections):
             connection.shutdown()
         # uvicorn would stop listening first, and leave new connections without an answer.
@@ -271,9 +312,9 @@ def _warn_of_unknown_names() -> None:
 
 
 def _log_start(settings: Settings, listener: socket.socket) -> None:
-    port = listener.getsockname()[1]
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    anywhere = settings.host in ("0.0.0.0", "::")  # noqa: S104  # compared, not bound
+    host, port, *_ = listener.getsockname()
+    anywhere = host in ("0.0.0.0", "::")  # noqa: S104  # compared, not bound
+    host = f"[{host}]" if ":" in host else host
     local = "localhost" if anywhere else host
     logger.info(
         "Listening on %s:%d, docs at http://%s:%d/docs; processes: %d, "

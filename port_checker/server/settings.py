@@ -97,7 +97,35 @@ def _parse_networks(text: object) -> object:
     return parse_networks(text) if isinstance(text, str) else text
 
 
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An address to listen on.
+
+    Attributes:
+        host: An IP address.
+        port: From 1 to 65535.
+    """
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def _parse_endpoint(text: object) -> object:
+    if text in ("", "false"):
+        return None
+    if not isinstance(text, str):
+        return text
+    match = re.fullmatch(r"(?:([0-9.]+)|\[([0-9A-Fa-f:.]+)\]):([1-9][0-9]{0,4})", text)
+    if not match or int(match[3]) > 65535:
+        raise ValueError
+    return Endpoint(str(ip_address(match[1] or match[2])), int(match[3]))
+
+
 _Networks = Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_parse_networks)]
+_EndpointOrNone = Annotated[Endpoint | None, NoDecode, BeforeValidator(_parse_endpoint)]
 _RateOrOff = Annotated[Rate | None, NoDecode, BeforeValidator(_parse_rate)]
 
 
@@ -141,8 +169,10 @@ class Settings(BaseModel):
         "memory://, or redis:// or rediss:// with [[user]:password@]host[:port][/db]",
         repr=False,  # it may hold a password, which error messages hide, too
     )
-    metrics: Literal[""] = _setting(
-        "PORT_CHECKER_METRICS", "", "empty or false (this version does not serve metrics)"
+    metrics: _EndpointOrNone = _setting(
+        "PORT_CHECKER_METRICS",
+        None,
+        "address:port, such as 127.0.0.1:9464 or [::1]:9464, or empty for no metrics",
     )
     retries: int = _setting(
         "PORT_CHECK_RETRIES", 3, "a number of attempts, from 1 to 10", ge=1, le=10
@@ -216,11 +246,6 @@ class Settings(BaseModel):
             ip_address(host)
         return host
 
-    @field_validator("metrics", mode="before")
-    @classmethod
-    def _parse_metrics(cls, metrics: object) -> object:
-        return "" if metrics == "false" else metrics
-
     @field_validator("rate_limit_store")
     @classmethod
     def _check_rate_limit_store(cls, store: str) -> str:
@@ -259,6 +284,25 @@ class Settings(BaseModel):
                     "request",
                 ),
             )
+
+    @model_validator(mode="after")
+    def _check_metrics_can_be_served(self) -> Self:
+        if self.metrics and self.metrics.port == self.port:
+            raise PydanticCustomError(
+                "wrong",
+                _wrong(
+                    "PORT_CHECKER_METRICS",
+                    str(self.metrics),
+                    f"another port than PORT_CHECKER_PORT ({self.port}), which is public",
+                ),
+            )
+        if self.metrics and not find_spec("prometheus_client"):
+            raise PydanticCustomError(
+                "missing",
+                "PORT_CHECKER_METRICS needs a package that is not installed: "
+                "pip install 'golem-port-checker[metrics]'",
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_redis_is_installed(self) -> Self:

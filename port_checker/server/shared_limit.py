@@ -52,6 +52,9 @@ class SharedStore:
         answer_timeout: Seconds that a payment waits.
         warning_interval: Seconds between warnings: a Redis that comes and goes is logged no more
             often.
+
+    Attributes:
+        is_available: Whether Redis is asked now.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class SharedStore:
         # The timeout bounds the closing alone; all else is bounded as a whole.
         self._redis = Redis.from_url(url, socket_connect_timeout=1, retry=Retry(NoBackoff(), 0))
         self._script = self._redis.register_script(PAY_IN_REDIS)
-        self._is_available = False
+        self.is_available = False
         self._waiting: list[tuple[Sequence[Charge], _Answer]] = []
         self._sending: asyncio.Task[None] | None = None
         self._probing: asyncio.Task[None] | None = None
@@ -71,13 +74,13 @@ class SharedStore:
     async def __aenter__(self) -> Self:
         try:
             await self._connect()
-            self._is_available = True
+            self.is_available = True
         except Exception:  # tried again, and logged
             self._become_unavailable()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._is_available = False
+        self.is_available = False
         running = [task for task in (self._sending, self._probing) if task]
         for task in running:
             task.cancel()
@@ -96,7 +99,7 @@ class SharedStore:
             refuses. None if Redis is unavailable, or the answer did not come in time; Redis may
             count such a payment all the same.
         """
-        if not self._is_available:
+        if not self.is_available:
             return None
         answer: _Answer = asyncio.get_running_loop().create_future()
         self._waiting.append((charges, answer))
@@ -140,7 +143,7 @@ class SharedStore:
         return [[float(next(waits)) for _ in charges] for charges in payments]
 
     def _become_unavailable(self) -> None:
-        self._is_available = False
+        self.is_available = False
         self._probing = asyncio.create_task(self._probe())
 
     async def _probe(self) -> None:
@@ -152,10 +155,10 @@ class SharedStore:
         has_warned = False
         # The other end may be gone without a word.
         await self._disconnect()
-        while not self._is_available:
+        while not self.is_available:
             try:
                 await self._connect()
-                self._is_available = True
+                self.is_available = True
             except Exception as error:
                 if not has_warned and now() >= self._next_warning:
                     logger.warning(

@@ -1,12 +1,17 @@
-"""Readiness, status and the watchdog (sd_notify(3)), and whether the journal reads our log.
+"""What is between systemd and us: notices (sd_notify(3)), passed sockets, the journal.
 
-Nothing of it can fail the service.
+No notice can fail the service.
 """
 
 import contextlib
 import os
 import socket
 import sys
+from collections.abc import Callable
+
+_BEATS_OF_STATUS = 10
+
+_FIRST_PASSED = 3  # SD_LISTEN_FDS_START
 
 
 def notify(*assignments: str) -> None:
@@ -20,6 +25,39 @@ def notify(*assignments: str) -> None:
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sender,
         ):
             sender.sendto("\n".join(assignments).encode(), address)
+
+
+class Heartbeat:
+    """What systemd is told while the service runs.
+
+    Args:
+        status: Makes a line about what the service does.
+    """
+
+    def __init__(self, status: Callable[[], str]) -> None:
+        self._status = status
+        self._beats = 0
+
+    def beat(self) -> None:
+        """Tell that the service is ready and alive; and how it is, now and then."""
+        # Each says that it is ready, in case one gets lost: systemd ignores what it knows.
+        assignments = ["READY=1", "WATCHDOG=1"]
+        if self._beats % _BEATS_OF_STATUS == 0:
+            assignments.append(f"STATUS={self._status()}")
+        self._beats += 1
+        notify(*assignments)
+
+    def stop(self) -> None:
+        """Tell that the service is stopping."""
+        notify("STOPPING=1", "STATUS=Finishing the checks in flight")
+
+
+def passed_sockets() -> list[socket.socket]:
+    """Return the listening sockets that systemd passes to us (sd_listen_fds(3)), if it does."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    count = int(os.environ.get("LISTEN_FDS", "0"))
+    return [socket.socket(fileno=_FIRST_PASSED + number) for number in range(count)]
 
 
 def stderr_is_the_journal() -> bool:

@@ -5,9 +5,9 @@ small share of a processor is all of them; its health check is answered by a thr
 event loop is stuck; it replaces workers without a line in the log; and its workers outlive it.
 """
 
-import ctypes
 import faulthandler
 import logging
+import mmap
 import multiprocessing
 import os
 import signal
@@ -16,8 +16,11 @@ import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import wait
+from multiprocessing.reduction import DupFd
+from typing import Any, Self
 
 from port_checker.linux import end_with_parent
+from port_checker.server.metrics import ROW_SIZE, Row, Totals
 
 # Seconds between two looks at the workers, and between two signs of life of a worker.
 BEAT = 1.0
@@ -38,8 +41,9 @@ _MAX_PAUSE = 30.0
 _START_ATTEMPTS = 3
 
 # What a worker does, in its own process, until it is told to stop: SIGTERM. It calls the function
-# that it is given when it is ready, and about every BEAT seconds from then on.
-Work = Callable[[Callable[[], None]], None]
+# that it is given when it is ready, and about every BEAT seconds from then on; and it counts in the
+# row that it is given.
+Work = Callable[[Callable[[], None], Row], None]
 
 # Forked workers would share the parent's threads' locks, and its event loop's state.
 _SPAWN = multiprocessing.get_context("spawn")
@@ -53,6 +57,7 @@ class Supervisor:
     Args:
         count: How many.
         work: What each does; it must be picklable.
+        totals: Adds up what the workers count.
         stop_patience: Seconds that workers have for finishing what they do.
         on_beat: Called at each look at the workers, from when all of them have come up.
         on_stop: Called before the workers are stopped.
@@ -63,6 +68,7 @@ class Supervisor:
         self,
         count: int,
         work: Work,
+        totals: Totals,
         *,
         stop_patience: float,
         on_beat: Callable[[], None] = lambda: None,
@@ -71,6 +77,7 @@ class Supervisor:
     ) -> None:
         self._count = count
         self._work = work
+        self._totals = totals
         self._stop_patience = stop_patience
         self._on_beat = on_beat
         self._on_stop = on_stop
@@ -109,6 +116,8 @@ class Supervisor:
             has_served = not self._has_given_up()
             self._on_stop()
             self._stop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)  # the end is near, and nobody reads ``stop``
         return has_served
 
     def _has_given_up(self) -> bool:
@@ -120,6 +129,7 @@ class Supervisor:
         while len(self._workers) < self._count and self._pause <= 0:
             worker = _Worker(self._work)
             self._workers.append(worker)
+            self._totals.add(worker.row)
             logger.debug("Worker %d started", worker.process.pid)
 
     def _look(self, worker: "_Worker", elapsed: float) -> bool:
@@ -129,6 +139,7 @@ class Supervisor:
         if worker.is_ready and not has_been_ready:
             self._failed_starts = 0
         if not worker.process.is_alive():
+            self._totals.end(worker.row)
             if worker.is_ready:
                 logger.error("Worker %d %s; replacing it", worker.process.pid, worker.ending())
             else:
@@ -160,17 +171,18 @@ class _Worker:
 
     Attributes:
         process: It.
+        row: What it counts.
         silence: Seconds since its start, or its last sign of life.
         is_aborted: Whether it was told to write its traceback and end.
     """
 
     def __init__(self, work: Work) -> None:
-        self._beats = _SPAWN.RawValue(ctypes.c_ulong, 0)
-        self._beats_seen = 0
-        self.process = _SPAWN.Process(
-            target=_run, args=(work, self._beats, os.getpid()), daemon=True
-        )
+        shared = _SharedNumbers.create(1 + ROW_SIZE)
+        self._beats, self.row = shared.numbers[:1], shared.numbers[1:]
+        self._beats_seen = 0.0
+        self.process = _SPAWN.Process(target=_run, args=(work, shared, os.getpid()), daemon=True)
         self.process.start()
+        shared.close_descriptor()
         self.silence = 0.0
         self.is_aborted = False
 
@@ -181,7 +193,7 @@ class _Worker:
 
     def look(self, elapsed: float) -> None:
         """See whether it gave a sign of life in the last ``elapsed`` seconds."""
-        beats = self._beats.value
+        beats = self._beats[0]
         self.silence = 0.0 if beats != self._beats_seen else self.silence + elapsed
         self._beats_seen = beats
 
@@ -206,11 +218,42 @@ def write_traceback_when_aborted() -> None:
         faulthandler.enable()
 
 
-def _run(work: Work, beats: ctypes.c_ulong, parent: int) -> None:
+class _SharedNumbers:
+    """Memory that is passed to a worker: a memfd, since a sandbox may have no folder to write to.
+
+    Attributes:
+        numbers: Its content: floats, which are read and written as a whole.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.numbers = memoryview(mmap.mmap(descriptor, 0)).cast("d")
+
+    @classmethod
+    def create(cls, count: int) -> Self:
+        """Make room for so many numbers, all of which are 0."""
+        descriptor = os.memfd_create("worker")
+        os.ftruncate(descriptor, 8 * count)
+        return cls(descriptor)
+
+    def close_descriptor(self) -> None:
+        """Close the descriptor; the numbers stay."""
+        os.close(self._descriptor)
+
+    def __reduce__(self) -> tuple[Callable[[Any], "_SharedNumbers"], tuple[Any]]:
+        """Have the worker inherit the descriptor."""
+        return _attach, (DupFd(self._descriptor),)
+
+
+def _attach(inherited: Any) -> _SharedNumbers:
+    return _SharedNumbers(inherited.detach())
+
+
+def _run(work: Work, shared: _SharedNumbers, parent: int) -> None:
     end_with_parent(parent)
     write_traceback_when_aborted()
 
     def beat() -> None:
-        beats.value += 1
+        shared.numbers[0] += 1
 
-    work(beat)
+    work(beat, shared.numbers[1:])

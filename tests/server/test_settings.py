@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 from dotenv import dotenv_values
 
-from port_checker.server.settings import Rate, Settings, SettingsError, load_settings, unknown_names
+from port_checker.server.settings import (
+    Endpoint,
+    Rate,
+    Settings,
+    SettingsError,
+    load_settings,
+    unknown_names,
+)
 from tests.support.namespace import ROOT
 
 DEFAULTS = {
@@ -23,7 +30,7 @@ DEFAULTS = {
     ),
     "PORT_CHECKER_RATE_LIMIT": ("caller_rate_limit", Rate(30, timedelta(minutes=1))),
     "PORT_CHECKER_RATE_LIMIT_STORE": ("rate_limit_store", "memory://"),
-    "PORT_CHECKER_METRICS": ("metrics", ""),
+    "PORT_CHECKER_METRICS": ("metrics", None),
     "PORT_CHECK_RETRIES": ("retries", 3),
     "PORT_CHECK_RETRY_DELAY": ("retry_delay", 1.0),
     "PORT_CHECK_TIMEOUT": ("timeout", 5.0),
@@ -64,8 +71,10 @@ NETWORKS = (IPv4Network("10.0.0.0/8"), IPv4Network("192.0.2.7/32"), IPv6Network(
                 "rediss://user:s3cret@redis.example:6380/0",
             )
         ],
-        ("PORT_CHECKER_METRICS", "false", ""),
-        ("PORT_CHECKER_METRICS", "", ""),
+        ("PORT_CHECKER_METRICS", "false", None),
+        ("PORT_CHECKER_METRICS", "", None),
+        ("PORT_CHECKER_METRICS", "127.0.0.1:9464", Endpoint("127.0.0.1", 9464)),
+        ("PORT_CHECKER_METRICS", "[::1]:65535", Endpoint("::1", 65535)),
         ("PORT_CHECK_RETRIES", "10", 10),
         ("PORT_CHECK_RETRY_DELAY", "0", 0.0),
         ("PORT_CHECK_RETRY_DELAY", "30", 30.0),
@@ -128,8 +137,20 @@ ALLOWED: dict[str, tuple[str, list[str]]] = {
         ["memory", "memory:", "MEMORY://", "redis", "redis:", "redis://"],
     ),
     "PORT_CHECKER_METRICS": (
-        "empty or false (this version does not serve metrics)",
-        [" ", "maybe", "true", "0", "127.0.0.1:9464", "\udcff"],
+        "address:port, such as 127.0.0.1:9464 or [::1]:9464, or empty for no metrics",
+        [
+            " ",
+            "true",
+            "9464",
+            ":9464",
+            "::1:9464",
+            "localhost:9464",
+            "127.1:1",
+            "127.0.0.1:0",
+            "127.0.0.1:65536",
+            "[::1%lo]:9464",
+            "\udcff",
+        ],
     ),
     "PORT_CHECK_RETRIES": ("a number of attempts, from 1 to 10", [*NO_WHOLE_NUMBERS, "11"]),
     "PORT_CHECK_RETRY_DELAY": (

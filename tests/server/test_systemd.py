@@ -1,7 +1,9 @@
 """What the program tells systemd, which is here a socket of the test's."""
 
+import re
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from port_checker.server import systemd
+from tests.support.loopback import free_port
 from tests.support.service import Program, program
 
 
@@ -49,12 +52,38 @@ def test_it_tells_when_it_is_ready_that_it_lives_and_that_it_stops(
         manager(address) as notices,
         program(ready=False, NOTIFY_SOCKET=address, PORT_CHECKER_WORKERS=workers) as running,
     ):
-        assert "READY=1" in notices.next()
+        first = notices.next()
+        assert "READY=1" in first
+        status = "0 checks in the last [0-9]+ s; 0 ports in flight, [0-9]+ connections"
+        assert re.fullmatch(f"STATUS={status}", first[-1])
         assert is_healthy(running)
         assert "WATCHDOG=1" in notices.next()
         running.process.send_signal(signal.SIGTERM)
-        assert notices.next_other_than("WATCHDOG=1") == ["STOPPING=1"]
+        assert notices.next_other_than("WATCHDOG=1") == [
+            "STOPPING=1",
+            "STATUS=Finishing the checks in flight",
+        ]
         assert running.wait() == 0
+
+
+def test_a_socket_that_systemd_passes_is_listened_on() -> None:
+    port = free_port()
+    passing = (
+        f"s = socket.create_server(('127.0.0.1', {port}));"
+        "os.dup2(s.fileno(), 3); os.set_inheritable(3, True);"
+        "os.environ |= {'LISTEN_FDS': '1', 'LISTEN_PID': str(os.getpid())};"
+        "os.execv(sys.executable, [sys.executable, '-m', 'port_checker'])"
+    )
+    command = [sys.executable, "-c", f"import os, socket, sys; {passing}"]
+    with program(
+        *command,
+        PORT_CHECKER_HOST="192.0.2.7",  # which cannot be bound
+        PORT_CHECKER_PORT=str(port),
+        PORT_CHECKER_WORKERS="2",
+    ) as running:
+        assert is_healthy(running)
+        assert running.stop() == 0
+    assert f"Listening on 127.0.0.1:{port}," in running.lines[0]
 
 
 def test_an_abstract_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

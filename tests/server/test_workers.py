@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from port_checker.server.metrics import Row, Totals
 from port_checker.server.workers import Supervisor
 from tests.support.loopback import open_port
 from tests.support.namespace import ROOT
@@ -120,7 +121,7 @@ def stop(beat: Callable[[], None]) -> None:
 
 
 def work_in_the_end(
-    fail: Callable[[Callable[[], None]], None], marker: Path, beat: Callable[[], None]
+    fail: Callable[[Callable[[], None]], None], marker: Path, beat: Callable[[], None], _: Row
 ) -> None:
     """Fail in the first worker; work in the next."""
     try:
@@ -135,7 +136,7 @@ def work_in_the_end(
 def supervise(failure: str, marker: str) -> None:
     """Supervise one worker whose first process fails."""
     work = functools.partial(work_in_the_end, globals()[failure], Path(marker))
-    Supervisor(1, work, stop_patience=60, patience=2).run()
+    Supervisor(1, work, Totals(), stop_patience=60, patience=2).run()
 
 
 @pytest.mark.parametrize("failure", ["hang", "stop"])

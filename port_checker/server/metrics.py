@@ -1,0 +1,285 @@
+"""What the service counts, for Prometheus and for systemd's status.
+
+Each process counts in a row of numbers. Those of worker processes are memory that they share with
+their parent, which adds them up: nothing is counted twice, no counter falls when a worker dies, and
+nothing is kept in files.
+"""
+
+import threading
+import time
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final, Literal, NamedTuple, Protocol
+
+from port_checker.schemas import ErrorCode
+
+
+class Row(Protocol):
+    """A row of numbers, such as an array, or memory that is shared between processes."""
+
+    def __getitem__(self, slot: int, /) -> float: ...
+    def __setitem__(self, slot: int, number: float, /) -> None: ...
+
+
+# Upper bounds, in seconds: open ports on the same continent answer within the first ones, and with
+# the default settings a check takes 17 s at the most.
+BUCKETS: Final = (
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 7.5, 10.0, 12.5, 15.0, 17.5, 20.0,
+)  # fmt: skip
+
+DURATION: Final = "port_checker_check_duration_seconds"
+
+
+class Family(NamedTuple):
+    """A metric, and all that it can be about.
+
+    Attributes:
+        name: As Prometheus knows it; a counter's without ``_total``.
+        documentation: What it tells.
+        combine: How to put the figures of several processes together: those of a counter are added
+            up, and kept when a process ends.
+        label: The name of its label; empty if it has none.
+        values: The label's.
+    """
+
+    name: str
+    documentation: str
+    combine: Literal["counter", "sum", "max", "min"]
+    label: str = ""
+    values: tuple[str, ...] = ("",)
+
+
+FAMILIES: Final = (
+    Family(
+        "port_checker_checks",
+        "Checks, by how they ended.",
+        "counter",
+        "outcome",
+        ("completed", "caller_left", "failed"),
+    ),
+    Family(
+        "port_checker_ports",
+        "Ports in completed checks, by verdict.",
+        "counter",
+        "verdict",
+        ("accessible", "refused", "timed_out", "unreachable", "other"),
+    ),
+    Family(
+        "port_checker_tls_checks",
+        "Completed checks of TLS endpoints, by result.",
+        "counter",
+        "result",
+        ("valid", "expired", "mismatch", "untrusted", "handshake_failed", "no_connection"),
+    ),
+    Family("port_checker_errors", "Error responses, by code.", "counter", "code", tuple(ErrorCode)),
+    Family(
+        "port_checker_receive_deadlines",
+        "Connections closed because a request did not arrive in time.",
+        "counter",
+    ),
+    Family("port_checker_log_lines_dropped", "Log lines that nobody read fast enough.", "counter"),
+    Family("port_checker_ports_in_flight", "Ports under check.", "sum"),
+    Family("port_checker_ports_in_flight_limit", "Ports that may be under check at once.", "sum"),
+    Family("port_checker_connections", "Clients' open connections.", "sum"),
+    Family("port_checker_connections_limit", "Connections that may be open at once.", "sum"),
+    Family(
+        "port_checker_rate_limit_store_up",
+        "Whether the store of rate limits can be reached: 1 or 0.",
+        "min",
+    ),
+    Family(
+        "port_checker_event_loop_lag_seconds",
+        "How late the event loop was when it last looked, in the process where it was worst.",
+        "max",
+    ),
+)
+
+_VERDICTS: Final = {
+    None: "accessible",
+    "Connection refused": "refused",
+    "Connection timed out": "timed_out",
+    "No route to host": "unreachable",
+    "Network is unreachable": "unreachable",
+}
+
+# By how the error of a TLS endpoint begins.
+_TLS_RESULTS: Final = (
+    ("certificate expired", "expired"),
+    ("certificate does not match", "mismatch"),
+    ("certificate verify failed", "untrusted"),
+    ("TLS handshake failed", "handshake_failed"),
+    ("", "no_connection"),
+)
+
+_COMBINE: Final[dict[str, Callable[[Iterable[float]], float]]] = {
+    "sum": sum,
+    "max": max,
+    "min": min,
+}
+
+# Where each figure is in a row. A duration's bucket is counted alone there, without the lower ones.
+_SLOTS: Final = {
+    key: slot
+    for slot, key in enumerate(
+        [
+            *((family.name, value) for family in FAMILIES for value in family.values),
+            *((DURATION, str(bound)) for bound in (*BUCKETS, "+Inf")),
+            (DURATION, "sum"),
+        ]
+    )
+}
+ROW_SIZE: Final = len(_SLOTS)
+
+# The same for those who count, at each request, so that they need not put names together.
+_SHORT_SLOTS: Final = {
+    (name.removeprefix("port_checker_"), value): slot for (name, value), slot in _SLOTS.items()
+}
+_PORT_SLOTS: Final = {error: _SHORT_SLOTS["ports", value] for error, value in _VERDICTS.items()}
+_OTHER_PORTS: Final = _SHORT_SLOTS["ports", "other"]
+_FIRST_BUCKET: Final = _SLOTS[DURATION, str(BUCKETS[0])]
+_SUM: Final = _SLOTS[DURATION, "sum"]
+
+_COUNTERS: Final = [
+    slot
+    for (name, _), slot in _SLOTS.items()
+    if name == DURATION or any(name == f.name and f.combine == "counter" for f in FAMILIES)
+]
+
+
+class Metrics:
+    """What one process counts.
+
+    Attributes:
+        row: Where it counts: ``ROW_SIZE`` numbers, which this process alone writes.
+    """
+
+    def __init__(self, row: Row | None = None) -> None:
+        self.row: Row = array("d", bytes(8 * ROW_SIZE)) if row is None else row
+        self._gauges: dict[int, Callable[[], float]] = {}
+
+    def count(self, name: str, value: str = "", by: float = 1) -> None:
+        """Count something.
+
+        Args:
+            name: Of a counter of ``FAMILIES``, without ``port_checker_``.
+            value: Its label's.
+            by: How many.
+        """
+        self.row[_SHORT_SLOTS[name, value]] += by
+
+    def count_ports(self, errors: Iterable[str | None]) -> None:
+        """Count ports that were checked, by their errors; None for those that are accessible."""
+        counts: dict[str | None, int] = {}  # most ports of a check end alike
+        for error in errors:
+            counts[error] = counts.get(error, 0) + 1
+        for error, ports in counts.items():
+            self.row[_PORT_SLOTS.get(error, _OTHER_PORTS)] += ports
+
+    def count_tls(self, error: str | None) -> None:
+        """Count a TLS endpoint that was checked, by its error; None if it is valid."""
+        if error is None:
+            self.count("tls_checks", "valid")
+        else:
+            result = next(result for words, result in _TLS_RESULTS if error.startswith(words))
+            self.count("tls_checks", result)
+
+    def time_check(self, seconds: float) -> None:
+        """Count a completed check that took so long."""
+        self.row[_FIRST_BUCKET + bisect_left(BUCKETS, seconds)] += 1
+        self.row[_SUM] += seconds
+
+    def watch(self, name: str, read: Callable[[], float]) -> None:
+        """Have a figure read at each ``sample``: a gauge, or a counter that is kept elsewhere."""
+        self._gauges[_SHORT_SLOTS[name, ""]] = read
+
+    def sample(self) -> None:
+        """Read what is watched."""
+        for slot, read in self._gauges.items():
+            self.row[slot] = read()
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The figures of all processes, put together.
+
+    Attributes:
+        workers: Processes that serve.
+        deaths: Workers that ended without being told to.
+    """
+
+    workers: int
+    deaths: int
+    _figures: Row
+
+    def __getitem__(self, key: tuple[str, str]) -> float:
+        """Return a figure, by its metric's full name and its label's value."""
+        return self._figures[_SLOTS[key]]
+
+
+class Totals:
+    """The rows of all processes, and what ended ones have counted. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rows: list[Row] = []
+        self._ended = array("d", bytes(8 * ROW_SIZE))
+        self._deaths = 0
+
+    def add(self, row: Row) -> None:
+        """Take in the row of a process that starts."""
+        with self._lock:
+            self._rows.append(row)
+
+    def end(self, row: Row) -> None:
+        """Keep what a process has counted that has died."""
+        with self._lock:
+            self._rows = [other for other in self._rows if other is not row]
+            for slot in _COUNTERS:
+                self._ended[slot] += row[slot]
+            self._deaths += 1
+
+    def snapshot(self) -> Snapshot:
+        """Put all figures together."""
+        with self._lock:
+            rows = [[row[slot] for slot in range(ROW_SIZE)] for row in self._rows]
+            figures = array("d", self._ended)
+            deaths = self._deaths
+        for slot in _COUNTERS:
+            figures[slot] += sum(row[slot] for row in rows)
+        for family in FAMILIES:
+            if family.combine != "counter" and rows:
+                slot = _SLOTS[family.name, ""]
+                figures[slot] = _COMBINE[family.combine](row[slot] for row in rows)
+        return Snapshot(len(rows), deaths, figures)
+
+
+class StatusLine:
+    """What the service does, in a line for people.
+
+    Args:
+        totals: The figures.
+        clock: Tells the seconds.
+    """
+
+    def __init__(self, totals: Totals, clock: Callable[[], float] = time.monotonic) -> None:
+        self._totals = totals
+        self._clock = clock
+        self._since = clock()
+        self._checks = 0.0
+
+    def text(self) -> str:
+        """Return the line, about the time since it was last asked for."""
+        now, totals = self._clock(), self._totals.snapshot()
+        checks = sum(
+            totals["port_checker_checks", outcome]
+            for outcome in ("completed", "caller_left", "failed")
+        )
+        line = (
+            f"{checks - self._checks:.0f} checks in the last {now - self._since:.0f} s; "
+            f"{totals['port_checker_ports_in_flight', '']:.0f} ports in flight, "
+            f"{totals['port_checker_connections', '']:.0f} connections"
+        )
+        self._since, self._checks = now, checks
+        return line

@@ -1,0 +1,76 @@
+"""The metrics as Prometheus reads them: over HTTP, on an address of their own."""
+
+from collections.abc import Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, Metric, ProcessCollector, start_http_server
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
+from prometheus_client.registry import Collector
+
+from port_checker import __version__
+from port_checker.server.metrics import BUCKETS, DURATION, FAMILIES, Snapshot, Totals
+
+
+def expose(totals: Totals, address: str, port: int) -> None:
+    """Serve the metrics from a thread, at ``/metrics``, until the process ends.
+
+    A thread answers while the event loop is busy, and callers' connections do not count there.
+
+    Args:
+        totals: The figures.
+        address: The address to listen on.
+        port: The port.
+
+    Raises:
+        OSError: It cannot listen there.
+    """
+    registry = CollectorRegistry()
+    registry.register(_TotalsCollector(totals))
+    ProcessCollector(registry=registry)
+    start_http_server(port, address, registry)
+
+
+class _TotalsCollector(Collector):
+    def __init__(self, totals: Totals) -> None:
+        self._totals = totals
+
+    def describe(self) -> Iterable[Metric]:
+        """Leave out what it collects: no other collector has the same names."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        totals = self._totals.snapshot()
+        build = GaugeMetricFamily(
+            "port_checker_build_info", "The version that runs.", labels=["version"]
+        )
+        build.add_metric([__version__], 1)
+        yield build
+        for family in FAMILIES:
+            kind = CounterMetricFamily if family.combine == "counter" else GaugeMetricFamily
+            labels = [family.label] if family.label else []
+            metric = kind(family.name, family.documentation, labels=labels)
+            for value in family.values:
+                metric.add_metric([value] if family.label else [], totals[family.name, value])
+            yield metric
+        yield _duration(totals)
+        yield GaugeMetricFamily(
+            "port_checker_workers", "Processes that serve.", value=totals.workers
+        )
+        yield CounterMetricFamily(
+            "port_checker_worker_deaths",
+            "Workers that ended without being told to.",
+            value=totals.deaths,
+        )
+
+
+def _duration(totals: Snapshot) -> Metric:
+    buckets, count = [], 0.0
+    for bound in (*map(str, BUCKETS), "+Inf"):
+        count += totals[DURATION, bound]
+        buckets.append((bound, count))
+    duration = HistogramMetricFamily(DURATION, "How long completed checks took.")
+    duration.add_metric([], buckets, totals[DURATION, "sum"])
+    return duration

@@ -1,0 +1,247 @@
+"""What Prometheus reads, against what was sent."""
+
+import errno
+import itertools
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from port_checker.connect import REFUSED, TIMED_OUT
+from port_checker.server.metrics import DURATION, Metrics, StatusLine, Totals
+from port_checker.server.protocol import ConnectionLimits
+from tests.support.http import connected
+from tests.support.loopback import free_port, open_port, refused_port, silent_port
+from tests.support.service import Program, ask, program, serve
+from tests.support.waiting import wait_until
+
+
+class Scraper:
+    """Reads the metrics of a program."""
+
+    def __init__(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}/metrics"
+
+    def text(self) -> str:
+        return httpx.get(self.url, timeout=30).raise_for_status().text
+
+    def __getitem__(self, name: str) -> float:
+        found = re.search(rf"^{re.escape(name)} (\S+)$", self.text(), re.MULTILINE)
+        assert found, name
+        return float(found[1])
+
+
+@contextmanager
+def measured(**environment: str) -> Iterator[tuple[Program, Scraper]]:
+    port = free_port()
+    environment["PORT_CHECKER_METRICS"] = f"127.0.0.1:{port}"
+    environment["PORT_CHECK_RETRIES"] = "1"
+    with program(ready=True, descriptors=None, **environment) as running:
+        yield running, Scraper(port)
+
+
+def workers_of(running: Program) -> set[int]:
+    pid = running.process.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return {
+        int(child)
+        for child in children
+        if b"--multiprocessing-fork" in Path("/proc", child, "cmdline").read_bytes()
+    }
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_metrics_are_what_was_sent(workers: int) -> None:
+    with (
+        measured(PORT_CHECKER_WORKERS=str(workers)) as (running, scraper),
+        open_port() as opened,
+        refused_port() as refused,
+    ):
+        for _ in range(12):
+            with running.client() as client:  # a new connection each: all workers get some
+                assert ask(client, opened, refused).status_code == 200
+                assert client.get("/nothing").status_code == 404
+                assert ask(client, 0).status_code == 422
+
+        def counted() -> None:
+            assert scraper['port_checker_checks_total{outcome="completed"}'] == 12
+            assert scraper['port_checker_checks_total{outcome="failed"}'] == 0
+            assert scraper["port_checker_check_duration_seconds_count"] == 12
+            assert scraper['port_checker_check_duration_seconds_bucket{le="20.0"}'] == 12
+            assert 0 < scraper["port_checker_check_duration_seconds_sum"] < 240
+            assert scraper['port_checker_ports_total{verdict="accessible"}'] == 12
+            assert scraper['port_checker_ports_total{verdict="refused"}'] == 12
+            assert scraper['port_checker_errors_total{code="NOT_FOUND"}'] == 12
+            assert scraper['port_checker_errors_total{code="INVALID_PORT"}'] == 12
+
+        counted()
+        assert scraper["port_checker_workers"] == workers
+        assert scraper["port_checker_ports_in_flight_limit"] == workers * 10_000
+        assert scraper["port_checker_rate_limit_store_up"] == 1
+        if workers > 1:
+            for victim in workers_of(running):  # all that have counted
+                os.kill(victim, signal.SIGKILL)
+            wait_until(lambda: scraper["port_checker_worker_deaths_total"] == workers, "deaths")
+            counted()
+
+
+def test_a_caller_that_leaves_is_counted_and_its_ports_are_in_flight() -> None:
+    with measured(PORT_CHECK_TIMEOUT="30") as (running, scraper), silent_port() as silent:
+        with pytest.raises(httpx.TimeoutException), running.client() as client:
+            client.post(
+                "/check-ports",
+                json={"provider_ip": "127.0.0.1", "ports": [silent]},
+                timeout=2,
+            )
+        name = 'port_checker_checks_total{outcome="caller_left"}'
+        wait_until(lambda: scraper[name] == 1, "the caller's departure to be seen")
+
+
+def test_there_are_none_without_the_setting_nor_ever_on_the_public_port() -> None:
+    with measured() as (running, _), running.client() as client:
+        assert client.get("/metrics").status_code == 404
+
+
+def test_a_port_for_metrics_that_is_in_use_is_one_line() -> None:
+    with (
+        open_port() as busy,
+        program(ready=False, PORT_CHECKER_METRICS=f"127.0.0.1:{busy}") as running,
+    ):
+        assert running.wait() == 1
+    assert running.lines[-1] == (
+        f"port-checker: cannot serve metrics on 127.0.0.1:{busy}: Address already in use\n"
+    )
+
+
+@pytest.mark.skipif(
+    os.environ.get("CI") != "true" and not shutil.which("promtool"),
+    reason="promtool of prometheus judges the metrics",
+)
+def test_promtool_finds_no_fault_with_them() -> None:
+    with measured() as (_, scraper):
+        done = subprocess.run(
+            ["promtool", "check", "metrics"],
+            input=scraper.text(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_what_a_process_has_counted_stays_when_it_ends() -> None:
+    totals, one, other = Totals(), Metrics(), Metrics()
+    for metrics, connections, lag, up in ((one, 5, 0.25, 1), (other, 2, 0.5, 0)):
+        totals.add(metrics.row)
+        metrics.count("errors", "INVALID_IP", 3)
+        metrics.watch("connections", itertools.repeat(connections).__next__)
+        metrics.watch("event_loop_lag_seconds", itertools.repeat(lag).__next__)
+        metrics.watch("rate_limit_store_up", itertools.repeat(up).__next__)
+        metrics.sample()
+
+    def figures() -> list[float]:
+        snapshot = totals.snapshot()
+        return [
+            snapshot.workers,
+            snapshot.deaths,
+            snapshot["port_checker_errors", "INVALID_IP"],
+            snapshot["port_checker_connections", ""],
+            snapshot["port_checker_event_loop_lag_seconds", ""],
+            snapshot["port_checker_rate_limit_store_up", ""],
+        ]
+
+    assert figures() == [2, 0, 6, 7, 0.5, 0]
+    totals.end(other.row)
+    assert figures() == [1, 1, 6, 5, 0.25, 1]
+
+
+def test_the_status_line_is_about_the_last_interval() -> None:
+    totals, metrics = Totals(), Metrics()
+    totals.add(metrics.row)
+    clock = iter([0.0, 10.0, 20.0])
+    status = StatusLine(totals, clock=lambda: next(clock))
+    metrics.count("checks", "completed", 3)
+    metrics.count("checks", "failed")
+    rest = "0 ports in flight, 0 connections"
+    assert status.text() == f"4 checks in the last 10 s; {rest}"
+    assert status.text() == f"0 checks in the last 10 s; {rest}"
+
+
+def test_what_is_refused_before_the_application_sees_it_is_counted() -> None:
+    totals, metrics = Totals(), Metrics()
+    totals.add(metrics.row)
+    limits = ConnectionLimits(1000, deadline=0.1, metrics=metrics)
+    with serve(limits=limits) as client:
+        with connected(client) as sock:
+            sock.sendall(b"not HTTP\r\n\r\n")
+            assert sock.recv(100).startswith(b"HTTP/1.1 400 ")
+        with connected(client) as sock:
+            sock.sendall(b"GET / HTTP/1.1\r\n")  # and no more
+            assert sock.recv(100) == b""
+    snapshot = totals.snapshot()
+    assert snapshot["port_checker_errors", "INVALID_REQUEST"] == 1
+    assert snapshot["port_checker_receive_deadlines", ""] == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "bucket"),
+    [(0, "0.005"), (0.005, "0.005"), (0.0051, "0.01"), (20, "20.0"), (20.1, "+Inf")],
+)
+def test_a_duration_is_in_the_lowest_bucket_that_holds_it(seconds: float, bucket: str) -> None:
+    totals, metrics = Totals(), Metrics()
+    totals.add(metrics.row)
+    metrics.time_check(seconds)
+    snapshot = totals.snapshot()
+    assert snapshot[DURATION, bucket] == 1
+    assert snapshot[DURATION, "sum"] == seconds
+
+
+def test_each_error_of_a_port_has_its_verdict() -> None:
+    totals, metrics = Totals(), Metrics()
+    totals.add(metrics.row)
+    metrics.count_ports(
+        [
+            None,
+            REFUSED.error,
+            TIMED_OUT.error,
+            os.strerror(errno.EHOSTUNREACH),
+            os.strerror(errno.ENETUNREACH),
+            os.strerror(errno.ECONNRESET),
+        ]
+    )
+    snapshot = totals.snapshot()
+    verdicts = {"accessible": 1, "refused": 1, "timed_out": 1, "unreachable": 2, "other": 1}
+    assert {verdict: snapshot["port_checker_ports", verdict] for verdict in verdicts} == verdicts
+
+
+def test_each_error_of_a_tls_endpoint_has_its_result() -> None:
+    totals, metrics = Totals(), Metrics()
+    totals.add(metrics.row)
+    errors = {
+        "valid": None,
+        "expired": "certificate expired",
+        "mismatch": "certificate does not match expected IP",
+        "untrusted": "certificate verify failed: unable to get local issuer certificate",
+        "handshake_failed": "TLS handshake failed: timed out",
+        "no_connection": REFUSED.error,
+    }
+    for error in errors.values():
+        metrics.count_tls(error)
+    snapshot = totals.snapshot()
+    assert {result: snapshot["port_checker_tls_checks", result] for result in errors} == (
+        dict.fromkeys(errors, 1)
+    )
+
+
+def test_a_redis_that_cannot_be_reached_is_seen() -> None:
+    with refused_port() as port:
+        store = f"redis://127.0.0.1:{port}"
+        with measured(PORT_CHECKER_RATE_LIMIT_STORE=store) as (_, scraper):
+            assert scraper["port_checker_rate_limit_store_up"] == 0

@@ -1,0 +1,122 @@
+"""A Debian of our own, booted by its systemd in a container that has only loopback."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.waiting import wait_until
+
+_COMMAND = "systemd-nspawn --boot --register=no --keep-unit --private-network --quiet"
+
+# How systemd-nspawn with --keep-unit ends when the container wants to be booted again.
+_REBOOT = 133
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What became of a command.
+
+    Attributes:
+        status: Its exit status.
+        text: What it printed, stderr included.
+    """
+
+    status: int
+    text: str
+
+
+class Container:
+    """A booted Debian.
+
+    Args:
+        words: The command that boots it.
+        log: Where its console goes.
+    """
+
+    def __init__(self, words: Sequence[str], log: Path) -> None:
+        self._words = words
+        self._log = log
+        self.boot()
+
+    def boot(self) -> None:
+        """Boot it, and wait for systemd to have started what it starts."""
+        with self._log.open("ab") as console:
+            self._nspawn = subprocess.Popen(
+                self._words, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT
+            )
+        wait_until(self._has_booted, "systemd to boot", seconds=300)
+
+    def _has_booted(self) -> bool:
+        state = "systemctl is-system-running"
+        return self._init is not None and self.try_to_run(state).text.strip() in (
+            "running",
+            "degraded",
+        )
+
+    @property
+    def _init(self) -> str | None:
+        """The process id of its systemd, seen from outside."""
+        pid = self._nspawn.pid
+        assert self._nspawn.poll() is None, self._log.read_text()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return children[-1] if children else None
+
+    def try_to_run(self, script: str) -> Done:
+        """Run a shell script as root inside."""
+        done = subprocess.run(
+            ["nsenter", "--all", "--target", str(self._init), "--", "bash", "-euo", "pipefail"],
+            input=script,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        return Done(done.returncode, done.stdout)
+
+    def run(self, script: str) -> str:
+        """Run a shell script as root inside, and return what it printed.
+
+        Raises:
+            AssertionError: It failed.
+        """
+        done = self.try_to_run(script)
+        assert done.status == 0, done.text
+        return done.text
+
+    def reboot(self) -> None:
+        """Boot it again; its files are kept."""
+        self.try_to_run("systemctl reboot")
+        assert self._nspawn.wait(timeout=300) == _REBOOT
+        self.boot()
+
+    def end(self) -> None:
+        """Power it off."""
+        self._nspawn.terminate()
+        self._nspawn.wait(timeout=300)
+
+
+@contextlib.contextmanager
+def booted(root: Path, scratch: Path, *mounts: tuple[Path, str]) -> Iterator[Container]:
+    """Boot a Debian.
+
+    Args:
+        root: Its files, which are copied.
+        scratch: An empty folder for the copy and the console's log.
+        mounts: Folders to be seen inside, read-only, and where.
+    """
+    copy = scratch / "root"
+    subprocess.run(["cp", "--archive", "--reflink=auto", root, copy], check=True)
+    binds = [f"--bind-ro={source}:{target}" for source, target in mounts]
+    name = f"--machine=port-checker-{os.getpid()}"
+    container = Container([*_COMMAND.split(), f"--directory={copy}", name, *binds], scratch / "log")
+    try:
+        yield container
+    finally:
+        container.end()
+        shutil.rmtree(copy)

@@ -1,0 +1,299 @@
+"""golem-port-checker.service, installed by README's words and run by a real systemd."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.namespace import ROOT
+from tests.support.waiting import wait_until
+from tests.systemd.container import Container, booted
+
+DEBIAN = os.environ.get("SYSTEMD_TEST_ROOT")
+
+pytestmark = pytest.mark.skipif(
+    not DEBIAN, reason="make systemd-test boots a Debian for these tests"
+)
+
+SHOW = "systemctl show golem-port-checker --value --property "
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, and those that it needs, since the container has no network."""
+    directory = tmp_path_factory.mktemp("wheels")
+    words = [sys.executable, "-m", "pip", "wheel", "--quiet", "--wheel-dir", str(directory)]
+    words += ["--constraint", "constraints.txt", ".[metrics,redis]", "hatchling"]
+    words += ["async-timeout"]  # which redis needs on Debian 12's Python 3.11.2
+    subprocess.run(words, cwd=ROOT, check=True)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What git has of this checkout, changes that are not committed included."""
+    directory = tmp_path_factory.mktemp("checkout")
+    files = "git ls-files -z --cached --others --exclude-standard"
+    copy = f"{files} | xargs -0 cp --parents --target-directory {directory}"
+    subprocess.run(["sh", "-c", copy], cwd=ROOT, check=True)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def container(
+    wheels: Path, checkout: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Container]:
+    """A Debian in which README's block has been run."""
+    scratch = tmp_path_factory.mktemp("container")
+    mounts = [(wheels, "/root/wheels"), (checkout, "/mnt")]
+    with booted(Path(str(DEBIAN)), scratch, *mounts) as container:
+        container.run(
+            "export PIP_NO_INDEX=1 PIP_FIND_LINKS=/root/wheels\n"
+            "cp -r /mnt /root/checkout; cd /root/checkout\n" + readme_block()
+        )
+        yield container
+
+
+def readme_block() -> str:
+    """The commands of README by which the service is installed, enabled and started."""
+    section = (ROOT / "README.md").read_text().partition("## Running it with systemd\n")[2]
+    return section.partition("```bash\n")[2].partition("```")[0]
+
+
+@pytest.fixture(autouse=True)
+def _as_installed(container: Container) -> Iterator[None]:
+    yield
+    container.run(
+        "rm -rf /etc/golem /run/systemd/system/golem-port-checker.service.d\n"
+        "systemctl daemon-reload; systemctl restart golem-port-checker"
+    )
+
+
+def configure(container: Container, **settings: object) -> None:
+    """Start the service with these settings."""
+    lines = "".join(f"{name}={value}\n" for name, value in settings.items())
+    container.run(
+        f"mkdir -p /etc/golem; printf %s '{lines}' > /etc/golem/port-checker.env\n"
+        "systemctl restart golem-port-checker"
+    )
+
+
+def curl(container: Container, path: str = "/health", body: object = None) -> object:
+    posted = f"--data '{json.dumps(body)}'" if body else ""
+    answer: object = json.loads(container.run(f"curl -sS {posted} http://localhost:9000{path}"))
+    return answer
+
+
+def main_pid(container: Container) -> str:
+    return container.run(SHOW + "MainPID").strip()
+
+
+def journal_mark(container: Container) -> str:
+    """A time that all lines so far are before; journalctl counts in seconds."""
+    return container.run("sleep 1.1; date +@%s").strip()
+
+
+def journal_since(container: Container, mark: str, options: str = "") -> list[str]:
+    """The service's lines since then."""
+    command = f"journalctl --quiet --output=cat -t port-checker --since={mark} {options}"
+    return container.run(f"journalctl --sync; {command} || true").splitlines()
+
+
+def test_the_first_request_after_the_start_is_answered(container: Container) -> None:
+    for _ in range(3):
+        container.run("systemctl restart golem-port-checker; curl -sS localhost:9000/health")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "192.0.2.7", "2001:db8::7"])
+def test_checks_inside_the_sandbox_are_right(container: Container, address: str) -> None:
+    configure(container, PORT_CHECKER_HOST="::")
+    container.run("ip addr replace 192.0.2.7/32 dev lo; ip addr replace 2001:db8::7/128 dev lo")
+    body = json.dumps({"provider_ip": address, "ports": [9000, 1]})
+    url = f"http://[{address}]:9000" if ":" in address else f"http://{address}:9000"
+    answer = container.run(f"curl -sS --data '{body}' --interface {address} {url}/check-ports")
+    assert json.loads(answer)["results"] == {
+        "9000": {"accessible": True, "error": None},
+        "1": {"accessible": False, "error": "Connection refused"},
+    }
+
+
+def test_own_addresses_are_known_in_the_sandbox(container: Container) -> None:
+    container.run("ip addr replace 192.0.2.7/32 dev lo")
+    answer = curl(container, "/check-ports", {"provider_ip": "192.0.2.7", "ports": [9000]})
+    assert isinstance(answer, dict)
+    assert answer["detail"]["code"] == "TARGET_NOT_ALLOWED"
+
+
+def test_it_has_no_right_that_it_does_not_need(container: Container) -> None:
+    exposure = container.run("systemd-analyze security golem-port-checker | tail -1")
+    assert float(exposure.split(": ")[1].split()[0]) <= 1.1
+    assert container.run("systemd-analyze verify golem-port-checker.service") == ""
+    pid = main_pid(container)
+    status = container.run(f"cat /proc/{pid}/status")
+    assert re.findall(r"^Cap\w+:\s+(\w+)", status, re.MULTILINE) == ["0" * 16] * 5
+    assert re.search(r"^NoNewPrivs:\s+1", status, re.MULTILINE)
+    assert re.search(r"^Uid:\s+[1-9]", status, re.MULTILINE)
+    # As its user and in its sandbox: what can be written, and which processes are seen.
+    uid = container.run(f"stat -c %u /proc/{pid}").strip()
+    inside = f"nsenter -t {pid} -m -p -- setpriv --reuid {uid} --regid {uid} --clear-groups "
+    writable = container.run(
+        inside + "find / -xdev -writable ! -type l ! -path '/proc/*' 2>/dev/null || true"
+    ).split()
+    assert all(path.startswith(("/tmp", "/var/tmp")) for path in writable), writable  # noqa: S108
+    seen = container.run(
+        inside + "sh -c 'for p in /proc/[0-9]*; do cat $p/comm; done 2>/dev/null' || true"
+    )
+    assert "systemd" not in seen.split()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_killed_process_is_back(container: Container, workers: int) -> None:
+    configure(container, PORT_CHECKER_WORKERS=workers)
+    before = main_pid(container)
+    container.run(f"kill -KILL {before}")
+    wait_until(lambda: main_pid(container) not in ("0", before), "a new process")
+    wait_until(lambda: container.try_to_run("curl -sf localhost:9000/health").status == 0)
+
+
+def test_a_stopped_process_is_replaced(container: Container) -> None:
+    # Sooner than by the unit's own WatchdogSec=, which the next but one test waits for.
+    container.run(
+        "mkdir -p /run/systemd/system/golem-port-checker.service.d\n"
+        "printf '[Service]\\nWatchdogSec=5\\n'"
+        " > /run/systemd/system/golem-port-checker.service.d/watchdog.conf\n"
+        "systemctl daemon-reload; systemctl restart golem-port-checker"
+    )
+    before = main_pid(container)
+    container.run(f"kill -STOP {before}")
+    wait_until(lambda: main_pid(container) not in ("0", before), "the watchdog", seconds=300)
+    wait_until(lambda: container.try_to_run("curl -sf localhost:9000/health").status == 0)
+
+
+def test_one_stopped_worker_of_three_is_replaced(container: Container) -> None:
+    configure(container, PORT_CHECKER_WORKERS=3)
+    parent = main_pid(container)
+    mark = journal_mark(container)
+    container.run(f"kill -STOP $(pgrep -P {parent} -f multiprocessing-fork | tail -1)")
+    wait_until(lambda: "replacing it" in "".join(journal_since(container, mark)), "it", seconds=300)
+    assert main_pid(container) == parent
+
+
+def test_a_stuck_event_loop_leaves_its_traceback_and_is_replaced(container: Container) -> None:
+    # The test's own hook: a module that the service imports and that makes a thread hold the
+    # interpreter's lock, as a bug in a regular expression would.
+    container.run(
+        "mkdir -p /run/hook /run/systemd/system/golem-port-checker.service.d\n"
+        "cat > /run/hook/sitecustomize.py <<'END'\n"
+        "import os, signal\n"
+        "def stick(*_):\n"
+        "    while True: pass\n"
+        "signal.signal(signal.SIGUSR1, stick)\n"
+        "END\n"
+        "printf '[Service]\\nEnvironment=PYTHONPATH=/run/hook\\n'"
+        " > /run/systemd/system/golem-port-checker.service.d/hook.conf\n"
+        "systemctl daemon-reload; systemctl restart golem-port-checker"
+    )
+    before = main_pid(container)
+    mark = journal_mark(container)
+    container.run(f"kill -USR1 {before}")
+    wait_until(lambda: main_pid(container) not in ("0", before), "the watchdog", seconds=300)
+    wait_until(lambda: container.try_to_run("curl -sf localhost:9000/health").status == 0)
+    assert any(
+        "sitecustomize.py" in line and "in stick" in line for line in journal_since(container, mark)
+    )
+
+
+def test_a_wrong_setting_fails_once_and_is_told(container: Container) -> None:
+    container.run("mkdir -p /etc/golem; echo PORT_CHECK_TIMEOUT=soon > /etc/golem/port-checker.env")
+    mark = journal_mark(container)
+    assert container.try_to_run("systemctl restart golem-port-checker").status != 0
+    time.sleep(3)  # longer than RestartSec=
+    assert container.run(SHOW + "ActiveState").strip() == "failed"
+    lines = [line for line in journal_since(container, mark) if "port-checker:" in line]
+    assert lines == [
+        "port-checker: PORT_CHECK_TIMEOUT='soon' is wrong: it must be seconds, from 0.1 to 30"
+    ]
+    assert lines[0] in container.try_to_run("systemctl status golem-port-checker").text
+
+
+# Listens on 127.0.0.1:7466, where no connection is completed any more.
+SILENT_PORT = """
+python3 - <<'END' &
+import socket, time
+listener = socket.create_server(("127.0.0.1", 7466), backlog=0)
+held = []
+for _ in range(3):
+    held.append(socket.socket())
+    held[-1].setblocking(False)
+    held[-1].connect_ex(("127.0.0.1", 7466))
+print("silent", flush=True)
+time.sleep(60)
+END
+silent=$!
+sleep 1
+"""
+
+
+def test_a_restart_refuses_nobody_where_systemd_listens(container: Container) -> None:
+    container.run(
+        "cp /root/checkout/golem-port-checker.socket /etc/systemd/system/\n"
+        "systemctl daemon-reload; systemctl stop golem-port-checker\n"
+        "systemctl start golem-port-checker.socket golem-port-checker.service\n"
+    )
+    body = json.dumps({"provider_ip": "127.0.0.1", "ports": [9000, 7466]})
+    try:
+        *answers, check = container.run(
+            f"{SILENT_PORT}\n"
+            f"curl -sS --data '{body}' localhost:9000/check-ports > /tmp/check & check=$!\n"
+            "sleep 1\n"
+            "systemctl restart golem-port-checker & restart=$!\n"
+            "for n in $(seq 30); do\n"
+            "  curl -sS localhost:9000/health > /tmp/health.$n 2>&1 & curls[$n]=$!\n"
+            "  sleep 0.2\n"
+            "done\n"
+            "wait $check ${curls[@]}; wait $restart; kill $silent\n"
+            "for n in $(seq 30); do cat /tmp/health.$n; echo; done; cat /tmp/check"
+        ).splitlines()[1:]
+    finally:
+        container.run(
+            "systemctl stop golem-port-checker.socket\n"
+            "rm /etc/systemd/system/golem-port-checker.socket; systemctl daemon-reload"
+        )
+    assert answers == ['{"status":"ok"}'] * 30
+    assert json.loads(check)["message"] == "Successfully verified 1 out of 2 ports"
+
+
+def test_a_check_in_flight_is_finished_before_it_stops(container: Container) -> None:
+    body = json.dumps({"provider_ip": "127.0.0.1", "ports": [9000, 7466]})
+    answer = container.run(
+        f"{SILENT_PORT}\n"
+        f"curl -sS --data '{body}' localhost:9000/check-ports > /tmp/check & check=$!\n"
+        "sleep 2; systemctl stop golem-port-checker\n"
+        "wait $check; kill $silent; cat /tmp/check"
+    ).splitlines()[-1]
+    assert json.loads(answer)["message"] == "Successfully verified 1 out of 2 ports"
+    assert container.run(SHOW + "Result").strip() == "success"
+
+
+def test_the_journal_has_priorities_and_one_time_a_line(container: Container) -> None:
+    mark = journal_mark(container)
+    configure(container, PORT_CHECK_TIMOUT=3)
+    curl(container)
+    warnings = journal_since(container, mark, "-p warning")
+    assert [line.partition(": ")[2].partition(";")[0] for line in warnings] == [
+        "PORT_CHECK_TIMOUT is not a setting"
+    ]
+    everything = journal_since(container, mark)
+    assert any("Listening on" in line for line in everything)
+    assert not any(re.search(r"\d\d:\d\d:\d\d", line) for line in everything)
+
+
+def test_it_starts_at_boot(container: Container) -> None:
+    container.reboot()
+    wait_until(lambda: container.try_to_run("curl -sf localhost:9000/health").status == 0)
