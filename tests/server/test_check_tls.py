@@ -16,6 +16,7 @@ from port_checker.checker import Checker
 from port_checker.schemas import TLS_ERROR_EXAMPLES, ErrorCode, TlsCheckResponse
 from port_checker.server.app import create_app
 from port_checker.server.errors import STATUS
+from port_checker.server.metrics import Metrics, Totals
 from port_checker.server.settings import Settings
 from tests.support.http import check_tls_of
 from tests.support.loopback import open_port, ports, refused_port, silent_port
@@ -174,12 +175,14 @@ def test_a_machine_that_trusts_nobody_says_so(
     assert "no certificate authority is trusted" in answer.json()["detail"]["message"]
 
 
-def test_what_was_checked_is_on_record(
-    client: httpx.Client, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_was_checked_is_on_record_and_counted(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    with refused_port() as port:
+    totals, metrics = Totals(), Metrics()
+    totals.add(metrics.row)
+    app = create_app(Settings(retries=1), metrics=metrics)
+    with refused_port() as port, serve(app) as client:
         check_tls(client, port)
+    assert totals.snapshot()["port_checker_tls_checks", "no_connection"] == 1
     line = next(line for line in caplog.messages if line.startswith("check "))
     assert line.startswith("check caller=127.0.0.1 target=127.0.0.1 ports=1 outcome=completed ")
     assert line.endswith(' tls="Connection refused"')
