@@ -3,7 +3,6 @@
 Programs send none of the headers that give a page away, so this does not affect them.
 """
 
-import ipaddress
 import socket
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -110,7 +109,7 @@ def _is_literal_or_localhost(name: str) -> bool:
     if name == "localhost" or name.endswith(".localhost"):
         return True
     try:
-        ipaddress.ip_address(name)
+        parse_address(name)
     except ValueError:
         return False
     return True
