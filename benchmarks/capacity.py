@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -29,6 +30,9 @@ PORTS_EACH = 100
 BAD_CONNECTIONS = 2_400
 HONEST_CHECKS = 300
 HONEST_PER_SECOND = 20
+
+# 429 for the caller's share, which is set to the whole; 503 for the whole.
+_REFUSED = (429, 503)
 
 _PATIENCE = 60.0  # seconds for each of the two loads
 _HEALTH_EVERY = 0.01  # seconds
@@ -89,9 +93,9 @@ async def fill(port: int, opened: int, silent: Sequence[int]) -> bool:
     """
     request, further = check_of(*silent), check_of(opened)
     checks = [asyncio.create_task(ask(port, request)) for _ in range(CHECKS)]
-    while (await ask(port, further)).status != 503:
+    while (await ask(port, further)).status not in _REFUSED:
         if any(check.done() for check in checks):
-            raise BenchmarkFailed("a check ended before all had begun")
+            raise BenchmarkFailed("a check ended before one more was refused")
         await asyncio.sleep(0.02)
     refusals = [await ask(port, further) for _ in range(50)]
     expected = {str(one): {"accessible": False, "error": "Connection timed out"} for one in silent}
@@ -103,7 +107,7 @@ async def fill(port: int, opened: int, silent: Sequence[int]) -> bool:
     afterwards = await ask(port, further)
     return (
         right == CHECKS
-        and all(answer.status == 503 for answer in refusals)
+        and all(answer.status in _REFUSED for answer in refusals)
         and afterwards.body.get("success") is True
     )
 
@@ -173,18 +177,21 @@ async def _until_closed(reader: asyncio.StreamReader) -> None:
 async def _measure(running: Service, opened: Sequence[int], silent: Sequence[int]) -> bool:
     all_right = True
     for title, load in (
-        (f"{CHECKS} checks of {len(silent)} silent ports", fill(running.port, opened[0], silent)),
+        (
+            f"{CHECKS} checks of {len(silent)} silent ports",
+            partial(fill, running.port, opened[0], silent),
+        ),
         (
             f"{BAD_CONNECTIONS:,} connections that send part of a request; "
             f"{HONEST_PER_SECOND} checks a second of {len(opened)} open ports",
-            crowd(running.port, opened),
+            partial(crowd, running.port, opened),
         ),
     ):
         print(title)
         health: list[float] = []
         probe = asyncio.create_task(probe_health(running.port, health))
         async with asyncio.timeout(_PATIENCE):
-            all_right &= await load
+            all_right &= await load()
         if probe.done():
             raise BenchmarkFailed("/health did not answer") from probe.exception()
         probe.cancel()
