@@ -4,6 +4,7 @@ One rule is here so that it holds everywhere: an IPv4-mapped IPv6 address (``::f
 RFC 4291 section 2.5.5.2) *is* the IPv4 address that it wraps; the kernel reaches it over IPv4.
 """
 
+import functools
 import ipaddress
 from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
@@ -16,6 +17,7 @@ _LONGEST_LITERAL = 45
 _MAPPED = IPv6Network("::ffff:0:0/96")
 
 
+@functools.lru_cache(maxsize=1024)  # a check names the same few addresses again and again
 def parse_address(text: str) -> Address:
     """Return the address that an IPv4 or IPv6 literal stands for.
 

@@ -3,7 +3,6 @@
 Programs send none of the headers that give a page away, so this does not affect them.
 """
 
-import ipaddress
 import socket
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -68,7 +67,8 @@ def require_same_origin(
     ):
         raise CrossOrigin(
             "This request comes from another site's page. Use this service's own page, or a "
-            "program that is not a browser."
+            "program that is not a browser. If a proxy forwarded it, have the proxy set "
+            "X-Forwarded-For."
         )
     if not (host and caller and caller.is_loopback):
         return
@@ -110,7 +110,7 @@ def _is_literal_or_localhost(name: str) -> bool:
     if name == "localhost" or name.endswith(".localhost"):
         return True
     try:
-        ipaddress.ip_address(name)
+        parse_address(name)
     except ValueError:
         return False
     return True

@@ -393,7 +393,7 @@ class BoundedProtocol(HttpToolsProtocol):
                     raise _bad_request("its head ends too early") from None  # a bug, as above
                 self._ignore_upgrade()
             if self._has_started:
-                self._tail = piece[-3:]
+                self._tail = (self._tail + piece[-3:])[-3:]
                 if self._is_in_head:
                     self._require_bounded_head()
                 elif self._counted > MAX_FRAMING:

@@ -266,7 +266,11 @@ def test_an_upgrade_is_ignored_and_a_trailer_dropped_in_every_segmentation(
     echoed = [method.decode(), "/echo", names, body.decode()]
     expected = [echoed, echoed, ["GET", "/health", ["host"], ""]]
     cuts = [[data[:at], data[at:]] for at in range(len(data))]
-    for segments in [*cuts, [data[at : at + 1] for at in range(len(data))]]:
+    for size in 1, 2, 3, 4, 5, 50:
+        for first in range(min(size, 5)):
+            rest = range(first, len(data), size)
+            cuts.append([data[:first], *(data[at : at + size] for at in rest)])
+    for segments in cuts:
         client = service.connect()
         for segment in segments:
             client.send(segment, turns=2)

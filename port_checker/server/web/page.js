@@ -108,14 +108,14 @@ function parsePorts(text) {
   return [...ports];
 }
 
-/** Write ports like "7466, 50800–50899". */
+/** Write ports like "7466, 50800-50899". */
 function formatPorts(ports) {
   const runs = [];
   for (const port of [...ports].sort((a, b) => a - b)) {
     if (runs.at(-1)?.[1] === port - 1) runs.at(-1)[1] = port;
     else runs.push([port, port]);
   }
-  return runs.map(([low, high]) => (low === high ? low : `${low}–${high}`)).join(", ");
+  return runs.map(([low, high]) => (low === high ? low : `${low}-${high}`)).join(", ");
 }
 
 function showResults(address, results) {
@@ -181,7 +181,7 @@ function showFault(text) {
 function showCommand() {
   let ports;
   try {
-    ports = formatPorts(parsePorts(field.value)).replaceAll(", ", " ").replaceAll("–", "-");
+    ports = formatPorts(parsePorts(field.value)).replaceAll(",", "");
   } catch {
     return; // not finished typing
   }
