@@ -100,6 +100,38 @@ SERVER_CANNOT = (
     "server, or use another port."
 )
 
+# A program of this machine serves TLS, and its certificate was checked.
+
+CERTIFICATE_EXPIRED = (
+    "The certificate has expired: renew it, and let the program that serves it load the new one."
+)
+CERTIFICATE_FOR_ANOTHER = (
+    "The certificate is for other addresses or names: get one that has {ip} among its alternative "
+    "names of type IP address. If that is what this machine serves, your router forwards the port "
+    "to another machine."
+)
+CERTIFICATE_NOT_YET_VALID = (
+    "The certificate becomes valid later: check the clock of the machine that issued it."
+)
+CERTIFICATE_OF_UNKNOWN_AUTHORITY = (
+    "The world does not trust who issued the certificate: get one from a public authority, not "
+    "from its staging environment, and serve the intermediate certificate with it."
+)
+CERTIFICATE_REJECTED = "The certificate cannot be trusted: get another from a public authority."
+NOT_TLS = (
+    "The port answers, but not with TLS (with plain HTTP, say): forward it to the port of this "
+    "machine on which HTTPS is served."
+)
+TLS_TOO_OLD = "The program that serves the port speaks only TLS 1.1 or earlier: update it."
+TLS_HANDSHAKE_FAILED = (
+    "The port accepts connections, but the TLS handshake fails: check that the program on port "
+    "{port} of this machine serves HTTPS, and that it still answers."
+)
+NOTHING_SERVES_TLS = (
+    "No program of this machine listens on port {port}: start the one that serves HTTPS there."
+)
+TLS_NOT_CHECKED = "No server has checked this certificate: {reason}."
+
 # What is true of all ports: the notes of a report.
 
 SERVER_HERE = (

@@ -7,6 +7,7 @@ from typing import Final, Self
 
 from port_checker.addresses import Address
 from port_checker.connect import TIMED_OUT, OpenConnectionPacer, Verdict, attempt
+from port_checker.tls import TlsClient, TlsVerdict
 
 # Ports in flight that the callers of one network may have, in shares of one caller.
 _SHARES_OF_NETWORK: Final = 2
@@ -115,6 +116,7 @@ class Checker:
         self._max_per_caller = sys.maxsize if max_per_caller is None else max_per_caller
         self._sleep = sleep
         self._pacer = OpenConnectionPacer()
+        self._tls = TlsClient()
         self._in_flight: dict[Hashable, int] = {}  # ports by holder; see reserve()
 
     @property
@@ -204,3 +206,39 @@ class Checker:
                 in_flight.release(len(failed) - len(still_failed))
                 failed = still_failed
         return {port: verdicts[port] for port in ports}
+
+    async def check_tls(
+        self,
+        target: Address,
+        port: int,
+        expected: Sequence[Address | str],
+        reservation: Reservation | None = None,
+    ) -> TlsVerdict:
+        """Find out whether a TLS endpoint has a certificate that is good for what is expected.
+
+        It takes the room and the time of a check of one port. A connection that fails, in the
+        handshake too, is tried again; what a certificate says is final.
+
+        Args:
+            target: The address that the port is on.
+            port: A TCP port.
+            expected: Addresses and at most one DNS name, as for ``TlsClient.attempt``.
+            reservation: As for ``check``.
+
+        Returns:
+            The verdict; if all attempts failed, that of the last one which was answered, if any.
+
+        Raises:
+            NoRoom: There was no reservation, and no room; no attempt was made.
+            CheckFailed: The checker itself is in trouble, so nothing is known about the endpoint.
+        """
+        with reservation or self.reserve(1):
+            verdict = await self._tls.attempt(target, port, expected, self._timeout, self._pacer)
+            for _ in range(1, self._retries):
+                if not verdict.try_again:
+                    break
+                await self._sleep(self._retry_delay)
+                next_ = await self._tls.attempt(target, port, expected, self._timeout, self._pacer)
+                if next_.error != TIMED_OUT.error:
+                    verdict = next_
+        return verdict

@@ -120,6 +120,14 @@ def check(
             help="URL of a port checker to ask; may be repeated.",
         ),
     ] = None,
+    tls: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PORT",
+            help="Also check the certificate at this port, on which a program of this machine "
+            "serves TLS (HTTPS, say), such as 443 or 443:8443; may be repeated.",
+        ),
+    ] = None,
     ip: Annotated[
         str | None,
         typer.Option(help="This machine's public address; by default, what the server sees."),
@@ -144,12 +152,13 @@ def check(
     Run it on the provider's machine. It listens on each port, asks a server to connect from
     outside, and says what to do about the ports that cannot be reached.
 
-    Exit status: 0 all ports are reachable, 1 some are not, 2 wrong usage, 3 no server could check
-    them, 130 interrupted.
+    Exit status: 0 all ports are reachable and certificates valid, 1 some are not, 2 wrong usage,
+    3 no server could check them, 130 interrupted.
     """
     from port_checker.linux import raise_descriptor_limit
 
-    pairs = _parse_ports(ports or [_DEFAULT_PORTS])
+    pairs = _parse_ports(ports or [_DEFAULT_PORTS], "PORTS")
+    endpoints = _parse_ports(tls, "--tls") if tls else []
     if not servers:
         raise typer.BadParameter("give one, or set PORT_CHECKER_URL.", param_hint="--server")
     _require_urls(servers)
@@ -159,14 +168,19 @@ def check(
     raise_descriptor_limit()
     try:
         _raise_interrupts()
-        reports = [_verify(pairs, servers, ip, family, quiet=as_json) for family in families]
+        reports = [
+            _verify(pairs, endpoints, servers, ip, family, quiet=as_json) for family in families
+        ]
         _print(reports, as_json)
     except KeyboardInterrupt:
         raise typer.Exit(_INTERRUPTED) from None
     if not any(server.asked for report in reports for server in report.servers):
         raise typer.Exit(_NO_SERVER)
-    all_reachable = all(report.reachable == report.total for report in reports)
-    raise typer.Exit(_ALL_REACHABLE if all_reachable else _SOME_UNREACHABLE)
+    all_good = all(
+        report.reachable == report.total and all(endpoint.valid for endpoint in report.tls)
+        for report in reports
+    )
+    raise typer.Exit(_ALL_REACHABLE if all_good else _SOME_UNREACHABLE)
 
 
 def _raise_interrupts() -> None:
@@ -177,6 +191,7 @@ def _raise_interrupts() -> None:
 
 def _verify(
     pairs: Sequence[tuple[int, int]],
+    endpoints: Sequence[tuple[int, int]],
     servers: Sequence[str],
     ip: str | None,
     family: int | None,
@@ -186,7 +201,7 @@ def _verify(
     """Have the ports verified; on a terminal, show what is happening meanwhile."""
     from port_checker.provider import verify
 
-    check = functools.partial(verify, pairs, servers=servers, ip=ip, family=family)
+    check = functools.partial(verify, pairs, servers=servers, tls=endpoints, ip=ip, family=family)
     if quiet or not sys.stderr.isatty():
         return asyncio.run(check())
 
@@ -222,7 +237,7 @@ def _write(reports: Sequence["Report"], as_json: bool) -> None:
     sys.stdout.flush()
 
 
-def _parse_ports(words: Iterable[str]) -> list[tuple[int, int]]:
+def _parse_ports(words: Iterable[str], param_hint: str) -> list[tuple[int, int]]:
     """Expand words like ``7466`` and ``60800-60899:50800-50899``: pairs of outer and inner port.
 
     They come in order, without repeats. The lists that the program prints are read as well.
@@ -235,7 +250,7 @@ def _parse_ports(words: Iterable[str]) -> list[tuple[int, int]]:
             raise typer.BadParameter(
                 f"{word!r} is neither a port (1-65535) nor a range such as 50800-50899, nor two of "
                 "the same length such as 60800-60899:50800-50899.",
-                param_hint="PORTS",
+                param_hint=param_hint,
             )
         pairs |= dict.fromkeys(zip(outers, inners, strict=True))
     return list(pairs)

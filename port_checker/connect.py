@@ -79,7 +79,7 @@ _VERDICTS = {
 # Errors of a socket that are this machine's own trouble, whatever the port. EACCES is not one of
 # them: it comes from a packet, ICMPv6's "administratively prohibited" (Linux
 # icmpv6_err_convert()), which a firewall on the provider's side has sent.
-_OWN_TROUBLE = {
+OWN_TROUBLE = {
     errno.EMFILE,
     errno.ENFILE,
     errno.ENOMEM,
@@ -172,23 +172,42 @@ async def attempt(
     with own_failures("could not connect"):
         round_ = _Round(target)
         try:
-            opened = 0
-            while opened < len(ports):
-                few = await pacer.take(len(ports) - opened)
-                round_.open(ports[opened : opened + few])
-                round_.collect()
-                opened += few
-            await round_.wait(timeout)
-            while round_.unanswered:
-                round_.give_up(await pacer.take(round_.unanswered))
+            await round_.run(ports, timeout, pacer)
         finally:
             round_.close()
-    if round_.forbidden:
-        reason = next(iter(round_.forbidden.values()))
-        raise CheckFailed(
-            f"could not connect: {reason}", [port for port in ports if port in round_.forbidden]
-        )
     return round_.verdicts
+
+
+async def connect(
+    target: Address, port: int, timeout: float, pacer: OpenConnectionPacer
+) -> socket.socket | Verdict:
+    """Try one port as ``attempt`` does, and hand over the connection instead of closing it.
+
+    Returns:
+        The connected socket, non-blocking, for the caller to ``close_for_good``; or why there is
+        none.
+
+    Raises:
+        CheckFailed: As for ``attempt``.
+    """
+    with own_failures("could not connect"):
+        round_ = _Round(target, keep_connected=True)
+        try:
+            await round_.run([port], timeout, pacer)
+            return round_.connected.pop(port, None) or round_.verdicts[port]
+        finally:
+            round_.close()
+
+
+def close_for_good(connection: socket.socket) -> None:
+    """Close a connection so that the kernel forgets it soon, too."""
+    _have_it_forgotten(connection)
+    connection.close()
+
+
+def _have_it_forgotten(connection: socket.socket) -> None:
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _CLOSED_AFTER * 1000)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_LINGER2, _CLOSED_AFTER)
 
 
 def _is_rejected_here(sock: socket.socket, target: Address) -> bool:
@@ -214,14 +233,33 @@ class _Round:
     and closing the round cannot forget a callback. A closed socket leaves its epoll by itself.
     """
 
-    def __init__(self, target: Address) -> None:
+    def __init__(self, target: Address, *, keep_connected: bool = False) -> None:
         self.verdicts: dict[int, Verdict] = {}
         self.forbidden: dict[int, str] = {}  # why this machine may not connect, by port
+        self.connected: dict[int, socket.socket] = {}  # by port; empty unless they are kept
+        self._keep_connected = keep_connected
         self._target = target
         self._host = str(target)
         self._family = socket.AF_INET if target.version == 4 else socket.AF_INET6
         self._waiting: dict[int, tuple[socket.socket, int]] = {}  # by descriptor
         self._epoll = select.epoll()
+
+    async def run(self, ports: Sequence[int], timeout: float, pacer: OpenConnectionPacer) -> None:
+        """Try each of ``ports`` once; then there are verdicts, or it raises ``CheckFailed``."""
+        opened = 0
+        while opened < len(ports):
+            few = await pacer.take(len(ports) - opened)
+            self.open(ports[opened : opened + few])
+            self.collect()
+            opened += few
+        await self.wait(timeout)
+        while self.unanswered:
+            self.give_up(await pacer.take(self.unanswered))
+        if self.forbidden:
+            reason = next(iter(self.forbidden.values()))
+            raise CheckFailed(
+                f"could not connect: {reason}", [port for port in ports if port in self.forbidden]
+            )
 
     def open(self, ports: Sequence[int]) -> None:
         """Begin an attempt to each of ``ports``."""
@@ -254,7 +292,10 @@ class _Round:
                     continue
                 self.verdicts[port] = verdict
             del self._waiting[descriptor]
-            sock.close()
+            if self._keep_connected and self.verdicts.get(port) is OPEN:
+                self.connected[port] = sock
+            else:
+                sock.close()
 
     async def wait(self, timeout: float) -> None:
         """Wait until each attempt has ended, at most ``timeout`` seconds."""
@@ -300,12 +341,14 @@ class _Round:
         for sock, _ in self._waiting.values():
             sock.close()
         self._waiting.clear()
+        for sock in self.connected.values():
+            close_for_good(sock)
 
     def _verdict(self, sock: socket.socket, port: int, events: int) -> Verdict | None:
         """The verdict of an attempt that an event has ended; None if it goes on."""
         if events == select.EPOLLOUT:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _CLOSED_AFTER * 1000)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_LINGER2, _CLOSED_AFTER)
+            if not self._keep_connected:
+                _have_it_forgotten(sock)
             return REFUSED if self._is_echo(sock, port) else OPEN
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         # The kernel queues an ICMP error, which is an event, before it sets SO_ERROR: in between
@@ -322,7 +365,7 @@ class _Round:
         return TIMED_OUT
 
     def _verdict_of(self, sock: socket.socket, error: int) -> Verdict:
-        if error in _OWN_TROUBLE:
+        if error in OWN_TROUBLE:
             raise OSError(error, os.strerror(error))
         if error == errno.EPERM:
             raise _Forbidden(os.strerror(error))

@@ -372,3 +372,16 @@ def connection_tracking() -> ConnectionTracking | None:
         )
     except OSError:
         return None
+
+
+# Memory
+
+
+def return_free_memory() -> None:
+    """Have the C library give memory that is free back to the kernel (malloc_trim(3)).
+
+    Does nothing where it is not glibc.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)

@@ -1,9 +1,12 @@
 """What client and server exchange: requests, responses, error codes, and examples of them."""
 
 import json
+import re
 from codecs import BOM_UTF8
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Final, Literal, Self
+from ipaddress import IPv6Address
+from typing import Annotated, Final, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -14,13 +17,26 @@ from pydantic import (
     ValidationInfo,
     WithJsonSchema,
 )
+from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError, from_json
 
 from port_checker.addresses import Address, parse_address
 from port_checker.connect import Verdict
+from port_checker.tls import TlsVerdict
 
 MAX_PORT: Final = 65535
 _LONGEST_SHOWN: Final = 40  # characters of a wrong value
+
+_IP_SCHEMA: Final[JsonDict] = {"type": "string", "anyOf": [{"format": "ipv4"}, {"format": "ipv6"}]}
+_PORT_SCHEMA: Final[JsonDict] = {"type": "integer", "minimum": 1, "maximum": MAX_PORT}
+
+# RFC 1123 section 2.1. The last label begins with a letter, so that no name looks like an address.
+_DNS_NAME: Final = (
+    "^([A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?[.])*[A-Za-z]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?$"
+)
+_LONGEST_DNS_NAME: Final = 253
+
+_RequestT = TypeVar("_RequestT", bound=BaseModel)
 
 
 class ErrorCode(StrEnum):
@@ -104,13 +120,35 @@ def _validate_ports(value: object, info: ValidationInfo) -> list[int]:
     return list(dict.fromkeys(value))
 
 
+def _parse(model: type[_RequestT], body: bytes, context: Mapping[str, int]) -> _RequestT:
+    try:
+        document = from_json(body.removeprefix(BOM_UTF8), allow_inf_nan=False)
+    except ValueError as error:
+        raise InvalidRequest(
+            ErrorCode.INVALID_REQUEST, f"The body is not valid JSON in UTF-8: {error}."
+        ) from None
+    try:
+        return model.model_validate(document, context=context)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    match first["type"]:
+        case "missing":
+            message = f"{first['loc'][0]} is missing."
+        case "model_type":
+            required = [name for name, field in model.model_fields.items() if field.is_required()]
+            message = f"The body must be a JSON object with {' and '.join(required)}."
+        case code:
+            raise InvalidRequest(ErrorCode(code), first["msg"])
+    raise InvalidRequest(ErrorCode.INVALID_REQUEST, message)
+
+
 class CheckRequest(BaseModel):
     """A provider's address and the ports to check on it."""
 
     provider_ip: Annotated[
         Address,
         PlainValidator(_validate_ip),
-        WithJsonSchema({"type": "string", "anyOf": [{"format": "ipv4"}, {"format": "ipv6"}]}),
+        WithJsonSchema(_IP_SCHEMA),
         Field(description="The address to check, usually your own: an IPv4 or IPv6 literal."),
     ]
     ports: Annotated[
@@ -119,7 +157,7 @@ class CheckRequest(BaseModel):
         WithJsonSchema(
             {
                 "type": "array",
-                "items": {"type": "integer", "minimum": 1, "maximum": MAX_PORT},
+                "items": _PORT_SCHEMA,
                 "minItems": 1,
             }
         ),
@@ -138,24 +176,7 @@ class CheckRequest(BaseModel):
             InvalidRequest: The message names the first error, in the order body,
                 ``provider_ip``, ``ports``.
         """
-        try:
-            document = from_json(body.removeprefix(BOM_UTF8), allow_inf_nan=False)
-        except ValueError as error:
-            raise InvalidRequest(
-                ErrorCode.INVALID_REQUEST, f"The body is not valid JSON in UTF-8: {error}."
-            ) from None
-        try:
-            return cls.model_validate(document, context={"max_ports": max_ports})
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        match first["type"]:
-            case "missing":
-                message = f"{first['loc'][0]} is missing."
-            case "model_type":
-                message = "The body must be a JSON object with provider_ip and ports."
-            case code:
-                raise InvalidRequest(ErrorCode(code), first["msg"])
-        raise InvalidRequest(ErrorCode.INVALID_REQUEST, message)
+        return _parse(cls, body, {"max_ports": max_ports})
 
 
 class CheckResponse(BaseModel):
@@ -175,6 +196,138 @@ class CheckResponse(BaseModel):
             success=accessible > 0,
             results={str(port): verdict for port, verdict in verdicts.items()},
             message=f"Successfully verified {accessible} out of {len(verdicts)} ports",
+        )
+
+
+def _validate_host(value: object) -> Address | str:
+    if isinstance(value, str):
+        if len(value) <= _LONGEST_DNS_NAME and re.fullmatch(_DNS_NAME, value):
+            return value
+        try:
+            return parse_address(value)
+        except ValueError:
+            pass
+    raise PydanticCustomError(
+        "INVALID_IP",
+        "{shown} is neither an IP address nor a DNS name. Use a string such as "
+        '"203.0.113.7", "2001:db8::7" or "provider.example": no port, brackets or scope id.',
+        {"shown": _shown(value)},
+    )
+
+
+def _validate_expected_ip(value: object, info: ValidationInfo) -> Address | None:
+    if value is not None:
+        return _validate_ip(value)
+    if isinstance(info.data.get("host"), str):
+        raise PydanticCustomError(
+            "INVALID_REQUEST",
+            "expected_ip is missing. This service does not ask DNS, so it needs the address of "
+            "{host}.",
+            {"host": info.data["host"]},
+        )
+    return None
+
+
+def _validate_port(value: object, info: ValidationInfo) -> int:
+    return _validate_ports([value], info)[0]
+
+
+class TlsCheckRequest(BaseModel):
+    """A TLS endpoint, and what its certificate must be good for."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"properties": {"host": _IP_SCHEMA}},
+                {
+                    "properties": {
+                        "host": {"pattern": _DNS_NAME, "maxLength": _LONGEST_DNS_NAME},
+                        "expected_ip": _IP_SCHEMA,
+                    },
+                    "required": ["expected_ip"],
+                },
+            ]
+        }
+    )
+
+    host: Annotated[
+        Address | str,
+        PlainValidator(_validate_host),
+        WithJsonSchema({"type": "string"}),
+        Field(
+            description="What the certificate must be good for: an IPv4 or IPv6 literal, which is "
+            "connected to, or a DNS name, together with expected_ip."
+        ),
+    ]
+    expected_ip: Annotated[
+        Address | None,
+        PlainValidator(_validate_expected_ip),
+        WithJsonSchema({"anyOf": [_IP_SCHEMA, {"type": "null"}]}),
+        Field(
+            description="With a DNS name: the address to connect to, since DNS is never asked. "
+            "With an address: another one that the certificate must be good for.",
+            validate_default=True,
+        ),
+    ] = None
+    port: Annotated[
+        int,
+        PlainValidator(_validate_port),
+        WithJsonSchema(_PORT_SCHEMA),
+        Field(description="The TCP port."),
+    ]
+
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
+        """Read a request's body.
+
+        Args:
+            body: JSON in UTF-8.
+
+        Raises:
+            InvalidRequest: The message names the first error, in the order body, ``host``,
+                ``expected_ip``, ``port``.
+        """
+        return _parse(cls, body, {})
+
+    @property
+    def target(self) -> Address:
+        """The address to connect to."""
+        if isinstance(self.host, str):
+            assert self.expected_ip, "validated"  # noqa: S101
+            return self.expected_ip
+        return self.host
+
+    @property
+    def expected(self) -> list[Address | str]:
+        """What the certificate must be good for."""
+        if isinstance(self.host, str) or self.expected_ip in (None, self.host):
+            return [self.host]
+        return [self.host, self.expected_ip]
+
+
+class TlsCheckResponse(BaseModel):
+    """The result of a check of a TLS endpoint."""
+
+    valid: bool = Field(description="Whether everybody can trust the endpoint.")
+    error: str | None = Field(description="Why not; null if it is valid.")
+    peer: str = Field(description="What was checked: host:port, an IPv6 address in brackets.")
+    not_after: Annotated[
+        str | None,
+        WithJsonSchema({"anyOf": [{"type": "string", "format": "date-time"}, {"type": "null"}]}),
+        Field(
+            description="Until when the certificate is good; null unless its chain was verified."
+        ),
+    ]
+
+    @classmethod
+    def of(cls, asked: TlsCheckRequest, verdict: TlsVerdict) -> Self:
+        """Build the response from the verdict of a check."""
+        host = f"[{asked.host}]" if isinstance(asked.host, IPv6Address) else asked.host
+        return cls(
+            valid=verdict.valid,
+            error=verdict.error,
+            peer=f"{host}:{asked.port}",
+            not_after=verdict.not_after.isoformat() if verdict.not_after else None,
         )
 
 
@@ -223,6 +376,13 @@ CHECK_EXAMPLE: Final = {
     "message": "Successfully verified 2 out of 3 ports",
 }
 
+TLS_CHECK_EXAMPLE: Final = {
+    "valid": True,
+    "error": None,
+    "peer": "203.0.113.7:443",
+    "not_after": "2026-12-01T08:30:00+00:00",
+}
+
 # The message that /docs shows for each error code of a check. The tests compare them with what the
 # service says.
 ERROR_EXAMPLES: Final = {
@@ -238,7 +398,7 @@ ERROR_EXAMPLES: Final = {
     ),
     ErrorCode.CROSS_ORIGIN: (
         "This request comes from another site's page. Use this service's own page, or a program "
-        "that is not a browser."
+        "that is not a browser. If a proxy forwarded it, have the proxy set X-Forwarded-For."
     ),
     ErrorCode.REQUEST_TOO_LARGE: "The body is over 65536 bytes. Send fewer ports per request.",
     ErrorCode.RATE_LIMITED: "You ask too often. Try again in 2 s.",
@@ -248,3 +408,15 @@ ERROR_EXAMPLES: Final = {
         "nothing about your ports. Try again later."
     ),
 }
+
+TLS_ERROR_EXAMPLES: Final = ERROR_EXAMPLES | {
+    ErrorCode.INVALID_IP: (
+        '"203.0.113.7:443" is neither an IP address nor a DNS name. Use a string such as '
+        '"203.0.113.7", "2001:db8::7" or "provider.example": no port, brackets or scope id.'
+    ),
+    ErrorCode.INVALID_REQUEST: (
+        "expected_ip is missing. This service does not ask DNS, so it needs the address of "
+        "provider.example."
+    ),
+}
+del TLS_ERROR_EXAMPLES[ErrorCode.TOO_MANY_PORTS]

@@ -187,6 +187,7 @@ def test_a_json_document() -> None:
         ],
         "notes": [advice.SERVER_HERE.format(url=url)],
         "family": 4,
+        "tls": [],
         "reachable": 1,
         "total": 2,
     }

@@ -9,6 +9,7 @@ from port_checker.addresses import parse_address
 from port_checker.connect import OPEN, REFUSED
 from port_checker.schemas import (
     ERROR_EXAMPLES,
+    TLS_ERROR_EXAMPLES,
     CheckRequest,
     CheckResponse,
     ErrorCode,
@@ -16,7 +17,10 @@ from port_checker.schemas import (
     ErrorResponse,
     Health,
     InvalidRequest,
+    TlsCheckRequest,
+    TlsCheckResponse,
 )
+from port_checker.tls import TlsVerdict
 
 GOOD = b'{"provider_ip": "203.0.113.7", "ports": [80]}'
 NOT_JSON = "The body is not valid JSON in UTF-8: "
@@ -220,3 +224,88 @@ def test_responses_to_the_byte() -> None:
     assert ErrorResponse(detail=detail).model_dump_json(exclude_none=True) == (
         '{"detail":{"code":"INVALID_PORT","message":"No."}}'
     )
+
+
+# POST /check-tls
+
+
+def shown(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:40] + "…"
+
+
+def parse_tls(**fields: object) -> TlsCheckRequest:
+    return TlsCheckRequest.parse(json.dumps(fields).encode())
+
+
+@pytest.mark.parametrize(
+    ("host", "expected_ip", "target", "expected", "peer"),
+    [
+        ("203.0.113.7", None, "203.0.113.7", ["203.0.113.7"], "203.0.113.7:443"),
+        ("203.0.113.7", "203.0.113.7", "203.0.113.7", ["203.0.113.7"], "203.0.113.7:443"),
+        ("203.0.113.7", "::1", "203.0.113.7", ["203.0.113.7", "::1"], "203.0.113.7:443"),
+        ("::ffff:203.0.113.7", None, "203.0.113.7", ["203.0.113.7"], "203.0.113.7:443"),
+        ("2001:DB8::7", None, "2001:db8::7", ["2001:db8::7"], "[2001:db8::7]:443"),
+        ("A.example", "203.0.113.7", "203.0.113.7", ["A.example"], "A.example:443"),
+        ("localhost", "::1", "::1", ["localhost"], "localhost:443"),
+        ("1.2.3.4.x--y", "::1", "::1", ["1.2.3.4.x--y"], "1.2.3.4.x--y:443"),
+    ],
+)
+def test_tls_endpoints(
+    host: str, expected_ip: str | None, target: str, expected: list[str], peer: str
+) -> None:
+    asked = parse_tls(host=host, port=443, expected_ip=expected_ip)
+    assert str(asked.target) == target
+    assert [str(subject) for subject in asked.expected] == expected
+    response = TlsCheckResponse.of(asked, TlsVerdict(valid=False, error="No."))
+    assert response.model_dump_json() == (
+        f'{{"valid":false,"error":"No.","peer":"{peer}","not_after":null}}'
+    )
+
+
+NO_HOST = " is neither an IP address nor a DNS name."
+NO_HOSTS: list[object] = [
+    *("", "a..b", ".a", "a.", "a_b.example", "-a.example", "a-.example", "a b", "a\n", "a:443"),
+    *("[::1]", "fe80::1%eth0", "203.0.113.07", "127.1", "2130706433", "0x7f.1", "é.example"),
+    *("*.example", "a" * 64, "a." * 126 + "aa", "x" * 60_000, None, 7, True, [], {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "message"),
+    [
+        *(({"host": host}, "INVALID_IP", shown(host) + NO_HOST) for host in NO_HOSTS),
+        ({}, "INVALID_REQUEST", "host is missing."),
+        ({"expected_ip": "x", "port": 0}, "INVALID_REQUEST", "host is missing."),
+        ({"host": "::1", "expected_ip": "a.example"}, "INVALID_IP", '"a.example"' + NOT_AN_IP),
+        ({"host": "a.example", "expected_ip": 7, "port": 0}, "INVALID_IP", "7" + NOT_AN_IP),
+        ({"host": "a.example", "port": 0}, "INVALID_REQUEST", "expected_ip is missing."),
+        ({"host": "a.example", "expected_ip": None}, "INVALID_REQUEST", "expected_ip is missing."),
+        ({"host": "::1"}, "INVALID_REQUEST", "port is missing."),
+        *(
+            ({"host": "::1", "port": port}, "INVALID_PORT", f"Port {shown(port)}{NO_INTEGER}")
+            for port in ["80", 80.5, True, None, [80]]
+        ),
+        ({"host": "::1", "port": 0}, "INVALID_PORT", f"Port 0{OUT_OF_RANGE}"),
+        ({"host": "::1", "port": 65536}, "INVALID_PORT", f"Port 65536{OUT_OF_RANGE}"),
+    ],
+    ids=short,
+)
+def test_bad_tls_requests(fields: dict[str, object], code: str, message: str) -> None:
+    with pytest.raises(InvalidRequest) as error:
+        parse_tls(**fields)
+    told = str(error.value)
+    assert (error.value.code.value, told[: len(message)]) == (code, message)
+    assert len(told) < 300
+
+
+def test_a_tls_request_is_a_json_object() -> None:
+    with pytest.raises(InvalidRequest, match="must be a JSON object with host and port"):
+        TlsCheckRequest.parse(b"[]")
+
+
+def test_the_documented_errors_of_check_tls() -> None:
+    for fields in {"host": "203.0.113.7:443"}, {"host": "provider.example", "port": 443}:
+        with pytest.raises(InvalidRequest) as error:
+            parse_tls(**fields)
+        assert str(error.value) == TLS_ERROR_EXAMPLES[error.value.code]

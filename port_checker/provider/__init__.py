@@ -9,7 +9,16 @@ As a library::
 
 from port_checker.connect import Verdict
 from port_checker.provider.remote import Waits
-from port_checker.provider.report import PortReport, Report, ServerReport
+from port_checker.provider.report import PortReport, Report, ServerReport, TlsAnswer, TlsReport
 from port_checker.provider.verify import verify
 
-__all__ = ["PortReport", "Report", "ServerReport", "Verdict", "Waits", "verify"]
+__all__ = [
+    "PortReport",
+    "Report",
+    "ServerReport",
+    "TlsAnswer",
+    "TlsReport",
+    "Verdict",
+    "Waits",
+    "verify",
+]

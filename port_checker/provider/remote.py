@@ -23,8 +23,8 @@ from port_checker.provider.http_client import (
     printable,
     without_password,
 )
-from port_checker.provider.report import ServerReport
-from port_checker.schemas import CallerAddress, CheckResponse, ErrorCode
+from port_checker.provider.report import ServerReport, TlsAnswer
+from port_checker.schemas import CallerAddress, CheckResponse, ErrorCode, TlsCheckResponse
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -175,6 +175,30 @@ class Server:
                 left = [port for port in left if port not in done]
         except ServerError as error:
             self.error = str(error)
+
+    async def check_tls(self, port: int) -> TlsAnswer:
+        """Ask whether the certificate at a port of this machine's address can be trusted.
+
+        Raises:
+            ServerError: It does not say.
+        """
+        if self.error or not self.address:
+            raise ServerError(self.error or "does not know this machine's address")
+        self._on_progress(f"{self.url} is checking the certificate at port {port}")
+        address = str(self.address)
+        asked = {"host": address, "port": port, "expected_ip": address}
+        body = json.dumps(asked).encode()
+        response = await self._request("POST", "/check-tls", body, _ANSWER_SIZE)
+        if response.status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
+            raise ServerError("does not check certificates")
+        if response.status != HTTPStatus.OK:
+            raise ServerError(_describe(response, self.url))
+        said = _parse(TlsCheckResponse, response, self.url)
+        return TlsAnswer(
+            said.valid,
+            None if said.valid else printable(said.error or "no reason given"),
+            said.not_after and printable(said.not_after),
+        )
 
     async def look_again(self, ports: Sequence[int]) -> dict[int, Verdict]:
         """Ask about ports that it has checked before.

@@ -74,6 +74,45 @@ class PortReport:
 
 
 @dataclass(frozen=True)
+class TlsAnswer:
+    """What one server says of a TLS endpoint.
+
+    Attributes:
+        valid: Whether it trusts the certificate.
+        error: Why not; None if it does.
+        not_after: Until when the certificate is good, in ISO 8601; None if its chain was not
+            verified.
+    """
+
+    valid: bool
+    error: str | None
+    not_after: str | None
+
+
+@dataclass(frozen=True)
+class TlsReport:
+    """The result for one TLS endpoint of this machine.
+
+    Attributes:
+        port: The TCP port as the world sees it.
+        inner: The port of this machine that it is forwarded to.
+        valid: Whether every server that checked the endpoint trusts it, and one did check it.
+        error: Why not, as the first of them says; None if none checked it.
+        not_after: Until when the certificate is good, as ``TlsAnswer`` has it.
+        advice: What to do; None if nothing is wrong.
+        answers: What each server says that checked it, by URL.
+    """
+
+    port: int
+    inner: int
+    valid: bool
+    error: str | None
+    not_after: str | None
+    advice: str | None
+    answers: dict[str, TlsAnswer]
+
+
+@dataclass(frozen=True)
 class Report:
     """The result of ``verify``.
 
@@ -83,6 +122,7 @@ class Report:
         ports: One for each port, in the order given.
         notes: What is true of all of them, in sentences.
         family: 4 or 6: the IP version of the address.
+        tls: One for each TLS endpoint, in the order given.
         reachable: How many ports are reachable.
         total: How many there are.
     """
@@ -92,6 +132,7 @@ class Report:
     ports: list[PortReport]
     notes: list[str] = field(default_factory=list)
     family: int = 4
+    tls: list[TlsReport] = field(default_factory=list)
     reachable: int = field(init=False)
     total: int = field(init=False)
 

@@ -19,7 +19,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from port_checker.provider.remote import MAX_PORTS_PER_REQUEST
-from port_checker.provider.report import PortPair, PortReport, Report, port_ranges
+from port_checker.provider.report import PortPair, PortReport, Report, TlsReport, port_ranges
 
 # A narrower terminal has no room for four columns.
 _MIN_TABLE_WIDTH = 64
@@ -46,7 +46,7 @@ def show(report: Report, console: Console) -> None:
         report: What to show.
         console: Where to print it; without markup, emoji codes and highlighting.
     """
-    rows = list(_rows(report.ports))
+    rows = [*_rows(report.ports), *map(_tls_row, report.tls)]
     if not console.is_terminal:
         for row in rows:
             line = f"{row.ports}: {row.local}; {row.outside}. {row.advice}".rstrip()
@@ -114,6 +114,22 @@ def _rows(ports: Iterable[PortReport]) -> Iterator[_Row]:
         groups.setdefault(key, []).append(PortPair(port.port, port.inner))
     for key, pairs in groups.items():
         yield _Row(port_ranges(pairs), *key)
+
+
+def _tls_row(endpoint: TlsReport) -> _Row:
+    outside = _certificate(endpoint.valid, endpoint.error, endpoint.not_after)
+    if len({answer.error for answer in endpoint.answers.values()}) > 1:
+        said = endpoint.answers.items()
+        answers = [f"{url}: {_certificate(a.valid, a.error, a.not_after)}" for url, a in said]
+        outside += f" ({', '.join(answers)})"
+    ports = port_ranges([PortPair(endpoint.port, endpoint.inner)])
+    return _Row(ports, "TLS", outside, endpoint.advice or "")
+
+
+def _certificate(valid: bool, error: str | None, not_after: str | None) -> str:
+    if valid:
+        return f"certificate valid until {not_after}"
+    return error or "not checked"
 
 
 def _outside(port: PortReport) -> str:

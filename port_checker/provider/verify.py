@@ -11,22 +11,27 @@ from port_checker.addresses import Address, parse_address
 from port_checker.connect import TIMED_OUT, Verdict
 from port_checker.linux import (
     RouteType,
+    TcpState,
     descriptors_left,
     ephemeral_ports,
     half_open_ports,
     packets_not_delivered,
     reserved_ports,
     route_type,
+    tcp_sockets,
 )
+from port_checker.provider.certificates import judge_tls
 from port_checker.provider.http_client import HttpClient, LocalPorts, ServerUrl
 from port_checker.provider.listeners import MAX_HELD, Listeners
-from port_checker.provider.remote import MAX_PORTS_PER_REQUEST, Server, Waits
+from port_checker.provider.remote import MAX_PORTS_PER_REQUEST, Server, ServerError, Waits
 from port_checker.provider.report import (
     Observation,
     Place,
     PortPair,
     PortReport,
     Report,
+    TlsAnswer,
+    TlsReport,
     judge,
     port_ranges,
 )
@@ -44,6 +49,7 @@ async def verify(
     ports: Sequence[int | tuple[int, int]],
     *,
     servers: Sequence[str],
+    tls: Sequence[int | tuple[int, int]] = (),
     ip: str | Address | None = None,
     family: int | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
@@ -60,6 +66,8 @@ async def verify(
         ports: TCP ports, 1 to 65535. A pair is a port as the world sees it and the port of this
             machine that it is forwarded to.
         servers: URLs of port checkers.
+        tls: Ports, or pairs, at which programs of this machine serve TLS (HTTPS, say). After the
+            other ports, their certificates are checked; no listeners are opened on these.
         ip: This machine's public address; by default, each server is asked about the address that
             it sees.
         family: 4 or 6, the IP version to check; by default that of ``ip``, else 4 where a server
@@ -77,6 +85,7 @@ async def verify(
             named for two others, or a URL is not one.
     """
     pairs = _port_pairs(ports)
+    endpoints = [pair for port in tls for pair in _port_pairs([port])]
     urls = _server_urls(servers)
     address = _address(ip)
     if family not in (None, 4, 6):
@@ -99,7 +108,7 @@ async def verify(
     for part in parts:
         reports += await check.verify_part(part, only_part=len(parts) == 1)
         on_checked(len(reports), len(pairs))
-    return check.report(reports)
+    return check.report(reports, [await check.verify_tls(pair) for pair in endpoints])
 
 
 @dataclass
@@ -145,6 +154,32 @@ class _Check:
                 judge(self._observe(pair, listeners, seen, half_open, arrivals), place)
                 for pair in pairs
             ]
+
+    async def verify_tls(self, pair: PortPair) -> TlsReport:
+        """Have each server check the certificate at one port."""
+        await self._find_address()
+        said = await asyncio.gather(
+            *(server.check_tls(pair.outer) for server in self.servers), return_exceptions=True
+        )
+        answers: dict[str, TlsAnswer] = {}
+        reasons = []
+        for server, answer in zip(self.servers, said, strict=True):
+            if isinstance(answer, TlsAnswer):
+                answers[str(server.url)] = answer
+            elif isinstance(answer, ServerError):
+                reasons.append(f"{server.url} {answer}")
+            else:
+                raise answer
+        is_listened_on = any(sock.state is TcpState.LISTEN for sock in tcp_sockets({pair.inner}))
+        address = self._address
+        return judge_tls(
+            pair,
+            answers,
+            reason="; ".join(reasons) or "no server was asked",
+            is_listened_on=is_listened_on,
+            own_address=bool(address and _is_own(address)),
+            ip=str(address),
+        )
 
     async def _find_address(self) -> None:
         if self.given:
@@ -288,7 +323,7 @@ class _Check:
             address=address if own else local,
         )
 
-    def report(self, ports: list[PortReport]) -> Report:
+    def report(self, ports: list[PortReport], tls: list[TlsReport]) -> Report:
         """Put together what was found."""
         address = self._address
         return Report(
@@ -297,6 +332,7 @@ class _Check:
             ports=ports,
             notes=list(self._notes(ports)),
             family=self.family,
+            tls=tls,
         )
 
     def _notes(self, ports: Sequence[PortReport]) -> Iterator[str]:

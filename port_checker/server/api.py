@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -14,12 +14,16 @@ from port_checker.checker import Checker, Reservation
 from port_checker.schemas import (
     CHECK_EXAMPLE,
     ERROR_EXAMPLES,
+    TLS_CHECK_EXAMPLE,
+    TLS_ERROR_EXAMPLES,
     CallerAddress,
     CheckRequest,
     CheckResponse,
     ErrorCode,
     ErrorResponse,
     Health,
+    TlsCheckRequest,
+    TlsCheckResponse,
 )
 from port_checker.server.caller import CallerResolver
 from port_checker.server.errors import NO_STORE, STATUS, ApiError
@@ -79,19 +83,20 @@ class Api:
             tags=["checks"],
             response_model=CheckResponse,
             response_description="The result for each port",
-            responses=_documented_errors(
-                ErrorCode.INVALID_IP,
-                ErrorCode.INVALID_PORT,
-                ErrorCode.TOO_MANY_PORTS,
-                ErrorCode.INVALID_REQUEST,
-                ErrorCode.TARGET_NOT_ALLOWED,
-                ErrorCode.CROSS_ORIGIN,
-                ErrorCode.REQUEST_TOO_LARGE,
-                ErrorCode.RATE_LIMITED,
-                ErrorCode.OVERLOADED,
-                ErrorCode.CHECK_FAILED,
-            ),
+            responses=_documented_errors(ERROR_EXAMPLES),
             openapi_extra={"requestBody": self._documented_body()},
+        )
+        app.add_api_route(
+            "/check-tls",
+            self.check_tls,
+            methods=["POST"],
+            operation_id="check_tls",
+            summary="Check whether a TLS endpoint can be trusted",
+            tags=["checks"],
+            response_model=TlsCheckResponse,
+            response_description="The result",
+            responses=_documented_errors(TLS_ERROR_EXAMPLES),
+            openapi_extra={"requestBody": _documented_tls_body()},
         )
         app.add_api_route(
             "/ip",
@@ -121,8 +126,9 @@ class Api:
                 route.methods.add("HEAD")
 
         # Added to the finished schema, because FastAPI drops nulls from examples that it adds.
-        answers = schema["paths"]["/check-ports"]["post"]["responses"]
-        answers["200"]["content"]["application/json"]["example"] = CHECK_EXAMPLE
+        for path, example in ("/check-ports", CHECK_EXAMPLE), ("/check-tls", TLS_CHECK_EXAMPLE):
+            answer = schema["paths"][path]["post"]["responses"]["200"]
+            answer["content"]["application/json"]["example"] = example
 
     async def check_ports(self, request: Request) -> Response:
         """Connect to all ports at once and report which of them accept connections.
@@ -135,16 +141,15 @@ class Api:
         # Before anything that costs more than this does.
         await self._limiter.pay_request(caller)
         asked = CheckRequest.parse(await _read_body(request), self._settings.max_ports)
-        with CheckRecord(caller, asked.provider_ip, len(asked.ports), self._metrics) as record:
-            self._targets.require_allowed(caller, asked.provider_ip)
-            if not request.client or request.client.host != str(asked.provider_ip):
-                # Not needed for the peer: this connection proves that there is a route.
-                verify_local_binding(asked.provider_ip)
-            with self._reserve(caller, asked) as reservation:
-                await self._limiter.pay_ports(caller, asked.provider_ip, len(asked.ports))
-                verdicts = await _unless_caller_leaves(
-                    request, self._checker.check(asked.provider_ip, asked.ports, reservation)
-                )
+        target, ports = asked.provider_ip, asked.ports
+        with CheckRecord(caller, target, len(ports), self._metrics) as record:
+            verdicts = await self._run(
+                request,
+                caller,
+                target,
+                len(ports),
+                lambda room: self._checker.check(target, ports, room),
+            )
             accessible = sum(verdict.accessible for verdict in verdicts.values())
             record.result = f"accessible={accessible}"
         self._metrics.count_ports(verdict.error for verdict in verdicts.values())
@@ -154,14 +159,53 @@ class Api:
                 logger.debug("%s port %d: %s", asked.provider_ip, port, verdict.error or "open")
         return _json_response(answer.model_dump_json())
 
-    def _reserve(self, caller: Address | None, asked: CheckRequest) -> Reservation:
-        """Make room for a check before its ports are paid for, so that refusals cost nothing."""
-        return self._checker.reserve(
-            len(asked.ports),
+    async def check_tls(self, request: Request) -> Response:
+        """Connect to a port, make a TLS handshake (1.2 or later), and verify the certificate.
+
+        Its chain must lead to an authority that this service's system trusts; it must be in date,
+        and good for the host. Nothing is sent after the handshake. A connection that fails is
+        tried again, so a response can take some seconds. You may check your own address; any other
+        must be public.
+        """
+        caller = self._callers.resolve(request)
+        require_same_origin(request, caller)
+        await self._limiter.pay_request(caller)
+        asked = TlsCheckRequest.parse(await _read_body(request))
+        target = asked.target
+        with CheckRecord(caller, target, 1, self._metrics) as record:
+            verdict = await self._run(
+                request,
+                caller,
+                target,
+                1,
+                lambda room: self._checker.check_tls(target, asked.port, asked.expected, room),
+            )
+            record.result = f'tls="{verdict.error or "valid"}"'
+        self._metrics.count_tls(verdict.error)
+        return _json_response(TlsCheckResponse.of(asked, verdict).model_dump_json())
+
+    async def _run(
+        self,
+        request: Request,
+        caller: Address | None,
+        target: Address,
+        ports: int,
+        check: Callable[[Reservation], Awaitable[_T]],
+    ) -> _T:
+        """Run a check within the rules, the limits and the room, unless its caller leaves."""
+        self._targets.require_allowed(caller, target)
+        if not request.client or request.client.host != str(target):
+            # Not needed for the peer: this connection proves that there is a route.
+            verify_local_binding(target)
+        # The room comes before the ports are paid for, so that refusals cost nothing.
+        with self._checker.reserve(
+            ports,
             caller=caller and subscriber(caller),
             network=caller and site(caller),
-            is_own=have_one_subscriber(caller, asked.provider_ip),
-        )
+            is_own=have_one_subscriber(caller, target),
+        ) as room:
+            await self._limiter.pay_ports(caller, target, ports)
+            return await _unless_caller_leaves(request, check(room))
 
     async def ip(self, request: Request) -> Response:
         """Return the address that your requests come from."""
@@ -195,14 +239,31 @@ class Api:
         }
 
 
+def _documented_tls_body() -> dict[str, Any]:
+    by_address = {"host": "203.0.113.7", "port": 443, "expected_ip": "203.0.113.7"}
+    by_name = {"host": "provider.example", "port": 443, "expected_ip": "203.0.113.7"}
+    return {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": TlsCheckRequest.model_json_schema(),
+                "examples": {
+                    "address": {"summary": "A certificate for an address", "value": by_address},
+                    "name": {"summary": "A certificate for a name", "value": by_name},
+                },
+            }
+        },
+    }
+
+
 def _json_response(body: str) -> Response:
     return Response(body, media_type="application/json", headers=NO_STORE)
 
 
-def _documented_errors(*codes: ErrorCode) -> dict[int | str, dict[str, Any]]:
-    """Return OpenAPI's ``responses`` for these codes, with an example for each."""
+def _documented_errors(examples: Mapping[ErrorCode, str]) -> dict[int | str, dict[str, Any]]:
+    """Return OpenAPI's ``responses`` for the codes of ``examples``, which holds their messages."""
     answers: dict[int | str, dict[str, Any]] = {}
-    for code in codes:
+    for code, message in examples.items():
         status = STATUS[code]
         answer = answers.setdefault(
             status.value,
@@ -212,7 +273,7 @@ def _documented_errors(*codes: ErrorCode) -> dict[int | str, dict[str, Any]]:
                 "content": {"application/json": {"examples": {}}},
             },
         )
-        example = {"detail": {"code": code, "message": ERROR_EXAMPLES[code]}}
+        example = {"detail": {"code": code, "message": message}}
         answer["content"]["application/json"]["examples"][code] = {"value": example}
         if code in (ErrorCode.RATE_LIMITED, ErrorCode.OVERLOADED):
             answer["headers"] = {

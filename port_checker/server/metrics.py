@@ -66,6 +66,13 @@ FAMILIES: Final = (
         "verdict",
         ("accessible", "refused", "timed_out", "unreachable", "other"),
     ),
+    Family(
+        "port_checker_tls_checks",
+        "Completed checks of TLS endpoints, by result.",
+        "counter",
+        "result",
+        ("valid", "expired", "mismatch", "untrusted", "handshake_failed", "no_connection"),
+    ),
     Family("port_checker_errors", "Error responses, by code.", "counter", "code", tuple(ErrorCode)),
     Family(
         "port_checker_receive_deadlines",
@@ -96,6 +103,15 @@ _VERDICTS: Final = {
     "No route to host": "unreachable",
     "Network is unreachable": "unreachable",
 }
+
+# By how the error of a TLS endpoint begins.
+_TLS_RESULTS: Final = (
+    ("certificate expired", "expired"),
+    ("certificate does not match", "mismatch"),
+    ("certificate verify failed", "untrusted"),
+    ("TLS handshake failed", "handshake_failed"),
+    ("", "no_connection"),
+)
 
 _COMBINE: Final[dict[str, Callable[[Iterable[float]], float]]] = {
     "sum": sum,
@@ -160,6 +176,14 @@ class Metrics:
             counts[error] = counts.get(error, 0) + 1
         for error, ports in counts.items():
             self.row[_PORT_SLOTS.get(error, _OTHER_PORTS)] += ports
+
+    def count_tls(self, error: str | None) -> None:
+        """Count a TLS endpoint that was checked, by its error; None if it is valid."""
+        if error is None:
+            self.count("tls_checks", "valid")
+        else:
+            result = next(result for words, result in _TLS_RESULTS if error.startswith(words))
+            self.count("tls_checks", result)
 
     def time_check(self, seconds: float) -> None:
         """Count a completed check that took so long."""

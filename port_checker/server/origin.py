@@ -67,7 +67,8 @@ def require_same_origin(
     ):
         raise CrossOrigin(
             "This request comes from another site's page. Use this service's own page, or a "
-            "program that is not a browser."
+            "program that is not a browser. If a proxy forwarded it, have the proxy set "
+            "X-Forwarded-For."
         )
     if not (host and caller and caller.is_loopback):
         return

@@ -35,6 +35,7 @@ _ADVICE = {
 _LINKS = {
     "name": "Golem Port Checker",
     "check_ports": "check-ports",
+    "check_tls": "check-tls",
     "ip": "ip",
     "health": "health",
     "docs": "docs",

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -310,7 +311,7 @@ def test_attempts_without_an_answer_use_up_patience() -> None:
 
     with raw_server(stall) as url:
         try:
-            waits = {"answer": 0.1, "pauses": (0.001,) * 20, "patience": 0.5}
+            waits: dict[str, Any] = {"answer": 0.1, "pauses": (0.001,) * 20, "patience": 0.5}
             check([free_port()], url, ip="127.0.0.1", **waits)
         finally:
             done.set()

@@ -129,7 +129,10 @@ def test_head_is_answered_like_get_without_a_body(client: httpx.Client, path: st
 
 def test_every_get_route_answers_head() -> None:
     routes = [route for route in create_app(Settings()).routes if isinstance(route, Route)]
-    assert [it.path for it in routes if it.methods and "HEAD" not in it.methods] == ["/check-ports"]
+    assert [it.path for it in routes if it.methods and "HEAD" not in it.methods] == [
+        "/check-ports",
+        "/check-tls",
+    ]
 
 
 def test_no_answer_may_be_cached(client: httpx.Client) -> None:
@@ -422,7 +425,7 @@ def test_a_check_without_room_is_refused_and_not_queued() -> None:
 
 def test_the_schema_documents_every_error(client: httpx.Client) -> None:
     schema = client.get("/openapi.json").json()
-    assert list(schema["paths"]) == ["/check-ports", "/ip", "/health"]
+    assert list(schema["paths"]) == ["/check-ports", "/check-tls", "/ip", "/health"]
     operation = schema["paths"]["/check-ports"]["post"]
     assert list(schema["paths"]["/health"]["get"]["responses"]) == ["200"]
     error = {"$ref": "#/components/schemas/ErrorResponse"}

@@ -221,6 +221,25 @@ def test_each_error_of_a_port_has_its_verdict() -> None:
     assert {verdict: snapshot["port_checker_ports", verdict] for verdict in verdicts} == verdicts
 
 
+def test_each_error_of_a_tls_endpoint_has_its_result() -> None:
+    totals, metrics = Totals(), Metrics()
+    totals.add(metrics.row)
+    errors = {
+        "valid": None,
+        "expired": "certificate expired",
+        "mismatch": "certificate does not match expected IP",
+        "untrusted": "certificate verify failed: unable to get local issuer certificate",
+        "handshake_failed": "TLS handshake failed: timed out",
+        "no_connection": REFUSED.error,
+    }
+    for error in errors.values():
+        metrics.count_tls(error)
+    snapshot = totals.snapshot()
+    assert {result: snapshot["port_checker_tls_checks", result] for result in errors} == (
+        dict.fromkeys(errors, 1)
+    )
+
+
 def test_a_redis_that_cannot_be_reached_is_seen() -> None:
     with refused_port() as port:
         store = f"redis://127.0.0.1:{port}"

@@ -72,7 +72,8 @@ def test_programs_are_told_where_everything_is(client: httpx.Client, accept: str
     assert answer.headers["Vary"] == "Accept"
     links = answer.json()
     assert links.pop("name") == "Golem Port Checker"
-    assert client.post(links.pop("check_ports")).status_code == 422
+    for name in "check_ports", "check_tls":
+        assert client.post(links.pop(name)).status_code == 422
     assert set(links) == {"ip", "health", "docs", "openapi"}
     for link in links.values():
         client.get(link).raise_for_status()

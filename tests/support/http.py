@@ -12,8 +12,17 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
 def check_of(*ports: int) -> bytes:
     """A request for a check of ports of 127.0.0.1."""
-    body = json.dumps({"provider_ip": "127.0.0.1", "ports": ports}).encode()
-    head = f"POST /check-ports HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    return _post("/check-ports", {"provider_ip": "127.0.0.1", "ports": ports})
+
+
+def check_tls_of(port: int) -> bytes:
+    """A request for a check of a TLS endpoint on 127.0.0.1."""
+    return _post("/check-tls", {"host": "127.0.0.1", "port": port, "expected_ip": "127.0.0.1"})
+
+
+def _post(path: str, document: object) -> bytes:
+    body = json.dumps(document).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
     return head.encode() + body
 
 

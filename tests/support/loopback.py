@@ -63,7 +63,9 @@ def refused_port(host: str = "127.0.0.1") -> Iterator[int]:
 
 
 @contextmanager
-def full_backlog(host: str = "127.0.0.1") -> Iterator[tuple[int, Callable[[], None]]]:
+def full_backlog(
+    host: str = "127.0.0.1", port: int = 0
+) -> Iterator[tuple[int, Callable[[], None]]]:
     """A port whose listener's backlog is full, so that the kernel drops each SYN.
 
     Yields:
@@ -71,7 +73,7 @@ def full_backlog(host: str = "127.0.0.1") -> Iterator[tuple[int, Callable[[], No
     """
     with ExitStack() as stack:
         listener = stack.enter_context(
-            socket.create_server((host, 0), family=family_of(host), backlog=1)
+            socket.create_server((host, port), family=family_of(host), backlog=1)
         )
         clients = []
         connected = True

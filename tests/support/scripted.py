@@ -18,9 +18,15 @@ from port_checker.server.errors import STATUS
 REFUSED = "Connection refused"
 
 
-def check(ports: Sequence[int], *servers: str, ip: str | None = None, **waits: Any) -> Report:
+def check(
+    ports: Sequence[int],
+    *servers: str,
+    tls: Sequence[int | tuple[int, int]] = (),
+    ip: str | None = None,
+    **waits: Any,
+) -> Report:
     """Have servers check ports of this machine, and wait for nothing that does not happen."""
-    return asyncio.run(verify(ports, servers=servers, ip=ip, waits=short_waits(**waits)))
+    return asyncio.run(verify(ports, servers=servers, tls=tls, ip=ip, waits=short_waits(**waits)))
 
 
 def short_waits(slept: list[float] | None = None, **waits: Any) -> Waits:
@@ -123,10 +129,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         assert isinstance(self.server, ScriptedServer)
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/check-tls":  # older servers lack it
+            return self._send(NOT_FOUND)
         assert self.path == "/check-ports"
         self.server.addresses.append(asked["provider_ip"])
         self.server.asked.append(asked["ports"])
-        self._send(self.server.check(asked["ports"]))
+        return self._send(self.server.check(asked["ports"]))
 
     def _send(self, answer: Answer) -> None:
         self.send_response(answer.status)

@@ -1,0 +1,67 @@
+"""The result for a TLS endpoint, and the advice that follows from what servers say of it."""
+
+from collections.abc import Mapping
+
+from port_checker import advice as advice_for
+from port_checker.provider.report import PortPair, TlsAnswer, TlsReport
+
+# What to do about an error, by words in it; the first that fit count.
+_BY_WORDS = (
+    ("certificate expired", advice_for.CERTIFICATE_EXPIRED),
+    ("certificate does not match", advice_for.CERTIFICATE_FOR_ANOTHER),
+    ("certificate is not yet valid", advice_for.CERTIFICATE_NOT_YET_VALID),
+    ("unable to get local issuer certificate", advice_for.CERTIFICATE_OF_UNKNOWN_AUTHORITY),
+    ("self-signed certificate", advice_for.CERTIFICATE_OF_UNKNOWN_AUTHORITY),
+    ("certificate verify failed", advice_for.CERTIFICATE_REJECTED),
+    ("TLS handshake failed: wrong version number", advice_for.NOT_TLS),
+    ("TLS handshake failed: tlsv1 alert protocol version", advice_for.TLS_TOO_OLD),
+    ("TLS handshake failed: unsupported protocol", advice_for.TLS_TOO_OLD),
+    ("TLS handshake failed", advice_for.TLS_HANDSHAKE_FAILED),
+)
+
+
+def judge_tls(
+    ports: PortPair,
+    answers: Mapping[str, TlsAnswer],
+    *,
+    reason: str,
+    is_listened_on: bool,
+    own_address: bool,
+    ip: str,
+) -> TlsReport:
+    """Judge one TLS endpoint.
+
+    Args:
+        ports: Its port, outside and here.
+        answers: What the servers say, by URL.
+        reason: Why those that say nothing do not.
+        is_listened_on: Whether a program of this machine listens on the port.
+        own_address: Whether the address that was checked is one of this machine's.
+        ip: The address that was checked.
+    """
+    wrong = [answer for answer in answers.values() if not answer.valid]
+    said = (wrong or [*answers.values()] or [TlsAnswer(valid=False, error=None, not_after=None)])[0]
+    if not answers:
+        advice: str | None = advice_for.TLS_NOT_CHECKED.format(reason=reason)
+    elif said.error is None:
+        advice = None
+    else:
+        advice = _advise(said.error, is_listened_on).format(
+            ip=ip, port=ports.inner, and_router="" if own_address else advice_for.AND_ROUTER
+        )
+    return TlsReport(
+        port=ports.outer,
+        inner=ports.inner,
+        valid=said.valid,
+        error=said.error,
+        not_after=said.not_after,
+        advice=advice,
+        answers=dict(answers),
+    )
+
+
+def _advise(error: str, is_listened_on: bool) -> str:
+    for words, advice in _BY_WORDS:
+        if words in error:
+            return advice
+    return advice_for.IN_USE if is_listened_on else advice_for.NOTHING_SERVES_TLS

@@ -1,0 +1,258 @@
+"""POST /check-tls, over real sockets, and as the network's next provider software uses it."""
+
+import json
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import trustme
+
+from port_checker.checker import Checker
+from port_checker.schemas import TLS_ERROR_EXAMPLES, ErrorCode, TlsCheckResponse
+from port_checker.server.app import create_app
+from port_checker.server.errors import STATUS
+from port_checker.server.metrics import Metrics, Totals
+from port_checker.server.settings import Settings
+from tests.support.http import check_tls_of
+from tests.support.loopback import open_port, ports, refused_port, silent_port
+from tests.support.namespace import in_namespace, needs_root
+from tests.support.service import ask, serve
+from tests.support.tls import endpoint, https, trust, wait_for_close
+from tests.support.waiting import wait_until
+
+NOW = datetime.now(UTC)
+DAY = timedelta(days=1)
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture(autouse=True)
+def _trust(authority: trustme.CA, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    trust(authority, monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def client() -> Iterator[httpx.Client]:
+    with serve(retries=1) as client:
+        yield client
+
+
+def check_tls(
+    client: httpx.Client, port: int, host: str = "127.0.0.1", **fields: object
+) -> httpx.Response:
+    return client.post("/check-tls", json={"host": host, "port": port, **fields})
+
+
+def error_code(answer: httpx.Response) -> str:
+    code = answer.json()["detail"]["code"]
+    assert answer.status_code == STATUS[ErrorCode(code)]
+    return str(code)
+
+
+def test_answers_to_the_byte(client: httpx.Client, authority: trustme.CA) -> None:
+    until = datetime(2099, 12, 1, 8, 30, tzinfo=UTC)
+    certificate = authority.issue_cert("127.0.0.1", "provider.example", not_after=until)
+    with https(certificate) as port:
+        good = check_tls(client, port)
+        named = check_tls(client, port, "provider.example", expected_ip="127.0.0.1")
+        other = check_tls(client, port, expected_ip="203.0.113.7")
+    assert good.status_code == 200
+    assert good.headers["content-type"] == "application/json"
+    assert good.text == (
+        f'{{"valid":true,"error":null,"peer":"127.0.0.1:{port}",'
+        '"not_after":"2099-12-01T08:30:00+00:00"}'
+    )
+    assert named.text == good.text.replace("127.0.0.1", "provider.example")
+    assert other.text == good.text.replace("true", "false").replace(
+        '"error":null', '"error":"certificate does not match expected IP"'
+    )
+    with refused_port() as port:
+        refused = check_tls(client, port)
+    assert refused.text == (
+        f'{{"valid":false,"error":"Connection refused","peer":"127.0.0.1:{port}","not_after":null}}'
+    )
+
+
+def test_the_documentation(client: httpx.Client) -> None:
+    operation = client.get("/openapi.json").json()["paths"]["/check-tls"]["post"]
+    documented = {
+        code: shown["value"]["detail"]["message"]
+        for status, answer in operation["responses"].items()
+        if status != "200"
+        for code, shown in answer["content"]["application/json"]["examples"].items()
+    }
+    assert documented == TLS_ERROR_EXAMPLES
+    example = operation["responses"]["200"]["content"]["application/json"]["example"]
+    assert example == TlsCheckResponse.model_validate(example).model_dump()
+    assert list(example) == ["valid", "error", "peer", "not_after"]
+
+
+# The same rules, limits and room as a check of one port
+
+
+@needs_root
+def test_who_may_be_checked() -> None:
+    """In a namespace: if one of them were not refused, nobody would be reached."""
+    script = """
+from tests.support.service import serve
+def check(headers={}, **asked):
+    print(client.post("/check-tls", json={"port": 443, **asked}, headers=headers).text)
+with serve(retries=1) as client:
+    for ip in ("::1", "10.0.0.1", "::ffff:10.0.0.1", "169.254.169.254", "192.168.1.100"):
+        check(host=ip)
+        check(host="localhost", expected_ip=ip)
+    for forwarded in ("unknown", "198.51.100.9"):
+        check({"x-forwarded-for": forwarded}, host="127.0.0.1")
+    check(host="2600::7")
+"""
+    *refused, unrouted = map(json.loads, in_namespace(script).splitlines())
+    assert [answer["detail"]["code"] for answer in refused] == ["TARGET_NOT_ALLOWED"] * 12
+    message = TLS_ERROR_EXAMPLES[ErrorCode.CHECK_FAILED]
+    assert unrouted == {"detail": {"code": "CHECK_FAILED", "message": message}}
+
+
+def test_another_sites_page_cannot_ask(client: httpx.Client) -> None:
+    answer = client.post("/check-tls", content=b"{", headers={"sec-fetch-site": "cross-site"})
+    assert error_code(answer) == "CROSS_ORIGIN"
+
+
+def test_both_kinds_of_check_share_the_callers_limit() -> None:
+    with (
+        open_port() as opened,
+        refused_port() as refused,
+        serve(caller_rate_limit="3/hour", retries=1) as client,
+    ):
+        assert check_tls(client, refused).status_code == 200
+        assert ask(client, opened).status_code == 200
+        assert check_tls(client, refused).status_code == 200
+        assert error_code(check_tls(client, refused)) == "RATE_LIMITED"
+        assert error_code(ask(client, opened)) == "RATE_LIMITED"
+
+
+def test_a_tls_check_is_one_port_of_its_target() -> None:
+    others: dict[str, Any] = {"headers": {"x-forwarded-for": "198.51.100.9"}}
+    with (
+        refused_port() as refused,
+        serve(
+            target_rate_limit="2/hour", max_ports=2, allowed_networks="127.0.0.1", retries=1
+        ) as client,
+    ):
+        body = {"host": "127.0.0.1", "port": refused}
+        for _ in range(2):
+            assert client.post("/check-tls", json=body, **others).status_code == 200
+        assert error_code(client.post("/check-tls", json=body, **others)) == "RATE_LIMITED"
+
+
+def test_a_stalled_handshake_takes_room_until_the_caller_disconnects() -> None:
+    checker = Checker(retries=3, retry_delay=30, timeout=30, max_in_flight=1)
+    with (
+        endpoint(wait_for_close) as port,
+        serve(create_app(Settings(), checker=checker)) as client,
+        socket.create_connection(("127.0.0.1", client.base_url.port or 0)) as caller,
+    ):
+        caller.sendall(check_tls_of(port))
+        wait_until(lambda: checker.in_flight == 1)
+        assert error_code(check_tls(client, port)) == "OVERLOADED"
+        caller.close()
+        wait_until(lambda: not checker.in_flight)
+
+
+def test_a_machine_that_trusts_nobody_says_so(
+    client: httpx.Client, authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", "/nonexistent")
+    with https(authority.issue_cert("127.0.0.1")) as port:
+        answer = check_tls(client, port)
+    assert error_code(answer) == "CHECK_FAILED"
+    assert "no certificate authority is trusted" in answer.json()["detail"]["message"]
+
+
+def test_what_was_checked_is_on_record_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    totals, metrics = Totals(), Metrics()
+    totals.add(metrics.row)
+    app = create_app(Settings(retries=1), metrics=metrics)
+    with refused_port() as port, serve(app) as client:
+        check_tls(client, port)
+    assert totals.snapshot()["port_checker_tls_checks", "no_connection"] == 1
+    line = next(line for line in caplog.messages if line.startswith("check "))
+    assert line.startswith("check caller=127.0.0.1 target=127.0.0.1 ports=1 outcome=completed ")
+    assert line.endswith(' tls="Connection refused"')
+
+
+# What the network's next provider software asks before it joins, with 8 s of patience each time
+
+
+def join(client: httpx.Client, http: int, https: int, vms: list[int]) -> tuple[object, ...]:
+    """Do the three checks, as it does; return the two ports, the certificate, and the range."""
+
+    def post(path: str, body: object) -> Any:
+        answer = client.post(path, json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def accessible(asked: list[int]) -> list[bool]:
+        results = post("/check-ports", {"provider_ip": "127.0.0.1", "ports": asked})["results"]
+        return [results[str(port)]["accessible"] for port in asked]
+
+    web = accessible([http, https])
+    asked = {"host": "127.0.0.1", "port": https, "expected_ip": "127.0.0.1"}
+    certificate = post("/check-tls", asked)
+    return web, certificate["valid"], certificate["error"], all(accessible(vms))
+
+
+def good(authority: trustme.CA) -> AbstractContextManager[int]:
+    return https(authority.issue_cert("127.0.0.1"))
+
+
+def silent(_: trustme.CA) -> AbstractContextManager[int]:
+    return silent_port()
+
+
+def expired(authority: trustme.CA) -> AbstractContextManager[int]:
+    return https(authority.issue_cert("127.0.0.1", not_before=NOW - 9 * DAY, not_after=NOW - DAY))
+
+
+def staging(_: trustme.CA) -> AbstractContextManager[int]:
+    """The authority for trials of Let's Encrypt, say: the software looks for these words."""
+    return https(trustme.CA().create_child_ca().issue_cert("127.0.0.1"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (good, ([True, True], True, None, True)),
+        (silent, ([True, False], False, "Connection timed out", True)),
+        (expired, ([True, True], False, "certificate expired", True)),
+        (
+            staging,
+            (
+                [True, True],
+                False,
+                "certificate verify failed: unable to get local issuer certificate",
+                True,
+            ),
+        ),
+    ],
+)
+def test_the_networks_next_provider_software(
+    authority: trustme.CA,
+    kind: Callable[[trustme.CA], AbstractContextManager[int]],
+    told: tuple[object, ...],
+) -> None:
+    with ExitStack() as stack:
+        web = stack.enter_context(open_port())
+        secure = stack.enter_context(kind(authority))
+        vms = stack.enter_context(ports(100, open_port))
+        # README's settings for its patience, but less of it for who says nothing.
+        timeout = 0.3 if kind is silent else 3
+        client = stack.enter_context(serve(retries=2, timeout=timeout, retry_delay=0.5))
+        assert join(client, web, secure, vms) == told
