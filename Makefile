@@ -5,8 +5,8 @@
 #   make test-lowest  run them on the lowest versions that pyproject.toml allows
 #   make cover        run them and list the lines they did not reach
 #   make lab          run only the tests in network namespaces; needs root, iproute2 and nftables
-#   make systemd-test  install the service in a Debian that systemd boots; needs root, debootstrap
-#                     and systemd-container
+#   make systemd-test  install the service in a Debian that systemd boots, and build the
+#                     container; needs root, debootstrap, systemd-container, podman and runc
 #   make fuzz         run the tests with generated requests for minutes; FUZZ_EXAMPLES sets how many
 #   make lint         ruff and mypy
 #   make bench        measure, side by side with the published version; needs wrk

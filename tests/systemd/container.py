@@ -8,7 +8,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from tests.support.waiting import wait_until
+
+# The files of a Debian, which are not changed.
+DEBIAN = Path(os.environ.get("SYSTEMD_TEST_ROOT", ""))
+
+needs_debian = pytest.mark.skipif(
+    "SYSTEMD_TEST_ROOT" not in os.environ, reason="make systemd-test makes a Debian for these tests"
+)
 
 _COMMAND = "systemd-nspawn --boot --register=no --keep-unit --private-network --quiet"
 

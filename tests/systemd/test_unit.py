@@ -1,10 +1,8 @@
 """golem-port-checker.service, installed by README's words and run by a real systemd."""
 
 import json
-import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,26 +11,11 @@ import pytest
 
 from tests.support.namespace import ROOT
 from tests.support.waiting import wait_until
-from tests.systemd.container import Container, booted
+from tests.systemd.container import DEBIAN, Container, booted, needs_debian
 
-DEBIAN = os.environ.get("SYSTEMD_TEST_ROOT")
-
-pytestmark = pytest.mark.skipif(
-    not DEBIAN, reason="make systemd-test boots a Debian for these tests"
-)
+pytestmark = needs_debian
 
 SHOW = "systemctl show golem-port-checker --value --property "
-
-
-@pytest.fixture(scope="module")
-def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, and those that it needs, since the container has no network."""
-    directory = tmp_path_factory.mktemp("wheels")
-    words = [sys.executable, "-m", "pip", "wheel", "--quiet", "--wheel-dir", str(directory)]
-    words += ["--constraint", "constraints.txt", ".[metrics,redis]", "hatchling"]
-    words += ["async-timeout"]  # which redis needs on Debian 12's Python 3.11.2
-    subprocess.run(words, cwd=ROOT, check=True)
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +35,7 @@ def container(
     """A Debian in which README's block has been run."""
     scratch = tmp_path_factory.mktemp("container")
     mounts = [(wheels, "/root/wheels"), (checkout, "/mnt")]
-    with booted(Path(str(DEBIAN)), scratch, *mounts) as container:
+    with booted(DEBIAN, scratch, *mounts) as container:
         container.run(
             "export PIP_NO_INDEX=1 PIP_FIND_LINKS=/root/wheels\n"
             "cp -r /mnt /root/checkout; cd /root/checkout\n" + readme_block()

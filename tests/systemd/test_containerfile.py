@@ -1,0 +1,80 @@
+"""The Containerfile, built and run by podman on a Debian of our own."""
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from tests.support.namespace import ROOT
+from tests.support.waiting import wait_until
+from tests.systemd.container import DEBIAN, needs_debian
+
+pytestmark = needs_debian
+
+# The machine's own hard limits: more than that podman may not be allowed to set.
+LIMITS = "--ulimit nofile=10000:10000 --ulimit nproc=10000:10000"
+
+Podman = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def podman() -> Iterator[Podman]:
+    """Runs podman, with images and containers of the test's own."""
+    store = tempfile.mkdtemp(prefix="podman-")  # podman bounds the length of its path
+    storage = f"--root {store}/root --runroot {store}/run --storage-driver vfs"
+    common = ["podman", *storage.split(), "--runtime", "runc", "--cgroup-manager", "cgroupfs"]
+
+    def run(words: str, stdin: IO[bytes] | None = None) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [*common, *words.split()],
+            stdin=stdin,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+
+    yield run
+    run("rm --all --force --time 1")
+    shutil.rmtree(store)
+
+
+def test_the_image_serves_as_nobody_on_a_read_only_root(
+    podman: Podman, wheels: Path, tmp_path: Path
+) -> None:
+    context = tmp_path / "context"
+    (context / "dist").mkdir(parents=True)
+    for source in (ROOT / "Containerfile", ROOT / "constraints.txt"):
+        shutil.copy(source, context)
+    shutil.copy(next(wheels.glob("golem_port_checker-*.whl")), context / "dist")
+    pip = tmp_path / "pip.conf"
+    pip.write_text("[global]\nno-index = true\nfind-links = /wheels\n")
+
+    with subprocess.Popen(["tar", "-C", DEBIAN, "-c", "."], stdout=subprocess.PIPE) as tar:
+        done = podman("import - localhost/debian", stdin=tar.stdout)
+    assert done.returncode == 0, done.stderr
+    # In a chroot: the build needs no network, and no more rights than the test has.
+    done = podman(
+        "build --format docker --isolation chroot --network host --ulimit nofile=10000:10000 "
+        f"--layers=false --volume {wheels}:/wheels:ro --volume {pip}:/etc/pip.conf:ro "
+        f"--build-arg BASE=localhost/debian --tag localhost/port-checker {context}"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    done = podman(
+        f"run --detach --name checker --read-only --cap-drop all --network none {LIMITS} "
+        "localhost/port-checker"
+    )
+    assert done.returncode == 0, done.stderr
+    wait_until(lambda: podman("exec checker port-checker health").returncode == 0, "its health")
+    assert podman("exec checker id -u").stdout == "65534\n"
+    status = podman("exec checker cat /proc/1/status").stdout
+    assert "CapEff:\t0000000000000000\n" in status
+    assert "CapBnd:\t0000000000000000\n" in status
+    assert "Read-only file system" in podman("exec checker touch /opt/x").stderr
+    podman("stop --time 60 checker")
+    assert podman("inspect checker --format {{.State.ExitCode}}").stdout == "0\n"
