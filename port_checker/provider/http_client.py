@@ -278,7 +278,7 @@ class HttpClient:
                 url.host, url.port, family=_FAMILIES[self.family], type=socket.SOCK_STREAM
             )
         except socket.gaierror as error:
-            if error.errno in (socket.EAI_ADDRFAMILY, socket.EAI_NODATA) and self.family:
+            if self.family and await self.families(url):
                 raise HttpError(f"has no IPv{self.family} address", passes=False) from None
             passes = error.errno == socket.EAI_AGAIN
             raise HttpError(

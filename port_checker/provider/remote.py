@@ -214,7 +214,7 @@ class Server:
             try:
                 some, excluded = await self._check(left[: self._batch_size])
             except _Overloaded:
-                self._batch_size = (self._batch_size + 1) // 2
+                self._batch_size = (min(len(left), self._batch_size) + 1) // 2
                 continue
             if excluded:
                 raise ServerError("may not connect to a port that it did connect to")

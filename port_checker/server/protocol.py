@@ -319,12 +319,20 @@ class BoundedProtocol(HttpToolsProtocol):
         else:
             self._wait_for_client()
 
-    def shutdown(self) -> None:
-        """Close the connection after the answer that is being made; refuse all other requests."""
+    def drain(self) -> None:
+        """Answer no more requests, but finish the one that is complete; others get an error."""
         self._limits.is_stopping = True
         if self._is_answering():
             self.cycle.keep_alive = False
-        elif self._counted or not self._is_in_head:
+        elif not self._is_in_head:
+            self._refuse(_stopping())
+
+    def shutdown(self) -> None:
+        """Do as ``drain`` does, and close the connection if it has no complete request."""
+        self.drain()
+        if self._is_answering() or self.transport.is_closing():
+            return
+        if self._counted:
             self._refuse(_stopping())
         else:
             self.transport.close()

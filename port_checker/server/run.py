@@ -186,7 +186,8 @@ class Server(uvicorn.Server):
             for server in self.servers:
                 server.close()
         for connection in list(self.server_state.connections):
-            connection.shutdown()
+            if isinstance(connection, BoundedProtocol):
+                connection.drain()
         # uvicorn would stop listening first, and leave new connections without an answer.
         patience: float = self.config.timeout_graceful_shutdown or 0
         while self.server_state.tasks and patience > 0 and not self.force_exit:

@@ -526,24 +526,37 @@ def test_an_address_has_a_tenth_of_the_room() -> None:
 
 
 def test_while_the_service_stops_new_requests_are_refused(service: Service) -> None:
-    idle, half, answered, busy, late = (service.connect() for _ in range(5))
-    half.send(POST)
+    new, half_a_head, half_a_body, answered, busy = (service.connect() for _ in range(5))
+    half_a_head.send(HEALTH[:9])
+    half_a_body.send(POST)
     answered.send(HEALTH)
     busy.send(SLOW + HEALTH)
-    for client in list(service.state.connections):
-        if client is not late.protocol:
-            client.shutdown()
-    service.loop.settle()
-    assert idle.is_closed
-    assert answered.is_closed
-    assert refusal(half) == (503, "OVERLOADED")
-    late.send(HEALTH)
-    assert refusal(late) == (503, "OVERLOADED")
-    assert b"\r\nretry-after: 10\r\n" in late.received
+    for client in service.clients:
+        client.protocol.drain()
+    assert refusal(half_a_body) == (503, "OVERLOADED")
+    half_a_head.send(HEALTH[9:])
+    new.send(HEALTH)
+    for client in half_a_head, new:
+        assert refusal(client) == (503, "OVERLOADED")
+        assert b"\r\nretry-after: 10\r\n" in client.received
+    answered.send(HEALTH)
+    assert answered.statuses == [200, 503]
     service.slow_may_end.set()
     service.loop.settle()
     assert busy.statuses == [200]
     assert busy.is_closed
+
+
+def test_when_the_service_has_finished_connections_are_closed(service: Service) -> None:
+    new, half_a_head, answered = (service.connect() for _ in range(3))
+    half_a_head.send(HEALTH[:9])
+    answered.send(HEALTH)
+    for client in service.clients:
+        client.protocol.shutdown()
+    service.loop.settle()
+    assert refusal(half_a_head) == (503, "OVERLOADED")
+    assert new.is_closed
+    assert answered.is_closed
 
 
 def test_bad_connections_leave_room_for_honest_ones() -> None:
