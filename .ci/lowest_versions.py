@@ -12,10 +12,11 @@ from pathlib import Path
 UNPINNED = {"pydantic-core"}
 
 project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-requirements = [*project["dependencies"], *project["optional-dependencies"]["redis"]]
+extras = project["optional-dependencies"]
+requirements = [*project["dependencies"], *extras["metrics"], *extras["redis"]]
 lowest = {}
 for requirement in requirements:
-    # "throttled-py[redis]>=3.5,<3.6" is throttled-py and 3.5.
+    # "uvicorn>=0.51,<0.55" is uvicorn and 0.51.
     if match := re.match(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", requirement):
         lowest[match[1]] = match[2]
 for line in Path("constraints.txt").read_text().splitlines():
