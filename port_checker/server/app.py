@@ -1,7 +1,8 @@
 """The ASGI application: its parts put together, and nothing else."""
 
 from fastapi import FastAPI
-from starlette.applications import Starlette
+from starlette.middleware.errors import ServerErrorMiddleware
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.types import ASGIApp
 
 from port_checker import __version__
@@ -78,5 +79,10 @@ class _App(FastAPI):
     """
 
     def build_middleware_stack(self) -> ASGIApp:
-        """Return the application that a request goes through: Starlette's own."""
-        return Starlette.build_middleware_stack(self)
+        """Return the application that a request goes through."""
+        handlers = dict(self.exception_handlers)
+        answer_bug = handlers.pop(Exception)
+        app: ASGIApp = ExceptionMiddleware(self.router, handlers=handlers)
+        for middleware, arguments, options in reversed(self.user_middleware):
+            app = middleware(app, *arguments, **options)
+        return ServerErrorMiddleware(app, handler=answer_bug)
