@@ -26,7 +26,8 @@ def free_ports(count: int) -> list[int]:
         with suppress(OSError), ExitStack() as stack:
             for port in range(start, start + count):
                 for host in ("", "::1"):
-                    stack.enter_context(socket.create_server((host, port), family=family_of(host)))
+                    # Without SO_REUSEADDR: no connection of an earlier test is in TIME_WAIT there.
+                    stack.enter_context(socket.socket(family_of(host))).bind((host, port))
             return list(range(start, start + count))
 
 
