@@ -140,7 +140,7 @@ class _Check:
             place = self._place(len(failed), discarded)
             seen = set(listeners.seen)
             arrivals = None
-            if through := await self._ask_in_groups(asked, seen, listeners):
+            if through := await self._ask_in_groups(asked, listeners):
                 seen |= set(listeners.seen)
                 self.let_in_later += through
             elif self._wants_tracing(asked, listeners, only_part and not place.own_address):
@@ -221,16 +221,14 @@ class _Check:
     def _is_accessible(self, pair: PortPair) -> bool:
         return any(verdict.accessible for verdict in self._answers(pair).values())
 
-    async def _ask_in_groups(
-        self, pairs: Sequence[PortPair], seen: set[int], listeners: Listeners
-    ) -> int:
+    async def _ask_in_groups(self, pairs: Sequence[PortPair], listeners: Listeners) -> int:
         """Ask again in small groups where a limit on new connections shows."""
         reached = {pair.outer for pair in pairs if self._is_accessible(pair)}
         lost = [
             pair.outer
             for pair in pairs
             if listeners.local[pair.inner] == "bound"
-            and pair.inner not in seen
+            # Also where a packet that was sent again arrived, too late for the server.
             and set(self._answers(pair).values()) == {TIMED_OUT}
         ]
         if not looks_limited(pairs, reached, set(lost)):
