@@ -70,7 +70,6 @@ _VERDICTS = {
     errno.ECONNRESET: OPEN,
     errno.EPIPE: OPEN,
     errno.ECONNREFUSED: REFUSED,
-    errno.ETIMEDOUT: TIMED_OUT,
     # From ICMP, sent by a router on the way or by the target.
     errno.EHOSTUNREACH: Verdict(accessible=False, error="No route to host"),
     errno.ENETUNREACH: Verdict(accessible=False, error="Network is unreachable"),
@@ -358,17 +357,17 @@ class _Round:
     def _verdict_at_timeout(self, sock: socket.socket) -> Verdict:
         # The kernel puts an ICMP error aside while the socket is in use; SO_ERROR returns it.
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if error:
-            return self._verdict_of(sock, error)
-        if could_not_retransmit(sock):
-            raise _Forbidden("this machine's own firewall drops what it sends")
-        return TIMED_OUT
+        return self._verdict_of(sock, error or errno.ETIMEDOUT)
 
     def _verdict_of(self, sock: socket.socket, error: int) -> Verdict:
         if error in OWN_TROUBLE:
             raise OSError(error, os.strerror(error))
         if error == errno.EPERM:
             raise _Forbidden(os.strerror(error))
+        if error == errno.ETIMEDOUT:  # or the kernel gave up before we did (tcp_syn_retries)
+            if could_not_retransmit(sock):
+                raise _Forbidden("this machine's own firewall drops what it sends")
+            return TIMED_OUT
         if _is_rejected_here(sock, self._target):
             raise _Forbidden("this machine's own firewall rejects what it sends")
         return _VERDICTS.get(error) or Verdict(accessible=False, error=os.strerror(error))

@@ -38,6 +38,7 @@ class TcpState(IntEnum):
 
     SYN_SENT = 2
     SYN_RECV = 3
+    CLOSE = 7
     LISTEN = 10
     OTHER = -1
 
@@ -213,7 +214,7 @@ def take_icmp_error(sock: socket.socket) -> IcmpError | None:
 
 
 def could_not_retransmit(sock: socket.socket) -> bool:
-    """Whether the kernel could not send a connecting socket's SYN again.
+    """Whether the kernel could not send a socket's SYN again, while connecting or until it gave up.
 
     An outgoing firewall that drops it does that, and connect() is not told (Linux tcp_connect()
     looks at ECONNREFUSED alone). But of the struct tcp_info, ``tcpi_total_retrans`` counts what
@@ -224,7 +225,8 @@ def could_not_retransmit(sock: socket.socket) -> bool:
     (retrans,) = struct.unpack_from("=I", info, 36)
     (total_retrans,) = struct.unpack_from("=I", info, 100)
     # Once it is connected nothing is left to be sent again, whatever was before.
-    return info[0] == TcpState.SYN_SENT and bool(total_retrans and not retrans)
+    is_connected = info[0] not in (TcpState.SYN_SENT, TcpState.CLOSE)
+    return bool(total_retrans and not retrans) and not is_connected
 
 
 @dataclass(frozen=True, slots=True)

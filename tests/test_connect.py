@@ -218,6 +218,31 @@ with socket.create_server(("127.0.0.1", 80)):
 
 
 @needs_root
+def test_the_own_firewall_is_told_apart_when_the_kernel_gives_up_first() -> None:
+    script = (
+        PRELUDE
+        + """
+try:
+    print(try_once([25], timeout=60))
+except CheckFailed as error:
+    print(error.ports)
+print(try_once([80], timeout=60)[80].error)
+"""
+    )
+    told = in_namespace(
+        script,
+        "echo 1 > /proc/sys/net/ipv4/tcp_syn_retries",
+        "(echo 0 > /proc/sys/net/ipv4/tcp_syn_linear_timeouts || true)",  # from Linux 6.5 on
+        "nft add table inet t",
+        "nft add chain inet t o '{ type filter hook output priority 0; }'",
+        "nft add rule inet t o tcp dport 25 drop",
+        "nft add chain inet t i '{ type filter hook input priority 0; }'",
+        "nft add rule inet t i tcp dport 80 drop",
+    )
+    assert told == "[25]\nConnection timed out\n"
+
+
+@needs_root
 @pytest.mark.parametrize(
     "trouble",
     [
