@@ -46,7 +46,7 @@ class CheckFailed(Exception):
     """The checker itself could not do its work, so nothing is known about the target.
 
     Attributes:
-        ports: The ports to which this machine may not connect, if it is about these alone.
+        ports: The ports to which this machine cannot connect, if it is about these alone.
     """
 
     def __init__(self, message: str, ports: Sequence[int] = ()) -> None:
@@ -55,7 +55,7 @@ class CheckFailed(Exception):
 
 
 class _Forbidden(Exception):
-    """This machine may not connect to a port; the message says what forbids it."""
+    """This machine cannot connect to a port alone; the message says what is in the way."""
 
 
 OPEN = Verdict(accessible=True, error=None)
@@ -89,6 +89,10 @@ OWN_TROUBLE = {
 # Errors of connect() that say that this machine may not connect to this port: a firewall, a
 # security module or a control group forbids it.
 _FORBIDDEN = {errno.EACCES, errno.EPERM}
+
+# Why a SYN could not be sent again. The kernel says nothing of the reason: TCP_INFO shows the same
+# when a network device's queue is full as when a firewall's rule drops it.
+_DROPPED = "this machine's own firewall or a full queue drops what it sends"
 
 # IP version, and ICMP type and code, of the error that a host does not answer on its link.
 _HOST_UNREACHABLE = {(4, 3, 1), (6, 1, 3)}
@@ -234,7 +238,7 @@ class _Round:
 
     def __init__(self, target: Address, *, keep_connected: bool = False) -> None:
         self.verdicts: dict[int, Verdict] = {}
-        self.forbidden: dict[int, str] = {}  # why this machine may not connect, by port
+        self.forbidden: dict[int, str] = {}  # why this machine cannot connect, by port
         self.connected: dict[int, socket.socket] = {}  # by port; empty unless they are kept
         self._keep_connected = keep_connected
         self._target = target
@@ -366,7 +370,7 @@ class _Round:
             raise _Forbidden(os.strerror(error))
         if error == errno.ETIMEDOUT:  # or the kernel gave up before we did (tcp_syn_retries)
             if could_not_retransmit(sock):
-                raise _Forbidden("this machine's own firewall drops what it sends")
+                raise _Forbidden(_DROPPED)
             return TIMED_OUT
         if _is_rejected_here(sock, self._target):
             raise _Forbidden("this machine's own firewall rejects what it sends")

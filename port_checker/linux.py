@@ -216,9 +216,10 @@ def take_icmp_error(sock: socket.socket) -> IcmpError | None:
 def could_not_retransmit(sock: socket.socket) -> bool:
     """Whether the kernel could not send a socket's SYN again, while connecting or until it gave up.
 
-    An outgoing firewall that drops it does that, and connect() is not told (Linux tcp_connect()
-    looks at ECONNREFUSED alone). But of the struct tcp_info, ``tcpi_total_retrans`` counts what
-    should have been sent again, and ``tcpi_retrans`` what was. It takes an attempt of more than a
+    An outgoing firewall that drops it does that, or a network device's queue that is full; and
+    connect() is not told (Linux tcp_connect() looks at ECONNREFUSED alone). But of the struct
+    tcp_info, ``tcpi_total_retrans`` counts what should have been sent again, and ``tcpi_retrans``
+    is 0 if the last of that was not (tcp_retransmit_skb()). It takes an attempt of more than a
     second, when the first SYN is sent again.
     """
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)

@@ -354,7 +354,7 @@ class ErrorDetail(BaseModel):
     message: str = Field(description="A sentence that says what to do.")
     ports: list[int] | None = Field(
         default=None,
-        description="With CHECK_FAILED, the ports to which this service may not connect, if it is "
+        description="With CHECK_FAILED, the ports to which this service cannot connect, if it is "
         "about these alone; else absent.",
     )
 

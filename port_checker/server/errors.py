@@ -105,8 +105,8 @@ def to_api_error(error: Exception) -> ApiError:
         case CheckFailed(ports=[_, *_]):
             return ApiError(
                 ErrorCode.CHECK_FAILED,
-                f"This service may not connect to some of these ports ({error}). That says nothing "
-                "about them, nor about the others. Leave them out.",
+                f"This service cannot connect to some of these ports ({error}). That says nothing "
+                "about them, nor about the others. Leave them out, or try again later.",
                 ports=error.ports,
             )
         case CheckFailed():

@@ -5,7 +5,7 @@ from itertools import product
 from tests.lab import network
 from tests.lab.network import Lab
 
-DROPS = "this machine's own firewall drops what it sends"
+DROPS = "this machine's own firewall or a full queue drops what it sends"
 REJECTS = "this machine's own firewall rejects what it sends"
 STATEMENTS = {
     "drop": DROPS,
