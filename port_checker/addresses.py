@@ -35,6 +35,17 @@ def parse_address(text: str) -> Address:
     return address
 
 
+def parse_host(host: str) -> Address:
+    """Return the address of an end of a socket, as ``getsockname`` and ASGI servers have it.
+
+    A link-local one has a scope id (RFC 4007), which only means something on this machine.
+
+    Raises:
+        ValueError: ``host`` is not an address: that of a Unix socket, say.
+    """
+    return parse_address(host.partition("%")[0])
+
+
 def parse_networks(text: str) -> tuple[Network, ...]:
     """Return the networks of a comma-separated list; an address alone is a network of one.
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from starlette.requests import HTTPConnection
 
-from port_checker.addresses import Address, Network, lies_in, parse_address
+from port_checker.addresses import Address, Network, lies_in, parse_address, parse_host
 
 # Headers that show that a proxy forwarded the request (RFC 7239, RFC 9110 section 7.6.3, and a
 # convention of nginx), but from which we do not take the caller's address.
@@ -78,8 +78,7 @@ def find_caller(
     if peer is None:
         return None
     try:
-        # A link-local peer has a scope id, which only means something on this machine.
-        address = parse_address(peer.partition("%")[0])
+        address = parse_host(peer)
         if not (forwarded_for or is_proxy) or not lies_in(address, trusted_proxies):
             return address
         hops = ",".join(forwarded_for).rsplit(",", _MAX_HOPS)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from starlette.requests import HTTPConnection
 
-from port_checker.addresses import Address, parse_address
+from port_checker.addresses import Address, parse_address, parse_host
 
 _CROSS_SITE = (b"cross-site", b"same-site")
 _SAME_ORIGIN = (b"same-origin", b"none")  # "none": typed in, or opened from a bookmark
@@ -85,7 +85,7 @@ def _is_forwarded(connection: HTTPConnection, caller: Address | None) -> bool:
     """Whether a trusted proxy forwarded the request: then the caller is not the peer."""
     if caller is None or connection.client is None:
         return True
-    return parse_address(connection.client.host.partition("%")[0]) != caller
+    return parse_host(connection.client.host) != caller
 
 
 def _is_same_host(origin: bytes, host: bytes | None, is_forwarded: bool) -> bool:

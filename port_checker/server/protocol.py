@@ -14,13 +14,12 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
-from ipaddress import IPv6Network
 from typing import Any, cast
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from port_checker.addresses import Address, Network, lies_in, parse_address
+from port_checker.addresses import Address, Network, lies_in, parse_host, subscriber
 from port_checker.schemas import ErrorCode
 from port_checker.server.metrics import Metrics
 from port_checker.server.records import RefusalLog
@@ -44,7 +43,7 @@ MAX_FIELDS = 256
 # arrives of it after the answer is dropped.
 MAX_FRAMING = 64 * 1024
 
-# An address may have one in so many of all connections.
+# An IPv4 address, or an IPv6 /64, may have one in so many of all connections.
 _SHARE = 10
 
 # Unparsed bytes, of some hundred requests, above which reading pauses until some are answered.
@@ -92,8 +91,8 @@ class ConnectionLimits:
         self.refusals = RefusalLog()
         self._trusted_proxies = trusted_proxies
         self._all = ConnectionGroup(max_connections)
-        self._max_per_address = max(1, max_connections // _SHARE)
-        self._by_address: dict[Address | IPv6Network, ConnectionGroup] = {}
+        self._max_per_subscriber = max(1, max_connections // _SHARE)
+        self._by_subscriber: dict[str, ConnectionGroup] = {}
 
     def groups_of(self, address: Address | None) -> "list[ConnectionGroup]":
         """Return the groups of connections that one from this address belongs to.
@@ -103,12 +102,12 @@ class ConnectionLimits:
         """
         if address is None or lies_in(address, self._trusted_proxies):
             return [self._all]
-        key = IPv6Network((address, 64), strict=False) if address.version == 6 else address
-        if key not in self._by_address:
-            self._by_address[key] = ConnectionGroup(
-                self._max_per_address, when_empty=lambda: self._by_address.pop(key)
+        key = subscriber(address)
+        if key not in self._by_subscriber:
+            self._by_subscriber[key] = ConnectionGroup(
+                self._max_per_subscriber, when_empty=lambda: self._by_subscriber.pop(key)
             )
-        return [self._by_address[key], self._all]
+        return [self._by_subscriber[key], self._all]
 
 
 class ConnectionGroup:
@@ -526,8 +525,7 @@ def _stopping() -> _Refused:
 
 
 def _address_of(client: tuple[str, int] | None) -> Address | None:
-    # uvicorn leaves the scope id (RFC 4007) at the address of a link-local client.
-    return parse_address(client[0].partition("%")[0]) if client else None
+    return parse_host(client[0]) if client else None
 
 
 def _too_large(message: str) -> _Refused:
