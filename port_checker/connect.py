@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from port_checker.addresses import Address, parse_address
+from port_checker.addresses import Address, parse_host
 from port_checker.linux import could_not_retransmit, report_icmp_errors, take_icmp_error
 
 # Seconds until the kernel forgets a connection that we closed, if the target does not acknowledge
@@ -204,13 +204,11 @@ async def connect(
 
 def close_for_good(connection: socket.socket) -> None:
     """Close a connection so that the kernel forgets it soon, too."""
-    _have_it_forgotten(connection)
-    connection.close()
-
-
-def _have_it_forgotten(connection: socket.socket) -> None:
+    # The one is for a target that does not acknowledge our end of the connection (FIN-WAIT-1), the
+    # other for one that does not close its own (FIN-WAIT-2).
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _CLOSED_AFTER * 1000)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_LINGER2, _CLOSED_AFTER)
+    connection.close()
 
 
 def _is_rejected_here(sock: socket.socket, target: Address) -> bool:
@@ -222,7 +220,7 @@ def _is_rejected_here(sock: socket.socket, target: Address) -> bool:
     error = take_icmp_error(sock)
     if error is None:
         return False
-    own = parse_address(sock.getsockname()[0].partition("%")[0])
+    own = parse_host(sock.getsockname()[0])
     if own == target or (error.sender.version, error.type, error.code) in _HOST_UNREACHABLE:
         return False
     return error.sender == own
@@ -242,6 +240,7 @@ class _Round:
         self.connected: dict[int, socket.socket] = {}  # by port; empty unless they are kept
         self._keep_connected = keep_connected
         self._target = target
+        self._is_here: bool | None = None  # whether the target is this machine, once it is known
         self._host = str(target)
         self._family = socket.AF_INET if target.version == 4 else socket.AF_INET6
         self._waiting: dict[int, tuple[socket.socket, int]] = {}  # by descriptor
@@ -295,10 +294,12 @@ class _Round:
                     continue
                 self.verdicts[port] = verdict
             del self._waiting[descriptor]
-            if self._keep_connected and self.verdicts.get(port) is OPEN:
+            if self.verdicts.get(port) is not OPEN:
+                sock.close()
+            elif self._keep_connected:
                 self.connected[port] = sock
             else:
-                sock.close()
+                close_for_good(sock)
 
     async def wait(self, timeout: float) -> None:
         """Wait until each attempt has ended, at most ``timeout`` seconds."""
@@ -350,8 +351,6 @@ class _Round:
     def _verdict(self, sock: socket.socket, port: int, events: int) -> Verdict | None:
         """The verdict of an attempt that an event has ended; None if it goes on."""
         if events == select.EPOLLOUT:
-            if not self._keep_connected:
-                _have_it_forgotten(sock)
             return REFUSED if self._is_echo(sock, port) else OPEN
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         # The kernel queues an ICMP error, which is an event, before it sets SO_ERROR: in between
@@ -380,10 +379,14 @@ class _Round:
         """Whether the socket is connected to itself (a simultaneous open, RFC 9293 section 3.5).
 
         The kernel may choose the port being checked as the local one, if it is ephemeral and the
-        address is this machine's.
+        target is this machine. If it is not, there is no need to ask for each port.
         """
+        if self._is_here is False:
+            return False
         host, local_port = sock.getsockname()[:2]
-        return bool(local_port == port and parse_address(host.partition("%")[0]) == self._target)
+        if self._is_here is None:
+            self._is_here = parse_host(host) == self._target
+        return self._is_here and bool(local_port == port)
 
 
 def _settle(future: asyncio.Future[None], error: OSError | None = None) -> None:
