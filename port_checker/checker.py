@@ -12,7 +12,6 @@ from port_checker.tls import TlsClient, TlsVerdict
 # Ports in flight that the callers of one network may have, in shares of one caller.
 _SHARES_OF_NETWORK: Final = 2
 
-
 # Who has ports in flight, besides each caller and network.
 _EVERYBODY: Final = "everybody"
 _STRANGERS: Final = "strangers"
@@ -148,23 +147,22 @@ class Checker:
             CallerOverLimit: The caller or its network would have more than its share.
             Overloaded: All checks together would have too many.
         """
-        shares: list[tuple[Hashable, int]] = [(("caller", caller), self._max_per_caller)]
+        # Who holds the ports, how many those may be, what it is if they are more, and whose.
+        shares: list[tuple[Hashable, int, type[NoRoom], str]] = [
+            (("caller", caller), self._max_per_caller, CallerOverLimit, "of one caller")
+        ]
         if network is not None:
-            shares.append((("network", network), _SHARES_OF_NETWORK * self._max_per_caller))
+            limit = _SHARES_OF_NETWORK * self._max_per_caller
+            shares.append((("network", network), limit, CallerOverLimit, f"of {network}"))
         if not is_own:
-            shares.append((_STRANGERS, max_for_others(self._max_in_flight)))
-        shares.append((_EVERYBODY, self._max_in_flight))
-        for holder, limit in shares:
+            limit = max_for_others(self._max_in_flight)
+            shares.append((_STRANGERS, limit, Overloaded, "of others' addresses"))
+        shares.append((_EVERYBODY, self._max_in_flight, Overloaded, ""))
+        for holder, limit, refusal, whose in shares:
             if self._in_flight.get(holder, 0) + ports > limit:
                 # Nothing is certain to end sooner than one round of attempts.
-                retry_after = max(1, round(self._timeout))
-                if holder is _EVERYBODY:
-                    raise Overloaded(ports, limit, "", retry_after)
-                if holder is _STRANGERS:
-                    raise Overloaded(ports, limit, "of others' addresses", retry_after)
-                whose = "of one caller" if holder == shares[0][0] else f"of {network}"
-                raise CallerOverLimit(ports, limit, whose, retry_after)
-        return Reservation(self._in_flight, [holder for holder, _ in shares], ports)
+                raise refusal(ports, limit, whose, max(1, round(self._timeout)))
+        return Reservation(self._in_flight, [holder for holder, *_ in shares], ports)
 
     async def check(
         self, target: Address, ports: Sequence[int], reservation: Reservation | None = None
