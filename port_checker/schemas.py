@@ -400,7 +400,7 @@ ERROR_EXAMPLES: Final = {
         "This request comes from another site's page. Use this service's own page, or a program "
         "that is not a browser. If a proxy forwarded it, have the proxy set X-Forwarded-For."
     ),
-    ErrorCode.REQUEST_TOO_LARGE: "The body is over 65536 bytes. Send fewer ports per request.",
+    ErrorCode.REQUEST_TOO_LARGE: "The body is over 65536 bytes. Send a shorter one.",
     ErrorCode.RATE_LIMITED: "You ask too often. Try again in 2 s.",
     ErrorCode.OVERLOADED: "Too many checks are running. Try again in 5 s.",
     ErrorCode.CHECK_FAILED: (

@@ -360,5 +360,5 @@ async def _read_body(request: Request) -> bytes:
             return bytes(body)
     raise ApiError(
         ErrorCode.REQUEST_TOO_LARGE,
-        f"The body is over {MAX_BODY} bytes. Send fewer ports per request.",
+        f"The body is over {MAX_BODY} bytes. Send a shorter one.",
     )

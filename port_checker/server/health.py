@@ -4,7 +4,7 @@ import json
 from http.client import HTTPException
 from urllib.request import ProxyHandler, build_opener
 
-from port_checker.server.settings import Settings
+from port_checker.server.settings import Endpoint, Settings
 
 # Seconds. /health is never slow: a service that takes longer is not well.
 _TIMEOUT = 5.0
@@ -20,7 +20,7 @@ class Unhealthy(Exception):
 def local_url(settings: Settings) -> str:
     """Return the URL of the service that runs with these settings on this machine."""
     host = _REACHABLE.get(settings.host, settings.host)
-    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+    return f"http://{Endpoint(host, settings.port)}"
 
 
 def require_healthy(url: str) -> None:

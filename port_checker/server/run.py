@@ -23,7 +23,7 @@ from port_checker.server.app import create_app
 from port_checker.server.logs import dropped_lines, logging_config
 from port_checker.server.metrics import Metrics, Row, StatusLine, Totals
 from port_checker.server.protocol import BoundedProtocol, ConnectionLimits
-from port_checker.server.settings import Settings, unknown_names
+from port_checker.server.settings import CLIENT_PATIENCE, Endpoint, Settings, unknown_names
 from port_checker.server.workers import BEAT, Supervisor, write_traceback_when_aborted
 
 # Connections waiting for accept(). The kernel caps it at net.core.somaxconn.
@@ -43,7 +43,10 @@ _MAX_CONNECTIONS = 50_000
 _RESERVED_DESCRIPTORS = 50
 
 # Providers' software, and how many seconds it waits for an answer.
-_PATIENCE = {"golem-vm-provider up to 0.1.63": 30.0, "golem-vm-provider after 0.1.63": 8.0}
+_PATIENCE = {
+    "golem-vm-provider up to 0.1.63": CLIENT_PATIENCE,
+    "golem-vm-provider after 0.1.63": 8.0,
+}
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +69,6 @@ def serve(settings: Settings) -> int:
         address = f"{settings.host} port {settings.port}"
         sys.stderr.write(f"port-checker: cannot listen on {address}: {error.strerror}\n")
         return 1
-    _log_start(settings, listeners[0])
     serve_in_process = functools.partial(_serve_in_process, settings, listeners, bool(passed))
     totals = Totals()
     if settings.metrics:
@@ -79,6 +81,7 @@ def serve(settings: Settings) -> int:
                 f"port-checker: cannot serve metrics on {settings.metrics}: {error.strerror}\n"
             )
             return 1
+    _log_start(settings, listeners[0])
     heartbeat = systemd.Heartbeat(StatusLine(totals).text)
     if settings.workers == 1:
         metrics = Metrics()
@@ -315,22 +318,20 @@ def _warn_of_unknown_names() -> None:
 def _log_start(settings: Settings, listener: socket.socket) -> None:
     host, port, *_ = listener.getsockname()
     anywhere = host in ("0.0.0.0", "::")  # noqa: S104  # compared, not bound
-    host = f"[{host}]" if ":" in host else host
-    local = "localhost" if anywhere else host
+    url = f"http://{Endpoint('localhost' if anywhere else host, port)}"
     logger.info(
-        "Listening on %s:%d, docs at http://%s:%d/docs; processes: %d, "
+        "Listening on %s, page at %s/, docs at %s/docs; processes: %d, "
         "ports in flight in each: %d; limits: %s requests per caller, %s ports per target; %s",
-        host,
-        port,
-        local,
-        port,
+        Endpoint(host, port),
+        url,
+        url,
         settings.workers,
         settings.max_in_flight,
         settings.caller_rate_limit or "unlimited",
         settings.target_rate_limit or "unlimited",
         _longest_check(settings),
     )
-    if settings.longest_check > max(_PATIENCE.values()):
+    if settings.longest_check > CLIENT_PATIENCE:
         logger.warning(
             "Providers' software will give up: %s; lower PORT_CHECK_RETRIES, PORT_CHECK_TIMEOUT "
             "or PORT_CHECK_RETRY_DELAY",

@@ -29,7 +29,7 @@ from port_checker.addresses import Network, parse_networks
 
 ENV_FILE = Path(".env")
 
-# Seconds after which the providers' software gives up on a response.
+# Seconds after which the most patient of the providers' software gives up on a response.
 CLIENT_PATIENCE = 30.0
 
 # The rate limit store that is not Redis.
@@ -134,6 +134,14 @@ def _setting(variable: str, default: Any, allowed: str, **bounds: Any) -> Any:
     return Field(default, validation_alias=variable, description=allowed, **bounds)
 
 
+def _rate_setting(variable: str, per_minute: int) -> Any:
+    return _setting(
+        variable,
+        Rate(per_minute, timedelta(minutes=1)),
+        f"a whole number per second, minute or hour, such as {per_minute}/minute, or off",
+    )
+
+
 class Settings(BaseModel):
     """Everything that an operator can set; each field's description says what is allowed."""
 
@@ -158,11 +166,7 @@ class Settings(BaseModel):
         parse_networks("127.0.0.1,::1"),
         "addresses or networks, such as 192.0.2.7,2001:db8::/64, or empty for none",
     )
-    caller_rate_limit: _RateOrOff = _setting(
-        "PORT_CHECKER_RATE_LIMIT",
-        Rate(30, timedelta(minutes=1)),
-        "a whole number per second, minute or hour, such as 30/minute, or off",
-    )
+    caller_rate_limit: _RateOrOff = _rate_setting("PORT_CHECKER_RATE_LIMIT", 30)
     rate_limit_store: str = _setting(
         "PORT_CHECKER_RATE_LIMIT_STORE",
         IN_PROCESS,
@@ -223,16 +227,8 @@ class Settings(BaseModel):
         (),
         "networks, such as 198.51.100.0/24,2001:db8::/32, or empty for none",
     )
-    others_rate_limit: _RateOrOff = _setting(
-        "PORT_CHECK_OTHERS_RATE_LIMIT",
-        Rate(1000, timedelta(minutes=1)),
-        "a whole number per second, minute or hour, such as 1000/minute, or off",
-    )
-    target_rate_limit: _RateOrOff = _setting(
-        "PORT_CHECK_TARGET_RATE_LIMIT",
-        Rate(2000, timedelta(minutes=1)),
-        "a whole number per second, minute or hour, such as 2000/minute, or off",
-    )
+    others_rate_limit: _RateOrOff = _rate_setting("PORT_CHECK_OTHERS_RATE_LIMIT", 1000)
+    target_rate_limit: _RateOrOff = _rate_setting("PORT_CHECK_TARGET_RATE_LIMIT", 2000)
 
     @property
     def longest_check(self) -> float:
@@ -286,7 +282,7 @@ class Settings(BaseModel):
             )
 
     @model_validator(mode="after")
-    def _check_metrics_can_be_served(self) -> Self:
+    def _check_metrics_are_not_public(self) -> Self:
         if self.metrics and self.metrics.port == self.port:
             raise PydanticCustomError(
                 "wrong",
@@ -296,22 +292,25 @@ class Settings(BaseModel):
                     f"another port than PORT_CHECKER_PORT ({self.port}), which is public",
                 ),
             )
-        if self.metrics and not find_spec("prometheus_client"):
-            raise PydanticCustomError(
-                "missing",
-                "PORT_CHECKER_METRICS needs a package that is not installed: "
-                "pip install 'golem-port-checker[metrics]'",
-            )
         return self
 
     @model_validator(mode="after")
-    def _check_redis_is_installed(self) -> Self:
-        if self.rate_limit_store != IN_PROCESS and not find_spec("redis"):
-            raise PydanticCustomError(
-                "missing",
-                "PORT_CHECKER_RATE_LIMIT_STORE: Redis needs a package that is not installed: "
-                "pip install 'golem-port-checker[redis]'",
-            )
+    def _check_extras_are_installed(self) -> Self:
+        for is_used, package, extra, what in (
+            (self.metrics, "prometheus_client", "metrics", "PORT_CHECKER_METRICS"),
+            (
+                self.rate_limit_store != IN_PROCESS,
+                "redis",
+                "redis",
+                "PORT_CHECKER_RATE_LIMIT_STORE: Redis",
+            ),
+        ):
+            if is_used and not find_spec(package):
+                raise PydanticCustomError(
+                    "missing",
+                    f"{what} needs a package that is not installed: "
+                    f"pip install 'golem-port-checker[{extra}]'",
+                )
         return self
 
 

@@ -54,11 +54,9 @@ def test_one_line_at_the_start_one_for_each_check_one_at_the_end() -> None:
             client.get("/nothing?%0d%0aforged=line")
         assert running.stop() == 0
     start, check, stop = running.lines
-    url = f"http://127.0.0.1:{running.port}/docs"
-    assert (
-        f" INFO port_checker.server.run: Listening on 127.0.0.1:{running.port}, docs at {url};"
-        in start
-    )
+    url = f"http://127.0.0.1:{running.port}"
+    listening = f"Listening on 127.0.0.1:{running.port}, page at {url}/, docs at {url}/docs;"
+    assert f" INFO port_checker.server.run: {listening}" in start
     for effective in ("processes: 1, ports in flight in each: 10000", "30/minute requests per"):
         assert effective in start
     told = " INFO port_checker.server.records: check caller=127.0.0.1 target=127.0.0.1 ports=1 "
