@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import functools
 import io
 import json
@@ -158,6 +159,7 @@ def check(
     from port_checker.linux import raise_descriptor_limit
 
     pairs = _parse_ports(ports or [_DEFAULT_PORTS], "PORTS")
+    _require_separate_forwards(pairs)
     endpoints = _parse_ports(tls, "--tls") if tls else []
     if not servers:
         raise typer.BadParameter("give one, or set PORT_CHECKER_URL.", param_hint="--server")
@@ -174,6 +176,9 @@ def check(
         _print(reports, as_json)
     except KeyboardInterrupt:
         raise typer.Exit(_INTERRUPTED) from None
+    except OSError as error:  # out of files or memory, say
+        typer.echo(f"port-checker: cannot check anything: {error.strerror or error}", err=True)
+        raise typer.Exit(_NO_SERVER) from None
     if not any(server.asked for report in reports for server in report.servers):
         raise typer.Exit(_NO_SERVER)
     all_good = all(
@@ -202,7 +207,8 @@ def _verify(
     from port_checker.provider import verify
 
     check = functools.partial(verify, pairs, servers=servers, tls=endpoints, ip=ip, family=family)
-    if quiet or not sys.stderr.isatty():
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()  # None if it was closed
+    if quiet or not on_terminal:
         return asyncio.run(check())
 
     from port_checker.provider.screen import progress
@@ -212,16 +218,21 @@ def _verify(
 
 
 def _print(reports: Sequence["Report"], as_json: bool) -> None:
+    """Write the reports to stdout. It is no failure if their reader (head, say) has left."""
     try:
         _write(reports, as_json)
     except OSError as error:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left cannot be written either
-        sys.stderr.write(f"port-checker: cannot write the report: {error.strerror}\n")
+        if isinstance(error, BrokenPipeError):
+            return
+        typer.echo(f"port-checker: cannot write the report: {error.strerror}", err=True)
         raise typer.Exit(_SOME_UNREACHABLE) from None
 
 
 def _write(reports: Sequence["Report"], as_json: bool) -> None:
+    if sys.stdout is None:  # it was closed
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a server's words may not fit the encoding
     if as_json:
@@ -232,8 +243,11 @@ def _write(reports: Sequence["Report"], as_json: bool) -> None:
 
         from port_checker.provider.screen import show
 
-        for report in reports:
-            show(report, Console(markup=False, emoji=False, highlight=False))
+        console = Console(markup=False, emoji=False, highlight=False)
+        with console.capture() as capture:  # if it wrote and could not, it would end the program
+            for report in reports:
+                show(report, console)
+        sys.stdout.write(capture.get())
     sys.stdout.flush()
 
 
@@ -261,6 +275,15 @@ def _parse_range(text: str) -> range:
     match = re.fullmatch("([0-9]{1,5})(?:[-–]([0-9]{1,5}))?", text)  # noqa: RUF001  # as typeset
     low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     return range(low, high + 1) if 1 <= low <= high <= 65535 else range(0)
+
+
+def _require_separate_forwards(pairs: Sequence[tuple[int, int]]) -> None:
+    from port_checker.provider.report import port_pairs
+
+    try:
+        port_pairs(pairs)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}.", param_hint="PORTS") from None
 
 
 def _require_urls(urls: Iterable[str]) -> None:

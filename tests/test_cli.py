@@ -255,6 +255,8 @@ WRONG = {
     "Invalid value for --ip: '' is not an IP address.": ["--ip", ""],
     "Invalid value for --ip: ::1 is an IPv6 address.": ["--ip", "::1", "-4"],
     "'1-2:3-5' is neither a port": ["1-2:3-5"],
+    "Invalid value for PORTS: two ports cannot lead to port 3 of this": ["1:3", "2:3"],
+    "Invalid value for PORTS: port 1 cannot lead to two ports of this": ["1:2", "1:3"],
     "Invalid value for --ip: 'localhost' is not an IP address.": ["--ip", "localhost", "50800"],
     "No such option": ["--servers", "http://127.0.0.1:1", "50800"],
 }
@@ -314,20 +316,61 @@ def test_both_families_one_after_the_other() -> None:
     assert done.status == as_json.status == 0
 
 
-@pytest.mark.parametrize("as_json", [False, True], ids=["lines", "JSON"])
-def test_output_that_cannot_be_written_is_a_sentence(as_json: bool) -> None:
-    with scripted() as server, open("/dev/full", "w") as full:
-        words = ["check", "--server", server.url, str(free_port()), *["--json"] * as_json]
+as_lines_and_json = pytest.mark.parametrize("words", [[], ["--json"]], ids=["lines", "JSON"])
+
+
+def check_in_a_shell(redirection: str, *words: str) -> Done:
+    """Have an open port checked, with the streams redirected."""
+    with scripted() as server:
+        command = [*PORT_CHECKER, "check", "--server", server.url, str(free_port()), *words]
         done = subprocess.run(
-            [*PORT_CHECKER, *words],
+            ["sh", "-c", f"{shlex.join(command)} {redirection}"],
             env=environment(),
-            stdout=full,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             text=True,
             check=False,
         )
-    assert done.stderr == "port-checker: cannot write the report: No space left on device\n"
-    assert done.returncode == 1
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+@as_lines_and_json
+@pytest.mark.parametrize(
+    ("redirection", "why"),
+    [(">/dev/full", "No space left on device"), (">&-", "Bad file descriptor")],
+)
+def test_output_that_cannot_be_written_is_a_sentence(
+    redirection: str, why: str, words: list[str]
+) -> None:
+    done = check_in_a_shell(redirection, *words)
+    assert done == Done(1, "", f"port-checker: cannot write the report: {why}\n")
+
+
+@as_lines_and_json
+def test_a_reader_that_has_left_changes_nothing(words: list[str]) -> None:
+    theirs, ours = os.pipe()
+    os.close(theirs)
+    with scripted() as server:
+        done = subprocess.run(
+            [*PORT_CHECKER, "check", "--server", server.url, str(free_port()), *words],
+            env=environment(),
+            stdout=ours,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    os.close(ours)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_streams_that_are_closed_are_not_needed() -> None:
+    done = check_in_a_shell("<&- 2>&-")
+    assert done.status == 0
+    assert "1 of 1 ports" in done.out
+
+
+def test_without_descriptors_it_says_so() -> None:
+    done = run("check", "--server", "http://127.0.0.1:1", "50800", files=(6, 6))
+    said = "port-checker: cannot check anything: Too many open files\n"
+    assert done == Done(3, "", said)
 
 
 # Terminals

@@ -8,6 +8,7 @@ import asyncio
 import base64
 import contextlib
 import errno
+import functools
 import os
 import random
 import re
@@ -77,9 +78,7 @@ class ServerUrl:
         if not text.isprintable() or re.search(r"[\s,]", text):
             raise fault
         if not text.lower().startswith(("http://", "https://")):
-            raise ValueError(
-                f"{without_password(text)!r} must start with http:// or https://."
-            ) from None
+            raise ValueError(f"{without_password(text)!r} must start with http:// or https://.")
         try:
             parts = urlsplit(text)
             host, port = parts.hostname or "", parts.port
@@ -260,15 +259,17 @@ class HttpClient:
             raise HttpError(f"cannot be reached: {_strerror(error)}", passes=True) from None
 
     async def _open(self, url: ServerUrl) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        context, name = (self._tls_context, url.host) if url.tls else (None, None)
         sock = await self._connect(url)
         try:
-            if not url.tls:
-                return await asyncio.open_connection(sock=sock)
-            context = _tls_context()
-            return await asyncio.open_connection(sock=sock, ssl=context, server_hostname=url.host)
+            return await asyncio.open_connection(sock=sock, ssl=context, server_hostname=name)
         except BaseException:
             sock.close()
             raise
+
+    @functools.cached_property  # it takes some 30 ms to read the system's authorities
+    def _tls_context(self) -> ssl.SSLContext:
+        return _tls_context()
 
     async def _connect(self, url: ServerUrl) -> socket.socket:
         """Connect to the first of the server's addresses that answers."""
@@ -373,8 +374,20 @@ def _ends_at_close(response: h11.Response | None) -> bool:
 
 
 def _tls_context() -> ssl.SSLContext:
-    """Trust what the system trusts; SSL_CERT_FILE and SSL_CERT_DIR name other authorities."""
+    """Trust what the system trusts; SSL_CERT_FILE and SSL_CERT_DIR name other authorities.
+
+    Raises:
+        HttpError: There is nothing in SSL_CERT_FILE to trust. OpenSSL would pass over that, and
+            blame the server's certificate.
+    """
     context = ssl.create_default_context()
+    if name := os.environ.get("SSL_CERT_FILE"):
+        try:
+            context.load_verify_locations(name)
+        except OSError as error:
+            why = "no certificate in it" if isinstance(error, ssl.SSLError) else _strerror(error)
+            message = f"TLS failed: SSL_CERT_FILE={printable(name)} cannot be used: {why}"
+            raise HttpError(message, passes=False) from None
     # Python 3.13 sets these flags itself; here every Python judges alike, and a private authority
     # whose certificates lack what RFC 5280 asks for can be used.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT

@@ -162,12 +162,7 @@ class Server:
         left = [port for port in ports if port not in self.excluded]
         try:
             while left and not self.error:
-                some = left[: self._batch_size]
-                try:
-                    verdicts, excluded = await self._check(some)
-                except _Overloaded:
-                    self._batch_size = (len(some) + 1) // 2
-                    continue
+                verdicts, excluded = await self._check_first(left)
                 self.verdicts |= verdicts
                 self.excluded |= excluded
                 self._patience = self._waits.patience
@@ -211,15 +206,20 @@ class Server:
         """
         verdicts: dict[int, Verdict] = {}
         while left := [port for port in ports if port not in verdicts]:
-            try:
-                some, excluded = await self._check(left[: self._batch_size])
-            except _Overloaded:
-                self._batch_size = (min(len(left), self._batch_size) + 1) // 2
-                continue
+            some, excluded = await self._check_first(left)
             if excluded:
                 raise ServerError("may not connect to a port that it did connect to")
             verdicts |= some
         return verdicts
+
+    async def _check_first(self, ports: list[int]) -> tuple[dict[int, Verdict], set[int]]:
+        """Do what ``_check`` does for as many of the ports as the server takes at once."""
+        while True:
+            some = ports[: self._batch_size]
+            try:
+                return await self._check(some)
+            except _Overloaded:
+                self._batch_size = (len(some) + 1) // 2
 
     async def _check(self, ports: list[int]) -> tuple[dict[int, Verdict], set[int]]:
         """Have ports checked; return the verdicts, or the ports that the server may not reach."""

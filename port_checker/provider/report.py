@@ -8,6 +8,7 @@ from port_checker import advice as advice_for
 from port_checker.addresses import Address
 from port_checker.connect import REFUSED, TIMED_OUT, Verdict
 from port_checker.linux import TcpSocket, TcpState
+from port_checker.schemas import MAX_PORT
 
 LocalBinding = Literal["bound", "in use", "outgoing connection", "not permitted", "failed"]
 
@@ -266,6 +267,34 @@ def _advise_on_program(observed: Observation, place: Place, errors: Sequence[str
         return advice_for.IN_USE_NOT_ACCEPTING.format(queued=queued)
     router = "" if place.own_address else advice_for.AND_ROUTER
     return advice_for.IN_USE.format(and_router=router)
+
+
+def port_pairs(ports: Sequence[int | tuple[int, int]]) -> list[PortPair]:
+    """Check what stands for ports, and leave out repeats.
+
+    Args:
+        ports: Ports, which lead to themselves, or pairs of an outer and an inner one.
+
+    Raises:
+        TypeError: One is neither an integer nor a pair of them.
+        ValueError: One is out of range, or a port is named for two others.
+    """
+    if isinstance(ports, str | bytes):
+        raise TypeError(f"ports must be a list of ports, not {ports!r}")
+    pairs: dict[int, PortPair] = {}
+    outer_of: dict[int, int] = {}
+    for port in ports:
+        both = port if isinstance(port, tuple) else (port, port)
+        if len(both) != 2 or any(type(number) is not int for number in both):
+            raise TypeError(f"a port must be an integer or a pair of integers, not {port!r}")
+        if wrong := [number for number in both if not 1 <= number <= MAX_PORT]:
+            raise ValueError(f"{wrong[0]} is not a port (1-65535)")
+        pair = PortPair(*both)
+        if pairs.setdefault(pair.outer, pair) != pair:
+            raise ValueError(f"port {pair.outer} cannot lead to two ports of this machine")
+        if outer_of.setdefault(pair.inner, pair.outer) != pair.outer:
+            raise ValueError(f"two ports cannot lead to port {pair.inner} of this machine")
+    return list(pairs.values())
 
 
 def port_ranges(ports: Iterable[PortPair]) -> str:

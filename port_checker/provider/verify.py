@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address
 
 from port_checker import advice
@@ -33,10 +33,10 @@ from port_checker.provider.report import (
     TlsAnswer,
     TlsReport,
     judge,
+    port_pairs,
     port_ranges,
 )
 from port_checker.provider.second_look import ask_in_groups, looks_limited, trace_forwards
-from port_checker.schemas import MAX_PORT
 
 # Descriptors kept for connections to servers, connections that listeners see, and the rest.
 _OTHER_DESCRIPTORS = 48 + MAX_HELD
@@ -84,8 +84,8 @@ async def verify(
         ValueError: ``ip`` is not an IP address or not of ``family``, a port is out of range or
             named for two others, or a URL is not one.
     """
-    pairs = _port_pairs(ports)
-    endpoints = [pair for port in tls for pair in _port_pairs([port])]
+    pairs = port_pairs(ports)
+    endpoints = [pair for port in tls for pair in port_pairs([port])]
     urls = _server_urls(servers)
     address = _address(ip)
     if family not in (None, 4, 6):
@@ -93,13 +93,15 @@ async def verify(
     if address and family not in (None, address.version):
         raise ValueError(f"{address} is not an IPv{family} address")
     local_ports = LocalPorts({pair.inner for pair in pairs})
-    if not address and not family:
+    if address:
+        family = address.version
+    elif not family:
         family = await _choose_family(urls, local_ports, waits)
     http = HttpClient(local_ports, None if address else family, waits.connect, waits.answer)
     check = _Check(
         servers=[Server(url, http, on_progress, waits) for url in urls],
         given=address,
-        family=address.version if address else family or 4,
+        family=family,
         waits=waits,
         on_progress=on_progress,
     )
@@ -121,7 +123,6 @@ class _Check:
     waits: Waits
     on_progress: Callable[[str], None]
     let_in_later: int = 0
-    crossed: dict[PortPair, int] = field(default_factory=dict)
 
     async def verify_part(self, pairs: Sequence[PortPair], *, only_part: bool) -> list[PortReport]:
         """Verify as many ports as this process can listen on at once."""
@@ -138,18 +139,13 @@ class _Check:
                 and not {pair.inner} & (listeners.seen.keys() | half_open)
             ]
             place = self._place(len(failed), discarded)
-            seen = set(listeners.seen)
+            let_in_later = await self._ask_in_groups(asked, listeners)
+            self.let_in_later += let_in_later
+            seen = set(listeners.seen)  # before tracing, which forgets them
             arrivals = None
-            if through := await self._ask_in_groups(asked, listeners):
-                seen |= set(listeners.seen)
-                self.let_in_later += through
-            elif self._wants_tracing(asked, listeners, only_part and not place.own_address):
+            suspicious = only_part and not place.own_address
+            if not let_in_later and self._wants_tracing(asked, listeners, suspicious):
                 arrivals = await self._trace(asked, listeners)
-            self.crossed |= {
-                pair: arrivals[pair.outer]
-                for pair in pairs
-                if arrivals and arrivals.get(pair.outer, pair.inner) != pair.inner
-            }
             return [
                 judge(self._observe(pair, listeners, seen, half_open, arrivals), place)
                 for pair in pairs
@@ -305,6 +301,11 @@ class _Check:
     def _address(self) -> Address | None:
         return next((server.address for server in self.servers if server.address), self.given)
 
+    @property
+    def _local(self) -> Address | None:
+        """The address of this machine from which a server was asked."""
+        return next((server.local for server in self.servers if server.local), None)
+
     def _place(self, failed: int, discarded_before: int | None) -> Place:
         address = self._address
         own = bool(address and _is_own(address))
@@ -312,13 +313,12 @@ class _Check:
         arrived = None
         if failed and discarded is not None and discarded_before is not None:
             arrived = _arrived(failed, discarded - discarded_before)
-        local = next((server.local for server in self.servers if server.local), None)
         return Place(
             own_address=own,
             caller_hidden=bool(address and not self.given and not own and not address.is_global),
             arrived=arrived,
             family=self.family,
-            address=address if own else local,
+            address=address if own else self._local,
         )
 
     def report(self, ports: list[PortReport], tls: list[TlsReport]) -> Report:
@@ -344,8 +344,8 @@ class _Check:
         yield from self._notes_on_address(ports)
         if self.let_in_later:
             yield advice.CONNECTION_LIMIT.format(retried=self.let_in_later)
-        if self.crossed:
-            wrong = [PortPair(pair.outer, inner) for pair, inner in self.crossed.items()]
+        wrong = [PortPair(port.port, port.arrives_at) for port in ports if port.arrives_at]
+        if wrong:
             yield advice.FORWARDS_CROSSED.format(
                 outer=port_ranges(PortPair(pair.outer, pair.outer) for pair in wrong),
                 inner=port_ranges(PortPair(pair.inner, pair.inner) for pair in wrong),
@@ -375,7 +375,7 @@ class _Check:
             return
         if address.version == 6 or not address.is_global or _is_own(address):
             return
-        local = next((server.local for server in self.servers if server.local), None)
+        local = self._local
         if isinstance(local, IPv4Address) and local in _SHARED:
             yield advice.SHARED_ADDRESS_HERE.format(local=local)
         elif not any(port.advice == advice.OWN_FIREWALL for port in ports):
@@ -410,25 +410,6 @@ async def _choose_family(urls: Sequence[ServerUrl], ports: LocalPorts, waits: Wa
         *(http.reaches(url) for url, some in zip(urls, families, strict=True) if 4 in some)
     )
     return 4 if any(reached) else 6
-
-
-def _port_pairs(ports: Sequence[int | tuple[int, int]]) -> list[PortPair]:
-    if isinstance(ports, str | bytes):
-        raise TypeError(f"ports must be a list of ports, not {ports!r}")
-    pairs: dict[int, PortPair] = {}
-    outer_of: dict[int, int] = {}
-    for port in ports:
-        both = port if isinstance(port, tuple) else (port, port)
-        if len(both) != 2 or any(type(number) is not int for number in both):
-            raise TypeError(f"a port must be an integer or a pair of integers, not {port!r}")
-        if wrong := [number for number in both if not 1 <= number <= MAX_PORT]:
-            raise ValueError(f"{wrong[0]} is not a port (1-65535)")
-        pair = PortPair(*both)
-        if pairs.setdefault(pair.outer, pair) != pair:
-            raise ValueError(f"port {pair.outer} cannot lead to two ports of this machine")
-        if outer_of.setdefault(pair.inner, pair.outer) != pair.outer:
-            raise ValueError(f"two ports cannot lead to port {pair.inner} of this machine")
-    return list(pairs.values())
 
 
 def _server_urls(servers: Sequence[str]) -> list[ServerUrl]:

@@ -352,6 +352,15 @@ def test_an_authority_of_ones_own(
     assert (report.reachable, report.servers[0].error) == (1, None)
 
 
+def test_authorities_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenSSL would pass over them without a word."""
+    (tmp_path / "empty").touch()
+    for file, why in ("none", "No such file or directory"), ("empty", "no certificate in it"):
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / file))
+        said = f"TLS failed: SSL_CERT_FILE={tmp_path / file} cannot be used: {why}"
+        assert error_of("https://127.0.0.1:1") == said
+
+
 def test_a_server_without_tls() -> None:
     with scripted() as server:
         assert error_of(server.url.replace("http:", "https:")).startswith("TLS failed: ")
