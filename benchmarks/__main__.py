@@ -3,7 +3,6 @@
 import os
 import platform
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -11,10 +10,16 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 
-from benchmarks import BenchmarkFailed, alone, wrk
-from benchmarks.processes import OURS_COMMAND, PUBLISHED, open_ports, published_command, service
+from benchmarks import alone, wrk
+from benchmarks.processes import (
+    OURS_COMMAND,
+    PUBLISHED,
+    open_ports,
+    published_command,
+    run,
+    service,
+)
 from port_checker import __version__
 
 ROUNDS = 5
@@ -31,64 +36,56 @@ def main() -> int:
     if not shutil.which("wrk"):
         sys.stderr.write("benchmarks: wrk is not installed: apt-get install wrk\n")
         return 2
-    # So that the processes it started are stopped, as they are after Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    return run("benchmarks", _measure)
+
+
+def _measure(stack: ExitStack, directory: Path) -> bool:
     started = time.monotonic()
-    try:
-        _measure()
-    except BenchmarkFailed as error:
-        sys.stderr.write(f"benchmarks: {error}\n")
-        return 1
-    print(f"\nThe whole run took {time.monotonic() - started:.0f} s.")
-    return 0
-
-
-def _measure() -> None:
     published = published_command()
-    with ExitStack() as stack:
-        directory = Path(stack.enter_context(TemporaryDirectory(prefix="port-checker-bench-")))
-        ports = stack.enter_context(open_ports(PORTS))
-        ours = stack.enter_context(service("this", OURS_COMMAND, directory))
-        published_service = stack.enter_context(service("published", published, directory))
+    ports = stack.enter_context(open_ports(PORTS))
+    ours = stack.enter_context(service("this", OURS_COMMAND, directory))
+    published_service = stack.enter_context(service("published", published, directory))
 
-        print(
-            f"golem-port-checker {__version__}, Python {platform.python_version()}, "
-            f"{platform.system()} {platform.release()}, {os.cpu_count()} cores.\n"
-            f"Figures are medians of {ROUNDS} alternating rounds after a warm-up round "
-            "(lowest to highest in brackets).\nThe ratio is that of the medians."
-        )
-        _head(
-            "Requests a second",
-            f"wrk, 1 thread, {wrk.CONNECTIONS} connections, {wrk.SECONDS} s a round",
-            "this service",
-            f"published {PUBLISHED}",
-        )
-        for load in wrk.loads(ports):
-            _row(
-                load.name,
-                *_alternate(
-                    partial(wrk.requests_per_second, ours.port, load, directory),
-                    partial(wrk.requests_per_second, published_service.port, load, directory),
-                ),
-                load.required,
-            )
-
-        _head(
-            "Ports a second without HTTP",
-            f"{PORTS} open ports at once, {alone.SECONDS:g} s a round",
-            "the checker",
-            "bare epoll loop",
-        )
+    print(
+        f"golem-port-checker {__version__}, Python {platform.python_version()}, "
+        f"{platform.system()} {platform.release()}, {os.cpu_count()} cores.\n"
+        f"Figures are medians of {ROUNDS} alternating rounds after a warm-up round "
+        "(lowest to highest in brackets).\nThe ratio is that of the medians."
+    )
+    _head(
+        "Requests a second",
+        f"wrk, 1 thread, {wrk.CONNECTIONS} connections, {wrk.SECONDS} s a round",
+        "this service",
+        f"published {PUBLISHED}",
+    )
+    for load in wrk.loads(ports):
         _row(
-            f"{PORTS} open ports",
+            load.name,
             *_alternate(
-                partial(alone.checker_ports_per_second, ports),
-                partial(alone.bare_ports_per_second, ports),
+                partial(wrk.requests_per_second, ours.port, load, directory),
+                partial(wrk.requests_per_second, published_service.port, load, directory),
             ),
-            CHECKER_REQUIRED,
+            load.required,
         )
 
-        _print_growth(*alone.usage_before_and_after(ports))
+    _head(
+        "Ports a second without HTTP",
+        f"{PORTS} open ports at once, {alone.SECONDS:g} s a round",
+        "the checker",
+        "bare epoll loop",
+    )
+    _row(
+        f"{PORTS} open ports",
+        *_alternate(
+            partial(alone.checker_ports_per_second, ports),
+            partial(alone.bare_ports_per_second, ports),
+        ),
+        CHECKER_REQUIRED,
+    )
+
+    _print_growth(*alone.usage_before_and_after(ports))
+    print(f"\nThe whole run took {time.monotonic() - started:.0f} s.")
+    return True
 
 
 def _alternate(

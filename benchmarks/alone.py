@@ -7,7 +7,6 @@ import select
 import socket
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -16,6 +15,7 @@ import uvloop
 
 from benchmarks import HOST
 from port_checker.checker import Checker
+from tests.support.loopback import ports, refused_port
 
 SECONDS = 1.0
 
@@ -119,13 +119,7 @@ def usage_before_and_after(open_ports: Sequence[int]) -> tuple[Usage, Usage]:
         await _check(checker, ports, CHECKS)
         return before, Usage.now()
 
-    with ExitStack() as bound:
-        refused = []
-        for _ in range(REFUSED_EACH):
-            # Bound but not listening: connections are refused, and nobody else can take the port.
-            sock = bound.enter_context(socket.socket())
-            sock.bind((HOST, 0))
-            refused.append(sock.getsockname()[1])
+    with ports(REFUSED_EACH, refused_port) as refused:
         return uvloop.run(before_and_after([*open_ports[:OPEN_EACH], *refused]))
 
 

@@ -7,7 +7,6 @@ prints its figures for people to judge. Wrong answers are a failure.
 import asyncio
 import json
 import resource
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -15,12 +14,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import uvloop
 
 from benchmarks import HOST, BenchmarkFailed
-from benchmarks.processes import OURS_COMMAND, Service, open_ports, service
+from benchmarks.processes import OURS_COMMAND, Service, open_ports, run, service
 from tests.support.http import HEALTH, check_of
 from tests.support.loopback import ports, silent_port
 
@@ -174,7 +172,7 @@ async def _until_closed(reader: asyncio.StreamReader) -> None:
         pass
 
 
-async def _measure(running: Service, opened: Sequence[int], silent: Sequence[int]) -> bool:
+async def _put_under_load(running: Service, opened: Sequence[int], silent: Sequence[int]) -> bool:
     all_right = True
     for title, load in (
         (
@@ -212,27 +210,15 @@ def percentiles(seconds: Sequence[float]) -> str:
     return f"p50 {p50:.1f} ms, p99 {p99:.1f} ms, max {ordered[-1] * 1000:.1f} ms"
 
 
-def main() -> int:
-    """Measure and print.
-
-    Returns:
-        The exit status: 0; 1 for a wrong answer, or if something could not be measured.
-    """
-    # So that the processes it started are stopped, as they are after Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+def measure(stack: ExitStack, directory: Path) -> bool:
+    """Measure and print; see ``processes.run``."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    with ExitStack() as stack:
-        directory = Path(stack.enter_context(TemporaryDirectory(prefix="port-checker-capacity-")))
-        try:
-            opened = stack.enter_context(open_ports(5))
-            silent = stack.enter_context(ports(PORTS_EACH, silent_port))
-            running = stack.enter_context(service("this", OURS_COMMAND, directory))
-            return 0 if uvloop.run(_measure(running, opened, silent)) else 1
-        except BenchmarkFailed as error:
-            sys.stderr.write(f"capacity: {error}\n")
-            return 1
+    opened = stack.enter_context(open_ports(5))
+    silent = stack.enter_context(ports(PORTS_EACH, silent_port))
+    running = stack.enter_context(service("this", OURS_COMMAND, directory))
+    return uvloop.run(_put_under_load(running, opened, silent))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("capacity", measure))

@@ -1,18 +1,20 @@
-"""The processes beside the benchmark: the two services, and the one with the open ports."""
+"""What benchmarks start: the two services, and a process with open ports."""
 
 import os
-import socket
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO
 
 from benchmarks import HOST, BenchmarkFailed
+from tests.support.loopback import free_port
 
 PUBLISHED = "0.1.25"
 
@@ -61,6 +63,27 @@ class Service:
     def _status(self, name: str) -> int:
         status = Path(f"/proc/{self.pid}/status").read_text()
         return int(status.partition(f"{name}:")[2].split()[0])
+
+
+def run(name: str, measure: Callable[[ExitStack, Path], bool]) -> int:
+    """Run a benchmark, and see to it that what it has started ends with it.
+
+    Args:
+        name: It begins the line that says why something could not be measured.
+        measure: Prints the figures, and returns whether every answer was right. It gets a stack for
+            what it starts, and a directory that is deleted at the end.
+
+    Returns:
+        The exit status: 0; 1 for a wrong answer, or if something could not be measured.
+    """
+    # So that what was started is stopped, as it is after Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with TemporaryDirectory(prefix=f"port-checker-{name}-") as directory, ExitStack() as stack:
+        try:
+            return 0 if measure(stack, Path(directory)) else 1
+        except BenchmarkFailed as error:
+            sys.stderr.write(f"{name}: {error}\n")
+            return 1
 
 
 def published_command() -> tuple[str, ...]:
@@ -115,7 +138,7 @@ def service(name: str, command: Sequence[str], directory: Path) -> Iterator[Serv
     Raises:
         BenchmarkFailed: It exited, or did not answer in time.
     """
-    port = _free_port()
+    port = free_port()
     # Without the settings of whoever runs the benchmark, and without their PYTHONPATH.
     environment = {
         name: value
@@ -166,13 +189,6 @@ def _run(*command: str) -> None:
     )
     if done.returncode:
         raise BenchmarkFailed(f"{' '.join(command)} failed:\n{done.stdout}")
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind((HOST, 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def _answers(port: int) -> bool:

@@ -7,8 +7,6 @@ is a failure; the figures are for people to judge.
 
 import asyncio
 import json
-import signal
-import socket
 import sys
 import time
 from collections import Counter
@@ -17,12 +15,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import uvloop
 
 from benchmarks import HOST, BenchmarkFailed
-from benchmarks.processes import OURS_COMMAND, Service, open_ports, service
+from benchmarks.processes import OURS_COMMAND, Service, open_ports, run, service
+from tests.support.http import HEALTH, check_of
+from tests.support.loopback import refused_port
 
 MINUTES = 2.0
 MAX_MINUTES = 600.0
@@ -126,7 +125,7 @@ class Load:
         """Ask for /health until cancelled, and record how long each answer takes."""
         while True:
             started = time.perf_counter()
-            status, _ = await self._ask(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            status, _ = await self._ask(HEALTH)
             self.minute.health.append(time.perf_counter() - started)
             if status != 200:
                 self.minute.statuses[status] += 1
@@ -175,10 +174,6 @@ def checks_of(ports: Sequence[int], refused: int) -> list[Check]:
         asked = list(ports[start : start + PORTS_EACH])
         if number == 0:
             asked[0] = refused
-        body = json.dumps({"provider_ip": HOST, "ports": asked}).encode()
-        head = (
-            f"POST /check-ports HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
         results: dict[str, object] = {
             str(port): {
                 "accessible": port != refused,
@@ -186,7 +181,7 @@ def checks_of(ports: Sequence[int], refused: int) -> list[Check]:
             }
             for port in asked
         }
-        checks.append(Check(head.encode() + body, results))
+        checks.append(Check(check_of(*asked), results))
     return checks
 
 
@@ -204,23 +199,15 @@ def main() -> int:
     if not 0 < minutes <= MAX_MINUTES:
         sys.stderr.write(f"soak: MINUTES must be a number above 0, up to {MAX_MINUTES:g}\n")
         return 2
-    # So that the processes it started are stopped, as they are after Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with ExitStack() as stack:
-        directory = Path(stack.enter_context(TemporaryDirectory(prefix="port-checker-soak-")))
-        try:
-            ports = stack.enter_context(open_ports(PORTS))
-            # Bound but not listening: connections are refused, and nobody else can take the port.
-            sock = stack.enter_context(socket.socket())
-            sock.bind((HOST, 0))
-            running = stack.enter_context(service("this", OURS_COMMAND, directory))
-            checks = checks_of(ports, sock.getsockname()[1])
-            is_clean = uvloop.run(_soak(running, checks, minutes))
-        except BenchmarkFailed as error:
-            sys.stderr.write(f"soak: {error}\n")
-            return 1
-        is_clean &= _has_clean_log((directory / "this.log").read_text(errors="replace"))
-    return 0 if is_clean else 1
+
+    def measure(stack: ExitStack, directory: Path) -> bool:
+        ports = stack.enter_context(open_ports(PORTS))
+        refused = stack.enter_context(refused_port())
+        running = stack.enter_context(service("this", OURS_COMMAND, directory))
+        is_clean = uvloop.run(_soak(running, checks_of(ports, refused), minutes))
+        return is_clean & _has_clean_log((directory / "this.log").read_text(errors="replace"))
+
+    return run("soak", measure)
 
 
 async def _soak(running: Service, checks: Sequence[Check], minutes: float) -> bool:

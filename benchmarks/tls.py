@@ -7,7 +7,6 @@ are a failure.
 
 import asyncio
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -16,14 +15,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 
 import trustme
 import uvloop
 
 from benchmarks import HOST, BenchmarkFailed
 from benchmarks.capacity import ask, percentiles, print_figure, probe_health
-from benchmarks.processes import OURS_COMMAND, Service, service
+from benchmarks.processes import OURS_COMMAND, Service, run, service
 from tests.support.http import check_tls_of
 from tests.support.loopback import free_port
 from tests.support.waiting import wait_until
@@ -111,7 +109,7 @@ async def stalled(running: Service) -> bool:
     return right == STALLED
 
 
-async def _measure(running: Service, port: int, authority: Path) -> bool:
+async def _ask_both(running: Service, port: int, authority: Path) -> bool:
     print(f"A good endpoint, {HANDSHAKES} times")
     all_right = await good(running, port, authority)
     for time_ in "first", "second":
@@ -120,33 +118,24 @@ async def _measure(running: Service, port: int, authority: Path) -> bool:
     return all_right
 
 
-def main() -> int:
-    """Measure and print.
+def measure(stack: ExitStack, directory: Path) -> bool:
+    """Measure and print; see ``processes.run``."""
+    authority = trustme.CA()
+    authority_file, certificate = directory / "authority.pem", directory / "server.pem"
+    authority.cert_pem.write_to_path(str(authority_file))
+    authority.issue_cert(HOST).private_key_and_cert_chain_pem.write_to_path(str(certificate))
+    port = stack.enter_context(tls_server(certificate, authority_file))
+    command = ("env", f"SSL_CERT_FILE={authority_file}", *_SETTINGS, *OURS_COMMAND)
+    running = stack.enter_context(service("this", command, directory))
+    return uvloop.run(_ask_both(running, port, authority_file))
 
-    Returns:
-        The exit status: 0; 1 for a wrong answer, or if something could not be measured; 2 if
-        openssl is not installed.
-    """
+
+def main() -> int:
+    """Return the exit status: that of ``processes.run``; 2 if openssl is not installed."""
     if not shutil.which("openssl"):
         sys.stderr.write("tls: openssl is not installed: apt-get install openssl\n")
         return 2
-    # So that the processes it started are stopped, as they are after Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with ExitStack() as stack:
-        directory = Path(stack.enter_context(TemporaryDirectory(prefix="port-checker-tls-")))
-        authority = trustme.CA()
-        authority_file, certificate = directory / "authority.pem", directory / "server.pem"
-        authority.cert_pem.write_to_path(str(authority_file))
-        authority.issue_cert(HOST).private_key_and_cert_chain_pem.write_to_path(str(certificate))
-        trust = f"SSL_CERT_FILE={authority_file}"
-        try:
-            port = stack.enter_context(tls_server(certificate, authority_file))
-            command = ("env", trust, *_SETTINGS, *OURS_COMMAND)
-            running = stack.enter_context(service("this", command, directory))
-            return 0 if uvloop.run(_measure(running, port, authority_file)) else 1
-        except BenchmarkFailed as error:
-            sys.stderr.write(f"tls: {error}\n")
-            return 1
+    return run("tls", measure)
 
 
 if __name__ == "__main__":

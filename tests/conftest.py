@@ -1,8 +1,12 @@
-"""An environment without settings of the developer."""
+"""Fixtures of all tests: an environment without settings of the developer, and a TLS authority."""
 
 import os
+from pathlib import Path
 
 import pytest
+import trustme
+
+from tests.support.tls import trust
 
 
 @pytest.fixture(autouse=True)
@@ -13,3 +17,11 @@ def _no_settings_of_the_developer(
         if name.startswith(("PORT_CHECK_", "PORT_CHECKER_")):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))  # without a .env
+
+
+@pytest.fixture
+def authority(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> trustme.CA:
+    """The only authority that this process trusts, and the processes that it starts."""
+    authority = trustme.CA()
+    trust(authority, monkeypatch, tmp_path)
+    return authority

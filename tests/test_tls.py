@@ -33,6 +33,8 @@ from tests.support.tls import (
 )
 from tests.support.waiting import wait_until
 
+pytestmark = pytest.mark.usefixtures("authority")
+
 LOOPBACK = parse_address("127.0.0.1")
 NAME = "provider.example.net"
 FOREVER = datetime(3000, 1, 1, tzinfo=UTC)  # until when trustme's certificates are good
@@ -43,16 +45,6 @@ UNKNOWN_ISSUER = "certificate verify failed: unable to get local issuer certific
 
 NOW = datetime.now(UTC)
 DAY = timedelta(days=1)
-
-
-@pytest.fixture(scope="module")
-def authority() -> trustme.CA:
-    return trustme.CA()
-
-
-@pytest.fixture(autouse=True)
-def _trust(authority: trustme.CA, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    trust(authority, monkeypatch, tmp_path)
 
 
 def judge(

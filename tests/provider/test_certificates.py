@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 import trustme
@@ -15,7 +14,7 @@ from port_checker.provider.report import PortPair, TlsAnswer, TlsReport
 from tests.support.loopback import free_port, refused_port
 from tests.support.scripted import check, scripted
 from tests.support.service import serve
-from tests.support.tls import https, trust
+from tests.support.tls import https
 
 UNTIL = "2099-12-01T08:30:00+00:00"
 GOOD = TlsAnswer(valid=True, error=None, not_after=UNTIL)
@@ -86,16 +85,6 @@ def test_a_good_certificate_needs_no_advice() -> None:
     assert not judged().valid
     reason = "http://9 does not check certificates"
     assert judged().advice == advice.TLS_NOT_CHECKED.format(reason=reason)
-
-
-@pytest.fixture(scope="module")
-def authority() -> trustme.CA:
-    return trustme.CA()
-
-
-@pytest.fixture(autouse=True)
-def _trust(authority: trustme.CA, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    trust(authority, monkeypatch, tmp_path)
 
 
 def test_a_server_checks_the_certificate(authority: trustme.CA) -> None:

@@ -11,7 +11,8 @@ import pytest
 from starlette.routing import Route
 
 from port_checker.addresses import parse_networks
-from port_checker.checker import Checker
+from port_checker.checker import Checker, Reservation
+from port_checker.connect import CheckFailed
 from port_checker.schemas import ERROR_EXAMPLES, CheckResponse, ErrorCode
 from port_checker.server.api import MAX_BODY
 from port_checker.server.app import create_app
@@ -221,8 +222,9 @@ def test_the_check_of_a_caller_that_disconnects_is_cancelled(
     checker = Checker(retries=10, retry_delay=30, timeout=30, max_in_flight=100)
     with ports(20, silent_port) as silent, serve(create_app(Settings(), checker=checker)) as client:
         before = len(os.listdir("/proc/self/fd"))
-        with pytest.raises(httpx.ReadTimeout):
-            check(client, silent, timeout=0.3)
+        with connected(client) as caller:
+            caller.sendall(check_of(*silent))
+            wait_until(lambda: checker.in_flight == 20, "the check to begin")
         wait_until(
             lambda: not checker.in_flight and len(os.listdir("/proc/self/fd")) <= before,
             "the check to end",
@@ -245,8 +247,32 @@ def test_a_bug_is_logged_and_not_shown(caplog: pytest.LogCaptureFixture) -> None
         answer = check(client, [80])
         assert error_of(answer) == expected
         assert answer.headers["cache-control"] == "no-store"
+        assert answer.headers["connection"] == "close"
         assert client.get("/health").status_code == 200
     assert "ZeroDivisionError" in caplog.text
+
+
+class ForbiddenChecker(Checker):
+    """A checker that may not connect to port 25."""
+
+    async def check(self, *_: object) -> NoReturn:
+        raise CheckFailed("could not connect: Operation not permitted", [25])
+
+
+def test_ports_that_the_checker_may_not_connect_to_are_named() -> None:
+    checker = ForbiddenChecker(retries=1, retry_delay=0, timeout=1, max_in_flight=10)
+    with serve(create_app(Settings(), checker=checker)) as client:
+        answer = check(client, [25, 80])
+    assert answer.status_code == 503
+    assert answer.json() == {
+        "detail": {
+            "code": "CHECK_FAILED",
+            "message": "This service may not connect to some of these ports (could not connect: "
+            "Operation not permitted). That says nothing about them, nor about the others. "
+            "Leave them out.",
+            "ports": [25],
+        }
+    }
 
 
 # Who may check what
@@ -418,6 +444,51 @@ def test_a_check_without_room_is_refused_and_not_queued() -> None:
             "This service checks at most 4 ports of one caller at once. Send fewer per request."
         )
         assert error_of(check(client, [1, 2, 3, 4, 5])) == (429, "RATE_LIMITED", message)
+
+
+def test_the_room_of_a_caller_can_be_set() -> None:
+    settings: dict[str, Any] = {"max_ports": 2, "max_in_flight_per_caller": 2, "timeout": 30}
+    with (
+        ports(2, silent_port) as silent,
+        open_port() as opened,
+        serve(**settings, **UNLIMITED) as client,
+        connected(client) as other,
+    ):
+        other.sendall(check_of(*silent))
+        refusal = "Too many checks of one caller are running."
+        wait_until(lambda: refusal in check(client, [opened]).text, "the check to begin")
+
+
+class RecordingChecker(Checker):
+    """A checker that records for whom room is reserved."""
+
+    def __init__(self) -> None:
+        super().__init__(retries=1, retry_delay=0, timeout=30, max_in_flight=10)
+        self.reserved: list[tuple[object, ...]] = []
+
+    def reserve(self, ports: int, **whose: Any) -> Reservation:
+        self.reserved.append((ports, *whose.values()))
+        return super().reserve(ports, **whose)
+
+
+def test_room_is_that_of_a_subscriber_and_its_network() -> None:
+    checker = RecordingChecker()
+    settings = Settings(allowed_networks=parse_networks("127.0.0.1,::1"))
+    with refused_port("::1") as refused, serve(create_app(settings, checker=checker)) as client:
+        for caller, target in (
+            ("2001:db8:1:2::7", "127.0.0.1"),
+            ("::2", "::1"),  # one /64
+            ("127.0.0.9", "127.0.0.1"),
+            ("unknown", "127.0.0.1"),
+        ):
+            answer = check(client, [refused], target, headers={"x-forwarded-for": caller})
+            assert answer.status_code == 200
+    assert checker.reserved == [
+        (1, "2001:db8:1:2::/64", "2001:db8:1::/48", False),
+        (1, "::/64", "::/48", True),
+        (1, "127.0.0.9", None, False),
+        (1, None, None, False),
+    ]
 
 
 # OpenAPI

@@ -5,7 +5,6 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,21 +21,13 @@ from tests.support.http import check_tls_of
 from tests.support.loopback import open_port, ports, refused_port, silent_port
 from tests.support.namespace import in_namespace, needs_root
 from tests.support.service import ask, serve
-from tests.support.tls import endpoint, https, trust, wait_for_close
+from tests.support.tls import endpoint, https, wait_for_close
 from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.usefixtures("authority")
 
 NOW = datetime.now(UTC)
 DAY = timedelta(days=1)
-
-
-@pytest.fixture(scope="module")
-def authority() -> trustme.CA:
-    return trustme.CA()
-
-
-@pytest.fixture(autouse=True)
-def _trust(authority: trustme.CA, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    trust(authority, monkeypatch, tmp_path)
 
 
 @pytest.fixture

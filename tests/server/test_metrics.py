@@ -9,7 +9,6 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import httpx
 import pytest
@@ -17,8 +16,8 @@ import pytest
 from port_checker.connect import REFUSED, TIMED_OUT
 from port_checker.server.metrics import DURATION, Metrics, StatusLine, Totals
 from port_checker.server.protocol import ConnectionLimits
-from tests.support.http import connected
-from tests.support.loopback import free_port, open_port, refused_port, silent_port
+from tests.support.http import check_of, connected
+from tests.support.loopback import free_port, open_port, ports, refused_port, silent_port
 from tests.support.service import Program, ask, program, serve
 from tests.support.waiting import wait_until
 
@@ -45,16 +44,6 @@ def measured(**environment: str) -> Iterator[tuple[Program, Scraper]]:
     environment["PORT_CHECK_RETRIES"] = "1"
     with program(ready=True, descriptors=None, **environment) as running:
         yield running, Scraper(port)
-
-
-def workers_of(running: Program) -> set[int]:
-    pid = running.process.pid
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return {
-        int(child)
-        for child in children
-        if b"--multiprocessing-fork" in Path("/proc", child, "cmdline").read_bytes()
-    }
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -84,24 +73,24 @@ def test_metrics_are_what_was_sent(workers: int) -> None:
         counted()
         assert scraper["port_checker_workers"] == workers
         assert scraper["port_checker_ports_in_flight_limit"] == workers * 10_000
+        assert scraper["port_checker_connections_limit"] >= workers
         assert scraper["port_checker_rate_limit_store_up"] == 1
         if workers > 1:
-            for victim in workers_of(running):  # all that have counted
+            for victim in running.workers():  # all that have counted
                 os.kill(victim, signal.SIGKILL)
             wait_until(lambda: scraper["port_checker_worker_deaths_total"] == workers, "deaths")
             counted()
 
 
 def test_a_caller_that_leaves_is_counted_and_its_ports_are_in_flight() -> None:
-    with measured(PORT_CHECK_TIMEOUT="30") as (running, scraper), silent_port() as silent:
-        with pytest.raises(httpx.TimeoutException), running.client() as client:
-            client.post(
-                "/check-ports",
-                json={"provider_ip": "127.0.0.1", "ports": [silent]},
-                timeout=2,
-            )
+    with measured(PORT_CHECK_TIMEOUT="30") as (running, scraper), ports(3, silent_port) as silent:
+        with running.client() as client, connected(client) as caller:
+            caller.sendall(check_of(*silent))
+            wait_until(lambda: scraper["port_checker_ports_in_flight"] == 3, "the check to begin")
+            wait_until(lambda: scraper["port_checker_connections"] == 1, "no other connection")
         name = 'port_checker_checks_total{outcome="caller_left"}'
         wait_until(lambda: scraper[name] == 1, "the caller's departure to be seen")
+        wait_until(lambda: scraper["port_checker_ports_in_flight"] == 0, "the next sample")
 
 
 def test_there_are_none_without_the_setting_nor_ever_on_the_public_port() -> None:

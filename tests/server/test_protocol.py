@@ -49,6 +49,13 @@ class Service:
         self.clients.append(client)
         return client
 
+    def assert_closed_at(self, client: Client, seconds: float) -> None:
+        """Check that the server closes a connection then, and not sooner."""
+        self.loop.advance_to(seconds - 0.1)
+        assert not client.is_closed
+        self.loop.advance_to(seconds)
+        assert client.is_closed
+
     def close(self) -> None:
         """Disconnect all clients, and check that nothing has failed unseen."""
         self.slow_may_end.set()
@@ -109,10 +116,7 @@ def test_a_request_has_ten_seconds_to_arrive(service: Service, sent: bytes, tric
     for second in range(1, 10):
         service.loop.advance_to(second)
         client.send(trickle)
-    service.loop.advance_to(9.9)
-    assert not client.is_closed
-    service.loop.advance_to(10.0)
-    assert client.is_closed
+    service.assert_closed_at(client, 10)
 
 
 def test_a_later_request_has_them_from_its_first_byte(service: Service) -> None:
@@ -125,10 +129,7 @@ def test_a_later_request_has_them_from_its_first_byte(service: Service) -> None:
     assert client.statuses == [200, 200, 200]
     service.loop.advance_to(35)
     client.send(HEALTH[:-1])
-    service.loop.advance_to(44.9)
-    assert not client.is_closed
-    service.loop.advance_to(45)
-    assert client.is_closed
+    service.assert_closed_at(client, 45)
 
 
 def test_an_answer_may_take_any_time(service: Service) -> None:
@@ -201,10 +202,7 @@ def test_between_requests_a_connection_is_kept_for_75_seconds(service: Service) 
     service.loop.advance_to(74.9)
     client.send(HEALTH)
     assert client.statuses == [200, 200]
-    service.loop.advance_to(74.9 + 74.9)
-    assert not client.is_closed
-    service.loop.advance_to(74.9 + 75.1)
-    assert client.is_closed
+    service.assert_closed_at(client, 74.9 + 75)
 
 
 def test_a_client_that_reads_slowly_is_not_cut_off(service: Service) -> None:

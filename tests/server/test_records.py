@@ -3,7 +3,6 @@
 import asyncio
 import logging
 
-import httpx
 import pytest
 from starlette.requests import ClientDisconnect
 
@@ -12,8 +11,11 @@ from port_checker.checker import Checker, Overloaded
 from port_checker.connect import CheckFailed
 from port_checker.schemas import ErrorCode
 from port_checker.server.app import create_app
+from port_checker.server.metrics import Metrics
+from port_checker.server.rate_limit import RateLimited
 from port_checker.server.records import MAX_REMEMBERED, CheckRecord, RefusalLog
 from port_checker.server.settings import Settings
+from port_checker.server.targets import TargetNotAllowed
 from tests.support.http import check_of, connected
 from tests.support.loopback import open_port, refused_port, silent_port
 from tests.support.service import serve
@@ -56,9 +58,9 @@ def test_completed_checks_and_refusals(caplog: pytest.LogCaptureFixture) -> None
 def test_a_check_whose_caller_disconnects(caplog: pytest.LogCaptureFixture) -> None:
     checker = Checker(retries=1, retry_delay=0, timeout=30, max_in_flight=10)
     with silent_port() as silent, serve(create_app(Settings(), checker=checker)) as client:
-        body = {"provider_ip": "127.0.0.1", "ports": [silent]}
-        with pytest.raises(httpx.ReadTimeout):
-            client.post("/check-ports", json=body, timeout=0.3)
+        with connected(client) as caller:
+            caller.sendall(check_of(silent))
+            wait_until(lambda: checker.in_flight, "the check to begin")
         wait_until(lambda: caplog.messages, "the line")
     (line,) = caplog.messages
     assert line.startswith(
@@ -67,30 +69,44 @@ def test_a_check_whose_caller_disconnects(caplog: pytest.LogCaptureFixture) -> N
 
 
 @pytest.mark.parametrize(
-    ("error", "level", "outcome", "more"),
+    ("error", "level", "outcome", "more", "counted"),
     [
-        (CheckFailed("no route"), "ERROR", "failed", ' reason="no route"'),
-        (ClientDisconnect(), "INFO", "cancelled", ""),
-        (asyncio.CancelledError(), "INFO", "cancelled", ""),
-        (ZeroDivisionError(), "ERROR", "bug", ""),
+        (CheckFailed("no route"), "ERROR", "failed", ' reason="no route"', "failed"),
+        (ClientDisconnect(), "INFO", "cancelled", "", "caller_left"),
+        (asyncio.CancelledError(), "INFO", "cancelled", "", "caller_left"),
+        (ZeroDivisionError(), "ERROR", "bug", "", "failed"),
     ],
 )
 def test_a_check_that_does_not_complete(
-    caplog: pytest.LogCaptureFixture, error: BaseException, level: str, outcome: str, more: str
+    caplog: pytest.LogCaptureFixture,
+    error: BaseException,
+    level: str,
+    outcome: str,
+    more: str,
+    counted: str,
 ) -> None:
-    with pytest.raises(type(error)), CheckRecord(None, TARGET, 3):
+    metrics = Metrics()
+    with pytest.raises(type(error)), CheckRecord(None, TARGET, 3, metrics):
         raise error
     (record,) = caplog.records
     begins = f"check caller=unknown target=2001:db8::7 ports=3 outcome={outcome} duration=0."
     assert record.levelname == level
     assert record.getMessage().startswith(begins)
     assert record.getMessage()[len(begins) + 3 :] == more
+    expected = Metrics()
+    expected.count("checks", counted)
+    assert metrics.row == expected.row
 
 
-def test_a_refused_check_is_no_check(caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(Overloaded), CheckRecord(CALLER, TARGET, 3):
-        raise Overloaded(3, 2, "", 1)
+@pytest.mark.parametrize(
+    "refusal", [TargetNotAllowed(), RateLimited("", 1), Overloaded(3, 2, "", 1)]
+)
+def test_a_refused_check_is_no_check(caplog: pytest.LogCaptureFixture, refusal: Exception) -> None:
+    metrics = Metrics()
+    with pytest.raises(type(refusal)), CheckRecord(CALLER, TARGET, 3, metrics):
+        raise refusal
     assert not caplog.messages
+    assert metrics.row == Metrics().row
 
 
 def test_one_refusal_a_second_for_each_caller_and_code(caplog: pytest.LogCaptureFixture) -> None:

@@ -21,17 +21,6 @@ from tests.support.service import Program, ask, program
 from tests.support.waiting import wait_until
 
 
-def workers_of(running: Program) -> set[int]:
-    """The process ids of a program's workers."""
-    pid = running.process.pid
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return {
-        int(child)
-        for child in children
-        if b"--multiprocessing-fork" in Path("/proc", child, "cmdline").read_bytes()
-    }
-
-
 def is_running(pid: int) -> bool:
     try:
         return " Z" not in Path(f"/proc/{pid}/stat").read_text()
@@ -56,7 +45,7 @@ def test_workers_share_the_port_and_stop_together() -> None:
         for _ in range(8):
             with running.client() as client:
                 assert ask(client, opened).json()["success"] is True
-        workers = workers_of(running)
+        workers = running.workers()
         assert len(workers) == 2
         assert running.stop() == 0
     assert not any(map(is_running, workers))
@@ -65,10 +54,10 @@ def test_workers_share_the_port_and_stop_together() -> None:
 
 def test_a_worker_that_is_killed_is_replaced_and_leaves_a_line() -> None:
     with program(PORT_CHECKER_WORKERS="2") as running:
-        victim, other = workers_of(running)
+        victim, other = running.workers()
         os.kill(victim, signal.SIGKILL)
-        wait_until(lambda: len(workers_of(running) - {victim}) == 2, "a new worker")
-        assert other in workers_of(running)
+        wait_until(lambda: len(running.workers() - {victim}) == 2, "a new worker")
+        assert other in running.workers()
         assert running.stop() == 0
     (line,) = lines_with(running, "Worker")
     assert f"ERROR port_checker.server.workers: Worker {victim} was killed by SIGKILL" in line
@@ -76,7 +65,7 @@ def test_a_worker_that_is_killed_is_replaced_and_leaves_a_line() -> None:
 
 def test_workers_end_with_their_parent() -> None:
     with program(PORT_CHECKER_WORKERS="2") as running:
-        workers = workers_of(running)
+        workers = running.workers()
         running.process.kill()
         wait_until(lambda: not any(map(is_running, workers)), "the workers' end")
 
@@ -88,13 +77,13 @@ def test_a_slow_start_is_waited_for(tmp_path: Path) -> None:
         at_the_start_of_workers(wait, tmp_path) as path,
         program(ready=False, PORT_CHECKER_WORKERS="2", PYTHONPATH=path) as running,
     ):
-        wait_until(lambda: len(workers_of(running)) == 2, "two workers")
-        workers = workers_of(running)
+        wait_until(lambda: len(running.workers()) == 2, "two workers")
+        workers = running.workers()
         time.sleep(7)  # uvicorn's supervisor would kill them after 5 s
-        assert workers_of(running) == workers
+        assert running.workers() == workers
         go.touch()
         wait_until(running.answers, "the program to answer")
-        assert workers_of(running) == workers
+        assert running.workers() == workers
 
 
 def test_workers_that_cannot_start_end_the_program(tmp_path: Path) -> None:

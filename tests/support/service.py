@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -85,6 +86,16 @@ class Program:
         with contextlib.suppress(httpx.TransportError), self.client() as client:
             return client.get("/health").status_code == 200
         return False
+
+    def workers(self) -> set[int]:
+        """The process ids of its workers."""
+        pid = self.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return {
+            int(child)
+            for child in children
+            if b"--multiprocessing-fork" in Path("/proc", child, "cmdline").read_bytes()
+        }
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
