@@ -1,6 +1,6 @@
 """Ports of this machine in each state that a check can meet."""
 
-import os
+import functools
 import secrets
 import select
 import socket
@@ -13,16 +13,38 @@ def family_of(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
-# Where free_ports() looks: below the ephemeral ports, so that the kernel gives them to nobody. Each
-# process of a parallel run has a slice of its own, as a port is free until its test binds it.
+# Where free_ports() looks: below the ephemeral ports, so that the kernel gives them to nobody.
+_FIRST = 5_000
 _SLICE = 2_500
-_FIRST = 10_000 + _SLICE * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 8)
+_SLICES = 11
+
+
+@functools.cache
+def _claimed_slice() -> tuple[int, socket.socket | None]:
+    """Claim a slice until this process ends, as a free port is free until its test binds it.
+
+    The claim is the name of a socket, which the processes of all test runs on this machine see and
+    which ends with its owner. Like a port, it belongs to one network namespace.
+
+    Returns:
+        The slice's first port, and the socket that has to stay open.
+    """
+    for number in range(_SLICES):
+        claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            claim.bind(f"\0golem-port-checker tests, ports {number}")
+        except OSError:
+            claim.close()
+        else:
+            return _FIRST + _SLICE * number, claim
+    return _FIRST + _SLICE * secrets.randbelow(_SLICES), None  # share one; mostly that goes well
 
 
 def free_ports(count: int) -> list[int]:
     """Ports in a row that nobody has, at most ``_SLICE``."""
+    first, _ = _claimed_slice()
     while True:
-        start = _FIRST + secrets.randbelow(_SLICE - count + 1)
+        start = first + secrets.randbelow(_SLICE - count + 1)
         with suppress(OSError), ExitStack() as stack:
             for port in range(start, start + count):
                 for host in ("", "::1"):
