@@ -588,7 +588,8 @@ runpy.run_module("port_checker", run_name="__main__")
 
 def test_markup_in_a_message_is_only_text() -> None:
     message = "[red]Wait[/red] :warning: [link=http://127.0.0.1]here"
-    with scripted(lambda _: refusal(ErrorCode.CHECK_FAILED, message)) as server:
+    refused = refusal(ErrorCode.CHECK_FAILED, message, retry_after="3600")  # longer than it waits
+    with scripted(lambda _: refused) as server:
         done = check(server.url, "--ip", "127.0.0.1", str(free_port()))
     assert f"{message} (CHECK_FAILED)." in done.out
 
