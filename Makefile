@@ -18,8 +18,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
-# Test modules that run at the same time. More than one core can do, since tests mostly wait.
-TEST_PROCESSES ?= 3
+# Tests that run at the same time. More than two cores can do, since tests mostly wait.
+TEST_PROCESSES ?= 4
 PYTEST_FLAGS ?=
 FUZZ_EXAMPLES ?= 2000
 # Kept between runs and between checkouts.
@@ -27,6 +27,8 @@ DEBIAN ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/golem-port-checker/debian-12
 DEBIAN_PACKAGES := systemd,systemd-sysv,dbus,python3,python3-venv,curl,iproute2,procps
 SOAK_MINUTES ?= 2
 BIN := $(VENV)/bin
+# tests/conftest.py says which tests share a process.
+IN_PROCESSES = $(BIN)/pytest --numprocesses $(TEST_PROCESSES)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
 .PHONY: run test test-lowest cover lab systemd-test fuzz lint bench soak pictures wheel clean
@@ -36,14 +38,14 @@ run: $(VENV)/run.stamp
 	@$(BIN)/port-checker
 
 test: $(VENV)/dev.stamp
-	@$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(PYTEST_FLAGS)
+	@$(IN_PROCESSES) $(PYTEST_FLAGS)
 
 # In a virtual environment of its own.
 test-lowest:
 	@$(MAKE) --no-print-directory test VENV=$(VENV)-lowest CONSTRAINTS=$(VENV)-lowest/constraints.txt
 
 cover: $(VENV)/dev.stamp
-	@$(BIN)/pytest --cov --cov-report=term-missing
+	@$(IN_PROCESSES) --cov --cov-report=term-missing
 
 systemd-test: $(VENV)/dev.stamp $(DEBIAN)
 	@SYSTEMD_TEST_ROOT=$(DEBIAN) $(BIN)/pytest tests/systemd

@@ -1,10 +1,12 @@
-"""Fixtures of all tests: an environment without settings of the developer, and a TLS authority."""
+"""For all tests: no settings of the developer, a TLS authority, and which tests share a process."""
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
+from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]  # has no types
 
 from tests.support.tls import trust
 
@@ -25,3 +27,19 @@ def authority(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> trustme.CA:
     authority = trustme.CA()
     trust(authority, monkeypatch, tmp_path)
     return authority
+
+
+class _Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # the same
+    """Any process takes the next test, but what is built once for several tests stays in one.
+
+    That is the lab, a browser, and what a parametrized test has in a fixture.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        folder, _, _ = nodeid.partition("/test_")
+        return folder if folder in ("tests/lab", "tests/browser") else nodeid.partition("[")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return _Scheduling(config, log)
