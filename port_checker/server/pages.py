@@ -24,8 +24,7 @@ from port_checker.server.settings import Settings
 _WEB = Path(__file__).parent / "web"
 
 # The sentence for each error of a port or a certificate, by words in it; the first that fit count.
-_ADVICE = {
-    **advice.FOR_TLS_ERRORS,
+_ADVICE = advice.FOR_TLS_ERRORS | {
     REFUSED.error: advice.PAGE_REFUSED,
     TIMED_OUT.error: advice.PAGE_TIMED_OUT,
     "": advice.PAGE_UNREACHABLE,
