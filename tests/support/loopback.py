@@ -1,6 +1,7 @@
 """Ports of this machine in each state that a check can meet."""
 
 import functools
+import os
 import secrets
 import select
 import socket
@@ -14,17 +15,17 @@ def family_of(host: str) -> socket.AddressFamily:
 
 
 # Where free_ports() looks: below the ephemeral ports, so that the kernel gives them to nobody.
-_FIRST = 5_000
+_FIRST = 10_000
 _SLICE = 2_500
-_SLICES = 11
+_SLICES = 9
 
 
 @functools.cache
-def _claimed_slice() -> tuple[int, socket.socket | None]:
+def _claimed_slice(_namespace: int) -> tuple[int, socket.socket | None]:
     """Claim a slice until this process ends, as a free port is free until its test binds it.
 
     The claim is the name of a socket, which the processes of all test runs on this machine see and
-    which ends with its owner. Like a port, it belongs to one network namespace.
+    which ends with its owner. Like a port, it belongs to a network namespace: this thread's.
 
     Returns:
         The slice's first port, and the socket that has to stay open.
@@ -42,7 +43,7 @@ def _claimed_slice() -> tuple[int, socket.socket | None]:
 
 def free_ports(count: int) -> list[int]:
     """Ports in a row that nobody has, at most ``_SLICE``."""
-    first, _ = _claimed_slice()
+    first, _ = _claimed_slice(os.stat("/proc/thread-self/ns/net").st_ino)
     while True:
         start = first + secrets.randbelow(_SLICE - count + 1)
         with suppress(OSError), ExitStack() as stack:
