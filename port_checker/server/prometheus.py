@@ -1,6 +1,11 @@
 """The metrics as Prometheus reads them: over HTTP, on an address of their own."""
 
+import os
+import resource
+import threading
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from typing import Final
 
 from prometheus_client import CollectorRegistry, Metric, ProcessCollector, start_http_server
 from prometheus_client.core import (
@@ -12,6 +17,9 @@ from prometheus_client.registry import Collector
 
 from port_checker import __version__
 from port_checker.server.metrics import BUCKETS, DURATION, FAMILIES, Snapshot, Totals
+
+_CPU_SECONDS: Final = "process_cpu_seconds"
+_START_TIME: Final = "process_start_time_seconds"
 
 
 def expose(totals: Totals, address: str, port: int) -> None:
@@ -29,7 +37,7 @@ def expose(totals: Totals, address: str, port: int) -> None:
     """
     registry = CollectorRegistry()
     registry.register(_TotalsCollector(totals))
-    ProcessCollector(registry=registry)
+    registry.register(_ProcessesCollector(totals))
     start_http_server(port, address, registry)
 
 
@@ -57,7 +65,7 @@ class _TotalsCollector(Collector):
             yield metric
         yield _duration(totals)
         yield GaugeMetricFamily(
-            "port_checker_workers", "Processes that serve.", value=totals.workers
+            "port_checker_workers", "Processes that serve.", value=len(totals.workers)
         )
         yield CounterMetricFamily(
             "port_checker_worker_deaths",
@@ -74,3 +82,40 @@ def _duration(totals: Snapshot) -> Metric:
     duration = HistogramMetricFamily(DURATION, "How long completed checks took.")
     duration.add_metric([], buckets, totals[DURATION, "sum"])
     return duration
+
+
+class _ProcessesCollector(Collector):
+    """The standard figures of a process, for this one and its workers together.
+
+    All are sums but the time of the start, which is this process's.
+    """
+
+    def __init__(self, totals: Totals) -> None:
+        self._totals = totals
+        self._lock = threading.Lock()
+        self._cpu_seconds = 0.0
+
+    def collect(self) -> Iterator[Metric]:
+        # What ended workers have used comes first: one that ends just now is then left out, rather
+        # than counted twice.
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+        workers: defaultdict[str, float] = defaultdict(float)
+        workers[_CPU_SECONDS] = ended.ru_utime + ended.ru_stime
+        for worker in set(self._totals.snapshot().workers) - {os.getpid()}:
+            for metric in _process(worker):
+                workers[metric.name] += metric.samples[0].value
+        for metric in _process(os.getpid()):
+            (sample,) = metric.samples
+            value = sample.value
+            if metric.name != _START_TIME:
+                value += workers[metric.name]
+            if metric.name == _CPU_SECONDS:
+                with self._lock:  # a counter never falls, also when somebody was left out
+                    value = self._cpu_seconds = max(self._cpu_seconds, value)
+            metric.samples = [sample._replace(value=value)]
+            yield metric
+
+
+def _process(process: int) -> Iterable[Metric]:
+    """Return the figures of one process; none if it has ended."""
+    return ProcessCollector(pid=lambda: process, registry=None).collect()

@@ -129,7 +129,7 @@ class Supervisor:
         while len(self._workers) < self._count and self._pause <= 0:
             worker = _Worker(self._work)
             self._workers.append(worker)
-            self._totals.add(worker.row)
+            self._totals.add(worker.row, worker.process.pid)
             logger.debug("Worker %d started", worker.process.pid)
 
     def _look(self, worker: "_Worker", elapsed: float) -> bool:

@@ -137,7 +137,7 @@ def test_what_a_process_has_counted_stays_when_it_ends() -> None:
     def figures() -> list[float]:
         snapshot = totals.snapshot()
         return [
-            snapshot.workers,
+            len(snapshot.workers),
             snapshot.deaths,
             snapshot["port_checker_errors", "INVALID_IP"],
             snapshot["port_checker_connections", ""],
