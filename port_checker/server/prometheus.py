@@ -1,13 +1,18 @@
 """The metrics as Prometheus reads them: over HTTP, on an address of their own."""
 
+import logging
 import os
 import resource
+import socket
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from socketserver import TCPServer, ThreadingMixIn
 from typing import Final
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from prometheus_client import CollectorRegistry, Metric, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, Metric, ProcessCollector, make_wsgi_app
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -20,6 +25,8 @@ from port_checker.server.metrics import BUCKETS, DURATION, FAMILIES, Snapshot, T
 
 _CPU_SECONDS: Final = "process_cpu_seconds"
 _START_TIME: Final = "process_start_time_seconds"
+
+logger = logging.getLogger(__name__)
 
 
 def expose(totals: Totals, address: str, port: int) -> None:
@@ -38,7 +45,39 @@ def expose(totals: Totals, address: str, port: int) -> None:
     registry = CollectorRegistry()
     registry.register(_TotalsCollector(totals))
     registry.register(_ProcessesCollector(totals))
-    start_http_server(port, address, registry)
+    server = _Server(address, port, registry)
+    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = 60  # seconds for which a thread waits for somebody who sends or reads nothing
+
+    def log_message(self, *_: object) -> None:
+        """Log no scrape."""
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """What prometheus_client's own server does, without tracebacks on stderr and without DNS."""
+
+    daemon_threads = True
+
+    def __init__(self, address: str, port: int, registry: CollectorRegistry) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        super().__init__((address, port), _Handler)
+        self.set_app(make_wsgi_app(registry))
+
+    def server_bind(self) -> None:
+        """Bind. HTTPServer would ask DNS for the name of the address, too."""
+        TCPServer.server_bind(self)
+        host, self.server_port = self.server_address[:2]
+        self.server_name = str(host)
+        self.setup_environ()
+
+    def handle_error(self, *_: object) -> None:
+        """Log a bug. A connection that was reset is none."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            logger.error("The metrics could not be sent", exc_info=error)
 
 
 class _TotalsCollector(Collector):
