@@ -20,6 +20,7 @@ from multiprocessing.reduction import DupFd
 from typing import Any, Self
 
 from port_checker.linux import end_with_parent
+from port_checker.server.logs import log_uncaught
 from port_checker.server.metrics import ROW_SIZE, Row, Totals
 
 # Seconds between two looks at the workers, and between two signs of life of a worker.
@@ -256,4 +257,8 @@ def _run(work: Work, shared: _SharedNumbers, parent: int) -> None:
     def beat() -> None:
         shared.numbers[0] += 1
 
-    work(beat, shared.numbers[1:])
+    try:
+        work(beat, shared.numbers[1:])
+    except Exception as error:  # multiprocessing would write its traceback to stderr
+        log_uncaught(type(error), error)
+        sys.exit(1)
