@@ -177,6 +177,17 @@ def test_one_stopped_worker_of_three_is_replaced(container: Container) -> None:
     assert main_pid(container) == parent
 
 
+def test_a_stop_while_workers_start_is_not_their_death(container: Container) -> None:
+    configure(container, PORT_CHECKER_WORKERS=3)
+    mark = journal_mark(container)
+    container.run(
+        "systemctl stop golem-port-checker; systemctl start --no-block golem-port-checker\n"
+        "until [[ $(pgrep -fc multiprocessing-fork) == 3 ]]; do sleep 0.05; done\n"
+        "systemctl stop golem-port-checker"
+    )
+    assert journal_since(container, mark, "-p err") == []
+
+
 def test_a_stuck_event_loop_leaves_its_traceback_and_is_replaced(container: Container) -> None:
     # The test's own hook: a module that the service imports and that makes a thread hold the
     # interpreter's lock, as a bug in a regular expression would.
