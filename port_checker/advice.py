@@ -100,14 +100,14 @@ SERVER_CANNOT = (
     "server, or use another port."
 )
 
-# A program of this machine serves TLS, and its certificate was checked.
+# A certificate was checked. The page shows these, too, wherever its browser runs.
 
 CERTIFICATE_EXPIRED = (
     "The certificate has expired: renew it, and let the program that serves it load the new one."
 )
 CERTIFICATE_FOR_ANOTHER = (
     "The certificate is for other addresses or names: get one that has {ip} among its alternative "
-    "names of type IP address. If that is what this machine serves, your router forwards the port "
+    "names of type IP address. If your provider serves such a one, your router forwards the port "
     "to another machine."
 )
 CERTIFICATE_NOT_YET_VALID = (
@@ -119,14 +119,30 @@ CERTIFICATE_OF_UNKNOWN_AUTHORITY = (
 )
 CERTIFICATE_REJECTED = "The certificate cannot be trusted: get another from a public authority."
 NOT_TLS = (
-    "The port answers, but not with TLS (with plain HTTP, say): forward it to the port of this "
-    "machine on which HTTPS is served."
+    "The port answers, but not with TLS (with plain HTTP, say): forward it to the port on which "
+    "your provider serves HTTPS."
 )
 TLS_TOO_OLD = "The program that serves the port speaks only TLS 1.1 or earlier: update it."
 TLS_HANDSHAKE_FAILED = (
-    "The port accepts connections, but the TLS handshake fails: check that the program on port "
-    "{port} of this machine serves HTTPS, and that it still answers."
+    "The port accepts connections, but the TLS handshake fails: check that the program to which it "
+    "leads serves HTTPS, and that it still answers."
 )
+
+# By words in the error of a TLS endpoint; the first that fit count.
+FOR_TLS_ERRORS = {
+    "certificate expired": CERTIFICATE_EXPIRED,
+    "certificate does not match": CERTIFICATE_FOR_ANOTHER,
+    "certificate is not yet valid": CERTIFICATE_NOT_YET_VALID,
+    "unable to get local issuer certificate": CERTIFICATE_OF_UNKNOWN_AUTHORITY,
+    "self-signed certificate": CERTIFICATE_OF_UNKNOWN_AUTHORITY,
+    "certificate verify failed": CERTIFICATE_REJECTED,
+    "TLS handshake failed: wrong version number": NOT_TLS,
+    "TLS handshake failed: tlsv1 alert protocol version": TLS_TOO_OLD,
+    "TLS handshake failed: unsupported protocol": TLS_TOO_OLD,
+    "TLS handshake failed": TLS_HANDSHAKE_FAILED,
+}
+
+# The same, by the provider's machine alone.
 NOTHING_SERVES_TLS = (
     "No program of this machine listens on port {port}: start the one that serves HTTPS there."
 )
@@ -187,4 +203,7 @@ PAGE_TIMED_OUT = (
 PAGE_UNREACHABLE = (
     "A router on the way could not or would not deliver the connection. Check the firewall of your "
     "router, or ask your internet provider."
+)
+PAGE_CERTIFICATE_VALID = (
+    "Everybody who connects to your address can trust it. Renew it before then."
 )

@@ -5,20 +5,6 @@ from collections.abc import Mapping
 from port_checker import advice as advice_for
 from port_checker.provider.report import PortPair, TlsAnswer, TlsReport
 
-# What to do about an error, by words in it; the first that fit count.
-_BY_WORDS = (
-    ("certificate expired", advice_for.CERTIFICATE_EXPIRED),
-    ("certificate does not match", advice_for.CERTIFICATE_FOR_ANOTHER),
-    ("certificate is not yet valid", advice_for.CERTIFICATE_NOT_YET_VALID),
-    ("unable to get local issuer certificate", advice_for.CERTIFICATE_OF_UNKNOWN_AUTHORITY),
-    ("self-signed certificate", advice_for.CERTIFICATE_OF_UNKNOWN_AUTHORITY),
-    ("certificate verify failed", advice_for.CERTIFICATE_REJECTED),
-    ("TLS handshake failed: wrong version number", advice_for.NOT_TLS),
-    ("TLS handshake failed: tlsv1 alert protocol version", advice_for.TLS_TOO_OLD),
-    ("TLS handshake failed: unsupported protocol", advice_for.TLS_TOO_OLD),
-    ("TLS handshake failed", advice_for.TLS_HANDSHAKE_FAILED),
-)
-
 
 def judge_tls(
     ports: PortPair,
@@ -61,7 +47,7 @@ def judge_tls(
 
 
 def _advise(error: str, is_listened_on: bool) -> str:
-    for words, advice in _BY_WORDS:
+    for words, advice in advice_for.FOR_TLS_ERRORS.items():
         if words in error:
             return advice
     return advice_for.IN_USE if is_listened_on else advice_for.NOTHING_SERVES_TLS

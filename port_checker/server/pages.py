@@ -23,12 +23,11 @@ from port_checker.server.settings import Settings
 
 _WEB = Path(__file__).parent / "web"
 
-# The sentence for each result of a port, by its error; "" stands for none.
-_ADVICE = {
-    "": advice.PAGE_REACHABLE,
+# The sentence for each error of a port or a certificate, by words in it; the first that fit count.
+_ADVICE = advice.FOR_TLS_ERRORS | {
     REFUSED.error: advice.PAGE_REFUSED,
     TIMED_OUT.error: advice.PAGE_TIMED_OUT,
-    "other": advice.PAGE_UNREACHABLE,
+    "": advice.PAGE_UNREACHABLE,
 }
 
 # Where programs find what there is.
@@ -115,6 +114,8 @@ def add_pages(app: FastAPI, settings: Settings) -> None:
     """Route ``app`` to the pages; its other routes must be there, since /docs tells of them."""
     data = {
         "advice": _ADVICE,
+        "reachable": advice.PAGE_REACHABLE,
+        "validCertificate": advice.PAGE_CERTIFICATE_VALID,
         "longestCheck": settings.longest_check,
         "maxPorts": settings.max_ports,
     }

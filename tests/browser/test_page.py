@@ -4,11 +4,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
 import pytest
+import trustme
 from playwright.sync_api import Browser, FloatRect, expect
 
 from port_checker import advice
@@ -17,6 +19,7 @@ from tests.support.loopback import open_listener, open_port, ports, refused_port
 from tests.support.namespace import ROOT
 from tests.support.proxies import needs_proxies, nginx
 from tests.support.service import program, serve
+from tests.support.tls import answering, endpoint, https
 
 Visit = Callable[..., Visitor]
 
@@ -51,7 +54,11 @@ def test_a_check_by_keyboard_alone(url: str, visit: Visit) -> None:
         keyboard.press("Enter")
         visitor.expect_status("1 of 2 ports can be reached.")
         keyboard.press("Tab")
-        expect(page.get_by_role("button", name="Check")).to_be_focused()
+        expect(page.get_by_role("button", name="Check", exact=True)).to_be_focused()
+        keyboard.press("Tab")
+        expect(page.get_by_label("HTTPS port")).to_be_focused()
+        keyboard.press("Tab")
+        expect(page.get_by_role("button", name="Check certificate")).to_be_focused()
         keyboard.press("Tab")
         expect(page.get_by_role("button", name="Copy as text")).to_be_focused()
         keyboard.press("Enter")
@@ -169,17 +176,109 @@ def test_ports_may_be_written_as_people_do(
     assert visit(url).page.evaluate("text => parsePorts(text)", text) == expected
 
 
-def test_a_limit_is_told_with_its_seconds(visit: Visit) -> None:
+@pytest.mark.parametrize(
+    ("path", "check"),
+    [("check-ports", Visitor.check), ("check-tls", Visitor.check_certificate)],
+)
+def test_a_limit_is_told_with_its_seconds(
+    visit: Visit, path: str, check: Callable[[Visitor, int], None]
+) -> None:
     with serve(retries=1, caller_rate_limit="1/minute") as client, open_port() as opened:
         visitor = visit(str(client.base_url))
         visitor.check(opened)
         visitor.expect_status("1 of 1 port can be reached.")
-        with visitor.page.expect_response("**/check-ports") as answered:
-            visitor.check(opened)
+        with visitor.page.expect_response(f"**/{path}") as answered:
+            check(visitor, opened)
         visitor.expect_status(answered.value.json()["detail"]["message"])
         assert f"{answered.value.headers['retry-after']} s" in visitor.status()
         expect(visitor.page.locator("#results")).to_be_hidden()
         visitor.forgive("429")
+
+
+def good(authority: trustme.CA) -> AbstractContextManager[int]:
+    until = datetime(2099, 12, 1, 8, 30, tzinfo=UTC)
+    return https(authority.issue_cert("127.0.0.1", not_after=until))
+
+
+def expired(authority: trustme.CA) -> AbstractContextManager[int]:
+    year, month = datetime(2020, 1, 1, tzinfo=UTC), timedelta(days=31)
+    return https(authority.issue_cert("127.0.0.1", not_before=year, not_after=year + month))
+
+
+def for_another_address(authority: trustme.CA) -> AbstractContextManager[int]:
+    return https(authority.issue_cert("203.0.113.8"))
+
+
+def of_unknown_authority(_: trustme.CA) -> AbstractContextManager[int]:
+    return https(trustme.CA().issue_cert("127.0.0.1"))
+
+
+def plain_http(_: trustme.CA) -> AbstractContextManager[int]:
+    return endpoint(answering(b"HTTP/1.1 400 Bad Request\r\n\r\n"))
+
+
+def nobody(_: trustme.CA) -> AbstractContextManager[int]:
+    return refused_port()
+
+
+@pytest.mark.parametrize(
+    ("kind", "verdict", "sentence"),
+    [
+        (
+            good,
+            "✓Valid until 1 December 2099 at 08:30:00 UTC",
+            advice.PAGE_CERTIFICATE_VALID,
+        ),
+        (expired, "✕certificate expired", advice.CERTIFICATE_EXPIRED),
+        (
+            for_another_address,
+            "✕certificate does not match expected IP",
+            advice.CERTIFICATE_FOR_ANOTHER.format(ip="127.0.0.1"),
+        ),
+        (
+            of_unknown_authority,
+            "✕certificate verify failed: unable to get local issuer certificate",
+            advice.CERTIFICATE_OF_UNKNOWN_AUTHORITY,
+        ),
+        (plain_http, "✕TLS handshake failed: wrong version number", advice.NOT_TLS),
+        (nobody, "✕Connection refused", advice.PAGE_REFUSED),
+    ],
+)
+def test_a_certificate_is_valid_until_a_time_or_it_says_what_to_do(
+    visit: Visit,
+    authority: trustme.CA,
+    kind: Callable[[trustme.CA], AbstractContextManager[int]],
+    verdict: str,
+    sentence: str,
+) -> None:
+    # A service of its own, since each reads once what it trusts.
+    with serve(retries=1) as client, kind(authority) as port:
+        visitor = visit(str(client.base_url), locale="en-GB", timezone_id="UTC")
+        visitor.check_certificate(port)
+        visitor.expect_status(f"Port {port} has {'a' if kind is good else 'no'} valid certificate.")
+    assert visitor.rows() == [(str(port), verdict, sentence)]
+    assert visitor.checks == [{"host": "127.0.0.1", "port": port, "expected_ip": "127.0.0.1"}]
+    expect(visitor.page.get_by_role("table")).to_have_accessible_name(
+        re.compile("Certificate at 127.0.0.1, checked ")
+    )
+    assert visitor.violations() == {}
+
+
+@pytest.mark.parametrize("text", ["", "0", "65536", "443, 8443", "https"])
+def test_a_wrong_https_port_is_told_before_anything_is_sent(
+    url: str, visit: Visit, text: str
+) -> None:
+    visitor = visit(url)
+    visitor.check_certificate(text)
+    field = visitor.page.get_by_label("HTTPS port")
+    expect(field).to_be_focused()
+    expect(field).to_have_attribute("aria-invalid", "true")
+    fault = visitor.page.get_by_text("Enter one port (1 to 65535), such as 443.")
+    expect(fault).to_be_visible()
+    assert not visitor.checks
+    field.fill("443")
+    expect(fault).to_be_hidden()
+    expect(field).to_have_attribute("aria-invalid", "false")
 
 
 @needs_proxies
@@ -212,7 +311,7 @@ def test_without_javascript_it_says_what_to_do_instead(url: str, visit: Visit) -
     expect(instead).to_be_visible()
     expect(instead).to_contain_text("curl -s URL/check-ports")
     expect(page.get_by_text(f"port-checker check {DEFAULT_PORTS.replace(',', '')}")).to_be_visible()
-    expect(page.get_by_role("textbox")).to_be_hidden()
+    expect(page.get_by_role("textbox")).to_have_count(0)
     expect(page.get_by_role("button")).to_have_count(0)
 
 
@@ -227,7 +326,9 @@ def test_axe_finds_nothing(url: str, visit: Visit, scheme: str) -> None:
     found.append(visitor.violations())
     visitor.check("no port")
     found.append(visitor.violations())
-    assert found == [{}, {}, {}]
+    visitor.check_certificate("no port")
+    found.append(visitor.violations())
+    assert found == [{}, {}, {}, {}]
 
 
 @pytest.mark.parametrize("width", [320, 480, 768, 1920])
@@ -248,7 +349,7 @@ def test_on_paper_the_results_are_black_on_white(url: str, visit: Visit) -> None
     visitor.page.emulate_media(media="print")
     expect(visitor.page.locator("body")).to_have_css("color", "rgb(0, 0, 0)")
     expect(visitor.page.get_by_role("table")).to_be_visible()
-    expect(visitor.page.get_by_role("textbox")).to_be_hidden()
+    expect(visitor.page.get_by_role("textbox")).to_have_count(0)
     expect(visitor.page.get_by_role("button")).to_have_count(0)
 
 
@@ -273,6 +374,8 @@ def test_it_works_under_any_path_of_a_proxy(
         visitor = visit(f"http://{host}:{port}/portcheck/")
         visitor.check(opened)
         visitor.expect_status("1 of 1 port can be reached.")
+        visitor.check_certificate(1)
+        visitor.expect_status("Port 1 has no valid certificate.")
         command = f"port-checker check {opened} --server http://{host}:{port}/portcheck"
         expect(visitor.page.get_by_text(command)).to_be_visible()
         visitor.page.get_by_role("link", name="API").first.click()
@@ -334,7 +437,7 @@ def test_the_pictures_in_the_readme(visit: Visit, tmp_path: Path, scheme: str) -
             f"http://{SERVICE}",
             color_scheme=scheme,
             viewport={"width": 680, "height": 900},
-            device_scale_factor=0.9,
+            device_scale_factor=0.85,
             locale="en-GB",
             timezone_id="UTC",
         )

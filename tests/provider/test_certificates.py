@@ -60,7 +60,7 @@ def judged(
         ("certificate verify failed: EE certificate key too weak", advice.CERTIFICATE_REJECTED),
         ("TLS handshake failed: wrong version number", advice.NOT_TLS),
         ("TLS handshake failed: tlsv1 alert protocol version", advice.TLS_TOO_OLD),
-        ("TLS handshake failed: timed out", advice.TLS_HANDSHAKE_FAILED.format(port=8443)),
+        ("TLS handshake failed: timed out", advice.TLS_HANDSHAKE_FAILED),
         ("Connection refused", advice.IN_USE.format(and_router=advice.AND_ROUTER)),
     ],
 )

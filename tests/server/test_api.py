@@ -253,7 +253,7 @@ def test_a_bug_is_logged_and_not_shown(caplog: pytest.LogCaptureFixture) -> None
 
 
 class ForbiddenChecker(Checker):
-    """A checker that may not connect to port 25."""
+    """A checker that cannot connect to port 25."""
 
     async def check(self, *_: object) -> NoReturn:
         raise CheckFailed("could not connect: Operation not permitted", [25])
@@ -267,9 +267,9 @@ def test_ports_that_the_checker_may_not_connect_to_are_named() -> None:
     assert answer.json() == {
         "detail": {
             "code": "CHECK_FAILED",
-            "message": "This service may not connect to some of these ports (could not connect: "
+            "message": "This service cannot connect to some of these ports (could not connect: "
             "Operation not permitted). That says nothing about them, nor about the others. "
-            "Leave them out.",
+            "Leave them out, or try again later.",
             "ports": [25],
         }
     }

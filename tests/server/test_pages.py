@@ -144,11 +144,13 @@ def test_the_page_is_told_what_the_program_says() -> None:
     assert found
     assert json.loads(found[1]) == {
         "advice": {
-            "": advice.PAGE_REACHABLE,
+            **advice.FOR_TLS_ERRORS,
             "Connection refused": advice.PAGE_REFUSED,
             "Connection timed out": advice.PAGE_TIMED_OUT,
-            "other": advice.PAGE_UNREACHABLE,
+            "": advice.PAGE_UNREACHABLE,
         },
+        "reachable": advice.PAGE_REACHABLE,
+        "validCertificate": advice.PAGE_CERTIFICATE_VALID,
         "longestCheck": 6.5,
         "maxPorts": 7,
     }

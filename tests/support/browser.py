@@ -59,7 +59,12 @@ class Visitor:
     def check(self, *ports: int | str) -> None:
         """Enter ports and have them checked."""
         self.page.get_by_label("Ports").fill(", ".join(map(str, ports)))
-        self.page.get_by_role("button", name="Check").click()
+        self.page.get_by_role("button", name="Check", exact=True).click()
+
+    def check_certificate(self, port: int | str) -> None:
+        """Enter an HTTPS port and have its certificate checked."""
+        self.page.get_by_label("HTTPS port").fill(str(port))
+        self.page.get_by_role("button", name="Check certificate").click()
 
     def rows(self) -> list[tuple[str, ...]]:
         """The ports, verdict and sentence of each row of the results."""

@@ -1,57 +1,58 @@
 "use strict";
 
 // What the service knows: the longest a check takes (seconds), how many ports one request may have,
-// and a sentence for each result.
-const { advice, longestCheck, maxPorts } = JSON.parse(find("page-data").textContent);
+// and a sentence for each result: those for errors by words in them.
+const { advice, reachable, validCertificate, longestCheck, maxPorts } = JSON.parse(
+  find("page-data").textContent,
+);
 
 // The page may stand under any path: all that it asks for is beside it.
 const here = new URL(".", location.href).href.replace(/\/$/, "");
 
-const form = find("check");
-const field = find("ports");
+const portsField = find("ports");
+const httpsPortField = find("https-port");
 const table = document.querySelector("#results table");
 let isChecking = false;
 let resultsAsText = "";
 
-form.addEventListener("submit", (event) => {
+find("check").addEventListener("submit", (event) => {
   event.preventDefault();
-  check();
+  check(portsField, parsePorts, checkPorts);
 });
-field.addEventListener("input", () => {
-  showFault("");
+find("check-certificate").addEventListener("submit", (event) => {
+  event.preventDefault();
+  check(httpsPortField, parsePort, checkCertificate);
+});
+portsField.addEventListener("input", () => {
+  showFault(portsField, "");
   showCommand();
 });
+httpsPortField.addEventListener("input", () => showFault(httpsPortField, ""));
 find("copy-results").addEventListener("click", (event) => copy(resultsAsText, event.target));
 find("copy-command").addEventListener("click", (event) => copy(find("command").textContent, event.target));
 find("copy-command").hidden = false;
 showCommand();
 findAddress().catch((error) => say(error.message, "failed"));
 
-async function check() {
+/** Read a field with `parse`, and have `run` check what it says, at the visitor's address. */
+async function check(field, parse, run) {
   if (isChecking) return;
-  let ports;
+  let asked;
   try {
-    ports = parsePorts(field.value);
+    asked = parse(field.value);
   } catch (error) {
-    showFault(error.message);
+    showFault(field, error.message);
     field.focus();
     return;
   }
-  showFault("");
+  for (const each of [portsField, httpsPortField]) showFault(each, "");
   find("results").hidden = true;
   for (const note of document.querySelectorAll(".actions [role=status]")) note.textContent = "";
   setChecking(true);
   const progress = showProgress();
   try {
     // Asked again, since a browser can move to another network while a page is open.
-    const address = await findAddress();
-    say(`Checking ${count(ports.length)} of ${address}. This takes ${longestCheck} s at most.`, "checking");
-    const { results } = await ask("check-ports", {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ provider_ip: address, ports }),
-    });
-    showResults(address, results);
+    await run(await findAddress(), asked);
   } catch (error) {
     say(error.message, "failed");
   } finally {
@@ -59,6 +60,39 @@ async function check() {
     find("progress").hidden = true;
     setChecking(false);
   }
+}
+
+async function checkPorts(address, ports) {
+  sayChecking(`${count(ports.length)} of ${address}`);
+  const { results } = await post("check-ports", { provider_ip: address, ports });
+  const groups = new Map();
+  for (const [port, { error }] of Object.entries(results)) {
+    groups.set(error, [...(groups.get(error) ?? []), Number(port)]);
+  }
+  const rows = [...groups].map(([error, group]) => ({
+    ports: formatPorts(group),
+    isGood: !error,
+    verdict: error ?? "Reachable",
+    sentence: error ? adviceFor(error, address) : reachable,
+  }));
+  const summary = `${groups.get(null)?.length ?? 0} of ${count(ports.length)} can be reached.`;
+  showResults(`Ports of ${address}`, rows, summary);
+}
+
+async function checkCertificate(address, port) {
+  sayChecking(`the certificate on port ${port} of ${address}`);
+  const asked = { host: address, port, expected_ip: address };
+  const { valid, error, not_after: until } = await post("check-tls", asked);
+  const row = valid
+    ? { verdict: `Valid until ${formatTime(until)}`, sentence: validCertificate }
+    : { verdict: error, sentence: adviceFor(error, address) };
+  const summary = `Port ${port} has ${valid ? "a" : "no"} valid certificate.`;
+  showResults(`Certificate at ${address}`, [{ ports: port, isGood: valid, ...row }], summary);
+}
+
+function post(path, body) {
+  const headers = { "Content-Type": "application/json" };
+  return ask(path, { method: "POST", headers, body: JSON.stringify(body) });
 }
 
 /** Ask the service; an Error's message says what went wrong, in words for people. */
@@ -108,6 +142,12 @@ function parsePorts(text) {
   return [...ports];
 }
 
+function parsePort(text) {
+  const port = /^\s*\d{1,5}\s*$/.test(text) ? Number(text) : 0;
+  if (!(1 <= port && port <= 65535)) throw new Error("Enter one port (1 to 65535), such as 443.");
+  return port;
+}
+
 /** Write ports like "7466, 50800-50899". */
 function formatPorts(ports) {
   const runs = [];
@@ -118,28 +158,27 @@ function formatPorts(ports) {
   return runs.map(([low, high]) => (low === high ? low : `${low}-${high}`)).join(", ");
 }
 
-function showResults(address, results) {
-  const ports = Object.keys(results).map(Number);
-  const groups = new Map();
-  for (const port of ports) {
-    const { error } = results[port];
-    groups.set(error, [...(groups.get(error) ?? []), port]);
-  }
-  const summary = `${groups.get(null)?.length ?? 0} of ${count(ports.length)} can be reached.`;
-  const caption = `Ports of ${address}, checked ${new Date().toLocaleString()} by ${here}`;
+/** Write a time of the service's in the visitor's words and time zone. */
+function formatTime(text) {
+  return new Date(text).toLocaleString(undefined, { dateStyle: "long", timeStyle: "long" });
+}
+
+function adviceFor(error, address) {
+  return Object.entries(advice).find(([words]) => error.includes(words))[1].replace("{ip}", address);
+}
+
+function showResults(what, rows, summary) {
+  const caption = `${what}, checked ${new Date().toLocaleString()} by ${here}`;
   const lines = [];
   table.caption.textContent = caption;
   table.tBodies[0].replaceChildren();
-  for (const [error, group] of groups) {
-    const numbers = formatPorts(group);
-    const verdict = error ?? "Reachable";
-    const sentence = advice[error ?? ""] ?? advice.other;
-    const sign = element("span", { class: "sign", "aria-hidden": "true" }, error ? "✕" : "✓");
+  for (const { ports, isGood, verdict, sentence } of rows) {
+    const sign = element("span", { class: "sign", "aria-hidden": "true" }, isGood ? "✓" : "✕");
     table.tBodies[0].append(
       element(
         "tr",
-        { role: "row", class: error ? "unreachable" : "reachable" },
-        element("th", { role: "rowheader", scope: "row" }, numbers),
+        { role: "row", class: isGood ? "good" : "bad" },
+        element("th", { role: "rowheader", scope: "row" }, ports),
         element(
           "td",
           { role: "cell" },
@@ -148,7 +187,7 @@ function showResults(address, results) {
         ),
       ),
     );
-    lines.push(`${numbers}: ${verdict}. ${sentence}`);
+    lines.push(`${ports}: ${verdict}. ${sentence}`);
   }
   resultsAsText = [caption, ...lines, summary, ""].join("\n");
   find("results").hidden = false;
@@ -167,13 +206,16 @@ function showProgress() {
 function setChecking(value) {
   isChecking = value;
   // Not disabled, which would take the keyboard's focus away.
-  form.querySelector("button").setAttribute("aria-disabled", value);
+  for (const button of document.querySelectorAll("form button")) {
+    button.setAttribute("aria-disabled", value);
+  }
 }
 
-/** Show what is wrong with the field; nothing is, with an empty text. */
-function showFault(text) {
-  find("ports-error").textContent = text;
-  find("ports-error").hidden = !text;
+/** Show what is wrong with a field; nothing is, with an empty text. */
+function showFault(field, text) {
+  const fault = find(`${field.id}-error`);
+  fault.textContent = text;
+  fault.hidden = !text;
   field.setAttribute("aria-invalid", Boolean(text));
 }
 
@@ -181,7 +223,7 @@ function showFault(text) {
 function showCommand() {
   let ports;
   try {
-    ports = formatPorts(parsePorts(field.value)).replaceAll(",", "");
+    ports = formatPorts(parsePorts(portsField.value)).replaceAll(",", "");
   } catch {
     return; // not finished typing
   }
@@ -202,6 +244,10 @@ async function copy(text, button) {
     button.focus();
   }
   button.nextElementSibling.textContent = copied ? "Copied." : "Not copied: select the text instead.";
+}
+
+function sayChecking(what) {
+  say(`Checking ${what}. This takes ${longestCheck} s at most.`, "checking");
 }
 
 function say(text, kind = "") {
