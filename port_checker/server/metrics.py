@@ -10,6 +10,7 @@ import threading
 import time
 from array import array
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, Protocol
@@ -172,10 +173,7 @@ class Metrics:
 
     def count_ports(self, errors: Iterable[str | None]) -> None:
         """Count ports that were checked, by their errors; None for those that are accessible."""
-        counts: dict[str | None, int] = {}  # most ports of a check end alike
-        for error in errors:
-            counts[error] = counts.get(error, 0) + 1
-        for error, ports in counts.items():
+        for error, ports in Counter(errors).items():  # most ports of a check end alike
             self.row[_PORT_SLOTS.get(error, _OTHER_PORTS)] += ports
 
     def count_tls(self, error: str | None) -> None:
