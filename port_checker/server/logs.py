@@ -12,6 +12,8 @@ from typing import Any
 
 from port_checker.server.systemd import stderr_is_the_journal
 
+logger = logging.getLogger(__name__)
+
 # Lines that may wait to be written: some seconds of what a busy service logs.
 QUEUE_SIZE = 10_000
 
@@ -160,6 +162,15 @@ class BackgroundHandler(logging.Handler):
                     data = data[os.write(self._descriptor, data) :]
                 except BlockingIOError:  # whoever shares stderr made it non-blocking
                     select.select([], [self._descriptor], [])
+
+
+def log_uncaught(_: object, error: BaseException | None, __: object = None) -> None:
+    """Log the exception that ends the process, as ``sys.excepthook``.
+
+    The interpreter would write it to stderr: in the journal, an entry for each line, all of them
+    informational.
+    """
+    logger.critical("Ended by a bug", exc_info=error)
 
 
 def dropped_lines() -> int:

@@ -5,10 +5,12 @@ their parent, which adds them up: nothing is counted twice, no counter falls whe
 nothing is kept in files.
 """
 
+import os
 import threading
 import time
 from array import array
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, Protocol
@@ -171,10 +173,7 @@ class Metrics:
 
     def count_ports(self, errors: Iterable[str | None]) -> None:
         """Count ports that were checked, by their errors; None for those that are accessible."""
-        counts: dict[str | None, int] = {}  # most ports of a check end alike
-        for error in errors:
-            counts[error] = counts.get(error, 0) + 1
-        for error, ports in counts.items():
+        for error, ports in Counter(errors).items():  # most ports of a check end alike
             self.row[_PORT_SLOTS.get(error, _OTHER_PORTS)] += ports
 
     def count_tls(self, error: str | None) -> None:
@@ -205,11 +204,11 @@ class Snapshot:
     """The figures of all processes, put together.
 
     Attributes:
-        workers: Processes that serve.
+        workers: The ids of the processes that serve.
         deaths: Workers that ended without being told to.
     """
 
-    workers: int
+    workers: list[int]
     deaths: int
     _figures: Row
 
@@ -223,19 +222,19 @@ class Totals:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._rows: list[Row] = []
+        self._rows: list[tuple[int, Row]] = []
         self._ended = array("d", bytes(8 * ROW_SIZE))
         self._deaths = 0
 
-    def add(self, row: Row) -> None:
-        """Take in the row of a process that starts."""
+    def add(self, row: Row, process: int | None = None) -> None:
+        """Take in the row of a process that starts: its id is given, or it is this one."""
         with self._lock:
-            self._rows.append(row)
+            self._rows.append((process or os.getpid(), row))
 
     def end(self, row: Row) -> None:
         """Keep what a process has counted that has died."""
         with self._lock:
-            self._rows = [other for other in self._rows if other is not row]
+            self._rows = [(process, other) for process, other in self._rows if other is not row]
             for slot in _COUNTERS:
                 self._ended[slot] += row[slot]
             self._deaths += 1
@@ -243,7 +242,8 @@ class Totals:
     def snapshot(self) -> Snapshot:
         """Put all figures together."""
         with self._lock:
-            rows = [[row[slot] for slot in range(ROW_SIZE)] for row in self._rows]
+            workers = [process for process, _ in self._rows]
+            rows = [[row[slot] for slot in range(ROW_SIZE)] for _, row in self._rows]
             figures = array("d", self._ended)
             deaths = self._deaths
         for slot in _COUNTERS:
@@ -252,7 +252,7 @@ class Totals:
             if family.combine != "counter" and rows:
                 slot = _SLOTS[family.name, ""]
                 figures[slot] = _COMBINE[family.combine](row[slot] for row in rows)
-        return Snapshot(len(rows), deaths, figures)
+        return Snapshot(workers, deaths, figures)
 
 
 class StatusLine:

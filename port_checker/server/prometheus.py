@@ -1,8 +1,18 @@
 """The metrics as Prometheus reads them: over HTTP, on an address of their own."""
 
+import logging
+import os
+import resource
+import socket
+import sys
+import threading
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from socketserver import TCPServer, ThreadingMixIn
+from typing import Final
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from prometheus_client import CollectorRegistry, Metric, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, Metric, ProcessCollector, make_wsgi_app
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -12,6 +22,11 @@ from prometheus_client.registry import Collector
 
 from port_checker import __version__
 from port_checker.server.metrics import BUCKETS, DURATION, FAMILIES, Snapshot, Totals
+
+_CPU_SECONDS: Final = "process_cpu_seconds"
+_START_TIME: Final = "process_start_time_seconds"
+
+logger = logging.getLogger(__name__)
 
 
 def expose(totals: Totals, address: str, port: int) -> None:
@@ -29,8 +44,40 @@ def expose(totals: Totals, address: str, port: int) -> None:
     """
     registry = CollectorRegistry()
     registry.register(_TotalsCollector(totals))
-    ProcessCollector(registry=registry)
-    start_http_server(port, address, registry)
+    registry.register(_ProcessesCollector(totals))
+    server = _Server(address, port, registry)
+    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = 60  # seconds for which a thread waits for somebody who sends or reads nothing
+
+    def log_message(self, *_: object) -> None:
+        """Log no scrape."""
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """What prometheus_client's own server does, without tracebacks on stderr and without DNS."""
+
+    daemon_threads = True
+
+    def __init__(self, address: str, port: int, registry: CollectorRegistry) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        super().__init__((address, port), _Handler)
+        self.set_app(make_wsgi_app(registry))
+
+    def server_bind(self) -> None:
+        """Bind. HTTPServer would ask DNS for the name of the address, too."""
+        TCPServer.server_bind(self)
+        host, self.server_port = self.server_address[:2]
+        self.server_name = str(host)
+        self.setup_environ()
+
+    def handle_error(self, *_: object) -> None:
+        """Log a bug. A connection that was reset is none."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            logger.error("The metrics could not be sent", exc_info=error)
 
 
 class _TotalsCollector(Collector):
@@ -57,7 +104,7 @@ class _TotalsCollector(Collector):
             yield metric
         yield _duration(totals)
         yield GaugeMetricFamily(
-            "port_checker_workers", "Processes that serve.", value=totals.workers
+            "port_checker_workers", "Processes that serve.", value=len(totals.workers)
         )
         yield CounterMetricFamily(
             "port_checker_worker_deaths",
@@ -74,3 +121,40 @@ def _duration(totals: Snapshot) -> Metric:
     duration = HistogramMetricFamily(DURATION, "How long completed checks took.")
     duration.add_metric([], buckets, totals[DURATION, "sum"])
     return duration
+
+
+class _ProcessesCollector(Collector):
+    """The standard figures of a process, for this one and its workers together.
+
+    All are sums but the time of the start, which is this process's.
+    """
+
+    def __init__(self, totals: Totals) -> None:
+        self._totals = totals
+        self._lock = threading.Lock()
+        self._cpu_seconds = 0.0
+
+    def collect(self) -> Iterator[Metric]:
+        # What ended workers have used comes first: one that ends just now is then left out, rather
+        # than counted twice.
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+        workers: defaultdict[str, float] = defaultdict(float)
+        workers[_CPU_SECONDS] = ended.ru_utime + ended.ru_stime
+        for worker in set(self._totals.snapshot().workers) - {os.getpid()}:
+            for metric in _process(worker):
+                workers[metric.name] += metric.samples[0].value
+        for metric in _process(os.getpid()):
+            (sample,) = metric.samples
+            value = sample.value
+            if metric.name != _START_TIME:
+                value += workers[metric.name]
+            if metric.name == _CPU_SECONDS:
+                with self._lock:  # a counter never falls, also when somebody was left out
+                    value = self._cpu_seconds = max(self._cpu_seconds, value)
+            metric.samples = [sample._replace(value=value)]
+            yield metric
+
+
+def _process(process: int) -> Iterable[Metric]:
+    """Return the figures of one process; none if it has ended."""
+    return ProcessCollector(pid=lambda: process, registry=None).collect()

@@ -20,7 +20,7 @@ from port_checker.checker import max_for_others
 from port_checker.linux import ConnectionTracking, connection_tracking, raise_descriptor_limit
 from port_checker.server import systemd
 from port_checker.server.app import create_app
-from port_checker.server.logs import dropped_lines, logging_config
+from port_checker.server.logs import dropped_lines, log_uncaught, logging_config
 from port_checker.server.metrics import Metrics, Row, StatusLine, Totals
 from port_checker.server.protocol import BoundedProtocol, ConnectionLimits
 from port_checker.server.settings import CLIENT_PATIENCE, Endpoint, Settings, unknown_names
@@ -58,6 +58,7 @@ def serve(settings: Settings) -> int:
         The program's exit status: 0, or 1 if it could not start.
     """
     logging.config.dictConfig(logging_config(debug=settings.debug))
+    sys.excepthook = log_uncaught
     write_traceback_when_aborted()
     _warn_of_unknown_names()
     settings = fit_descriptor_limit(settings, raise_descriptor_limit())

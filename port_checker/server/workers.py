@@ -20,6 +20,7 @@ from multiprocessing.reduction import DupFd
 from typing import Any, Self
 
 from port_checker.linux import end_with_parent
+from port_checker.server.logs import log_uncaught
 from port_checker.server.metrics import ROW_SIZE, Row, Totals
 
 # Seconds between two looks at the workers, and between two signs of life of a worker.
@@ -129,7 +130,7 @@ class Supervisor:
         while len(self._workers) < self._count and self._pause <= 0:
             worker = _Worker(self._work)
             self._workers.append(worker)
-            self._totals.add(worker.row)
+            self._totals.add(worker.row, worker.process.pid)
             logger.debug("Worker %d started", worker.process.pid)
 
     def _look(self, worker: "_Worker", elapsed: float) -> bool:
@@ -256,4 +257,8 @@ def _run(work: Work, shared: _SharedNumbers, parent: int) -> None:
     def beat() -> None:
         shared.numbers[0] += 1
 
-    work(beat, shared.numbers[1:])
+    try:
+        work(beat, shared.numbers[1:])
+    except Exception as error:  # multiprocessing would write its traceback to stderr
+        log_uncaught(type(error), error)
+        sys.exit(1)

@@ -6,9 +6,14 @@ import os
 import re
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
+from resource import RLIMIT_NOFILE, prlimit
 
 import httpx
 import pytest
@@ -26,6 +31,7 @@ class Scraper:
     """Reads the metrics of a program."""
 
     def __init__(self, port: int) -> None:
+        self.port = port
         self.url = f"http://127.0.0.1:{port}/metrics"
 
     def text(self) -> str:
@@ -75,11 +81,51 @@ def test_metrics_are_what_was_sent(workers: int) -> None:
         assert scraper["port_checker_ports_in_flight_limit"] == workers * 10_000
         assert scraper["port_checker_connections_limit"] >= workers
         assert scraper["port_checker_rate_limit_store_up"] == 1
+        (limit, _), processes = prlimit(running.process.pid, RLIMIT_NOFILE), 1
         if workers > 1:
+            processes += workers
+            spent = scraper["process_cpu_seconds_total"]
             for victim in running.workers():  # all that have counted
                 os.kill(victim, signal.SIGKILL)
             wait_until(lambda: scraper["port_checker_worker_deaths_total"] == workers, "deaths")
             counted()
+            assert scraper["process_cpu_seconds_total"] >= spent
+            wait_until(lambda: scraper["port_checker_workers"] == workers, "new workers")
+        assert scraper["process_max_fds"] == processes * limit
+
+
+def test_a_scrape_is_answered_while_the_event_loop_is_stuck(tmp_path: Path) -> None:
+    stuck, go = tmp_path / "stuck", tmp_path / "go"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import pathlib, signal, time\n"
+        "def stick(*_):\n"
+        f"    pathlib.Path({str(stuck)!r}).touch()\n"
+        f"    while not pathlib.Path({str(go)!r}).exists(): time.sleep(0.05)\n"
+        "signal.signal(signal.SIGUSR1, stick)\n"
+    )
+    with (
+        measured(PYTHONPATH=str(tmp_path)) as (running, scraper),
+        running.client() as client,
+        ThreadPoolExecutor() as pool,
+    ):
+        running.process.send_signal(signal.SIGUSR1)
+        wait_until(stuck.exists, "the event loop to be stuck")
+        health = pool.submit(client.get, "/health")
+        assert scraper["port_checker_workers"] == 1
+        assert not health.done()
+        go.touch()
+        assert health.result().status_code == 200
+
+
+def test_a_scraper_that_resets_its_connection_leaves_no_line() -> None:
+    with measured() as (running, scraper):
+        for sent in (b"", b"GET /metrics HTTP/1.1\r\n"):
+            with socket.create_connection(("127.0.0.1", scraper.port)) as sock:
+                sock.sendall(sent)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        assert scraper["port_checker_workers"] == 1
+        assert running.stop() == 0
+    assert [line for line in running.lines if " INFO " not in line] == []
 
 
 def test_a_caller_that_leaves_is_counted_and_its_ports_are_in_flight() -> None:
@@ -137,7 +183,7 @@ def test_what_a_process_has_counted_stays_when_it_ends() -> None:
     def figures() -> list[float]:
         snapshot = totals.snapshot()
         return [
-            snapshot.workers,
+            len(snapshot.workers),
             snapshot.deaths,
             snapshot["port_checker_errors", "INVALID_IP"],
             snapshot["port_checker_connections", ""],

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
@@ -62,6 +63,18 @@ def test_one_line_at_the_start_one_for_each_check_one_at_the_end() -> None:
     told = " INFO port_checker.server.records: check caller=127.0.0.1 target=127.0.0.1 ports=1 "
     assert told in check
     assert stop.endswith(" INFO port_checker.server.run: Stopped\n")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_what_ends_a_process_is_logged_and_not_printed(workers: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['uvloop'] = None\n")
+    with program(ready=False, PYTHONPATH=str(tmp_path), PORT_CHECKER_WORKERS=workers) as running:
+        assert running.wait() == 1
+    before = [
+        line for line, traceback in pairwise(running.lines) if traceback.startswith("Traceback")
+    ]
+    assert before
+    assert all(" CRITICAL port_checker.server.logs: Ended by a bug" in line for line in before)
 
 
 def test_debugging_logs_each_port_and_request() -> None:

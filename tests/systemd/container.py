@@ -1,6 +1,7 @@
 """A Debian of our own, booted by its systemd in a container that has only loopback."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
@@ -112,13 +113,15 @@ class Container:
 
 @contextlib.contextmanager
 def booted(root: Path, scratch: Path, *mounts: tuple[Path, str]) -> Iterator[Container]:
-    """Boot a Debian.
+    """Boot a Debian, one at a time: with --keep-unit, systemd inside of each uses the same cgroups.
 
     Args:
         root: Its files, which are copied.
         scratch: An empty folder for the copy and the console's log.
         mounts: Folders to be seen inside, read-only, and where.
     """
+    lock = os.open(root, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     copy = scratch / "root"
     subprocess.run(["cp", "--archive", "--reflink=auto", root, copy], check=True)
     binds = [f"--bind-ro={source}:{target}" for source, target in mounts]
@@ -128,4 +131,5 @@ def booted(root: Path, scratch: Path, *mounts: tuple[Path, str]) -> Iterator[Con
         yield container
     finally:
         container.end()
+        os.close(lock)
         shutil.rmtree(copy)

@@ -67,6 +67,15 @@ def configure(container: Container, **settings: object) -> None:
     )
 
 
+def drop_in(container: Container, lines: str) -> None:
+    """Start the service with these lines added to its unit."""
+    directory = "/run/systemd/system/golem-port-checker.service.d"
+    container.run(
+        f"mkdir -p {directory}\ncat > {directory}/test.conf <<'END'\n[Service]\n{lines}\nEND\n"
+        "systemctl daemon-reload; systemctl restart golem-port-checker"
+    )
+
+
 def curl(container: Container, path: str = "/health", body: object = None) -> object:
     posted = f"--data '{json.dumps(body)}'" if body else ""
     answer: object = json.loads(container.run(f"curl -sS {posted} http://localhost:9000{path}"))
@@ -122,17 +131,22 @@ def test_it_has_no_right_that_it_does_not_need(container: Container) -> None:
     assert re.findall(r"^Cap\w+:\s+(\w+)", status, re.MULTILINE) == ["0" * 16] * 5
     assert re.search(r"^NoNewPrivs:\s+1", status, re.MULTILINE)
     assert re.search(r"^Uid:\s+[1-9]", status, re.MULTILINE)
-    # As its user and in its sandbox: what can be written, and which processes are seen.
-    uid = container.run(f"stat -c %u /proc/{pid}").strip()
-    inside = f"nsenter -t {pid} -m -p -- setpriv --reuid {uid} --regid {uid} --clear-groups "
-    writable = container.run(
-        inside + "find / -xdev -writable ! -type l ! -path '/proc/*' 2>/dev/null || true"
-    ).split()
-    assert all(path.startswith(("/tmp", "/var/tmp")) for path in writable), writable  # noqa: S108
-    seen = container.run(
-        inside + "sh -c 'for p in /proc/[0-9]*; do cat $p/comm; done 2>/dev/null' || true"
+
+
+def test_it_can_write_nothing_and_sees_no_other_process(container: Container) -> None:
+    # Commands of the unit, so that they have the service's user and sandbox.
+    find = "find / -path /proc -prune -o -type d,f -writable -print"
+    drop_in(
+        container,
+        f"ExecStartPost=-sh -c '{find} > /tmp/files'\n"
+        "ExecStartPost=sh -c 'cat /proc/[0-9]*/comm > /tmp/seen'",
     )
-    assert "systemd" not in seen.split()
+    temporary = f"/proc/{main_pid(container)}/root/tmp"
+    writable = container.run(f"cat {temporary}/files").split()
+    assert "/tmp" in writable  # noqa: S108
+    assert all(path.startswith(("/tmp", "/var/tmp")) for path in writable), writable  # noqa: S108
+    # Not even the service, whose user namespace is another one.
+    assert set(container.run(f"cat {temporary}/seen").split()) == {"sh"}
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -144,14 +158,10 @@ def test_a_killed_process_is_back(container: Container, workers: int) -> None:
     wait_until(lambda: container.try_to_run("curl -sf localhost:9000/health").status == 0)
 
 
-def test_a_stopped_process_is_replaced(container: Container) -> None:
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_stopped_process_is_replaced(container: Container, workers: int) -> None:
     # Sooner than by the unit's own WatchdogSec=, which the next but one test waits for.
-    container.run(
-        "mkdir -p /run/systemd/system/golem-port-checker.service.d\n"
-        "printf '[Service]\\nWatchdogSec=5\\n'"
-        " > /run/systemd/system/golem-port-checker.service.d/watchdog.conf\n"
-        "systemctl daemon-reload; systemctl restart golem-port-checker"
-    )
+    drop_in(container, f"WatchdogSec=5\nEnvironment=PORT_CHECKER_WORKERS={workers}")
     before = main_pid(container)
     container.run(f"kill -STOP {before}")
     wait_until(lambda: main_pid(container) not in ("0", before), "the watchdog", seconds=300)
@@ -167,21 +177,32 @@ def test_one_stopped_worker_of_three_is_replaced(container: Container) -> None:
     assert main_pid(container) == parent
 
 
+def test_a_stop_while_workers_start_is_not_their_death(container: Container) -> None:
+    configure(container, PORT_CHECKER_WORKERS=3)
+    mark = journal_mark(container)
+    container.run(
+        "systemctl stop golem-port-checker; systemctl start --no-block golem-port-checker\n"
+        "until [[ $(pgrep -fc multiprocessing-fork) == 3 ]]; do sleep 0.05; done\n"
+        "systemctl stop golem-port-checker"
+    )
+    assert journal_since(container, mark, "-p err") == []
+
+
 def test_a_stuck_event_loop_leaves_its_traceback_and_is_replaced(container: Container) -> None:
     # The test's own hook: a module that the service imports and that makes a thread hold the
     # interpreter's lock, as a bug in a regular expression would.
     container.run(
-        "mkdir -p /run/hook /run/systemd/system/golem-port-checker.service.d\n"
+        "mkdir -p /run/hook\n"
         "cat > /run/hook/sitecustomize.py <<'END'\n"
-        "import os, signal\n"
+        "import logging, signal\n"
         "def stick(*_):\n"
+        "    try: 1 / 0\n"
+        "    except ZeroDivisionError: logging.getLogger('port_checker').exception('Failed')\n"
         "    while True: pass\n"
         "signal.signal(signal.SIGUSR1, stick)\n"
         "END\n"
-        "printf '[Service]\\nEnvironment=PYTHONPATH=/run/hook\\n'"
-        " > /run/systemd/system/golem-port-checker.service.d/hook.conf\n"
-        "systemctl daemon-reload; systemctl restart golem-port-checker"
     )
+    drop_in(container, "Environment=PYTHONPATH=/run/hook")
     before = main_pid(container)
     mark = journal_mark(container)
     container.run(f"kill -USR1 {before}")
@@ -190,6 +211,9 @@ def test_a_stuck_event_loop_leaves_its_traceback_and_is_replaced(container: Cont
     assert any(
         "sitecustomize.py" in line and "in stick" in line for line in journal_since(container, mark)
     )
+    # The traceback of an exception is one entry.
+    (entry,) = journal_since(container, mark, "-p err")
+    assert re.search(r": Failed \| Traceback .+ \| ZeroDivisionError: division by zero$", entry)
 
 
 def test_a_wrong_setting_fails_once_and_is_told(container: Container) -> None:
@@ -267,14 +291,67 @@ def test_a_check_in_flight_is_finished_before_it_stops(container: Container) -> 
 def test_the_journal_has_priorities_and_one_time_a_line(container: Container) -> None:
     mark = journal_mark(container)
     configure(container, PORT_CHECK_TIMOUT=3)
-    curl(container)
+    curl(container, "/check-ports", {"provider_ip": "127.0.0.1", "ports": [9000, 1]})
+    curl(container, "/nothing")
     warnings = journal_since(container, mark, "-p warning")
     assert [line.partition(": ")[2].partition(";")[0] for line in warnings] == [
         "PORT_CHECK_TIMOUT is not a setting"
     ]
     everything = journal_since(container, mark)
     assert any("Listening on" in line for line in everything)
+    assert any(" outcome=completed " in line for line in everything)
+    unit = "_SYSTEMD_UNIT=golem-port-checker.service"
+    command = f"journalctl --quiet --output=cat --since={mark} {unit}"
+    assert container.run(command).splitlines() == everything
     assert not any(re.search(r"\d\d:\d\d:\d\d", line) for line in everything)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_metrics_are_what_was_sent(container: Container, workers: int) -> None:
+    metrics_at = "127.0.0.1:9464"
+    configure(
+        container,
+        PORT_CHECKER_WORKERS=workers,
+        PORT_CHECKER_METRICS=metrics_at,
+        PORT_CHECK_RETRIES=1,
+    )
+    for _ in range(9):  # a new connection each: all workers get some
+        curl(container, "/check-ports", {"provider_ip": "127.0.0.1", "ports": [9000, 1]})
+        curl(container, "/nothing")
+
+    def metrics() -> dict[str, float]:
+        lines = container.run(f"curl -sS http://{metrics_at}/metrics").splitlines()
+        words = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return {name: float(number) for name, number in words}
+
+    sent = {
+        'port_checker_checks_total{outcome="completed"}': 9,
+        'port_checker_checks_total{outcome="failed"}': 0,
+        "port_checker_check_duration_seconds_count": 9,
+        'port_checker_ports_total{verdict="accessible"}': 9,
+        'port_checker_ports_total{verdict="refused"}': 9,
+        'port_checker_errors_total{code="NOT_FOUND"}': 9,
+    }
+    before = metrics()
+    assert before.items() >= sent.items()
+    limit = container.run(f"prlimit --pid {main_pid(container)} --nofile -o SOFT --noheadings")
+    processes = 1 if workers == 1 else 1 + workers
+    assert before["process_max_fds"] == processes * int(limit)  # the sandbox shows the workers
+    if workers == 1:
+        return
+    container.run(f"kill -KILL $(pgrep -P {main_pid(container)} -f multiprocessing-fork)")
+    deaths = "port_checker_worker_deaths_total"
+    wait_until(lambda: metrics()[deaths] == workers, "the deaths to be seen")
+    after = metrics()
+    assert after.items() >= sent.items()
+    assert after["process_cpu_seconds_total"] >= before["process_cpu_seconds_total"]
+
+
+def test_a_port_below_1024_takes_the_drop_in_of_the_unit(container: Container) -> None:
+    unit = (ROOT / "golem-port-checker.service").read_text()
+    comment = unit.partition("#   [Service]\n")[2].partition("\nCapability")[0]
+    drop_in(container, comment.replace("#   ", "") + "\nEnvironment=PORT_CHECKER_PORT=80")
+    assert container.run("curl -sS localhost:80/health") == '{"status":"ok"}'
 
 
 def test_it_starts_at_boot(container: Container) -> None:
