@@ -3,7 +3,6 @@
 import asyncio
 import functools
 import logging
-import logging.config
 import math
 import os
 import resource
@@ -20,7 +19,7 @@ from port_checker.checker import max_for_others
 from port_checker.linux import ConnectionTracking, connection_tracking, raise_descriptor_limit
 from port_checker.server import systemd
 from port_checker.server.app import create_app
-from port_checker.server.logs import dropped_lines, log_uncaught, logging_config
+from port_checker.server.logs import dropped_lines, log_uncaught, set_up_logging
 from port_checker.server.metrics import Metrics, Row, StatusLine, Totals
 from port_checker.server.protocol import BoundedProtocol, ConnectionLimits
 from port_checker.server.settings import CLIENT_PATIENCE, Endpoint, Settings, unknown_names
@@ -57,7 +56,7 @@ def serve(settings: Settings) -> int:
     Returns:
         The program's exit status: 0, or 1 if it could not start.
     """
-    logging.config.dictConfig(logging_config(debug=settings.debug))
+    set_up_logging(debug=settings.debug)
     sys.excepthook = log_uncaught
     write_traceback_when_aborted()
     _warn_of_unknown_names()
@@ -110,7 +109,7 @@ def _serve_in_worker(
     beat: Callable[[], None],
     row: Row,
 ) -> None:
-    logging.config.dictConfig(logging_config(debug=settings.debug))
+    set_up_logging(debug=settings.debug)
     serve_in_process(Metrics(row), beat)
 
 

@@ -11,12 +11,12 @@ from tests.support.namespace import ROOT
 
 # Logs at each level to one of our loggers, uvicorn's two and another library's.
 SCRIPT = """
-import logging.config, sys
-from port_checker.server.logs import logging_config
+import logging, sys
+from port_checker.server.logs import set_up_logging
 
 names = ("port_checker.server.api", "uvicorn.error", "uvicorn.access", "asyncio")
 loggers = [logging.getLogger(name) for name in names]
-logging.config.dictConfig(logging_config(debug=sys.argv[1] == "debug"))
+set_up_logging(debug=sys.argv[1] == "debug")
 for logger in loggers:
     for level in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
         logger.log(getattr(logging, level), "%d of %s", 3, "100 ports")
@@ -144,10 +144,10 @@ def test_no_colours_where_they_are_not_wanted() -> None:
 
 # Logs as many lines as it is told, says so, and logs one more when it is told to go on.
 FLOOD = """
-import logging.config, sys
-from port_checker.server.logs import logging_config
+import logging, sys
+from port_checker.server.logs import set_up_logging
 
-logging.config.dictConfig(logging_config(debug=False))
+set_up_logging(debug=False)
 logger = logging.getLogger("port_checker")
 for number in range(int(sys.argv[1])):
     logger.info("line %d", number)
