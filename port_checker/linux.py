@@ -187,12 +187,12 @@ class IcmpError:
     sender: Address
 
 
-def report_icmp_errors(sock: socket.socket) -> None:
+def report_icmp_errors(sock: socket.SocketType) -> None:
     """Have ICMPv6 errors reported to an IPv6 socket at once, and queued; ICMP's are anyway."""
     sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVERR, 1)
 
 
-def take_icmp_error(sock: socket.socket) -> IcmpError | None:
+def take_icmp_error(sock: socket.SocketType) -> IcmpError | None:
     """Take an ICMP error off a socket's error queue (ip(7), MSG_ERRQUEUE); None if it is empty.
 
     Raises:
@@ -213,7 +213,7 @@ def take_icmp_error(sock: socket.socket) -> IcmpError | None:
     return None
 
 
-def could_not_retransmit(sock: socket.socket) -> bool:
+def could_not_retransmit(sock: socket.SocketType) -> bool:
     """Whether the kernel could not send a socket's SYN again, while connecting or until it gave up.
 
     An outgoing firewall that drops it does that, or a network device's queue that is full; and
