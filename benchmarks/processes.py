@@ -102,7 +102,7 @@ def published_command() -> tuple[str, ...]:
         _run(sys.executable, "-m", "venv", "--clear", str(_PUBLISHED_VENV))
         _run(python, "-m", "pip", "install", "--disable-pip-version-check", requirement)
         stamp.touch()
-    return python, "-c", "from port_checker.server.app import start; start()"
+    return python, "-c", "from port_checker.main import start; start()"
 
 
 @contextmanager
