@@ -200,7 +200,7 @@ def test_it_raises_its_limit_of_open_files_and_does_with_what_there_is() -> None
         done = check(server.url, written(ports), files=(64, 256))
     assert done.out.startswith(f"{written(ports)}: bound; reachable.\n")
     assert (done.status, done.err) == (0, "")
-    assert [port for asked in server.asked for port in asked] == ports
+    assert sorted(port for asked in server.asked for port in asked) == ports
     assert 3 < len(server.asked) < 25
 
 
@@ -238,7 +238,7 @@ def test_ports_and_ranges_in_any_order() -> None:
     words = [f"{ports[4]}{DASH}{ports[9]}", str(ports[0]), f"{ports[3]}-{ports[6]}"]
     with scripted() as server:
         done = check(server.url, *words)
-    assert server.asked == [[*ports[4:], ports[0], ports[3]]]
+    assert server.asked == [[ports[0], *ports[3:]]]
     assert done.out.splitlines()[0] == f"{ports[0]}, {written(ports[3:])}: bound; reachable."
 
 

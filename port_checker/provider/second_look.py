@@ -22,8 +22,8 @@ _GROUP_SIZE = 40
 _ROUNDS = 3
 # So many ports that got through, and so many that did not, make a pattern.
 _MIN_PATTERN = 10
-# So many stretches of lost ports: a single one is a range that a firewall closes. A limit lets in
-# what comes first, and then again some whenever the lost packets are sent again.
+# So many stretches of lost ports: a single one is a range that a firewall closes. Those that a
+# limit drops are scattered, since every second port is asked about first.
 _MIN_RUNS = 2
 # A checker's address is one that connects to at least this share of the ports that it reports.
 _CHECKERS_SHARE = 0.25
@@ -120,7 +120,7 @@ def looks_limited(
     """Whether many ports got through, and many others, scattered among them, timed out.
 
     Args:
-        pairs: All ports, in the order in which they were asked.
+        pairs: All ports, in the order of the report.
         reached: The outer ports that got through.
         lost: The outer ports that timed out.
     """

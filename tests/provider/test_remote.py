@@ -77,7 +77,7 @@ def test_ports_are_asked_for_in_numbers_that_the_server_takes() -> None:
     assert report.servers[0].error is None
     # 350 and 175 are too many, once each; 88 are not.
     assert [len(asked) for asked in server.asked] == [350, 175, 88, 88, 88, 86]
-    assert [port for asked in server.asked[2:] for port in asked] == ports
+    assert sorted(port for asked in server.asked[2:] for port in asked) == ports
 
 
 def test_a_server_that_takes_no_port_at_all() -> None:
@@ -96,10 +96,10 @@ def test_a_failure_half_way_keeps_what_was_told() -> None:
 
     with scripted(taking(2, check_the_first)) as server:
         report = check(ports, server.url)
-    assert [port.reachable for port in report.ports] == [True, True, False, False]
+    assert [port.reachable for port in report.ports] == [True, False, True, False]
     server_report = report.servers[0]
     assert (server_report.asked, server_report.error) == (True, "Sorry. (TARGET_NOT_ALLOWED)")
-    assert all("Sorry." in (port.advice or "") for port in report.ports[2:])
+    assert all("Sorry." in (port.advice or "") for port in report.ports[1::2])
 
 
 def test_a_port_that_the_server_may_not_connect_to_costs_no_other_its_verdict() -> None:
@@ -159,7 +159,7 @@ def test_an_overloaded_server_is_asked_for_fewer() -> None:
 
     with scripted(check_few) as server:
         assert check(ports, server.url).reachable == 4
-    assert server.asked == [ports, ports[:2], ports[2:]]
+    assert server.asked == [ports, ports[::2], ports[1::2]]
 
 
 @pytest.mark.parametrize("seconds", ["100000", "121", "Wed, 21 Oct 2065 07:28:00 GMT"])

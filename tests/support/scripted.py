@@ -98,7 +98,7 @@ class ScriptedServer(ThreadingHTTPServer):
     """A server over real HTTP.
 
     Attributes:
-        asked: The ports of each request, in the order in which they came.
+        asked: The ports of each request, in the order of the requests.
         addresses: The ``provider_ip`` of each.
     """
 
@@ -133,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(NOT_FOUND)
         assert self.path == "/check-ports"
         self.server.addresses.append(asked["provider_ip"])
-        self.server.asked.append(asked["ports"])
+        self.server.asked.append(sorted(asked["ports"]))
         return self._send(self.server.check(asked["ports"]))
 
     def _send(self, answer: Answer) -> None:
