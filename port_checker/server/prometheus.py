@@ -1,5 +1,6 @@
 """The metrics as Prometheus reads them: over HTTP, on an address of their own."""
 
+import functools
 import logging
 import os
 import resource
@@ -9,7 +10,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from socketserver import TCPServer, ThreadingMixIn
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, Metric, ProcessCollector, make_wsgi_app
@@ -22,6 +23,9 @@ from prometheus_client.registry import Collector
 
 from port_checker import __version__
 from port_checker.server.metrics import BUCKETS, DURATION, FAMILIES, Snapshot, Totals
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication
 
 _CPU_SECONDS: Final = "process_cpu_seconds"
 _START_TIME: Final = "process_start_time_seconds"
@@ -64,7 +68,7 @@ class _Server(ThreadingMixIn, WSGIServer):
     def __init__(self, address: str, port: int, registry: CollectorRegistry) -> None:
         self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
         super().__init__((address, port), _Handler)
-        self.set_app(make_wsgi_app(registry))
+        self.set_app(functools.partial(_answer, make_wsgi_app(registry)))
 
     def server_bind(self) -> None:
         """Bind. HTTPServer would ask DNS for the name of the address, too."""
@@ -78,6 +82,18 @@ class _Server(ThreadingMixIn, WSGIServer):
         error = sys.exception()
         if not isinstance(error, OSError):
             logger.error("The metrics could not be sent", exc_info=error)
+
+
+def _answer(
+    app: "WSGIApplication", environ: dict[str, Any], start_response: "StartResponse"
+) -> Iterable[bytes]:
+    """Do what ``app`` does, and log its bugs, which wsgiref would write to stderr."""
+    try:
+        return app(environ, start_response)
+    except Exception:
+        logger.exception("The metrics could not be put together")
+        start_response("500 Internal Server Error", [])
+        return []
 
 
 class _TotalsCollector(Collector):

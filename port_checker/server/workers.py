@@ -182,7 +182,13 @@ class _Worker:
         self._beats, self.row = shared.numbers[:1], shared.numbers[1:]
         self._beats_seen = 0.0
         self.process = _SPAWN.Process(target=_run, args=(work, shared, os.getpid()), daemon=True)
-        self.process.start()
+        # Ctrl-C in a terminal is for all processes of the program, and the parent passes it on.
+        # Workers inherit what is blocked; one that is just starting would end with a traceback.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         shared.close_descriptor()
         self.silence = 0.0
         self.is_aborted = False

@@ -19,7 +19,8 @@ import httpx
 import pytest
 
 from port_checker.connect import REFUSED, TIMED_OUT
-from port_checker.server.metrics import DURATION, Metrics, StatusLine, Totals
+from port_checker.server.metrics import DURATION, Metrics, Snapshot, StatusLine, Totals
+from port_checker.server.prometheus import expose
 from port_checker.server.protocol import ConnectionLimits
 from tests.support.http import check_of, connected
 from tests.support.loopback import free_port, open_port, ports, refused_port, silent_port
@@ -137,6 +138,23 @@ def test_a_caller_that_leaves_is_counted_and_its_ports_are_in_flight() -> None:
         name = 'port_checker_checks_total{outcome="caller_left"}'
         wait_until(lambda: scraper[name] == 1, "the caller's departure to be seen")
         wait_until(lambda: scraper["port_checker_ports_in_flight"] == 0, "the next sample")
+
+
+class BrokenTotals(Totals):
+    """They have a bug."""
+
+    def snapshot(self) -> Snapshot:
+        raise ZeroDivisionError
+
+
+def test_a_bug_is_logged_and_nothing_else_is_written(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    port = free_port()
+    expose(BrokenTotals(), "127.0.0.1", port)
+    assert httpx.get(f"http://127.0.0.1:{port}/metrics").status_code == 500
+    assert "ZeroDivisionError" in caplog.text
+    assert capfd.readouterr() == ("", "")
 
 
 def test_there_are_none_without_the_setting_nor_ever_on_the_public_port() -> None:

@@ -86,6 +86,23 @@ def test_a_slow_start_is_waited_for(tmp_path: Path) -> None:
         assert running.workers() == workers
 
 
+def test_ctrl_c_while_workers_start_leaves_only_lines_of_ours(tmp_path: Path) -> None:
+    """A terminal sends it to all processes of the program."""
+    wait = f"import os, time\n    os.mkdir(f'{tmp_path}/{{os.getpid()}}')\n    time.sleep(60)"
+    with (
+        at_the_start_of_workers(wait, tmp_path) as path,
+        program(ready=False, PORT_CHECKER_WORKERS="2", PYTHONPATH=path) as running,
+    ):
+        wait_until(
+            lambda: sum((tmp_path / str(pid)).exists() for pid in running.workers()) == 2,
+            "two workers",
+        )
+        for worker in running.workers():
+            os.kill(worker, signal.SIGINT)
+        assert running.stop(signal.SIGINT) == 0
+    assert all(line.startswith("20") for line in running.lines), running.lines
+
+
 def test_workers_that_cannot_start_end_the_program(tmp_path: Path) -> None:
     with (
         at_the_start_of_workers('sys.exit("no memory for me")', tmp_path) as path,

@@ -90,12 +90,12 @@ class Program:
     def workers(self) -> set[int]:
         """The process ids of its workers."""
         pid = self.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return {
-            int(child)
-            for child in children
-            if b"--multiprocessing-fork" in Path("/proc", child, "cmdline").read_bytes()
-        }
+        workers = set()
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                if b"--multiprocessing-fork" in Path("/proc", child, "cmdline").read_bytes():
+                    workers.add(int(child))
+        return workers
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
