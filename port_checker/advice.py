@@ -107,8 +107,8 @@ CERTIFICATE_EXPIRED = (
 )
 CERTIFICATE_FOR_ANOTHER = (
     "The certificate is for other addresses or names: get one that has {ip} among its alternative "
-    "names of type IP address. If your provider serves such a one, your router forwards the port "
-    "to another machine."
+    "names of type IP address. If your provider serves that already, your router forwards the "
+    "port to another machine."
 )
 CERTIFICATE_NOT_YET_VALID = (
     "The certificate becomes valid later: check the clock of the machine that issued it."

@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.reduction import DupFd
 from typing import Any, Self
@@ -184,6 +185,7 @@ class _Worker:
         self.process = _SPAWN.Process(target=_run, args=(work, shared, os.getpid()), daemon=True)
         # Ctrl-C in a terminal is for all processes of the program, and the parent passes it on.
         # Workers inherit what is blocked; one that is just starting would end with a traceback.
+        resource_tracker.ensure_running()  # or the first start() would, which unblocks it (3.11)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self.process.start()

@@ -86,9 +86,13 @@ def test_a_slow_start_is_waited_for(tmp_path: Path) -> None:
         assert running.workers() == workers
 
 
-def test_ctrl_c_while_workers_start_leaves_only_lines_of_ours(tmp_path: Path) -> None:
-    """A terminal sends it to all processes of the program."""
-    wait = f"import os, time\n    os.mkdir(f'{tmp_path}/{{os.getpid()}}')\n    time.sleep(60)"
+def test_workers_leave_ctrl_c_to_their_parent(tmp_path: Path) -> None:
+    """A terminal sends it to all processes of the program, also while they start."""
+    go = tmp_path / "go"
+    wait = (
+        f"import os, time\n    os.mkdir(f'{tmp_path}/{{os.getpid()}}')\n"
+        f"    while not os.path.exists({str(go)!r}): time.sleep(0.05)"
+    )
     with (
         at_the_start_of_workers(wait, tmp_path) as path,
         program(ready=False, PORT_CHECKER_WORKERS="2", PYTHONPATH=path) as running,
@@ -97,8 +101,12 @@ def test_ctrl_c_while_workers_start_leaves_only_lines_of_ours(tmp_path: Path) ->
             lambda: sum((tmp_path / str(pid)).exists() for pid in running.workers()) == 2,
             "two workers",
         )
-        for worker in running.workers():
+        workers = running.workers()
+        for worker in workers:
             os.kill(worker, signal.SIGINT)
+        go.touch()
+        wait_until(running.answers, "the program to answer")
+        assert running.workers() == workers
         assert running.stop(signal.SIGINT) == 0
     assert all(line.startswith("20") for line in running.lines), running.lines
 
