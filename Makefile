@@ -62,7 +62,7 @@ lab: $(VENV)/dev.stamp
 	@$(BIN)/pytest tests/lab
 
 fuzz: $(VENV)/dev.stamp
-	@FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/pytest tests/server/test_fuzz.py tests/server/test_openapi.py
+	@FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/pytest tests/api/test_fuzz.py tests/api/test_openapi.py
 
 lint: $(VENV)/dev.stamp
 	@$(BIN)/ruff format --check .

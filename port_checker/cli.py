@@ -63,15 +63,17 @@ def serve() -> None:
     Exit status: 0 after a normal stop, 1 if it cannot start, 2 if a setting is wrong.
     """
     _raise_interrupts()
+    from port_checker.api.app import create_app
+    from port_checker.api.records import RefusalLog
     from port_checker.server.run import serve as run_server
-    from port_checker.server.settings import SettingsError, load_settings
+    from port_checker.settings import SettingsError, load_settings
 
     try:
         settings = load_settings()
     except SettingsError as error:
         sys.stderr.write(f"port-checker: {error}\n")
         raise typer.Exit(2) from None
-    raise typer.Exit(run_server(settings))
+    raise typer.Exit(run_server(settings, create_app, RefusalLog().add))
 
 
 @app.command()
@@ -90,7 +92,7 @@ def health(
     Exit status: 0 it is, 1 it is not, 2 wrong usage or a wrong setting.
     """
     from port_checker.server.health import Unhealthy, local_url, require_healthy
-    from port_checker.server.settings import SettingsError, load_settings
+    from port_checker.settings import SettingsError, load_settings
 
     try:
         require_healthy(local_url(load_settings()) if url is None else url)

@@ -1,10 +1,10 @@
-"""``port_checker.main:app`` and ``create_app``, for ASGI servers: what server/app.py makes."""
+"""``port_checker.main:app`` and ``create_app``, for ASGI servers: what api/app.py makes."""
 
 import sys
 from typing import Any
 
-from port_checker.server.app import create_app
-from port_checker.server.settings import SettingsError, load_settings
+from port_checker.api.app import create_app
+from port_checker.settings import SettingsError, load_settings
 
 __all__ = ["create_app"]
 

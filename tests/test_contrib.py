@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from port_checker.server.metrics import DURATION, FAMILIES
+from port_checker.metrics import DURATION, FAMILIES
 from tests.support.namespace import ROOT
 
 PROMETHEUS = ROOT / "contrib" / "prometheus"

@@ -13,7 +13,7 @@ import port_checker
 from port_checker.server.protocol import BoundedProtocol
 
 PACKAGE = Path(port_checker.__file__).parent
-WINGS = {"server", "provider"}
+ROOMS = {"server", "api", "provider"}
 ENTRY_POINTS = {"port_checker.cli", "port_checker.main", "port_checker.__main__"}
 
 
@@ -42,28 +42,28 @@ def imports(nodes: list[ast.AST]) -> set[str]:
 IMPORTS = {name: imports(list(ast.walk(ast.parse(text)))) for name, text in SOURCES.items()}
 
 
-def wing_of(module: str) -> str | None:
-    """The wing that a module is in; None on the ground floor."""
-    return next((part for part in module.split(".") if part in WINGS), None)
+def room_of(module: str) -> str | None:
+    """The room that a module is in; None on the ground floor."""
+    return next((part for part in module.split(".") if part in ROOMS), None)
 
 
 def test_imports_have_no_circle() -> None:
     TopologicalSorter(IMPORTS).prepare()  # raises CycleError, which names the modules
 
 
-def test_wings_are_imported_only_from_inside_and_by_entry_points() -> None:
+def test_rooms_are_imported_only_from_inside_and_by_entry_points() -> None:
     wrong = [
         f"{module} imports {imported}"
         for module, all_imported in IMPORTS.items()
         for imported in all_imported
-        if wing_of(imported) not in (None, wing_of(module)) and module not in ENTRY_POINTS
+        if room_of(imported) not in (None, room_of(module)) and module not in ENTRY_POINTS
     ]
     assert not wrong
 
 
-def test_program_imports_a_wing_only_when_its_command_is_called() -> None:
+def test_program_imports_a_room_only_when_its_command_is_called() -> None:
     at_import = imports(list(ast.parse(SOURCES["port_checker.cli"]).body))
-    assert not {module for module in at_import if wing_of(module)}
+    assert not {module for module in at_import if room_of(module)}
 
 
 def test_provider_loads_nothing_of_the_server() -> None:

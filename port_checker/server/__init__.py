@@ -1,1 +1,1 @@
-"""Who may ask, and how the service is run."""
+"""The process that serves an ASGI application."""

@@ -4,7 +4,7 @@ import json
 from http.client import HTTPException
 from urllib.request import ProxyHandler, build_opener
 
-from port_checker.server.settings import Endpoint, Settings
+from port_checker.settings import Endpoint, Settings
 
 # Seconds. /health is never slow: a service that takes longer is not well.
 _TIMEOUT = 5.0

@@ -22,7 +22,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from port_checker import __version__
-from port_checker.server.metrics import BUCKETS, DURATION, FAMILIES, Snapshot, Totals
+from port_checker.metrics import BUCKETS, DURATION, FAMILIES, Snapshot, Totals
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication

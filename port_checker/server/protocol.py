@@ -20,9 +20,8 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from port_checker.addresses import Address, Network, lies_in, parse_host, subscriber
+from port_checker.metrics import Metrics
 from port_checker.schemas import ErrorCode
-from port_checker.server.metrics import Metrics
-from port_checker.server.records import RefusalLog
 
 # Seconds for a request to arrive, head and body together: the first from accept, a later one from
 # its first byte. A client that stops reading its answer has as long.
@@ -63,6 +62,10 @@ _MAX_JOINED = 64 * 1024
 _RETRY_AFTER = 10
 
 
+# Takes the caller's address, None if it is unknown, and the code of the refusal.
+LogRefusal = Callable[[Address | None, ErrorCode], object]
+
+
 class ConnectionLimits:
     """What the connections of a process share: how many there may be, and for how long.
 
@@ -72,10 +75,10 @@ class ConnectionLimits:
         trusted_proxies: Addresses without a limit of their own. All others have one: a tenth of the
             connections, for an IPv4 address or an IPv6 /64.
         metrics: Where refusals and missed deadlines are counted; None if nowhere.
+        log_refusal: Logs what the application does not get to see: who was refused, and why.
 
     Attributes:
         is_stopping: Whether new requests are refused because the service is stopping.
-        refusals: Logs what the application does not get to see.
     """
 
     def __init__(
@@ -84,11 +87,12 @@ class ConnectionLimits:
         deadline: float = DEADLINE,
         trusted_proxies: Sequence[Network] = (),
         metrics: Metrics | None = None,
+        log_refusal: LogRefusal = lambda _caller, _code: None,
     ) -> None:
         self.deadline = deadline
         self.metrics = metrics or Metrics()
         self.is_stopping = False
-        self.refusals = RefusalLog()
+        self.log_refusal = log_refusal
         self._trusted_proxies = trusted_proxies
         self._all = ConnectionGroup(max_connections)
         self._max_per_subscriber = max(1, max_connections // _SHARE)
@@ -442,7 +446,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _refuse(self, refused: _Refused) -> None:
         """Answer without the application, and close."""
         self._limits.metrics.count("errors", refused.code)
-        self._limits.refusals.add(_address_of(self.client), refused.code)
+        self._limits.log_refusal(_address_of(self.client), refused.code)
         status = refused.status
         error = {"detail": {"code": refused.code, "message": str(refused)}}
         body = json.dumps(error, separators=(",", ":"))

@@ -12,18 +12,17 @@ import sys
 from collections.abc import Callable, Sequence
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 from uvicorn import Config
 
 from port_checker.checker import max_for_others
 from port_checker.linux import ConnectionTracking, connection_tracking, raise_descriptor_limit
+from port_checker.metrics import Metrics, Row, StatusLine, Totals
 from port_checker.server import systemd
-from port_checker.server.app import create_app
 from port_checker.server.logs import dropped_lines, log_uncaught, set_up_logging
-from port_checker.server.metrics import Metrics, Row, StatusLine, Totals
-from port_checker.server.protocol import BoundedProtocol, ConnectionLimits
-from port_checker.server.settings import CLIENT_PATIENCE, Endpoint, Settings, unknown_names
+from port_checker.server.protocol import BoundedProtocol, ConnectionLimits, LogRefusal
 from port_checker.server.workers import BEAT, Supervisor, write_traceback_when_aborted
+from port_checker.settings import CLIENT_PATIENCE, Endpoint, Settings, unknown_names
 
 # Connections waiting for accept(). The kernel caps it at net.core.somaxconn.
 _BACKLOG = 4096
@@ -47,11 +46,19 @@ _PATIENCE = {
     "golem-vm-provider after 0.1.63": 8.0,
 }
 
+# Makes the application of one process, which counts in these metrics.
+MakeApp = Callable[[Settings, Metrics], ASGIApp]
+
 logger = logging.getLogger(__name__)
 
 
-def serve(settings: Settings) -> int:
+def serve(settings: Settings, make_app: MakeApp, log_refusal: LogRefusal) -> int:
     """Run the service until SIGTERM or SIGINT, then finish the checks in flight.
+
+    Args:
+        settings: The operator's settings.
+        make_app: Makes the application.
+        log_refusal: Logs what the application does not get to see.
 
     Returns:
         The program's exit status: 0, or 1 if it could not start.
@@ -69,7 +76,9 @@ def serve(settings: Settings) -> int:
         address = f"{settings.host} port {settings.port}"
         sys.stderr.write(f"port-checker: cannot listen on {address}: {error.strerror}\n")
         return 1
-    serve_in_process = functools.partial(_serve_in_process, settings, listeners, bool(passed))
+    serve_in_process = functools.partial(
+        _serve_in_process, settings, make_app, log_refusal, listeners, bool(passed)
+    )
     totals = Totals()
     if settings.metrics:
         from port_checker.server.prometheus import expose
@@ -115,6 +124,8 @@ def _serve_in_worker(
 
 def _serve_in_process(
     settings: Settings,
+    make_app: MakeApp,
+    log_refusal: LogRefusal,
     listeners: Sequence[socket.socket],
     listeners_stay: bool,
     metrics: Metrics,
@@ -122,14 +133,18 @@ def _serve_in_process(
     on_stop: Callable[[], None] = lambda: None,
 ) -> None:
     most = max_connections(settings)
-    limits = ConnectionLimits(most, trusted_proxies=settings.trusted_proxies, metrics=metrics)
-    make_app = functools.partial(create_app, settings, metrics=metrics)
+    limits = ConnectionLimits(
+        most,
+        trusted_proxies=settings.trusted_proxies,
+        metrics=metrics,
+        log_refusal=log_refusal,
+    )
 
     def beat() -> None:
         metrics.sample()
         on_beat()
 
-    config = server_config(settings, make_app, limits)
+    config = server_config(settings, functools.partial(make_app, settings, metrics), limits)
     server = Server(config, beat, on_stop, listeners_stay=listeners_stay)
     metrics.watch("connections", lambda: len(server.server_state.connections))
     metrics.watch("connections_limit", lambda: most)
@@ -201,7 +216,7 @@ class Server(uvicorn.Server):
 
 
 def server_config(
-    settings: Settings, make_app: Callable[[], FastAPI], limits: ConnectionLimits
+    settings: Settings, make_app: Callable[[], ASGIApp], limits: ConnectionLimits
 ) -> Config:
     """Return uvicorn's configuration.
 
@@ -222,7 +237,7 @@ def server_config(
         # A line for each request would cost a fifth of the throughput (measured), and says less
         # than our own line for each check.
         access_log=settings.debug,
-        # server/caller.py works out the caller. uvicorn would hide whether it was forwarded.
+        # api/caller.py works out the caller. uvicorn would hide whether it was forwarded.
         proxy_headers=False,
         server_header=False,
         backlog=_BACKLOG,

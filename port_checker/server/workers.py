@@ -21,8 +21,8 @@ from multiprocessing.reduction import DupFd
 from typing import Any, Self
 
 from port_checker.linux import end_with_parent
+from port_checker.metrics import ROW_SIZE, Row, Totals
 from port_checker.server.logs import log_uncaught
-from port_checker.server.metrics import ROW_SIZE, Row, Totals
 
 # Seconds between two looks at the workers, and between two signs of life of a worker.
 BEAT = 1.0

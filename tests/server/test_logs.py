@@ -14,7 +14,7 @@ SCRIPT = """
 import logging, sys
 from port_checker.server.logs import set_up_logging
 
-names = ("port_checker.server.api", "uvicorn.error", "uvicorn.access", "asyncio")
+names = ("port_checker.api.routes", "uvicorn.error", "uvicorn.access", "asyncio")
 loggers = [logging.getLogger(name) for name in names]
 set_up_logging(debug=sys.argv[1] == "debug")
 for logger in loggers:
@@ -80,13 +80,13 @@ def levels(lines: list[str]) -> dict[str, list[str]]:
 def test_levels_of_our_lines_and_of_others() -> None:
     from_info, from_warning, from_error = ALL_LEVELS[1:], ALL_LEVELS[2:], ALL_LEVELS[3:]
     assert levels(logged()) == {
-        "port_checker.server.api": from_info,
+        "port_checker.api.routes": from_info,
         "uvicorn.error": from_error,
         "uvicorn.access": from_error,
         "asyncio": from_warning,
     }
     assert levels(logged(debug=True)) == {
-        "port_checker.server.api": ALL_LEVELS,
+        "port_checker.api.routes": ALL_LEVELS,
         "uvicorn.error": ALL_LEVELS,
         "uvicorn.access": ALL_LEVELS,
         "asyncio": from_warning,
@@ -111,11 +111,11 @@ def test_each_level_has_its_colour_on_a_terminal() -> None:
 def test_lines_for_the_journal_have_a_priority_and_no_time() -> None:
     ours = [line for line in logged(journal=True, debug=True) if "port_checker" in line]
     assert ours[:5] == [
-        "<7>DEBUG port_checker.server.api: 3 of 100 ports",
-        "<6>INFO port_checker.server.api: 3 of 100 ports",
-        "<4>WARNING port_checker.server.api: 3 of 100 ports",
-        "<3>ERROR port_checker.server.api: 3 of 100 ports",
-        "<2>CRITICAL port_checker.server.api: 3 of 100 ports",
+        "<7>DEBUG port_checker.api.routes: 3 of 100 ports",
+        "<6>INFO port_checker.api.routes: 3 of 100 ports",
+        "<4>WARNING port_checker.api.routes: 3 of 100 ports",
+        "<3>ERROR port_checker.api.routes: 3 of 100 ports",
+        "<2>CRITICAL port_checker.api.routes: 3 of 100 ports",
     ]
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import logging
 import socket
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +12,8 @@ import pytest
 from fastapi import FastAPI, Response
 from uvicorn.server import ServerState
 
-from port_checker.addresses import parse_networks
+from port_checker.addresses import Address, parse_address, parse_networks
+from port_checker.schemas import ErrorCode
 from port_checker.server.protocol import (
     DEADLINE,
     MAX_FRAMING,
@@ -38,7 +38,12 @@ class Service:
 
     def __init__(self, max_connections: int = 1000) -> None:
         self.loop = ManualLoop()
-        self.limits = ConnectionLimits(max_connections, trusted_proxies=parse_networks("127.0.0.1"))
+        self.refused: list[tuple[Address | None, ErrorCode]] = []
+        self.limits = ConnectionLimits(
+            max_connections,
+            trusted_proxies=parse_networks("127.0.0.1"),
+            log_refusal=lambda caller, code: self.refused.append((caller, code)),
+        )
         self.state = ServerState()
         self.slow_may_end = asyncio.Event()
         self.clients: list[Client] = []
@@ -476,10 +481,7 @@ def test_when_there_is_no_room_the_connection_that_waited_longest_is_closed() ->
         assert not any(client.is_closed for client in crowd[3:])
 
 
-def test_when_all_are_being_answered_the_new_connection_is_refused(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    caplog.set_level(logging.INFO)
+def test_when_all_are_being_answered_the_new_connection_is_refused() -> None:
     with closing(Service(max_connections=1)) as service:
         busy = service.connect()
         busy.send(SLOW)
@@ -489,7 +491,7 @@ def test_when_all_are_being_answered_the_new_connection_is_refused(
         service.slow_may_end.set()
         service.loop.settle()
         assert busy.statuses == [200]
-    assert "refused caller=127.0.0.1 code=OVERLOADED" in caplog.text
+    assert service.refused == [(parse_address("127.0.0.1"), ErrorCode.OVERLOADED)]
 
 
 def test_a_client_that_does_not_read_makes_way() -> None:

@@ -20,7 +20,7 @@ from port_checker.server.run import (
     listen,
     warn_of_small_shares,
 )
-from port_checker.server.settings import Settings
+from port_checker.settings import Settings
 from tests.support.loopback import free_port, full_backlog, open_listener, open_port
 from tests.support.namespace import ROOT
 from tests.support.service import ask, program
@@ -60,7 +60,7 @@ def test_one_line_at_the_start_one_for_each_check_one_at_the_end() -> None:
     assert f" INFO port_checker.server.run: {listening}" in start
     for effective in ("processes: 1, ports in flight in each: 10000", "30/minute requests per"):
         assert effective in start
-    told = " INFO port_checker.server.records: check caller=127.0.0.1 target=127.0.0.1 ports=1 "
+    told = " INFO port_checker.api.records: check caller=127.0.0.1 target=127.0.0.1 ports=1 "
     assert told in check
     assert stop.endswith(" INFO port_checker.server.run: Stopped\n")
 
@@ -83,7 +83,7 @@ def test_debugging_logs_each_port_and_request() -> None:
             ask(client, opened)
         running.stop()
     log = "".join(running.lines)
-    assert f" DEBUG port_checker.server.api: 127.0.0.1 port {opened}: open\n" in log
+    assert f" DEBUG port_checker.api.routes: 127.0.0.1 port {opened}: open\n" in log
     assert '"POST /check-ports HTTP/1.1" 200' in log
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from port_checker.server.metrics import Row, Totals
+from port_checker.metrics import Row, Totals
 from port_checker.server.workers import Supervisor
 from tests.support.loopback import open_port
 from tests.support.namespace import ROOT

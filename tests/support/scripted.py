@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from port_checker.api.errors import STATUS
 from port_checker.provider import Report, Waits, verify
 from port_checker.schemas import ErrorCode
-from port_checker.server.errors import STATUS
 
 REFUSED = "Connection refused"
 

@@ -16,10 +16,11 @@ import httpx
 from fastapi import FastAPI
 from uvicorn import Server
 
-from port_checker.server.app import create_app
+from port_checker.api.app import create_app
+from port_checker.api.records import RefusalLog
 from port_checker.server.protocol import ConnectionLimits
 from port_checker.server.run import listen, server_config
-from port_checker.server.settings import Settings
+from port_checker.settings import Settings
 from tests.support.loopback import free_port
 from tests.support.waiting import wait_until
 
@@ -45,7 +46,9 @@ def serve(
     settings = Settings(**values)
     with listen(host, 0) as listener:
         make_app = functools.partial(create_app, settings) if app is None else lambda: app
-        limits = limits or ConnectionLimits(1000, trusted_proxies=settings.trusted_proxies)
+        limits = limits or ConnectionLimits(
+            1000, trusted_proxies=settings.trusted_proxies, log_refusal=RefusalLog().add
+        )
         server = Server(server_config(settings, make_app, limits))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

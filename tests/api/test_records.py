@@ -7,15 +7,15 @@ import pytest
 from starlette.requests import ClientDisconnect
 
 from port_checker.addresses import parse_address
+from port_checker.api.app import create_app
+from port_checker.api.limits import RateLimited
+from port_checker.api.records import MAX_REMEMBERED, CheckRecord, RefusalLog
+from port_checker.api.targets import TargetNotAllowed
 from port_checker.checker import Checker, Overloaded
 from port_checker.connect import CheckFailed
+from port_checker.metrics import Metrics
 from port_checker.schemas import ErrorCode
-from port_checker.server.app import create_app
-from port_checker.server.metrics import Metrics
-from port_checker.server.rate_limit import RateLimited
-from port_checker.server.records import MAX_REMEMBERED, CheckRecord, RefusalLog
-from port_checker.server.settings import Settings
-from port_checker.server.targets import TargetNotAllowed
+from port_checker.settings import Settings
 from tests.support.http import check_of, connected
 from tests.support.loopback import open_port, refused_port, silent_port
 from tests.support.service import serve
@@ -27,7 +27,7 @@ TARGET = parse_address("2001:db8::7")
 
 @pytest.fixture(autouse=True)
 def _log_everything(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "port_checker.server")
+    caplog.set_level(logging.INFO, "port_checker.api")
 
 
 def test_completed_checks_and_refusals(caplog: pytest.LogCaptureFixture) -> None:

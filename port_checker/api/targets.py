@@ -12,7 +12,7 @@ from ipaddress import IPv4Network, IPv6Address, IPv6Network
 from port_checker.addresses import Address, Network, lies_in
 from port_checker.connect import own_failures
 from port_checker.linux import RouteType, is_next_hop, route_type
-from port_checker.server.settings import Settings
+from port_checker.settings import Settings
 
 logger = logging.getLogger(__name__)
 

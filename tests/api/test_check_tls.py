@@ -11,12 +11,12 @@ import httpx
 import pytest
 import trustme
 
+from port_checker.api.app import create_app
+from port_checker.api.errors import STATUS
 from port_checker.checker import Checker
+from port_checker.metrics import Metrics, Totals
 from port_checker.schemas import TLS_ERROR_EXAMPLES, ErrorCode, TlsCheckResponse
-from port_checker.server.app import create_app
-from port_checker.server.errors import STATUS
-from port_checker.server.metrics import Metrics, Totals
-from port_checker.server.settings import Settings
+from port_checker.settings import Settings
 from tests.support.http import check_tls_of
 from tests.support.loopback import open_port, ports, refused_port, silent_port
 from tests.support.namespace import in_namespace, needs_root

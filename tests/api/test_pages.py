@@ -13,14 +13,14 @@ import httpx
 import pytest
 from openapi_spec_validator import validate
 
-import port_checker.server
+import port_checker.api
 from port_checker import advice
 from tests.support.loopback import refused_port
 from tests.support.service import serve
 
 BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
 PAGES = ["/", "/docs"]
-WEB = Path(port_checker.server.__file__).parent / "web"
+WEB = Path(port_checker.api.__file__).parent / "web"
 
 
 @pytest.fixture(scope="module")

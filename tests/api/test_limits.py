@@ -8,8 +8,8 @@ from ipaddress import IPv4Address
 import pytest
 
 from port_checker.addresses import parse_address
-from port_checker.server.rate_limit import RateLimited, RateLimiter
-from port_checker.server.settings import Rate
+from port_checker.api.limits import RateLimited, RateLimiter
+from port_checker.settings import Rate
 
 SECOND, MINUTE, HOUR = timedelta(seconds=1), timedelta(minutes=1), timedelta(hours=1)
 CALLER = parse_address("203.0.113.7")

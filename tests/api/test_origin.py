@@ -8,9 +8,9 @@ import pytest
 from starlette.requests import HTTPConnection
 
 from port_checker.addresses import parse_networks
+from port_checker.api.caller import CallerResolver
+from port_checker.api.origin import CrossOrigin, local_names, require_same_origin
 from port_checker.schemas import ERROR_EXAMPLES, ErrorCode
-from port_checker.server.caller import CallerResolver
-from port_checker.server.origin import CrossOrigin, local_names, require_same_origin
 from tests.support.loopback import open_port
 from tests.support.service import serve
 

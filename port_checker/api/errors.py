@@ -8,15 +8,15 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from port_checker.api.caller import CallerResolver
+from port_checker.api.limits import RateLimited
+from port_checker.api.origin import CrossOrigin
+from port_checker.api.records import RefusalLog
+from port_checker.api.targets import TargetNotAllowed
 from port_checker.checker import CallerOverLimit, NoRoom
 from port_checker.connect import CheckFailed
+from port_checker.metrics import Metrics
 from port_checker.schemas import ErrorCode, InvalidRequest
-from port_checker.server.caller import CallerResolver
-from port_checker.server.metrics import Metrics
-from port_checker.server.origin import CrossOrigin
-from port_checker.server.rate_limit import RateLimited
-from port_checker.server.records import RefusalLog
-from port_checker.server.targets import TargetNotAllowed
 
 # Nothing that is answered may be kept by a proxy's cache and given to somebody else.
 NO_STORE = {"Cache-Control": "no-store"}

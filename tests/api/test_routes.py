@@ -11,13 +11,13 @@ import pytest
 from starlette.routing import Route
 
 from port_checker.addresses import parse_networks
+from port_checker.api.app import create_app
+from port_checker.api.errors import STATUS
+from port_checker.api.routes import MAX_BODY
 from port_checker.checker import Checker, Reservation
 from port_checker.connect import CheckFailed
 from port_checker.schemas import ERROR_EXAMPLES, CheckResponse, ErrorCode
-from port_checker.server.api import MAX_BODY
-from port_checker.server.app import create_app
-from port_checker.server.errors import STATUS
-from port_checker.server.settings import Settings
+from port_checker.settings import Settings
 from tests.support.http import HEALTH, check_of, connected, read_answer
 from tests.support.loopback import open_port, ports, refused_port, silent_port
 from tests.support.namespace import in_namespace, needs_root

@@ -4,7 +4,7 @@ import pytest
 from starlette.requests import HTTPConnection
 
 from port_checker.addresses import parse_address, parse_networks
-from port_checker.server.caller import CallerResolver, find_caller
+from port_checker.api.caller import CallerResolver, find_caller
 
 PROXIES = parse_networks("127.0.0.1,::1,10.0.0.0/8,fd00::/8")
 

@@ -17,9 +17,9 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from port_checker import advice
+from port_checker.api.errors import NO_STORE
 from port_checker.connect import REFUSED, TIMED_OUT
-from port_checker.server.errors import NO_STORE
-from port_checker.server.settings import Settings
+from port_checker.settings import Settings
 
 _WEB = Path(__file__).parent / "web"
 

@@ -23,9 +23,9 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from port_checker.addresses import parse_address
-from port_checker.server.rate_limit import RateLimited, RateLimiter
-from port_checker.server.settings import Rate
-from port_checker.server.shared_limit import ANSWER_TIMEOUT, SharedStore
+from port_checker.api.limits import RateLimited, RateLimiter
+from port_checker.api.shared_limits import ANSWER_TIMEOUT, SharedStore
+from port_checker.settings import Rate
 from tests.support.loopback import free_port, open_port, refused_port
 from tests.support.service import Program, ask, program
 from tests.support.waiting import wait_until
@@ -35,8 +35,8 @@ pytestmark = pytest.mark.skipif(
     reason="redis-server is not installed",
 )
 
-UNAVAILABLE = "WARNING port_checker.server.shared_limit: Redis is unavailable"
-AVAILABLE = "INFO port_checker.server.shared_limit: Redis is available again"
+UNAVAILABLE = "WARNING port_checker.api.shared_limits: Redis is unavailable"
+AVAILABLE = "INFO port_checker.api.shared_limits: Redis is available again"
 HOUR = timedelta(hours=1)
 CALLER = parse_address("203.0.113.7")
 CALLERS_KEY = "port-checker:requests:203.0.113.7"

@@ -45,7 +45,7 @@ QUICK: dict[str, Any] = {
 def test_the_service_does_what_its_schema_says(tmp_path: Path) -> None:
     inside = (
         f"import sys; sys.path.append({str(ROOT)!r}); "
-        f"import tests.server.test_openapi; tests.server.test_openapi.run_schemathesis({EXAMPLES})"
+        f"import tests.api.test_openapi; tests.api.test_openapi.run_schemathesis({EXAMPLES})"
     )
     commands = " && ".join([*ROUTE_TO_NOBODY, 'exec "$0" -c "$1"'])
     done = subprocess.run(

@@ -10,10 +10,7 @@ from typing import Any
 import pytest
 
 from port_checker.addresses import Address, Network, lies_in, parse_address, parse_networks
-from port_checker.connect import CheckFailed
-from port_checker.schemas import ERROR_EXAMPLES, ErrorCode
-from port_checker.server.settings import Settings
-from port_checker.server.targets import (
+from port_checker.api.targets import (
     TargetNotAllowed,
     TargetRules,
     is_gateway,
@@ -21,6 +18,9 @@ from port_checker.server.targets import (
     special_purpose,
     verify_local_binding,
 )
+from port_checker.connect import CheckFailed
+from port_checker.schemas import ERROR_EXAMPLES, ErrorCode
+from port_checker.settings import Settings
 from tests.support.namespace import in_namespace, needs_root
 
 CALLER = parse_address("198.41.0.4")
@@ -299,7 +299,7 @@ PRELUDE = """
 import json
 from port_checker.addresses import parse_address
 from port_checker.connect import CheckFailed
-from port_checker.server.targets import is_own_address, verify_local_binding
+from port_checker.api.targets import is_own_address, verify_local_binding
 
 def own(*texts):
     return [text for text in texts if is_own_address(parse_address(text))]
@@ -380,7 +380,7 @@ def test_the_next_hops_of_routes_are_gateways() -> None:
     ]
     others = ["198.51.100.6", "198.51.100.7", "127.0.0.1", "2001:db8::6", "2001:db8::7", "10.1.0.0"]
     script = f"""
-from port_checker.server.targets import is_gateway
+from port_checker.api.targets import is_gateway
 print(json.dumps([it for it in {gateways + others} if is_gateway(parse_address(it))]))
 """
     told = in_namespace(

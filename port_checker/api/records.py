@@ -19,12 +19,12 @@ from typing import Final, Self
 from starlette.requests import ClientDisconnect
 
 from port_checker.addresses import Address, subscriber
+from port_checker.api.limits import RateLimited
+from port_checker.api.targets import TargetNotAllowed
 from port_checker.checker import NoRoom
 from port_checker.connect import CheckFailed
+from port_checker.metrics import Metrics
 from port_checker.schemas import ErrorCode
-from port_checker.server.metrics import Metrics
-from port_checker.server.rate_limit import RateLimited
-from port_checker.server.targets import TargetNotAllowed
 
 # Callers and codes whose last line is remembered: 2 MB (measured).
 MAX_REMEMBERED: Final = 10_000

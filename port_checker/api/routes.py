@@ -11,7 +11,14 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from port_checker.addresses import Address, have_one_subscriber, site, subscriber
+from port_checker.api.caller import CallerResolver
+from port_checker.api.errors import NO_STORE, STATUS, ApiError
+from port_checker.api.limits import RateLimiter
+from port_checker.api.origin import require_same_origin
+from port_checker.api.records import CheckRecord
+from port_checker.api.targets import TargetRules, verify_local_binding
 from port_checker.checker import Checker, Reservation
+from port_checker.metrics import Metrics
 from port_checker.schemas import (
     CHECK_EXAMPLE,
     ERROR_EXAMPLES,
@@ -26,14 +33,7 @@ from port_checker.schemas import (
     TlsCheckRequest,
     TlsCheckResponse,
 )
-from port_checker.server.caller import CallerResolver
-from port_checker.server.errors import NO_STORE, STATUS, ApiError
-from port_checker.server.metrics import Metrics
-from port_checker.server.origin import require_same_origin
-from port_checker.server.rate_limit import RateLimiter
-from port_checker.server.records import CheckRecord
-from port_checker.server.settings import Settings
-from port_checker.server.targets import TargetRules, verify_local_binding
+from port_checker.settings import Settings
 
 MAX_BODY = 64 * 1024  # bytes
 

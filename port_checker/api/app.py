@@ -7,30 +7,30 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from port_checker import __version__
+from port_checker.api.caller import CallerResolver
+from port_checker.api.errors import answer_errors
+from port_checker.api.limits import RateLimiter
+from port_checker.api.pages import add_pages
+from port_checker.api.routes import Api
 from port_checker.checker import Checker
-from port_checker.server.api import Api
-from port_checker.server.caller import CallerResolver
-from port_checker.server.errors import answer_errors
-from port_checker.server.metrics import Metrics
-from port_checker.server.pages import add_pages
-from port_checker.server.rate_limit import RateLimiter
-from port_checker.server.settings import Settings
+from port_checker.metrics import Metrics
+from port_checker.settings import Settings
 
 
 def create_app(
     settings: Settings,
+    metrics: Metrics | None = None,
     *,
     limiter: RateLimiter | None = None,
     checker: Checker | None = None,
-    metrics: Metrics | None = None,
 ) -> FastAPI:
     """Make an application; each has its own limits and capacity.
 
     Args:
         settings: How it behaves.
+        metrics: Where to count; else nobody sees it.
         limiter: Used instead of one made of the settings.
         checker: Used instead of one made of the settings.
-        metrics: Where to count; else nobody sees it.
     """
     limits = limiter or RateLimiter(
         settings.caller_rate_limit,

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from throttled.asyncio import MemoryStoreBackend
 
 from port_checker.addresses import Address, have_one_subscriber, site, subscriber
-from port_checker.server.gcra import Charge, pay_in_memory
-from port_checker.server.settings import IN_PROCESS, Rate
+from port_checker.api.gcra import Charge, pay_in_memory
+from port_checker.settings import IN_PROCESS, Rate
 
 if TYPE_CHECKING:
-    from port_checker.server.shared_limit import SharedStore
+    from port_checker.api.shared_limits import SharedStore
 
 # Keys that the process remembers; the least recently used make way. A key takes 300 to 400 bytes
 # (measured), so this bounds all of them to about 60 MiB.
@@ -88,7 +88,7 @@ class RateLimiter:
             yield
             return
         # It imports redis, which is an extra.
-        from port_checker.server.shared_limit import ANSWER_TIMEOUT, SharedStore
+        from port_checker.api.shared_limits import ANSWER_TIMEOUT, SharedStore
 
         async with SharedStore(self._url, self._answer_timeout or ANSWER_TIMEOUT) as self._shared:
             try:

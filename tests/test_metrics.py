@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from port_checker.connect import REFUSED, TIMED_OUT
-from port_checker.server.metrics import DURATION, Metrics, Snapshot, StatusLine, Totals
+from port_checker.metrics import DURATION, Metrics, Snapshot, StatusLine, Totals
 from port_checker.server.prometheus import expose
 from port_checker.server.protocol import ConnectionLimits
 from tests.support.http import check_of, connected

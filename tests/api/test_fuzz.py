@@ -19,12 +19,12 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from port_checker.addresses import Address, Network, lies_in, parse_address, parse_networks
+from port_checker.api.caller import find_caller
+from port_checker.api.errors import STATUS
+from port_checker.api.targets import TargetNotAllowed, TargetRules, special_purpose
 from port_checker.schemas import CheckRequest, InvalidRequest
-from port_checker.server.caller import find_caller
-from port_checker.server.errors import STATUS
 from port_checker.server.protocol import ConnectionLimits
-from port_checker.server.settings import Settings
-from port_checker.server.targets import TargetNotAllowed, TargetRules, special_purpose
+from port_checker.settings import Settings
 from tests.support.http import check_of
 from tests.support.loopback import open_port
 from tests.support.service import serve

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from dotenv import dotenv_values
 
-from port_checker.server.settings import (
+from port_checker.settings import (
     Endpoint,
     Rate,
     Settings,

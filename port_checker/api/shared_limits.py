@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from port_checker.server.gcra import PAY_IN_REDIS, Charge
+from port_checker.api.gcra import PAY_IN_REDIS, Charge
 
 # Seconds that a payment waits for Redis. A request pays at most twice and may wait for at most 0.1
 # seconds in all; each turn of the event loop may end a millisecond late.
