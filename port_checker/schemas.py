@@ -142,7 +142,7 @@ def _parse(model: type[_RequestT], body: bytes, context: Mapping[str, int]) -> _
     raise InvalidRequest(ErrorCode.INVALID_REQUEST, message)
 
 
-class CheckRequest(BaseModel):
+class CheckPortsRequest(BaseModel):
     """A provider's address and the ports to check on it."""
 
     provider_ip: Annotated[
@@ -179,7 +179,7 @@ class CheckRequest(BaseModel):
         return _parse(cls, body, {"max_ports": max_ports})
 
 
-class CheckResponse(BaseModel):
+class CheckPortsResponse(BaseModel):
     """The result of a check, port by port."""
 
     success: bool = Field(description="Whether at least one port is accessible.")
@@ -232,7 +232,7 @@ def _validate_port(value: object, info: ValidationInfo) -> int:
     return _validate_ports([value], info)[0]
 
 
-class TlsCheckRequest(BaseModel):
+class CheckTlsRequest(BaseModel):
     """A TLS endpoint, and what its certificate must be good for."""
 
     model_config = ConfigDict(
@@ -305,7 +305,7 @@ class TlsCheckRequest(BaseModel):
         return [self.host, self.expected_ip]
 
 
-class TlsCheckResponse(BaseModel):
+class CheckTlsResponse(BaseModel):
     """The result of a check of a TLS endpoint."""
 
     valid: bool = Field(description="Whether everybody can trust the endpoint.")
@@ -320,7 +320,7 @@ class TlsCheckResponse(BaseModel):
     ]
 
     @classmethod
-    def of(cls, asked: TlsCheckRequest, verdict: TlsVerdict) -> Self:
+    def of(cls, asked: CheckTlsRequest, verdict: TlsVerdict) -> Self:
         """Build the response from the verdict of a check."""
         host = f"[{asked.host}]" if isinstance(asked.host, IPv6Address) else asked.host
         return cls(

@@ -10,15 +10,15 @@ from port_checker.connect import OPEN, REFUSED
 from port_checker.schemas import (
     ERROR_EXAMPLES,
     TLS_ERROR_EXAMPLES,
-    CheckRequest,
-    CheckResponse,
+    CheckPortsRequest,
+    CheckPortsResponse,
+    CheckTlsRequest,
+    CheckTlsResponse,
     ErrorCode,
     ErrorDetail,
     ErrorResponse,
     Health,
     InvalidRequest,
-    TlsCheckRequest,
-    TlsCheckResponse,
 )
 from port_checker.tls import TlsVerdict
 
@@ -47,8 +47,8 @@ def with_port(port: str) -> bytes:
     return asking(ports=f"[80, {port}, 81]")
 
 
-def parse(body: bytes, max_ports: int = 1000) -> CheckRequest:
-    return CheckRequest.parse(body, max_ports)
+def parse(body: bytes, max_ports: int = 1000) -> CheckPortsRequest:
+    return CheckPortsRequest.parse(body, max_ports)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_the_documented_errors() -> None:
 
 
 def test_responses_to_the_byte() -> None:
-    answer = CheckResponse.of({50801: REFUSED, 7466: OPEN, 50800: OPEN})
+    answer = CheckPortsResponse.of({50801: REFUSED, 7466: OPEN, 50800: OPEN})
     assert answer.model_dump_json() == (
         '{"success":true,'
         '"results":{"50801":{"accessible":false,"error":"Connection refused"},'
@@ -215,7 +215,7 @@ def test_responses_to_the_byte() -> None:
         '"50800":{"accessible":true,"error":null}},'
         '"message":"Successfully verified 2 out of 3 ports"}'
     )
-    assert CheckResponse.of({1: REFUSED}).model_dump_json() == (
+    assert CheckPortsResponse.of({1: REFUSED}).model_dump_json() == (
         '{"success":false,"results":{"1":{"accessible":false,"error":"Connection refused"}},'
         '"message":"Successfully verified 0 out of 1 ports"}'
     )
@@ -234,8 +234,8 @@ def shown(value: object) -> str:
     return text if len(text) <= 40 else text[:40] + "…"
 
 
-def parse_tls(**fields: object) -> TlsCheckRequest:
-    return TlsCheckRequest.parse(json.dumps(fields).encode())
+def parse_tls(**fields: object) -> CheckTlsRequest:
+    return CheckTlsRequest.parse(json.dumps(fields).encode())
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_tls_endpoints(
     asked = parse_tls(host=host, port=443, expected_ip=expected_ip)
     assert str(asked.target) == target
     assert [str(subject) for subject in asked.expected] == expected
-    response = TlsCheckResponse.of(asked, TlsVerdict(valid=False, error="No."))
+    response = CheckTlsResponse.of(asked, TlsVerdict(valid=False, error="No."))
     assert response.model_dump_json() == (
         f'{{"valid":false,"error":"No.","peer":"{peer}","not_after":null}}'
     )
@@ -301,7 +301,7 @@ def test_bad_tls_requests(fields: dict[str, object], code: str, message: str) ->
 
 def test_a_tls_request_is_a_json_object() -> None:
     with pytest.raises(InvalidRequest, match="must be a JSON object with host and port"):
-        TlsCheckRequest.parse(b"[]")
+        CheckTlsRequest.parse(b"[]")
 
 
 def test_the_documented_errors_of_check_tls() -> None:

@@ -25,13 +25,13 @@ from port_checker.schemas import (
     TLS_CHECK_EXAMPLE,
     TLS_ERROR_EXAMPLES,
     CallerAddress,
-    CheckRequest,
-    CheckResponse,
+    CheckPortsRequest,
+    CheckPortsResponse,
+    CheckTlsRequest,
+    CheckTlsResponse,
     ErrorCode,
     ErrorResponse,
     Health,
-    TlsCheckRequest,
-    TlsCheckResponse,
 )
 from port_checker.settings import Settings
 
@@ -82,7 +82,7 @@ class Api:
             operation_id="check_ports",
             summary="Check which ports are reachable",
             tags=["checks"],
-            response_model=CheckResponse,
+            response_model=CheckPortsResponse,
             response_description="The result for each port",
             responses=_documented_errors(ERROR_EXAMPLES),
             openapi_extra={"requestBody": self._documented_body()},
@@ -94,7 +94,7 @@ class Api:
             operation_id="check_tls",
             summary="Check whether a TLS endpoint can be trusted",
             tags=["checks"],
-            response_model=TlsCheckResponse,
+            response_model=CheckTlsResponse,
             response_description="The result",
             responses=_documented_errors(TLS_ERROR_EXAMPLES),
             openapi_extra={"requestBody": _documented_tls_body()},
@@ -141,7 +141,7 @@ class Api:
         require_same_origin(request, caller)
         # Before anything that costs more than this does.
         await self._limiter.pay_request(caller)
-        asked = CheckRequest.parse(await _read_body(request), self._settings.max_ports)
+        asked = CheckPortsRequest.parse(await _read_body(request), self._settings.max_ports)
         target, ports = asked.provider_ip, asked.ports
         with CheckRecord(caller, target, len(ports), self._metrics) as record:
             verdicts = await self._run(
@@ -154,7 +154,7 @@ class Api:
             accessible = sum(verdict.accessible for verdict in verdicts.values())
             record.result = f"accessible={accessible}"
         self._metrics.count_ports(verdict.error for verdict in verdicts.values())
-        answer = CheckResponse.of(verdicts)
+        answer = CheckPortsResponse.of(verdicts)
         if logger.isEnabledFor(logging.DEBUG):
             for port, verdict in verdicts.items():
                 logger.debug("%s port %d: %s", asked.provider_ip, port, verdict.error or "open")
@@ -171,7 +171,7 @@ class Api:
         caller = self._callers.resolve(request)
         require_same_origin(request, caller)
         await self._limiter.pay_request(caller)
-        asked = TlsCheckRequest.parse(await _read_body(request))
+        asked = CheckTlsRequest.parse(await _read_body(request))
         target = asked.target
         with CheckRecord(caller, target, 1, self._metrics) as record:
             verdict = await self._run(
@@ -183,7 +183,7 @@ class Api:
             )
             record.result = f'tls="{verdict.error or "valid"}"'
         self._metrics.count_tls(verdict.error)
-        return _json_response(TlsCheckResponse.of(asked, verdict).model_dump_json())
+        return _json_response(CheckTlsResponse.of(asked, verdict).model_dump_json())
 
     async def _run(
         self,
@@ -219,7 +219,7 @@ class Api:
         return _json_response('{"status":"ok"}')
 
     def _documented_body(self) -> dict[str, Any]:
-        schema = CheckRequest.model_json_schema()
+        schema = CheckPortsRequest.model_json_schema()
         schema["properties"]["ports"]["maxItems"] = self._settings.max_ports
         here = {"provider_ip": "127.0.0.1", "ports": [self._settings.port]}
         provider = {"provider_ip": "203.0.113.7", "ports": [7466, 50800, 50801]}
@@ -247,7 +247,7 @@ def _documented_tls_body() -> dict[str, Any]:
         "required": True,
         "content": {
             "application/json": {
-                "schema": TlsCheckRequest.model_json_schema(),
+                "schema": CheckTlsRequest.model_json_schema(),
                 "examples": {
                     "address": {"summary": "A certificate for an address", "value": by_address},
                     "name": {"summary": "A certificate for a name", "value": by_name},

@@ -24,7 +24,7 @@ from port_checker.provider.http_client import (
     without_password,
 )
 from port_checker.provider.report import ServerReport, TlsAnswer
-from port_checker.schemas import CallerAddress, CheckResponse, ErrorCode, TlsCheckResponse
+from port_checker.schemas import CallerAddress, CheckPortsResponse, CheckTlsResponse, ErrorCode
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -188,7 +188,7 @@ class Server:
             raise ServerError("does not check certificates")
         if response.status != HTTPStatus.OK:
             raise ServerError(_describe(response, self.url))
-        said = _parse(TlsCheckResponse, response, self.url)
+        said = _parse(CheckTlsResponse, response, self.url)
         return TlsAnswer(
             said.valid,
             None if said.valid else printable(said.error or "no reason given"),
@@ -228,7 +228,7 @@ class Server:
         size = _ANSWER_SIZE + _VERDICT_SIZE * len(ports)
         response = await self._request("POST", "/check-ports", document, size, len(ports))
         if response.status == HTTPStatus.OK:
-            results = _parse(CheckResponse, response, self.url).results
+            results = _parse(CheckPortsResponse, response, self.url).results
             if list(results) != [str(port) for port in ports]:
                 raise ServerError("reported on other ports than it was asked about")
             return {

@@ -15,7 +15,7 @@ from port_checker.api.app import create_app
 from port_checker.api.errors import STATUS
 from port_checker.checker import Checker
 from port_checker.metrics import Metrics, Totals
-from port_checker.schemas import TLS_ERROR_EXAMPLES, ErrorCode, TlsCheckResponse
+from port_checker.schemas import TLS_ERROR_EXAMPLES, CheckTlsResponse, ErrorCode
 from port_checker.settings import Settings
 from tests.support.http import check_tls_of
 from tests.support.loopback import open_port, ports, refused_port, silent_port
@@ -82,7 +82,7 @@ def test_the_documentation(client: httpx.Client) -> None:
     }
     assert documented == TLS_ERROR_EXAMPLES
     example = operation["responses"]["200"]["content"]["application/json"]["example"]
-    assert example == TlsCheckResponse.model_validate(example).model_dump()
+    assert example == CheckTlsResponse.model_validate(example).model_dump()
     assert list(example) == ["valid", "error", "peer", "not_after"]
 
 

@@ -22,7 +22,7 @@ from port_checker.addresses import Address, Network, lies_in, parse_address, par
 from port_checker.api.caller import find_caller
 from port_checker.api.errors import STATUS
 from port_checker.api.targets import TargetNotAllowed, TargetRules, special_purpose
-from port_checker.schemas import CheckRequest, InvalidRequest
+from port_checker.schemas import CheckPortsRequest, InvalidRequest
 from port_checker.server.protocol import ConnectionLimits
 from port_checker.settings import Settings
 from tests.support.http import check_of
@@ -117,7 +117,7 @@ def written_out(address: IPv4Address) -> list[str]:
 def test_a_mapped_address_is_the_ipv4_address(address: IPv4Address) -> None:
     for text in written_out(address):
         body = json.dumps({"provider_ip": text, "ports": [1]}).encode()
-        assert parse_address(text) == CheckRequest.parse(body, 1).provider_ip == address
+        assert parse_address(text) == CheckPortsRequest.parse(body, 1).provider_ip == address
         assert find_caller(text, [], []) == address
         assert find_caller("::1", [text], [ip_network("::1")]) == address
 
@@ -156,10 +156,10 @@ near_valid = st.fixed_dictionaries(
 )
 
 
-def request_or_none(body: bytes, most: int = 1000) -> CheckRequest | None:
+def request_or_none(body: bytes, most: int = 1000) -> CheckPortsRequest | None:
     """Parse a body: it must be a valid request or one error with a message fit to show."""
     try:
-        asked = CheckRequest.parse(body, most)
+        asked = CheckPortsRequest.parse(body, most)
     except InvalidRequest as error:
         refusal = error
     else:

@@ -181,10 +181,10 @@ def test_a_client_generated_from_the_schema_makes_a_check(
 import sys
 from generated import Client
 from generated.api.checks import check_ports
-from generated.models import CheckPortsCheckRequest
+from generated.models import CheckPortsCheckPortsRequest
 
 open_port, refused_port = map(int, sys.argv[2:])
-body = CheckPortsCheckRequest(provider_ip="127.0.0.1", ports=[open_port, refused_port])
+body = CheckPortsCheckPortsRequest(provider_ip="127.0.0.1", ports=[open_port, refused_port])
 answer = check_ports.sync(client=Client(sys.argv[1]), body=body)
 results = answer.results.additional_properties
 print(results[str(open_port)].accessible, results[str(refused_port)].error)

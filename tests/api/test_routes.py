@@ -16,7 +16,7 @@ from port_checker.api.errors import STATUS
 from port_checker.api.routes import MAX_BODY
 from port_checker.checker import Checker, Reservation
 from port_checker.connect import CheckFailed
-from port_checker.schemas import ERROR_EXAMPLES, CheckResponse, ErrorCode
+from port_checker.schemas import ERROR_EXAMPLES, CheckPortsResponse, ErrorCode
 from port_checker.settings import Settings
 from tests.support.http import HEALTH, check_of, connected, read_answer
 from tests.support.loopback import open_port, ports, refused_port, silent_port
@@ -505,7 +505,7 @@ def test_the_schema_documents_every_error(client: httpx.Client) -> None:
         content = answer["content"]["application/json"]
         if status == "200":
             example = content["example"]
-            assert example == CheckResponse.model_validate(example).model_dump(mode="json")
+            assert example == CheckPortsResponse.model_validate(example).model_dump(mode="json")
             assert example["results"]["7466"] == {"accessible": True, "error": None}
         else:
             assert content["schema"] == error

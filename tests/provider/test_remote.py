@@ -20,7 +20,7 @@ from port_checker import advice
 from port_checker.linux import ephemeral_ports
 from port_checker.provider import Report, verify
 from port_checker.provider.http_client import LocalPorts, ServerUrl
-from port_checker.schemas import CheckRequest, ErrorCode, InvalidRequest
+from port_checker.schemas import CheckPortsRequest, ErrorCode, InvalidRequest
 from tests.support.loopback import free_port, free_ports, refused_port
 from tests.support.namespace import in_namespace, needs_root
 from tests.support.scripted import (
@@ -61,7 +61,7 @@ def taking(most: int, check: Callable[[list[int]], Answer]) -> Callable[[list[in
     def check_or_refuse(ports: list[int]) -> Answer:
         body = json.dumps({"provider_ip": "127.0.0.1", "ports": ports}).encode()
         try:
-            CheckRequest.parse(body, most)
+            CheckPortsRequest.parse(body, most)
         except InvalidRequest as error:
             return refusal(error.code, str(error))
         return check(ports)
