@@ -326,7 +326,7 @@ def max_connections(settings: Settings) -> int:
 
 def _warn_of_unknown_names() -> None:
     for name, nearest in unknown_names(os.environ).items():
-        advice = f"did you mean {nearest}?" if nearest else "see the README for all settings."
+        advice = f"did you mean {nearest}?" if nearest else "see docs/settings.md for all settings."
         logger.warning("%s is not a setting; %s", name, advice)
 
 

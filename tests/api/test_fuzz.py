@@ -90,7 +90,7 @@ def test_who_may_check_what(
     own: bool,
     gateway: bool,
 ) -> None:
-    """The rules in the order in which README lists them."""
+    """The rules in the order in which docs/operating.md lists them."""
     values = Settings(targets=targets, allowed_networks=allowed, denied_networks=denied)
     is_public = special_purpose(target) is None
     is_callers_own = target == caller and (

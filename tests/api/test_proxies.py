@@ -23,7 +23,7 @@ pytestmark = needs_proxies
 OUTSIDE = "127.0.0.2"
 OUTER_NGINX = "127.0.0.3"
 
-FORWARDS = "proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;"  # as the README has it
+FORWARDS = "proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;"  # as in the docs
 
 Headers = Mapping[str, str] | Sequence[tuple[str, str]]
 
@@ -117,7 +117,7 @@ def test_two_nginxes_in_a_row(tmp_path: Path) -> None:
         ("proxy_set_header X-Real-IP $remote_addr;", None),
         ('proxy_set_header Via "1.1 nginx";', None),
         ('proxy_set_header Forwarded "for=$remote_addr";', None),
-        # Nothing shows that it is a proxy: it is taken for the caller, as the README warns.
+        # Nothing shows that it is a proxy: it is taken for the caller, as the docs warn.
         ("", "127.0.0.1"),
     ],
 )

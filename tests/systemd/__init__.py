@@ -1,1 +1,1 @@
-"""The unit and README's installation, in a Debian that systemd has booted."""
+"""The unit, installed as docs/operating.md says, in a Debian that systemd has booted."""

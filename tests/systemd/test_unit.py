@@ -1,4 +1,4 @@
-"""golem-port-checker.service, installed by README's words and run by a real systemd."""
+"""golem-port-checker.service, installed as docs/operating.md says, and run by a real systemd."""
 
 import json
 import re
@@ -32,20 +32,21 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def container(
     wheels: Path, checkout: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Container]:
-    """A Debian in which README's block has been run."""
+    """A Debian in which the block of docs/operating.md has been run."""
     scratch = tmp_path_factory.mktemp("container")
     mounts = [(wheels, "/root/wheels"), (checkout, "/mnt")]
     with booted(DEBIAN, scratch, *mounts) as container:
         container.run(
             "export PIP_NO_INDEX=1 PIP_FIND_LINKS=/root/wheels\n"
-            "cp -r /mnt /root/checkout; cd /root/checkout\n" + readme_block()
+            "cp -r /mnt /root/checkout; cd /root/checkout\n" + documented_block()
         )
         yield container
 
 
-def readme_block() -> str:
-    """The commands of README by which the service is installed, enabled and started."""
-    section = (ROOT / "README.md").read_text().partition("## Running it with systemd\n")[2]
+def documented_block() -> str:
+    """The documented commands that install, enable and start the service."""
+    manual = (ROOT / "docs" / "operating.md").read_text()
+    section = manual.partition("## Running it with systemd\n")[2]
     return section.partition("```bash\n")[2].partition("```")[0]
 
 

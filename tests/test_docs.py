@@ -1,0 +1,106 @@
+"""README and docs name all that there is, and say what the service answers."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from dotenv import dotenv_values
+
+from port_checker.api.errors import STATUS
+from port_checker.metrics import Totals
+from port_checker.schemas import ErrorCode
+from port_checker.server.prometheus import expose
+from tests.support.loopback import free_port
+from tests.support.namespace import ROOT, loopback_alone, needs_root
+from tests.support.service import program
+
+DOCS = ROOT / "docs"
+PAGES = [*ROOT.glob("*.md"), *DOCS.glob("*.md")]
+
+# A command, and the block behind it that shows what it prints.
+EXAMPLE = re.compile(r"^```bash\n([^`]+)^```\n\n^```(?:json|text)\n([^`]+)^```$", re.MULTILINE)
+
+needs_curl = pytest.mark.skipif(
+    os.environ.get("CI") != "true" and not shutil.which("curl"),
+    reason="the examples use curl",
+)
+
+
+def table(page: str, heading: str) -> list[list[str]]:
+    """The cells of the rows of the first table under a heading."""
+    section = (DOCS / page).read_text().partition(f"{heading}\n")[2]
+    rows = [line.strip("| ").split(" | ") for line in re.findall(r"^\|.*\|$", section, re.M)]
+    end = next((n for n, row in enumerate(rows) if n > 1 and row[0].startswith("---")), len(rows))
+    return rows[2:end]
+
+
+def quoted(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def test_docs_have_every_error_code_with_its_status() -> None:
+    documented = {
+        (quoted(code)[0], int(status)) for code, status, _ in table("api.md", "## Errors")
+    }
+    not_http = (ErrorCode.INVALID_REQUEST, 400)
+    assert documented - {not_http} == set(STATUS.items())
+    assert STATUS.keys() == set(ErrorCode)
+
+
+def test_docs_have_every_setting_with_its_default() -> None:
+    documented = {
+        quoted(variable)[0]: "" if default == "empty" else quoted(default)[0]
+        for variable, default, _ in table("settings.md", "# Settings")
+    }
+    assert documented == dotenv_values(ROOT / ".env.example")
+
+
+def test_docs_have_every_metric_and_what_its_labels_say() -> None:
+    port = free_port()
+    expose(Totals(), "127.0.0.1", port)
+    text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
+    names = re.findall(r"^# TYPE (port_checker_\w+)", text, re.MULTILINE)
+    labels = set(re.findall(r'^(\w+){(\w+)="', text, re.MULTILINE))
+    values = set(re.findall(r'^port_checker_\w+_total{\w+="(.*?)"', text, re.MULTILINE))
+
+    rows = table("operating.md", "## Metrics")
+    documented = {name for cell, _ in rows for name in quoted(cell)} - {"process_*"}
+    assert {name.partition("{")[0] for name in documented} == set(names)
+    with_label = {name for name in documented if "{" in name}
+    assert with_label == {f"{name}{{{label}}}" for name, label in labels if label != "le"}
+    assert values <= {*ErrorCode} | {word for _, meaning in rows for word in quoted(meaning)}
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r'(?:\]\(|src(?:set)?=")([^)":]+)[)"]', page.read_text()):
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@needs_root
+@needs_curl
+def test_examples_print_what_is_shown() -> None:
+    examples = [example for page in PAGES for example in EXAMPLE.findall(page.read_text())]
+    assert len(examples) >= 7
+    # With the port of the examples, which nobody else has in a namespace.
+    with loopback_alone(), program(PORT_CHECKER_PORT="9000"):
+        for command, shown in examples:
+            command = command.replace(".venv/bin/port-checker", f"{sys.executable} -m port_checker")
+            done = subprocess.run(
+                ["sh", "-c", command], capture_output=True, text=True, timeout=60, check=False
+            )
+            assert done.stdout.strip() == shown.strip(), command + done.stderr
