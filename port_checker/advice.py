@@ -4,6 +4,11 @@ One constant for each situation, in full sentences; what stands in braces is fil
 shows them, and so may a page.
 """
 
+from typing import Final
+
+from port_checker.connect import VerdictKind
+from port_checker.tls import TlsVerdictKind
+
 # This machine listened, and no connection reached the listener.
 
 OWN_FIREWALL = (
@@ -128,18 +133,16 @@ TLS_HANDSHAKE_FAILED = (
     "leads serves HTTPS, and that it still answers."
 )
 
-# By words in the error of a TLS endpoint; the first that fit count.
-FOR_TLS_ERRORS = {
-    "certificate expired": CERTIFICATE_EXPIRED,
-    "certificate does not match": CERTIFICATE_FOR_ANOTHER,
-    "certificate is not yet valid": CERTIFICATE_NOT_YET_VALID,
-    "unable to get local issuer certificate": CERTIFICATE_OF_UNKNOWN_AUTHORITY,
-    "self-signed certificate": CERTIFICATE_OF_UNKNOWN_AUTHORITY,
-    "certificate verify failed": CERTIFICATE_REJECTED,
-    "TLS handshake failed: wrong version number": NOT_TLS,
-    "TLS handshake failed: tlsv1 alert protocol version": TLS_TOO_OLD,
-    "TLS handshake failed: unsupported protocol": TLS_TOO_OLD,
-    "TLS handshake failed": TLS_HANDSHAKE_FAILED,
+# For each kind of verdict on a TLS endpoint that others could connect to.
+FOR_TLS: Final = {
+    TlsVerdictKind.EXPIRED: CERTIFICATE_EXPIRED,
+    TlsVerdictKind.MISMATCH: CERTIFICATE_FOR_ANOTHER,
+    TlsVerdictKind.NOT_YET_VALID: CERTIFICATE_NOT_YET_VALID,
+    TlsVerdictKind.UNKNOWN_AUTHORITY: CERTIFICATE_OF_UNKNOWN_AUTHORITY,
+    TlsVerdictKind.UNTRUSTED: CERTIFICATE_REJECTED,
+    TlsVerdictKind.NOT_TLS: NOT_TLS,
+    TlsVerdictKind.TOO_OLD: TLS_TOO_OLD,
+    TlsVerdictKind.HANDSHAKE_FAILED: TLS_HANDSHAKE_FAILED,
 }
 
 # The same, by the provider's machine alone.
@@ -204,6 +207,13 @@ PAGE_UNREACHABLE = (
     "A router on the way could not or would not deliver the connection. Check the firewall of your "
     "router, or ask your internet provider."
 )
+FOR_PAGE: Final = {
+    VerdictKind.OPEN: PAGE_REACHABLE,
+    VerdictKind.REFUSED: PAGE_REFUSED,
+    VerdictKind.TIMED_OUT: PAGE_TIMED_OUT,
+    VerdictKind.UNREACHABLE: PAGE_UNREACHABLE,
+    VerdictKind.OTHER: PAGE_UNREACHABLE,
+}
 PAGE_CERTIFICATE_VALID = (
     "Everybody who connects to your address can trust it. Renew it before then."
 )

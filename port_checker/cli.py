@@ -238,7 +238,7 @@ def _write(reports: Sequence["Report"], as_json: bool) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a server's words may not fit the encoding
     if as_json:
-        documents = [dataclasses.asdict(report) for report in reports]
+        documents = [dataclasses.asdict(report, dict_factory=_in_words) for report in reports]
         typer.echo(json.dumps(documents if len(documents) > 1 else documents[0], indent=2))
     else:
         from rich.console import Console
@@ -251,6 +251,23 @@ def _write(reports: Sequence["Report"], as_json: bool) -> None:
                 show(report, console)
         sys.stdout.write(capture.get())
     sys.stdout.flush()
+
+
+def _in_words(fields: Sequence[tuple[str, object]]) -> dict[str, object]:
+    """Return the fields of a report for JSON, with what the kind of a verdict means for it."""
+    from port_checker.connect import VerdictKind
+    from port_checker.tls import TlsVerdictKind
+
+    document = dict[str, object]()
+    for name, value in fields:
+        match value:
+            case VerdictKind():
+                document["accessible"] = value is VerdictKind.OPEN
+            case TlsVerdictKind():
+                document["valid"] = value is TlsVerdictKind.VALID
+            case _:
+                document[name] = value
+    return document
 
 
 def _parse_ports(words: Iterable[str], param_hint: str) -> list[tuple[int, int]]:

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 
 from port_checker.addresses import Address, parse_host
 from port_checker.linux import could_not_retransmit, report_icmp_errors, take_icmp_error
@@ -29,17 +30,32 @@ _CLOSED_AFTER = 3
 _OPENED_PER_TURN = 64
 
 
+class VerdictKind(StrEnum):
+    """How attempts to reach a port ended; the values are the words of the metrics."""
+
+    OPEN = "accessible"
+    REFUSED = "refused"
+    TIMED_OUT = "timed_out"
+    UNREACHABLE = "unreachable"
+    OTHER = "other"
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """Whether one port can be reached.
 
     Attributes:
-        accessible: Whether a TCP connection to it was established.
-        error: Why not, in the system's words (`Connection refused`); None if it was.
+        kind: How the attempt ended.
+        error: Why it failed, in the system's words (`Connection refused`); None if it did not.
     """
 
-    accessible: bool
-    error: str | None
+    kind: VerdictKind
+    error: str | None = None
+
+    @property
+    def accessible(self) -> bool:
+        """Whether a TCP connection to the port was established."""
+        return self.kind is VerdictKind.OPEN
 
 
 class CheckFailed(Exception):
@@ -58,9 +74,11 @@ class _Forbidden(Exception):
     """This machine cannot connect to a port alone; the message says what is in the way."""
 
 
-OPEN = Verdict(accessible=True, error=None)
-REFUSED = Verdict(accessible=False, error="Connection refused")
-TIMED_OUT = Verdict(accessible=False, error="Connection timed out")
+OPEN = Verdict(VerdictKind.OPEN)
+REFUSED = Verdict(VerdictKind.REFUSED, "Connection refused")
+TIMED_OUT = Verdict(VerdictKind.TIMED_OUT, "Connection timed out")
+HOST_UNREACHABLE = Verdict(VerdictKind.UNREACHABLE, "No route to host")
+NETWORK_UNREACHABLE = Verdict(VerdictKind.UNREACHABLE, "Network is unreachable")
 
 # The verdict for each error of a socket (SO_ERROR). The texts are glibc's, written out because
 # clients look for them and other C libraries use other words.
@@ -71,8 +89,8 @@ _VERDICTS = {
     errno.EPIPE: OPEN,
     errno.ECONNREFUSED: REFUSED,
     # From ICMP, sent by a router on the way or by the target.
-    errno.EHOSTUNREACH: Verdict(accessible=False, error="No route to host"),
-    errno.ENETUNREACH: Verdict(accessible=False, error="Network is unreachable"),
+    errno.EHOSTUNREACH: HOST_UNREACHABLE,
+    errno.ENETUNREACH: NETWORK_UNREACHABLE,
 }
 
 # Errors of a socket that are this machine's own trouble, whatever the port. EACCES is not one of
@@ -380,7 +398,7 @@ class _Round:
             return TIMED_OUT
         if _is_rejected_here(sock, self._target):
             raise _Forbidden("this machine's own firewall rejects what it sends")
-        return _VERDICTS.get(error) or Verdict(accessible=False, error=os.strerror(error))
+        return _VERDICTS.get(error) or Verdict(VerdictKind.OTHER, os.strerror(error))
 
     def _is_echo(self, sock: socket.SocketType, port: int) -> bool:
         """Whether the socket is connected to itself (a simultaneous open, RFC 9293 section 3.5).

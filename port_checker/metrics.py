@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, Protocol
 
+from port_checker.connect import VerdictKind
 from port_checker.schemas import ErrorCode
+from port_checker.tls import TlsVerdictKind
 
 
 class Row(Protocol):
@@ -66,14 +68,14 @@ FAMILIES: Final = (
         "Ports in completed checks, by verdict.",
         "counter",
         "verdict",
-        ("accessible", "refused", "timed_out", "unreachable", "other"),
+        tuple(VerdictKind),
     ),
     Family(
         "port_checker_tls_checks",
         "Completed checks of TLS endpoints, by result.",
         "counter",
         "result",
-        ("valid", "expired", "mismatch", "untrusted", "handshake_failed", "no_connection"),
+        tuple(dict.fromkeys(kind.outcome for kind in TlsVerdictKind)),
     ),
     Family("port_checker_errors", "Error responses, by code.", "counter", "code", tuple(ErrorCode)),
     Family(
@@ -96,23 +98,6 @@ FAMILIES: Final = (
         "How late the event loop was when it last looked, in the process where it was worst.",
         "max",
     ),
-)
-
-_VERDICTS: Final = {
-    None: "accessible",
-    "Connection refused": "refused",
-    "Connection timed out": "timed_out",
-    "No route to host": "unreachable",
-    "Network is unreachable": "unreachable",
-}
-
-# By how the error of a TLS endpoint begins.
-_TLS_RESULTS: Final = (
-    ("certificate expired", "expired"),
-    ("certificate does not match", "mismatch"),
-    ("certificate verify failed", "untrusted"),
-    ("TLS handshake failed", "handshake_failed"),
-    ("", "no_connection"),
 )
 
 _COMBINE: Final[dict[str, Callable[[Iterable[float]], float]]] = {
@@ -138,8 +123,7 @@ ROW_SIZE: Final = len(_SLOTS)
 _SHORT_SLOTS: Final = {
     (name.removeprefix("port_checker_"), value): slot for (name, value), slot in _SLOTS.items()
 }
-_PORT_SLOTS: Final = {error: _SHORT_SLOTS["ports", value] for error, value in _VERDICTS.items()}
-_OTHER_PORTS: Final = _SHORT_SLOTS["ports", "other"]
+_PORT_SLOTS: Final = {kind: _SHORT_SLOTS["ports", kind] for kind in VerdictKind}
 _FIRST_BUCKET: Final = _SLOTS[DURATION, str(BUCKETS[0])]
 _SUM: Final = _SLOTS[DURATION, "sum"]
 
@@ -171,18 +155,10 @@ class Metrics:
         """
         self.row[_SHORT_SLOTS[name, value]] += by
 
-    def count_ports(self, errors: Iterable[str | None]) -> None:
-        """Count ports that were checked, by their errors; None for those that are accessible."""
-        for error, ports in Counter(errors).items():  # most ports of a check end alike
-            self.row[_PORT_SLOTS.get(error, _OTHER_PORTS)] += ports
-
-    def count_tls(self, error: str | None) -> None:
-        """Count a TLS endpoint that was checked, by its error; None if it is valid."""
-        if error is None:
-            self.count("tls_checks", "valid")
-        else:
-            result = next(result for words, result in _TLS_RESULTS if error.startswith(words))
-            self.count("tls_checks", result)
+    def count_ports(self, kinds: Iterable[VerdictKind]) -> None:
+        """Count ports that were checked, by the kinds of their verdicts."""
+        for kind, ports in Counter(kinds).items():  # most ports of a check end alike
+            self.row[_PORT_SLOTS[kind]] += ports
 
     def time_check(self, seconds: float) -> None:
         """Count a completed check that took so long."""

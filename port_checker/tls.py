@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from enum import StrEnum
 from typing import Any, TypeVar
 
 from port_checker.addresses import Address
@@ -52,8 +53,6 @@ _VERIFY_FLAGS = (
 # 2048 bits, and signatures with SHA-1.
 _TLS_1_2_CIPHERS = "@SECLEVEL=2:ECDHE+AESGCM:ECDHE+CHACHA20:ECDHE+AES:!aNULL:!SHA1"
 
-_HAS_EXPIRED = 10  # X509_V_ERR_CERT_HAS_EXPIRED (openssl/x509_vfy.h)
-
 # Python puts OpenSSL's reason between additions of its own:
 # "[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1006)"
 _REASON = re.compile(r"(?:\[[^]]*\] )?(.*?)(?: \(_ssl\.c:\d+\))?")
@@ -61,21 +60,68 @@ _REASON = re.compile(r"(?:\[[^]]*\] )?(.*?)(?: \(_ssl\.c:\d+\))?")
 _T = TypeVar("_T")
 
 
+class TlsVerdictKind(StrEnum):
+    """What came of attempts to a TLS endpoint."""
+
+    VALID = "valid"
+    EXPIRED = "expired"
+    MISMATCH = "mismatch"
+    UNTRUSTED = "untrusted"
+    NOT_YET_VALID = "not_yet_valid"
+    UNKNOWN_AUTHORITY = "unknown_authority"
+    HANDSHAKE_FAILED = "handshake_failed"
+    NOT_TLS = "not_tls"
+    TOO_OLD = "too_old"
+    NO_CONNECTION = "no_connection"
+
+    @property
+    def outcome(self) -> "TlsVerdictKind":
+        """The kind that this is counted as: those that only advice tells apart are one."""
+        match self:
+            case TlsVerdictKind.NOT_YET_VALID | TlsVerdictKind.UNKNOWN_AUTHORITY:
+                return TlsVerdictKind.UNTRUSTED
+            case TlsVerdictKind.NOT_TLS | TlsVerdictKind.TOO_OLD:
+                return TlsVerdictKind.HANDSHAKE_FAILED
+        return self
+
+
+# By OpenSSL's codes of why a certificate was not verified (X509_V_ERR_*, openssl/x509_vfy.h).
+_KINDS_OF_CERTIFICATES = {
+    9: TlsVerdictKind.NOT_YET_VALID,
+    10: TlsVerdictKind.EXPIRED,
+    18: TlsVerdictKind.UNKNOWN_AUTHORITY,  # self-signed
+    19: TlsVerdictKind.UNKNOWN_AUTHORITY,  # self-signed, in its chain
+    20: TlsVerdictKind.UNKNOWN_AUTHORITY,  # no issuer
+}
+
+# By OpenSSL's reasons (SSL_R_*, openssl/sslerr.h).
+_KINDS_OF_HANDSHAKES = {
+    "WRONG_VERSION_NUMBER": TlsVerdictKind.NOT_TLS,
+    "TLSV1_ALERT_PROTOCOL_VERSION": TlsVerdictKind.TOO_OLD,
+    "UNSUPPORTED_PROTOCOL": TlsVerdictKind.TOO_OLD,
+}
+
+
 @dataclass(frozen=True, slots=True)
 class TlsVerdict:
     """What an attempt told about a TLS endpoint.
 
     Attributes:
-        valid: Whether the handshake succeeded and the certificate is good for what was expected.
-        error: Why not; None when it is.
+        kind: What came of it.
+        error: Why the endpoint is not valid; None when it is.
         not_after: Until when the certificate is good; None unless its chain was verified.
         try_again: Whether the connection failed, so that another attempt may end otherwise.
     """
 
-    valid: bool
-    error: str | None
+    kind: TlsVerdictKind
+    error: str | None = None
     not_after: datetime | None = None
     try_again: bool = False
+
+    @property
+    def valid(self) -> bool:
+        """Whether the handshake succeeded and the certificate is good for what was expected."""
+        return self.kind is TlsVerdictKind.VALID
 
 
 class TlsClient:
@@ -127,7 +173,7 @@ class TlsClient:
         deadline = asyncio.get_running_loop().time() + timeout
         connection = await connect(target, port, timeout, pacer)
         if isinstance(connection, Verdict):
-            return TlsVerdict(valid=False, error=connection.error, try_again=True)
+            return TlsVerdict(TlsVerdictKind.NO_CONNECTION, connection.error, try_again=True)
         try:
             with self._counted():
                 certificate = await self._certificate(connection, expected, deadline, pacer)
@@ -139,7 +185,8 @@ class TlsClient:
             ssl.cert_time_to_seconds(certificate["notAfter"]), tz=UTC
         )
         mismatch = _mismatch(certificate, expected)
-        return TlsVerdict(valid=mismatch is None, error=mismatch, not_after=not_after)
+        kind = TlsVerdictKind.MISMATCH if mismatch else TlsVerdictKind.VALID
+        return TlsVerdict(kind, mismatch, not_after)
 
     async def _certificate(
         self,
@@ -212,13 +259,18 @@ class TlsClient:
 class _Failed(Exception):
     """The attempt has ended before there was a verified certificate."""
 
-    def __init__(self, error: str, *, try_again: bool = False) -> None:
+    def __init__(self, kind: TlsVerdictKind, error: str, *, try_again: bool = False) -> None:
         super().__init__(error)
-        self.verdict = TlsVerdict(valid=False, error=error, try_again=try_again)
+        self.verdict = TlsVerdict(kind, error, try_again=try_again)
 
 
-def _handshake_failed(reason: str, *, try_again: bool = False) -> _Failed:
-    return _Failed(f"TLS handshake failed: {reason}", try_again=try_again)
+def _handshake_failed(
+    reason: str,
+    kind: TlsVerdictKind = TlsVerdictKind.HANDSHAKE_FAILED,
+    *,
+    try_again: bool = False,
+) -> _Failed:
+    return _Failed(kind, f"TLS handshake failed: {reason}", try_again=try_again)
 
 
 def _make_context() -> ssl.SSLContext:
@@ -254,16 +306,18 @@ def _is_finished(tls: ssl.SSLObject) -> bool:
     except ssl.SSLWantReadError:
         return False
     except ssl.SSLCertVerificationError as error:
-        if error.verify_code == _HAS_EXPIRED:
-            raise _Failed("certificate expired") from error
-        raise _Failed(f"certificate verify failed: {error.verify_message}") from error
+        kind = _KINDS_OF_CERTIFICATES.get(error.verify_code, TlsVerdictKind.UNTRUSTED)
+        if kind is TlsVerdictKind.EXPIRED:
+            raise _Failed(kind, "certificate expired") from error
+        raise _Failed(kind, f"certificate verify failed: {error.verify_message}") from error
     except ssl.SSLZeroReturnError as error:
         raise _handshake_failed("connection closed by peer", try_again=True) from error
     except ssl.SSLError as error:
         if error.reason == "MALLOC_FAILURE":
             raise CheckFailed("out of memory") from error
         reason = _REASON.fullmatch(str(error.args[-1]))
-        raise _handshake_failed(reason[1] if reason else str(error)) from error
+        kind = _KINDS_OF_HANDSHAKES.get(error.reason, TlsVerdictKind.HANDSHAKE_FAILED)
+        raise _handshake_failed(reason[1] if reason else str(error), kind) from error
     return True
 
 

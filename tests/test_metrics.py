@@ -1,6 +1,5 @@
 """What Prometheus reads, against what was sent."""
 
-import errno
 import itertools
 import os
 import re
@@ -18,10 +17,11 @@ from resource import RLIMIT_NOFILE, prlimit
 import httpx
 import pytest
 
-from port_checker.connect import REFUSED, TIMED_OUT
+from port_checker.connect import VerdictKind
 from port_checker.metrics import DURATION, Metrics, Snapshot, StatusLine, Totals
 from port_checker.server.prometheus import expose
 from port_checker.server.protocol import ConnectionLimits
+from port_checker.tls import TlsVerdictKind
 from tests.support.http import check_of, connected
 from tests.support.loopback import free_port, open_port, ports, refused_port, silent_port
 from tests.support.service import Program, ask, program, serve
@@ -255,41 +255,24 @@ def test_a_duration_is_in_the_lowest_bucket_that_holds_it(seconds: float, bucket
     assert snapshot[DURATION, "sum"] == seconds
 
 
-def test_each_error_of_a_port_has_its_verdict() -> None:
+def test_each_kind_of_verdict_is_counted() -> None:
     totals, metrics = Totals(), Metrics()
     totals.add(metrics.row)
-    metrics.count_ports(
-        [
-            None,
-            REFUSED.error,
-            TIMED_OUT.error,
-            os.strerror(errno.EHOSTUNREACH),
-            os.strerror(errno.ENETUNREACH),
-            os.strerror(errno.ECONNRESET),
-        ]
-    )
+    metrics.count_ports([*VerdictKind, VerdictKind.UNREACHABLE])
     snapshot = totals.snapshot()
     verdicts = {"accessible": 1, "refused": 1, "timed_out": 1, "unreachable": 2, "other": 1}
     assert {verdict: snapshot["port_checker_ports", verdict] for verdict in verdicts} == verdicts
 
 
-def test_each_error_of_a_tls_endpoint_has_its_result() -> None:
+def test_kinds_of_tls_verdicts_that_only_advice_tells_apart_are_counted_as_one() -> None:
     totals, metrics = Totals(), Metrics()
     totals.add(metrics.row)
-    errors = {
-        "valid": None,
-        "expired": "certificate expired",
-        "mismatch": "certificate does not match expected IP",
-        "untrusted": "certificate verify failed: unable to get local issuer certificate",
-        "handshake_failed": "TLS handshake failed: timed out",
-        "no_connection": REFUSED.error,
-    }
-    for error in errors.values():
-        metrics.count_tls(error)
+    for kind in TlsVerdictKind:
+        metrics.count("tls_checks", kind.outcome)
     snapshot = totals.snapshot()
-    assert {result: snapshot["port_checker_tls_checks", result] for result in errors} == (
-        dict.fromkeys(errors, 1)
-    )
+    results = {"untrusted": 3, "handshake_failed": 3}
+    results |= dict.fromkeys(["valid", "expired", "mismatch", "no_connection"], 1)
+    assert {result: snapshot["port_checker_tls_checks", result] for result in results} == results
 
 
 def test_a_redis_that_cannot_be_reached_is_seen() -> None:

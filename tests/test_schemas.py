@@ -6,7 +6,15 @@ from codecs import BOM_UTF8
 import pytest
 
 from port_checker.addresses import parse_address
-from port_checker.connect import OPEN, REFUSED
+from port_checker.connect import (
+    HOST_UNREACHABLE,
+    NETWORK_UNREACHABLE,
+    OPEN,
+    REFUSED,
+    TIMED_OUT,
+    Verdict,
+    VerdictKind,
+)
 from port_checker.schemas import (
     ERROR_EXAMPLES,
     TLS_ERROR_EXAMPLES,
@@ -20,7 +28,7 @@ from port_checker.schemas import (
     Health,
     InvalidRequest,
 )
-from port_checker.tls import TlsVerdict
+from port_checker.tls import TlsVerdict, TlsVerdictKind
 
 GOOD = b'{"provider_ip": "203.0.113.7", "ports": [80]}'
 NOT_JSON = "The body is not valid JSON in UTF-8: "
@@ -226,6 +234,18 @@ def test_responses_to_the_byte() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "verdict",
+    [
+        *(OPEN, REFUSED, TIMED_OUT, HOST_UNREACHABLE, NETWORK_UNREACHABLE),
+        Verdict(VerdictKind.OTHER, "Permission denied"),
+    ],
+)
+def test_a_verdict_is_read_as_it_was_sent(verdict: Verdict) -> None:
+    sent = CheckPortsResponse.of({1: verdict}).model_dump_json()
+    assert CheckPortsResponse.model_validate_json(sent).results["1"].verdict == verdict
+
+
 # POST /check-tls
 
 
@@ -257,7 +277,7 @@ def test_tls_endpoints(
     asked = parse_tls(host=host, port=443, expected_ip=expected_ip)
     assert str(asked.target) == target
     assert [str(subject) for subject in asked.expected] == expected
-    response = CheckTlsResponse.of(asked, TlsVerdict(valid=False, error="No."))
+    response = CheckTlsResponse.of(asked, TlsVerdict(TlsVerdictKind.UNTRUSTED, "No."))
     assert response.model_dump_json() == (
         f'{{"valid":false,"error":"No.","peer":"{peer}","not_after":null}}'
     )

@@ -17,7 +17,8 @@ import uvloop
 from port_checker.addresses import Address, parse_address
 from port_checker.checker import Checker
 from port_checker.connect import CheckFailed, OpenConnectionPacer
-from port_checker.tls import TlsClient, TlsVerdict
+from port_checker.schemas import CheckTlsResponse
+from port_checker.tls import TlsClient, TlsVerdict, TlsVerdictKind
 from tests.support.loopback import full_backlog, refused_port, silent_port
 from tests.support.namespace import in_namespace, needs_root
 from tests.support.tls import (
@@ -62,9 +63,14 @@ def judge(
     return run(attempt())
 
 
+def kind_of(error: str | None) -> TlsVerdictKind:
+    """What callers take an error for."""
+    return CheckTlsResponse(valid=not error, error=error, peer="", not_after=None).kind
+
+
 def failed(reason: str, *, try_again: bool = False) -> TlsVerdict:
     error = f"TLS handshake failed: {reason}"
-    return TlsVerdict(valid=False, error=error, try_again=try_again)
+    return TlsVerdict(kind_of(error), error, try_again=try_again)
 
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
@@ -73,7 +79,7 @@ def test_a_good_certificate(authority: trustme.CA, run: Callable[..., TlsVerdict
     context = server_context(authority.issue_cert("127.0.0.1"))
     with endpoint(speaking_tls(context, received)) as port:
         verdict = judge(port, run=run)
-    assert verdict == TlsVerdict(valid=True, error=None, not_after=FOREVER)
+    assert verdict == TlsVerdict(TlsVerdictKind.VALID, not_after=FOREVER)
     assert received == [b""]  # nothing is sent after the handshake
 
 
@@ -102,7 +108,7 @@ def test_what_a_certificate_is_good_for(
 ) -> None:
     with https(authority.issue_cert(*names)) as port:
         verdict = judge(port, *expected)
-    assert verdict == TlsVerdict(valid=error is None, error=error, not_after=FOREVER)
+    assert verdict == TlsVerdict(kind_of(error), error, FOREVER)
 
 
 def test_a_common_name_does_not_count(authority: trustme.CA) -> None:
@@ -172,7 +178,7 @@ def test_certificates_that_do_not_verify(
     error: str,
 ) -> None:
     with https(certificate(authority)) as port:
-        assert judge(port) == TlsVerdict(valid=False, error=error)
+        assert judge(port) == TlsVerdict(kind_of(error), error)
 
 
 def test_a_chain_with_its_intermediate_verifies(authority: trustme.CA) -> None:
@@ -184,7 +190,7 @@ def test_what_python_3_13_is_strict_about_is_so_on_every_python(authority: trust
     with https(authority.issue_cert(common_name="127.0.0.1")) as port:
         verdict = judge(port)
     error = "certificate verify failed: Empty Subject Alternative Name extension"
-    assert verdict == TlsVerdict(valid=False, error=error)
+    assert verdict == TlsVerdict(kind_of(error), error)
 
 
 def test_an_intermediate_can_be_trusted_on_every_python(
@@ -256,7 +262,7 @@ def test_peers_that_stall(behave: Callable[[socket.socket], None]) -> None:
 def test_no_connection(kind: Callable[[], object], error: str) -> None:
     with kind() as port:  # type: ignore[attr-defined]
         verdict = judge(port, timeout=0.2)
-    assert verdict == TlsVerdict(valid=False, error=error, try_again=True)
+    assert verdict == TlsVerdict(kind_of(error), error, try_again=True)
 
 
 def test_a_machine_that_trusts_nobody_judges_nobody(

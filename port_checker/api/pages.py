@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
+from typing import Final
 
 import fastapi_offline
 from fastapi import FastAPI, Request, Response
@@ -18,16 +19,18 @@ from starlette.exceptions import HTTPException
 
 from port_checker import advice
 from port_checker.api.errors import NO_STORE
-from port_checker.connect import REFUSED, TIMED_OUT
+from port_checker.connect import VerdictKind
+from port_checker.schemas import PORT_VERDICTS, TLS_KINDS
 from port_checker.settings import Settings
 
 _WEB = Path(__file__).parent / "web"
 
-# The sentence for each error of a port or a certificate, by words in it; the first that fit count.
-_ADVICE = advice.FOR_TLS_ERRORS | {
-    REFUSED.error: advice.PAGE_REFUSED,
-    TIMED_OUT.error: advice.PAGE_TIMED_OUT,
-    "": advice.PAGE_UNREACHABLE,
+# The sentence for each error of a certificate or a port, by how it begins; the first that fits
+# counts, and the last fits all.
+_ADVICE: Final = {
+    **{words: advice.FOR_TLS[kind] for words, kind in TLS_KINDS.items() if kind in advice.FOR_TLS},
+    **{str(words): advice.FOR_PAGE[verdict.kind] for words, verdict in PORT_VERDICTS.items()},
+    "": advice.FOR_PAGE[VerdictKind.OTHER],
 }
 
 # Where programs find what there is.

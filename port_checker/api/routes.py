@@ -153,7 +153,7 @@ class Api:
             )
             accessible = sum(verdict.accessible for verdict in verdicts.values())
             record.result = f"accessible={accessible}"
-        self._metrics.count_ports(verdict.error for verdict in verdicts.values())
+        self._metrics.count_ports(verdict.kind for verdict in verdicts.values())
         answer = CheckPortsResponse.of(verdicts)
         if logger.isEnabledFor(logging.DEBUG):
             for port, verdict in verdicts.items():
@@ -182,7 +182,7 @@ class Api:
                 lambda room: self._checker.check_tls(target, asked.port, asked.expected, room),
             )
             record.result = f'tls="{verdict.error or "valid"}"'
-        self._metrics.count_tls(verdict.error)
+        self._metrics.count("tls_checks", verdict.kind.outcome)
         return _json_response(CheckTlsResponse.of(asked, verdict).model_dump_json())
 
     async def _run(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from port_checker import advice as advice_for
 from port_checker.provider.report import PortPair, TlsAnswer, TlsReport
+from port_checker.tls import TlsVerdictKind
 
 
 def judge_tls(
@@ -26,28 +27,27 @@ def judge_tls(
         ip: The address that was checked.
     """
     wrong = [answer for answer in answers.values() if not answer.valid]
-    said = (wrong or [*answers.values()] or [TlsAnswer(valid=False, error=None, not_after=None)])[0]
-    if not answers:
+    said = next(iter(wrong or answers.values()), None)
+    if not said:
         advice: str | None = advice_for.TLS_NOT_CHECKED.format(reason=reason)
-    elif said.error is None:
+    elif said.valid:
         advice = None
     else:
-        advice = _advise(said.error, is_listened_on).format(
+        advice = _advise(said.kind, is_listened_on).format(
             ip=ip, port=ports.inner, and_router="" if own_address else advice_for.AND_ROUTER
         )
     return TlsReport(
         port=ports.outer,
         inner=ports.inner,
-        valid=said.valid,
-        error=said.error,
-        not_after=said.not_after,
+        valid=bool(said and said.valid),
+        error=said.error if said else None,
+        not_after=said.not_after if said else None,
         advice=advice,
         answers=dict(answers),
     )
 
 
-def _advise(error: str, is_listened_on: bool) -> str:
-    for words, advice in advice_for.FOR_TLS_ERRORS.items():
-        if words in error:
-            return advice
+def _advise(kind: TlsVerdictKind, is_listened_on: bool) -> str:
+    if kind is not TlsVerdictKind.NO_CONNECTION:
+        return advice_for.FOR_TLS[kind]
     return advice_for.IN_USE if is_listened_on else advice_for.NOTHING_SERVES_TLS

@@ -14,7 +14,7 @@ from urllib.parse import urljoin
 from pydantic import BaseModel, ValidationError
 
 from port_checker.addresses import Address, parse_address
-from port_checker.connect import Verdict
+from port_checker.connect import Verdict, VerdictKind
 from port_checker.provider.http_client import (
     HttpClient,
     HttpError,
@@ -190,7 +190,7 @@ class Server:
             raise ServerError(_describe(response, self.url))
         said = _parse(CheckTlsResponse, response, self.url)
         return TlsAnswer(
-            said.valid,
+            said.kind,
             None if said.valid else printable(said.error or "no reason given"),
             said.not_after and printable(said.not_after),
         )
@@ -232,8 +232,8 @@ class Server:
             if list(results) != [str(port) for port in ports]:
                 raise ServerError("reported on other ports than it was asked about")
             return {
-                port: Verdict(said.accessible, said.error and printable(said.error))
-                for port, said in zip(ports, results.values(), strict=True)
+                port: _printable(result.verdict)
+                for port, result in zip(ports, results.values(), strict=True)
             }, set()
         detail = _error_detail(response)
         if detail and detail.code == ErrorCode.TOO_MANY_PORTS and len(ports) > 1:
@@ -276,6 +276,12 @@ class Server:
             await self._waits.sleep(pause)
             if detail and detail.code == ErrorCode.OVERLOADED and ports > 1:
                 raise _Overloaded
+
+
+def _printable(verdict: Verdict) -> Verdict:
+    if verdict.kind is VerdictKind.OTHER:  # the words of the others are ours
+        return Verdict(verdict.kind, printable(verdict.error or "no reason given"))
+    return verdict
 
 
 def _count(ports: Sequence[int]) -> str:

@@ -6,9 +6,10 @@ from typing import Literal, NamedTuple
 
 from port_checker import advice as advice_for
 from port_checker.addresses import Address
-from port_checker.connect import REFUSED, TIMED_OUT, Verdict
+from port_checker.connect import Verdict, VerdictKind
 from port_checker.linux import TcpSocket, TcpState
 from port_checker.schemas import MAX_PORT
+from port_checker.tls import TlsVerdictKind
 
 LocalBinding = Literal["bound", "in use", "outgoing connection", "not permitted", "failed"]
 
@@ -79,15 +80,20 @@ class TlsAnswer:
     """What one server says of a TLS endpoint.
 
     Attributes:
-        valid: Whether it trusts the certificate.
-        error: Why not; None if it does.
+        kind: Its verdict.
+        error: Why it does not trust the certificate; None if it does.
         not_after: Until when the certificate is good, in ISO 8601; None if its chain was not
             verified.
     """
 
-    valid: bool
+    kind: TlsVerdictKind
     error: str | None
     not_after: str | None
+
+    @property
+    def valid(self) -> bool:
+        """Whether the server trusts the certificate."""
+        return self.kind is TlsVerdictKind.VALID
 
 
 @dataclass(frozen=True)
@@ -194,7 +200,7 @@ def judge(observed: Observation, place: Place) -> PortReport:
     """Combine what this machine saw with what the servers report."""
     local, answers = observed.local, observed.answers
     accessible = any(verdict.accessible for verdict in answers.values())
-    errors = [verdict.error for verdict in answers.values()]
+    first = next(iter(answers.values()), None)
     listened = local == "bound"
     crossed = observed.arrives_at is not None
     confirmed = accessible and observed.seen and not crossed if listened else None
@@ -204,17 +210,15 @@ def judge(observed: Observation, place: Place) -> PortReport:
         local=local,
         reachable=reachable,
         confirmed=confirmed,
-        error=errors[0] if errors and not accessible else None,
-        advice=None if reachable else _advise(observed, place, accessible, errors),
+        error=first.error if first and not accessible else None,
+        advice=None if reachable else _advise(observed, place, accessible),
         answers=answers,
         inner=observed.ports.inner,
         arrives_at=observed.arrives_at,
     )
 
 
-def _advise(
-    observed: Observation, place: Place, accessible: bool, errors: Sequence[str | None]
-) -> str:
+def _advise(observed: Observation, place: Place, accessible: bool) -> str:
     match observed.local:
         case "not permitted":
             return advice_for.NOT_PERMITTED
@@ -222,14 +226,15 @@ def _advise(
             return advice_for.FAILED
         case "outgoing connection":
             return advice_for.OUTGOING_CONNECTION
-    if not observed.answers:
+    kinds = [verdict.kind for verdict in observed.answers.values()]
+    if not kinds:
         if observed.excluded:
             return advice_for.SERVER_CANNOT
         return advice_for.NOT_CHECKED.format(reason=observed.reason)
     if observed.arrives_at is not None:
         return advice_for.CROSSED
     if observed.local == "in use":
-        return _advise_on_program(observed, place, errors)
+        return _advise_on_program(observed, place, kinds)
     if accessible:
         return advice_for.ANSWERED_ELSEWHERE
     if observed.seen:
@@ -241,19 +246,19 @@ def _advise(
     if place.own_address:
         unknown = place.arrived is None
         return advice_for.OWN_FIREWALL_FIRST if unknown else advice_for.NETWORK_FIREWALL
-    return _advise_on_router(errors[0], place.arrived)
+    return _advise_on_router(kinds[0], place.arrived)
 
 
-def _advise_on_router(error: str | None, arrived: bool | None) -> str:
-    match error:
-        case REFUSED.error:
+def _advise_on_router(kind: VerdictKind, arrived: bool | None) -> str:
+    match kind:
+        case VerdictKind.REFUSED:
             return advice_for.REFUSED if arrived is None else advice_for.NOT_FORWARDED
-        case TIMED_OUT.error:
+        case VerdictKind.TIMED_OUT:
             return advice_for.TIMED_OUT if arrived is None else advice_for.NOTHING_ARRIVED
     return advice_for.ROUTER_REJECTS
 
 
-def _advise_on_program(observed: Observation, place: Place, errors: Sequence[str | None]) -> str:
+def _advise_on_program(observed: Observation, place: Place, kinds: Sequence[VerdictKind]) -> str:
     listeners = [sock for sock in observed.holders if sock.state is TcpState.LISTEN]
     if not listeners:
         return advice_for.IN_USE_NOT_LISTENING
@@ -263,7 +268,7 @@ def _advise_on_program(observed: Observation, place: Place, errors: Sequence[str
         addresses = ", ".join(sorted({str(sock.address) for sock in listeners}))
         return advice_for.IN_USE_LOCALLY.format(addresses=addresses)
     queued = max(sock.queued for sock in listeners)
-    if queued and TIMED_OUT.error in errors:
+    if queued and VerdictKind.TIMED_OUT in kinds:
         return advice_for.IN_USE_NOT_ACCEPTING.format(queued=queued)
     router = "" if place.own_address else advice_for.AND_ROUTER
     return advice_for.IN_USE.format(and_router=router)

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
 from port_checker.addresses import Address
-from port_checker.connect import TIMED_OUT
+from port_checker.connect import VerdictKind
 from port_checker.provider.listeners import Listeners
 from port_checker.provider.remote import Server, ServerError, Waits
 from port_checker.provider.report import PortPair
@@ -150,7 +150,7 @@ async def ask_in_groups(server: Server, ports: Sequence[int], waits: Waits) -> i
             break
         server.verdicts |= verdicts
         through += sum(verdict.accessible for verdict in verdicts.values())
-        lost = [port for port, verdict in verdicts.items() if verdict == TIMED_OUT]
+        lost = [port for port, verdict in verdicts.items() if verdict.kind is VerdictKind.TIMED_OUT]
         left += lost
         if not left or len(lost) > len(group) / 2:
             break

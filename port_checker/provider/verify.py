@@ -8,7 +8,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address
 
 from port_checker import advice
 from port_checker.addresses import Address, parse_address
-from port_checker.connect import TIMED_OUT, Verdict
+from port_checker.connect import Verdict, VerdictKind
 from port_checker.linux import (
     RouteType,
     TcpState,
@@ -227,7 +227,7 @@ class _Check:
             for pair in pairs
             if listeners.local[pair.inner] == "bound"
             # Also where a packet that was sent again arrived, too late for the server.
-            and set(self._answers(pair).values()) == {TIMED_OUT}
+            and {said.kind for said in self._answers(pair).values()} == {VerdictKind.TIMED_OUT}
         ]
         if not looks_limited(pairs, reached, set(lost)):
             return 0

@@ -6,7 +6,7 @@ from ipaddress import ip_address
 import pytest
 
 from port_checker import advice
-from port_checker.connect import Verdict
+from port_checker.connect import OPEN, Verdict
 from port_checker.linux import TcpSocket, TcpState
 from port_checker.provider.report import (
     Observation,
@@ -17,8 +17,8 @@ from port_checker.provider.report import (
     judge,
     port_ranges,
 )
+from port_checker.schemas import PortResult
 
-OPEN = Verdict(accessible=True, error=None)
 REFUSED, TIMED_OUT = "Connection refused", "Connection timed out"
 NO_ROUTE, PROHIBITED = "No route to host", "Permission denied"
 PORT = PortPair(60800, 50800)
@@ -26,7 +26,7 @@ OWN, BEHIND_ROUTER = Place(own_address=True), Place()
 
 
 def closed(error: str) -> Verdict:
-    return Verdict(accessible=False, error=error)
+    return PortResult(accessible=False, error=error).verdict
 
 
 def judged(

@@ -8,14 +8,12 @@ import pytest
 from rich.console import Console
 
 from port_checker import advice
-from port_checker.connect import Verdict
+from port_checker.connect import OPEN, REFUSED, Verdict
 from port_checker.provider import PortReport, Report, ServerReport
 from port_checker.provider.report import Observation, Place, PortPair, judge
 from port_checker.provider.screen import show
 
 URL, OTHER = "https://checker.example", "https://other.example"
-OPEN = Verdict(accessible=True, error=None)
-REFUSED = Verdict(accessible=False, error="Connection refused")
 
 
 def port(number: int, *verdicts: Verdict, inner: int = 0, **observed: object) -> PortReport:

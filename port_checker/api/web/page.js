@@ -1,7 +1,7 @@
 "use strict";
 
 // What the service knows: the longest a check takes (seconds), how many ports one request may have,
-// and a sentence for each result: those for errors by words in them.
+// and a sentence for each result: those for errors by how these begin.
 const { advice, reachable, validCertificate, longestCheck, maxPorts } = JSON.parse(
   find("page-data").textContent,
 );
@@ -164,7 +164,7 @@ function formatTime(text) {
 }
 
 function adviceFor(error, address) {
-  return Object.entries(advice).find(([words]) => error.includes(words))[1].replace("{ip}", address);
+  return Object.entries(advice).find(([words]) => error.startsWith(words))[1].replace("{ip}", address);
 }
 
 function showResults(what, rows, summary) {
