@@ -19,8 +19,8 @@ import pytest
 
 from port_checker.connect import VerdictKind
 from port_checker.metrics import DURATION, Metrics, Snapshot, StatusLine, Totals
+from port_checker.server.connections import ConnectionLimits
 from port_checker.server.prometheus import expose
-from port_checker.server.protocol import ConnectionLimits
 from port_checker.tls import TlsVerdictKind
 from tests.support.http import check_of, connected
 from tests.support.loopback import free_port, open_port, ports, refused_port, silent_port

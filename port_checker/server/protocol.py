@@ -12,20 +12,17 @@ unparsed until that request is answered.
 import asyncio
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from enum import Enum, auto
 from http import HTTPStatus
 from typing import Any, cast
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from port_checker.addresses import Address, Network, lies_in, parse_host, subscriber
-from port_checker.metrics import Metrics
+from port_checker.addresses import Address, parse_host
 from port_checker.schemas import ErrorCode
-
-# Seconds for a request to arrive, head and body together: the first from accept, a later one from
-# its first byte. A client that stops reading its answer has as long.
-DEADLINE = 10.0
+from port_checker.server.connections import ConnectionGroup, ConnectionLimits
 
 # Seconds for which a connection is kept between requests: longer than proxies keep theirs (60 s in
 # nginx), which would answer 502 if we closed one that they are about to use.
@@ -41,9 +38,6 @@ MAX_FIELDS = 256
 # Enough for a body of 64 KiB in chunks of 8 bytes. The application limits the body itself, and what
 # arrives of it after the answer is dropped.
 MAX_FRAMING = 64 * 1024
-
-# An IPv4 address, or an IPv6 /64, may have one in so many of all connections.
-_SHARE = 10
 
 # Unparsed bytes, of some hundred requests, above which reading pauses until some are answered.
 _MAX_UNPARSED = 16 * 1024
@@ -62,92 +56,74 @@ _MAX_JOINED = 64 * 1024
 _RETRY_AFTER = 10
 
 
-# Takes the caller's address, None if it is unknown, and the code of the refusal.
-LogRefusal = Callable[[Address | None, ErrorCode], object]
+class Stage(Enum):
+    """How far a request has arrived."""
+
+    NOTHING = auto()
+    HEAD = auto()
+    BODY = auto()
 
 
-class ConnectionLimits:
-    """What the connections of a process share: how many there may be, and for how long.
+class Message:
+    """The request that is arriving: how far it is, and how long its parts may be.
 
     Args:
-        max_connections: Open connections, in one process.
-        deadline: Seconds for a request to arrive, and for a client that does not read its answer.
-        trusted_proxies: Addresses without a limit of their own. All others have one: a tenth of the
-            connections, for an IPv4 address or an IPv6 /64.
-        metrics: Where refusals and missed deadlines are counted; None if nowhere.
-        log_refusal: Logs what the application does not get to see: who was refused, and why.
+        stage: How far it is. The first one of a connection begins with the connection.
 
     Attributes:
-        is_stopping: Whether new requests are refused because the service is stopping.
+        head: Bytes of its head so far.
+        framing: Bytes of its body so far that are not content: chunk sizes, extensions, trailer.
     """
 
-    def __init__(
-        self,
-        max_connections: int,
-        deadline: float = DEADLINE,
-        trusted_proxies: Sequence[Network] = (),
-        metrics: Metrics | None = None,
-        log_refusal: LogRefusal = lambda _caller, _code: None,
-    ) -> None:
-        self.deadline = deadline
-        self.metrics = metrics or Metrics()
-        self.is_stopping = False
-        self.log_refusal = log_refusal
-        self._trusted_proxies = trusted_proxies
-        self._all = ConnectionGroup(max_connections)
-        self._max_per_subscriber = max(1, max_connections // _SHARE)
-        self._by_subscriber: dict[str, ConnectionGroup] = {}
+    def __init__(self, stage: Stage = Stage.NOTHING) -> None:
+        self.stage = stage
+        self.head = 0
+        self.framing = 0
+        self._content_left = 0  # bytes, where their number was announced
+        self._tail = b""  # the last bytes of its head, or of its chunked body
 
-    def groups_of(self, address: Address | None) -> "list[ConnectionGroup]":
-        """Return the groups of connections that one from this address belongs to.
+    def piece_end(self, data: bytes, start: int) -> int:
+        """Return where the next piece for the parser ends.
+
+        A request ends at the end of a piece, never within one. Heads, and chunked bodies with their
+        trailers, end with the first empty line after something else: llhttp accepts no other line
+        end than CRLF.
 
         Args:
-            address: Of its other end, if that has one.
+            data: What has arrived.
+            start: Where the piece begins.
         """
-        if address is None or lies_in(address, self._trusted_proxies):
-            return [self._all]
-        key = subscriber(address)
-        if key not in self._by_subscriber:
-            self._by_subscriber[key] = ConnectionGroup(
-                self._max_per_subscriber, when_empty=lambda: self._by_subscriber.pop(key)
-            )
-        return [self._by_subscriber[key], self._all]
+        if self._content_left:
+            return min(start + self._content_left, len(data))
+        if self._tail:  # the empty line may have begun in the piece before
+            end = (self._tail + data[start : start + 3]).find(b"\r\n\r\n")
+            if end >= 0:
+                return start + end + 4 - len(self._tail)
+        end = data.find(b"\r\n\r\n", start, start + _MAX_PIECE)
+        return end + 4 if end >= 0 else min(start + _MAX_PIECE, len(data))
 
+    def begin_piece(self, piece: bytes) -> None:
+        """Count a piece that the parser gets next."""
+        if self.stage is Stage.BODY:
+            self.framing += len(piece)
+        else:
+            self.stage = Stage.HEAD
+            self.head += len(piece)
 
-class ConnectionGroup:
-    """Connections with a common limit.
+    def begin_body(self, content_length: int) -> None:
+        """Go on to the body: its length, 0 where it is chunked."""
+        self.stage = Stage.BODY
+        self._content_left = content_length
 
-    Args:
-        limit: How many there may be.
-        when_empty: Called when the last one has left.
+    def add_content(self, size: int) -> None:
+        """Count bytes of the last piece as content."""
+        self.framing -= size
+        if self._content_left:
+            self._content_left -= size
 
-    Attributes:
-        waiting: Those that wait for their client, the longest first: for a request or the rest of
-            one, or for the client to read its answer.
-    """
-
-    def __init__(self, limit: int, when_empty: Callable[[], object] = lambda: None) -> None:
-        self.waiting: dict[BoundedProtocol, None] = {}
-        self._limit = limit
-        self._size = 0
-        self._when_empty = when_empty
-
-    def add(self) -> None:
-        """Count a new connection."""
-        self._size += 1
-
-    def make_room(self) -> bool:
-        """Return whether the limit is kept, if need be by closing a connection that waits."""
-        if self._size > self._limit and self.waiting:
-            next(iter(self.waiting)).make_way()
-        return self._size <= self._limit
-
-    def remove(self, connection: "BoundedProtocol") -> None:
-        """Forget a connection."""
-        self.waiting.pop(connection, None)
-        self._size -= 1
-        if not self._size:
-            self._when_empty()
+    def end_piece(self, piece: bytes) -> None:
+        """Remember how a piece ended in which the request did not."""
+        self._tail = (self._tail + piece[-3:])[-3:]
 
 
 class _Refused(Exception):
@@ -192,13 +168,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._progress_timer: asyncio.TimerHandle | None = None
 
-        # The request that is arriving. The first one starts with the connection.
-        self._has_started = True
-        self._is_in_head = True
-        self._counted = 0  # bytes of its head; of its framing, once the head is complete
-        self._body_left = 0  # bytes, where their number was announced
-        self._tail = b""  # the last bytes of its head, or of its body and framing
-
+        self._message = Message(Stage.HEAD)
         self._unparsed = b""  # what has arrived behind a request that is not answered yet
         self._has_paused_reading = False
         self._unread = 0  # bytes that the client has not read
@@ -281,18 +251,16 @@ class BoundedProtocol(HttpToolsProtocol):
         if hosts != 1 and (hosts or version == "1.1"):
             raise _bad_request("it needs one Host field")  # RFC 9112 section 3.2
         super().on_headers_complete()
-        self._is_in_head = False
-        self._counted = 0
-        if b"content-length" in names:
-            self._body_left = int(self.headers[names.index(b"content-length")][1])
+        has_length = b"content-length" in names
+        self._message.begin_body(
+            int(self.headers[names.index(b"content-length")][1]) if has_length else 0
+        )
         # Of a trailer (RFC 9110 section 6.5) nothing is kept.
         self.headers = _DROPPED
 
     def on_body(self, body: bytes) -> None:
         """Hand a part of the body to the application."""
-        self._counted -= len(body)
-        if self._body_left:
-            self._body_left -= len(body)
+        self._message.add_content(len(body))
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -302,9 +270,7 @@ class BoundedProtocol(HttpToolsProtocol):
         # Also of a request that was answered early, for which uvicorn would not.
         self.cycle.more_body = False
         self.cycle.message_event.set()
-        self._has_started = False
-        self._is_in_head = True
-        self._counted = 0
+        self._message = Message()
         self._expires = math.inf
         if not self.flow.write_paused:
             self._leave_waiting()
@@ -327,7 +293,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._limits.is_stopping = True
         if self._is_answering():
             self.cycle.keep_alive = False
-        elif not self._is_in_head:
+        elif self._message.stage is Stage.BODY:
             self._refuse(_stopping())
 
     def shutdown(self) -> None:
@@ -335,7 +301,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.drain()
         if self._is_answering() or self.transport.is_closing():
             return
-        if self._counted:
+        if self._message.head:
             self._refuse(_stopping())
         else:
             self.transport.close()
@@ -355,7 +321,7 @@ class BoundedProtocol(HttpToolsProtocol):
         position = 0
         is_answering = False
         while position < len(data) and not is_answering:
-            end = self._piece_end(data, position)
+            end = self._message.piece_end(data, position)
             if not self._feed(data[position:end]):
                 return
             position = end
@@ -374,28 +340,12 @@ class BoundedProtocol(HttpToolsProtocol):
             self._has_paused_reading = False
             self.transport.resume_reading()
 
-    def _piece_end(self, data: bytes, start: int) -> int:
-        """Return where the next piece for the parser ends.
-
-        A request ends at the end of a piece, never within one. Heads, and chunked bodies with their
-        trailers, end with the first empty line after something else: llhttp accepts no other line
-        end than CRLF.
-        """
-        if self._body_left:
-            return min(start + self._body_left, len(data))
-        if self._tail:  # the empty line may have begun in the piece before
-            end = (self._tail + data[start : start + 3]).find(b"\r\n\r\n")
-            if end >= 0:
-                return start + end + 4 - len(self._tail)
-        end = data.find(b"\r\n\r\n", start, start + _MAX_PIECE)
-        return end + 4 if end >= 0 else min(start + _MAX_PIECE, len(data))
-
     def _feed(self, piece: bytes) -> bool:
         """Feed the parser; return whether all is well."""
-        if not self._has_started:
-            self._has_started = True
+        message = self._message
+        if message.stage is Stage.NOTHING:
             self._expires = math.inf
-        self._counted += len(piece)
+        message.begin_piece(piece)
         try:
             try:
                 self.parser.feed_data(piece)
@@ -403,14 +353,12 @@ class BoundedProtocol(HttpToolsProtocol):
                 if upgrade.args[0] != len(piece):
                     raise _bad_request("its head ends too early") from None  # a bug, as above
                 self._ignore_upgrade()
-            if self._has_started:
-                self._tail = (self._tail + piece[-3:])[-3:]
-                if self._is_in_head:
+            if message is self._message:  # it has not ended
+                message.end_piece(piece)
+                if message.stage is Stage.HEAD:
                     self._require_bounded_head()
-                elif self._counted > MAX_FRAMING:
+                elif message.framing > MAX_FRAMING:
                     raise _too_large(f"The body has over {MAX_FRAMING} bytes of chunk framing.")
-            else:
-                self._tail = b""
         except _Refused as refused:
             self._refuse(refused)
             return False
@@ -424,7 +372,7 @@ class BoundedProtocol(HttpToolsProtocol):
         return True
 
     def _require_bounded_head(self) -> None:
-        if self._counted > MAX_HEAD:
+        if self._message.head > MAX_HEAD:
             raise _too_large(f"The head is over {MAX_HEAD} bytes.")
         if len(self.headers) > MAX_FIELDS:
             raise _too_large(f"The head has over {MAX_FIELDS} fields.")
@@ -460,7 +408,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if status == HTTPStatus.SERVICE_UNAVAILABLE:
             head.append(f"retry-after: {_RETRY_AFTER}")
         # A request that was answered early gets no second answer, which would be the next one's.
-        if self._is_in_head or not self.cycle.response_started:
+        if self._message.stage is not Stage.BODY or not self.cycle.response_started:
             self.transport.write("\r\n".join([*head, "", body]).encode())
         self.transport.close()
 
@@ -476,7 +424,8 @@ class BoundedProtocol(HttpToolsProtocol):
         for group in self._groups:
             group.waiting[self] = None
         if self._expires == math.inf:
-            seconds = self._limits.deadline if self._has_started else KEEP_ALIVE
+            has_begun = self._message.stage is not Stage.NOTHING
+            seconds = self._limits.deadline if has_begun else KEEP_ALIVE
             self._expires = self.loop.time() + seconds
             if self._timer and self._timer.when() > self._expires:
                 self._timer.cancel()
@@ -492,7 +441,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if left > 0:
             self._timer = self.loop.call_later(left, self._close_if_expired)
         else:
-            if self._has_started and not self.transport.is_closing():
+            if self._message.stage is not Stage.NOTHING and not self.transport.is_closing():
                 self._limits.metrics.count("receive_deadlines")
             self.transport.close()
 

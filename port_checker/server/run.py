@@ -19,8 +19,9 @@ from port_checker.checker import max_for_others
 from port_checker.linux import ConnectionTracking, connection_tracking, raise_descriptor_limit
 from port_checker.metrics import Metrics, Row, StatusLine, Totals
 from port_checker.server import systemd
+from port_checker.server.connections import ConnectionLimits, LogRefusal
 from port_checker.server.logs import dropped_lines, log_uncaught, set_up_logging
-from port_checker.server.protocol import BoundedProtocol, ConnectionLimits, LogRefusal
+from port_checker.server.protocol import BoundedProtocol
 from port_checker.server.workers import BEAT, Supervisor, write_traceback_when_aborted
 from port_checker.settings import CLIENT_PATIENCE, Endpoint, Settings, unknown_names
 

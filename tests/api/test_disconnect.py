@@ -11,7 +11,7 @@ import pytest
 from port_checker.api.app import create_app
 from port_checker.checker import Checker
 from port_checker.connect import Verdict
-from port_checker.server.protocol import ConnectionLimits
+from port_checker.server.connections import ConnectionLimits
 from port_checker.settings import Settings
 from tests.support.http import HEALTH, check_of
 from tests.support.manual import Client, ManualLoop

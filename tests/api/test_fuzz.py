@@ -23,7 +23,7 @@ from port_checker.api.caller import find_caller
 from port_checker.api.errors import STATUS
 from port_checker.api.targets import TargetNotAllowed, TargetRules, special_purpose
 from port_checker.schemas import CheckPortsRequest, InvalidRequest
-from port_checker.server.protocol import ConnectionLimits
+from port_checker.server.connections import ConnectionLimits
 from port_checker.settings import Settings
 from tests.support.http import check_of
 from tests.support.loopback import open_port

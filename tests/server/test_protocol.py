@@ -14,12 +14,8 @@ from uvicorn.server import ServerState
 
 from port_checker.addresses import Address, parse_address, parse_networks
 from port_checker.schemas import ErrorCode
-from port_checker.server.protocol import (
-    DEADLINE,
-    MAX_FRAMING,
-    ConnectionLimits,
-    WriteCoalescingTransport,
-)
+from port_checker.server.connections import DEADLINE, ConnectionLimits
+from port_checker.server.protocol import MAX_FRAMING, WriteCoalescingTransport
 from tests.support.http import HEALTH, connected, read_answer
 from tests.support.manual import Client, ManualLoop
 from tests.support.service import serve

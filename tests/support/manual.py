@@ -9,7 +9,8 @@ from typing import Any, TypeVarTuple
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from port_checker.server.protocol import BoundedProtocol, ConnectionLimits
+from port_checker.server.connections import ConnectionLimits
+from port_checker.server.protocol import BoundedProtocol
 
 _Ts = TypeVarTuple("_Ts")
 

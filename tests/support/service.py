@@ -18,7 +18,7 @@ from uvicorn import Server
 
 from port_checker.api.app import create_app
 from port_checker.api.records import RefusalLog
-from port_checker.server.protocol import ConnectionLimits
+from port_checker.server.connections import ConnectionLimits
 from port_checker.server.run import listen, server_config
 from port_checker.settings import Settings
 from tests.support.loopback import free_port
