@@ -15,6 +15,7 @@ import uvloop
 
 from benchmarks import HOST
 from port_checker.checker import Checker
+from port_checker.connect import Verdict
 from tests.support.loopback import ports, refused_port
 
 SECONDS = 1.0
@@ -66,7 +67,7 @@ def checker_ports_per_second(ports: Sequence[int]) -> float:
         started = time.perf_counter()
         checked = 0
         while (elapsed := time.perf_counter() - started) < SECONDS:
-            verdicts = await checker.check(_TARGET, ports)
+            verdicts = await _check_once(checker, ports)
             assert all(verdict.accessible for verdict in verdicts.values())
             checked += len(ports)
         return checked / elapsed
@@ -123,10 +124,15 @@ def usage_before_and_after(open_ports: Sequence[int]) -> tuple[Usage, Usage]:
         return uvloop.run(before_and_after([*open_ports[:OPEN_EACH], *refused]))
 
 
+async def _check_once(checker: Checker, ports: Sequence[int]) -> dict[int, Verdict]:
+    with checker.reserve(len(ports)) as room:
+        return await checker.check(_TARGET, ports, room)
+
+
 async def _check(checker: Checker, ports: Sequence[int], checks: int) -> None:
     for _ in range(0, checks, AT_ONCE):
         async with asyncio.TaskGroup() as group:
-            under_check = [group.create_task(checker.check(_TARGET, ports)) for _ in range(AT_ONCE)]
+            under_check = [group.create_task(_check_once(checker, ports)) for _ in range(AT_ONCE)]
         for task in under_check:
             accessible = [verdict.accessible for verdict in task.result().values()]
             assert accessible == [True] * OPEN_EACH + [False] * REFUSED_EACH

@@ -141,7 +141,7 @@ class Checker:
                 together have at most half of the ports in flight.
 
         Returns:
-            To be entered, and handed to ``check``.
+            A context manager that gives the room back, to be entered before a check begins.
 
         Raises:
             CallerOverLimit: The caller or its network would have more than its share.
@@ -165,7 +165,7 @@ class Checker:
         return Reservation(self._in_flight, [holder for holder, *_ in shares], ports)
 
     async def check(
-        self, target: Address, ports: Sequence[int], reservation: Reservation | None = None
+        self, target: Address, ports: Sequence[int], room: Reservation
     ) -> dict[int, Verdict]:
         """Find out which of ``ports`` accept connections.
 
@@ -176,67 +176,59 @@ class Checker:
         Args:
             target: The address that the ports are on.
             ports: TCP ports, each at most once.
-            reservation: The room for them; without one, it is reserved for a caller unknown.
+            room: The room for them. Ports that succeed give theirs back before the check ends.
 
         Returns:
             A verdict for each port, in the order of ``ports``. If all attempts of a port failed,
             it is that of the last one which was answered, if any was.
 
         Raises:
-            NoRoom: There was no reservation, and no room; no attempt was made.
             CheckFailed: The checker itself is in trouble, so nothing is known about any port.
         """
         verdicts: dict[int, Verdict] = {}
         failed = list(ports)
-        with reservation or self.reserve(len(ports)) as in_flight:
-            for round_ in range(self._retries):
-                if round_:
-                    await self._sleep(self._retry_delay)
-                for port, verdict in (
-                    await attempt(target, failed, self._timeout, self._pacer)
-                ).items():
-                    # Routers answer some attempts and are silent at others, as they limit ICMP.
-                    if verdict is not TIMED_OUT or port not in verdicts:
-                        verdicts[port] = verdict
-                still_failed = [port for port in failed if not verdicts[port].accessible]
-                if not still_failed:
-                    break
-                in_flight.release(len(failed) - len(still_failed))
-                failed = still_failed
+        for round_ in range(self._retries):
+            if round_:
+                await self._sleep(self._retry_delay)
+            latest = await attempt(target, failed, self._timeout, self._pacer)
+            for port, verdict in latest.items():
+                # Routers answer some attempts and are silent at others, as they limit ICMP.
+                if verdict is not TIMED_OUT or port not in verdicts:
+                    verdicts[port] = verdict
+            still_failed = [port for port in failed if not verdicts[port].accessible]
+            if not still_failed:
+                break
+            room.release(len(failed) - len(still_failed))
+            failed = still_failed
         return {port: verdicts[port] for port in ports}
 
     async def check_tls(
-        self,
-        target: Address,
-        port: int,
-        expected: Sequence[Address | str],
-        reservation: Reservation | None = None,
+        self, target: Address, port: int, expected: Sequence[Address | str]
     ) -> TlsVerdict:
         """Find out whether a TLS endpoint has a certificate that is good for what is expected.
 
-        It takes the room and the time of a check of one port. A connection that fails, in the
-        handshake too, is tried again; what a certificate says is final.
+        It takes the time of a check of one port, for which there must be room. A connection that
+        fails, in the handshake too, is tried again; what a certificate says is final.
 
         Args:
             target: The address that the port is on.
             port: A TCP port.
             expected: Addresses and at most one DNS name, as for ``TlsClient.attempt``.
-            reservation: As for ``check``.
 
         Returns:
             The verdict; if all attempts failed, that of the last one which was answered, if any.
 
         Raises:
-            NoRoom: There was no reservation, and no room; no attempt was made.
             CheckFailed: The checker itself is in trouble, so nothing is known about the endpoint.
         """
-        with reservation or self.reserve(1):
-            verdict = await self._tls.attempt(target, port, expected, self._timeout, self._pacer)
-            for _ in range(1, self._retries):
-                if not verdict.try_again:
-                    break
+        verdict: TlsVerdict | None = None
+        for round_ in range(self._retries):
+            if round_:
                 await self._sleep(self._retry_delay)
-                next_ = await self._tls.attempt(target, port, expected, self._timeout, self._pacer)
-                if next_.error != TIMED_OUT.error:
-                    verdict = next_
+            latest = await self._tls.attempt(target, port, expected, self._timeout, self._pacer)
+            if not verdict or latest.error != TIMED_OUT.error:
+                verdict = latest
+            if not verdict.try_again:
+                break
+        assert verdict, "at least one attempt was made"  # noqa: S101  # for type checkers
         return verdict

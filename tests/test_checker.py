@@ -7,9 +7,9 @@ from contextlib import ExitStack, suppress
 
 import pytest
 
-from port_checker.addresses import parse_address
+from port_checker.addresses import Address, parse_address
 from port_checker.checker import Checker, NoRoom, Overloaded
-from port_checker.connect import OPEN, REFUSED, TIMED_OUT, CheckFailed
+from port_checker.connect import OPEN, REFUSED, TIMED_OUT, CheckFailed, Verdict
 from tests.support.loopback import open_listener, open_port, ports, refused_port, silent_port
 
 LOOPBACK = parse_address("127.0.0.1")
@@ -30,10 +30,15 @@ def make_checker(
     )
 
 
+async def check(checker: Checker, target: Address, ports: list[int]) -> dict[int, Verdict]:
+    with checker.reserve(len(ports)) as room:
+        return await checker.check(target, ports, room)
+
+
 def test_verdicts_come_in_the_order_asked() -> None:
     with open_port() as opened, refused_port() as refused, silent_port() as silent:
         asked = [silent, opened, refused]
-        verdicts = asyncio.run(make_checker(timeout=0.1).check(LOOPBACK, asked))
+        verdicts = asyncio.run(check(make_checker(timeout=0.1), LOOPBACK, asked))
     assert list(verdicts.items()) == [(silent, TIMED_OUT), (opened, OPEN), (refused, REFUSED)]
 
 
@@ -46,7 +51,7 @@ def test_a_port_that_opens_after_the_first_attempt_is_found() -> None:
             stack.enter_context(open_listener(port=port))
 
         checker = make_checker(retries=2, sleep=open_it)
-        assert asyncio.run(checker.check(LOOPBACK, [port])) == {port: OPEN}
+        assert asyncio.run(check(checker, LOOPBACK, [port])) == {port: OPEN}
 
 
 @pytest.mark.parametrize("retries", [1, 2, 4])
@@ -57,14 +62,14 @@ def test_a_failed_port_is_tried_that_often_with_the_delay_between(retries: int) 
         waits.append(seconds)
 
     with refused_port() as refused:
-        asyncio.run(make_checker(retries, sleep=sleep).check(LOOPBACK, [refused]))
+        asyncio.run(check(make_checker(retries, sleep=sleep), LOOPBACK, [refused]))
     assert waits == [7] * (retries - 1)
 
 
 def test_an_open_port_is_tried_once() -> None:
     with open_listener() as listener, refused_port() as refused:
         port = listener.getsockname()[1]
-        asyncio.run(make_checker(retries=3).check(LOOPBACK, [port, refused]))
+        asyncio.run(check(make_checker(retries=3), LOOPBACK, [port, refused]))
         listener.setblocking(False)
         listener.accept()[0].close()
         with pytest.raises(BlockingIOError):
@@ -76,16 +81,16 @@ def test_a_check_without_room_is_refused_at_once() -> None:
 
         async def run() -> None:
             checker = make_checker(max_in_flight=4)
-            check = asyncio.create_task(checker.check(LOOPBACK, silent))
+            running = asyncio.create_task(check(checker, LOOPBACK, silent))
             await asyncio.sleep(0)
             assert checker.in_flight == 3
             with pytest.raises(Overloaded, match="Too many checks are running") as refusal:
-                await checker.check(LOOPBACK, [1, 2])
+                checker.reserve(2)
             assert (refusal.value.asked, refusal.value.limit) == (2, 4)
             assert refusal.value.retry_after == 5
-            check.cancel()
+            running.cancel()
             with suppress(asyncio.CancelledError):
-                await check
+                await running
             assert checker.in_flight == 0
 
         asyncio.run(run())
@@ -146,7 +151,7 @@ def test_a_port_that_is_done_is_in_flight_no_more() -> None:
             in_flight.append(checker.in_flight)
 
         checker = make_checker(retries=2, timeout=0.05, sleep=sleep)
-        asyncio.run(checker.check(LOOPBACK, [opened, silent]))
+        asyncio.run(check(checker, LOOPBACK, [opened, silent]))
     assert in_flight == [1]
     assert checker.in_flight == 0
 
@@ -154,7 +159,7 @@ def test_a_port_that_is_done_is_in_flight_no_more() -> None:
 def test_the_checkers_own_failure_gives_its_room_back() -> None:
     checker = make_checker()
     with pytest.raises(CheckFailed):  # a broadcast address: connect() is not permitted
-        asyncio.run(checker.check(parse_address("127.255.255.255"), [80]))
+        asyncio.run(check(checker, parse_address("127.255.255.255"), [80]))
     assert checker.in_flight == 0
 
 
@@ -166,7 +171,7 @@ def test_nothing_grows_with_the_number_of_checks() -> None:
             checker = make_checker()
             before = len(os.listdir("/proc/self/fd"))
             for _ in range(300):
-                await checker.check(LOOPBACK, [opened, refused])
+                await check(checker, LOOPBACK, [opened, refused])
             assert len(os.listdir("/proc/self/fd")) == before
             assert asyncio.all_tasks() == {asyncio.current_task()}
             assert checker.in_flight == 0

@@ -1,23 +1,22 @@
 """The routes: each reads a request, passes it on, and builds the response."""
 
-import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from port_checker.addresses import Address, have_one_subscriber, site, subscriber
+from port_checker.api.admission import Admission
 from port_checker.api.caller import CallerResolver
 from port_checker.api.errors import NO_STORE, STATUS, ApiError
 from port_checker.api.limits import RateLimiter
 from port_checker.api.origin import require_same_origin
 from port_checker.api.records import CheckRecord
-from port_checker.api.targets import TargetRules, verify_local_binding
-from port_checker.checker import Checker, Reservation
+from port_checker.api.targets import TargetRules
+from port_checker.checker import Checker
 from port_checker.metrics import Metrics
 from port_checker.schemas import (
     CHECK_EXAMPLE,
@@ -37,13 +36,7 @@ from port_checker.settings import Settings
 
 MAX_BODY = 64 * 1024  # bytes
 
-# Seconds after which a check begins to watch whether its caller is still connected. Most checks of
-# open ports are over by then, and are spared the cost.
-_WATCH_AFTER = 0.05
-
 logger = logging.getLogger(__name__)
-
-_T = TypeVar("_T")
 
 
 class Api:
@@ -67,9 +60,9 @@ class Api:
     ) -> None:
         self._settings = settings
         self._callers = callers
-        self._targets = TargetRules(settings)
         self._limiter = limiter
         self._checker = checker
+        self._admission = Admission(TargetRules(settings), limiter, checker)
         self._metrics = metrics
 
     def add_routes(self, app: FastAPI) -> None:
@@ -144,13 +137,8 @@ class Api:
         asked = CheckPortsRequest.parse(await _read_body(request), self._settings.max_ports)
         target, ports = asked.provider_ip, asked.ports
         with CheckRecord(caller, target, len(ports), self._metrics) as record:
-            verdicts = await self._run(
-                request,
-                caller,
-                target,
-                len(ports),
-                lambda room: self._checker.check(target, ports, room),
-            )
+            async with self._admission.admit(request, caller, target, len(ports)) as room:
+                verdicts = await self._checker.check(target, ports, room)
             accessible = sum(verdict.accessible for verdict in verdicts.values())
             record.result = f"accessible={accessible}"
         self._metrics.count_ports(verdict.kind for verdict in verdicts.values())
@@ -174,39 +162,11 @@ class Api:
         asked = CheckTlsRequest.parse(await _read_body(request))
         target = asked.target
         with CheckRecord(caller, target, 1, self._metrics) as record:
-            verdict = await self._run(
-                request,
-                caller,
-                target,
-                1,
-                lambda room: self._checker.check_tls(target, asked.port, asked.expected, room),
-            )
+            async with self._admission.admit(request, caller, target, ports=1):
+                verdict = await self._checker.check_tls(target, asked.port, asked.expected)
             record.result = f'tls="{verdict.error or "valid"}"'
         self._metrics.count("tls_checks", verdict.kind.outcome)
         return _json_response(CheckTlsResponse.of(asked, verdict).model_dump_json())
-
-    async def _run(
-        self,
-        request: Request,
-        caller: Address | None,
-        target: Address,
-        ports: int,
-        check: Callable[[Reservation], Awaitable[_T]],
-    ) -> _T:
-        """Run a check within the rules, the limits and the room, unless its caller leaves."""
-        self._targets.require_allowed(caller, target)
-        if not request.client or request.client.host != str(target):
-            # Not needed for the peer: this connection proves that there is a route.
-            verify_local_binding(target)
-        # The room comes before the ports are paid for, so that refusals cost nothing.
-        with self._checker.reserve(
-            ports,
-            caller=caller and subscriber(caller),
-            network=caller and site(caller),
-            is_own=have_one_subscriber(caller, target),
-        ) as room:
-            await self._limiter.pay_ports(caller, target, ports)
-            return await _unless_caller_leaves(request, check(room))
 
     async def ip(self, request: Request) -> Response:
         """Return the address that your requests come from."""
@@ -305,41 +265,6 @@ class _PlainRoute(APIRoute):
             await response(scope, receive, send)
 
         self.app = app
-
-
-async def _unless_caller_leaves(request: Request, work: Awaitable[_T]) -> _T:
-    """Return the result of ``work``, or cancel it when the caller disconnects.
-
-    Args:
-        request: The caller's; its body must have been read.
-        work: Awaited in the request's own task, since a task more would slow down every check.
-
-    Raises:
-        ClientDisconnect: The caller disconnected first.
-    """
-    loop = asyncio.get_running_loop()
-    # asyncio's timeout cancels a block on our behalf, and tells that from the cancellation of the
-    # whole task by others, which it lets pass. This one expires when the caller disconnects.
-    connected = asyncio.timeout(None)
-    watches: list[asyncio.Task[None]] = []
-
-    async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        connected.reschedule(loop.time())
-
-    timer = loop.call_later(_WATCH_AFTER, lambda: watches.append(loop.create_task(watch())))
-    try:
-        async with connected:
-            return await work
-    except TimeoutError:
-        if connected.expired():
-            raise ClientDisconnect from None
-        raise
-    finally:
-        timer.cancel()
-        for task in watches:
-            task.cancel()
 
 
 async def _read_body(request: Request) -> bytes:
