@@ -33,7 +33,7 @@ SECONDS = 120.0
 MAX_SECONDS = 600.0
 
 HONEST = 20
-HONEST_EVERY = 3.0  # seconds; with 30 requests a minute for one caller, 2 would just do
+HONEST_EVERY = 3.0  # seconds
 HONEST_PORTS = range(50800, 50900)
 HOSTILE_CONNECTIONS = 8  # of each hostile caller, one request after the other
 HOSTILE_PAUSE = 0.1  # seconds between these

@@ -359,10 +359,12 @@ class ConnectionTracking:
     Attributes:
         max_entries: Connections that it can track; new ones are dropped when it is full.
         syn_sent_timeout: Seconds that it keeps a connection of which only the SYN was seen.
+        time_wait_timeout: Seconds that it keeps a connection that both ends have closed.
     """
 
     max_entries: int
     syn_sent_timeout: int
+    time_wait_timeout: int
 
 
 def connection_tracking() -> ConnectionTracking | None:
@@ -372,6 +374,7 @@ def connection_tracking() -> ConnectionTracking | None:
         return ConnectionTracking(
             int((directory / "nf_conntrack_max").read_text()),
             int((directory / "nf_conntrack_tcp_timeout_syn_sent").read_text()),
+            int((directory / "nf_conntrack_tcp_timeout_time_wait").read_text()),
         )
     except OSError:
         return None

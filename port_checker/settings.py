@@ -166,7 +166,7 @@ class Settings(BaseModel):
         parse_networks("127.0.0.1,::1"),
         "addresses or networks, such as 192.0.2.7,2001:db8::/64, or empty for none",
     )
-    caller_rate_limit: _RateOrOff = _rate_setting("PORT_CHECKER_RATE_LIMIT", 30)
+    caller_rate_limit: _RateOrOff = _rate_setting("PORT_CHECKER_RATE_LIMIT", 300)
     rate_limit_store: str = _setting(
         "PORT_CHECKER_RATE_LIMIT_STORE",
         IN_PROCESS,
@@ -227,6 +227,7 @@ class Settings(BaseModel):
         (),
         "networks, such as 198.51.100.0/24,2001:db8::/32, or empty for none",
     )
+    own_rate_limit: _RateOrOff = _rate_setting("PORT_CHECK_OWN_RATE_LIMIT", 20_000)
     others_rate_limit: _RateOrOff = _rate_setting("PORT_CHECK_OTHERS_RATE_LIMIT", 1000)
     target_rate_limit: _RateOrOff = _rate_setting("PORT_CHECK_TARGET_RATE_LIMIT", 2000)
 
@@ -262,7 +263,7 @@ class Settings(BaseModel):
         if self.max_in_flight_per_caller < least:
             self._require_unset("max_in_flight_per_caller", f"at least {least}")
             self.__dict__["max_in_flight_per_caller"] = least  # the model is frozen
-        for name in ("others_rate_limit", "target_rate_limit"):
+        for name in ("own_rate_limit", "others_rate_limit", "target_rate_limit"):
             rate = getattr(self, name)
             if rate and rate.count < least:
                 self._require_unset(name, f"off or at least {least}")

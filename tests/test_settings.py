@@ -28,7 +28,7 @@ DEFAULTS = {
         "trusted_proxies",
         (IPv4Network("127.0.0.1/32"), IPv6Network("::1/128")),
     ),
-    "PORT_CHECKER_RATE_LIMIT": ("caller_rate_limit", Rate(30, timedelta(minutes=1))),
+    "PORT_CHECKER_RATE_LIMIT": ("caller_rate_limit", Rate(300, timedelta(minutes=1))),
     "PORT_CHECKER_RATE_LIMIT_STORE": ("rate_limit_store", "memory://"),
     "PORT_CHECKER_METRICS": ("metrics", None),
     "PORT_CHECK_RETRIES": ("retries", 3),
@@ -40,6 +40,7 @@ DEFAULTS = {
     "PORT_CHECK_TARGETS": ("targets", "public"),
     "PORT_CHECK_ALLOWED_NETWORKS": ("allowed_networks", ()),
     "PORT_CHECK_DENIED_NETWORKS": ("denied_networks", ()),
+    "PORT_CHECK_OWN_RATE_LIMIT": ("own_rate_limit", Rate(20_000, timedelta(minutes=1))),
     "PORT_CHECK_OTHERS_RATE_LIMIT": ("others_rate_limit", Rate(1000, timedelta(minutes=1))),
     "PORT_CHECK_TARGET_RATE_LIMIT": ("target_rate_limit", Rate(2000, timedelta(minutes=1))),
 }
@@ -131,7 +132,7 @@ ALLOWED: dict[str, tuple[str, list[str]]] = {
         "addresses or networks, such as 192.0.2.7,2001:db8::/64, or empty for none",
         NO_NETWORKS,
     ),
-    "PORT_CHECKER_RATE_LIMIT": (RATE.format("30/minute"), BAD_RATES),
+    "PORT_CHECKER_RATE_LIMIT": (RATE.format("300/minute"), BAD_RATES),
     "PORT_CHECKER_RATE_LIMIT_STORE": (
         "memory://, or redis:// or rediss:// with [[user]:password@]host[:port][/db]",
         ["memory", "memory:", "MEMORY://", "redis", "redis:", "redis://"],
@@ -179,6 +180,7 @@ ALLOWED: dict[str, tuple[str, list[str]]] = {
         "networks, such as 198.51.100.0/24,2001:db8::/32, or empty for none",
         NO_NETWORKS,
     ),
+    "PORT_CHECK_OWN_RATE_LIMIT": (RATE.format("20000/minute"), BAD_RATES),
     "PORT_CHECK_OTHERS_RATE_LIMIT": (RATE.format("1000/minute"), BAD_RATES),
     "PORT_CHECK_TARGET_RATE_LIMIT": (RATE.format("2000/minute"), BAD_RATES),
 }
@@ -432,6 +434,7 @@ def test_defaults_follow_the_most_ports(monkeypatch: pytest.MonkeyPatch) -> None
     ("variable", "value", "allowed"),
     [
         ("PORT_CHECK_MAX_IN_FLIGHT_PER_CALLER", "1499", "at least 1500"),
+        ("PORT_CHECK_OWN_RATE_LIMIT", "1499/hour", "off or at least 1500"),
         ("PORT_CHECK_OTHERS_RATE_LIMIT", "1000/minute", "off or at least 1500"),
         ("PORT_CHECK_TARGET_RATE_LIMIT", "1499/second", "off or at least 1500"),
     ],

@@ -37,6 +37,7 @@ def create_app(
         settings.others_rate_limit,
         settings.target_rate_limit,
         settings.rate_limit_store,
+        own=settings.own_rate_limit,
     )
     app = _App(
         title="Golem Port Checker",

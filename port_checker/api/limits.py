@@ -48,6 +48,7 @@ class RateLimiter:
         targets: Ports that may be asked of one target by others than itself; an IPv6 target is
             its /64.
         store: ``memory://``, or the URL of the Redis that other processes share.
+        own: Ports that one caller may ask for on its own address.
         answer_timeout: Seconds that a payment waits for Redis before it is made in this process;
             None for the default.
         max_keys: How many keys the process remembers.
@@ -61,12 +62,15 @@ class RateLimiter:
         targets: Rate | None = None,
         store: str = IN_PROCESS,
         *,
+        own: Rate | None = None,
         answer_timeout: float | None = None,
         max_keys: int = MAX_KEYS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._requests = _limit("requests", requests)
         self._site_requests = _limit("requests", requests, _SITE_RATES)
+        self._own = _limit("own", own)
+        self._site_own = _limit("own", own, _SITE_RATES)
         self._others = _limit("others", others)
         self._site_others = _limit("others", others, _SITE_RATES)
         self._targets = _limit("targets", targets)
@@ -109,32 +113,32 @@ class RateLimiter:
         await self._pay(payment)
 
     async def pay_ports(self, caller: Address | None, target: Address, ports: int) -> None:
-        """Count ``ports`` that ``caller`` asks of ``target``, unless that is the caller itself.
+        """Count ``ports`` that ``caller`` asks of ``target``.
 
-        A caller that checks itself pays nothing: nobody is harmed by that, and strangers must not
-        be able to use up what it has left.
+        What a caller asks about itself has a limit of its own, and costs the target nothing:
+        strangers must not be able to use up what an owner has left.
 
         Raises:
             RateLimited: The caller, its /48 or the target has fewer left; nothing was counted.
         """
-        if have_one_subscriber(caller, target):
-            return
-        payment = _Payment()
-        payment.add(
-            self._others,
-            _key(caller),
-            ports,
-            "You ask for too many ports of others' addresses.",
+        is_own = have_one_subscriber(caller, target)
+        limit, site_limit, whose = (
+            (self._own, self._site_own, "your own address")
+            if is_own
+            else (self._others, self._site_others, "others' addresses")
         )
+        payment = _Payment()
+        payment.add(limit, _key(caller), ports, f"You ask for too many ports of {whose}.")
         if caller and (network := site(caller)):
             payment.add(
-                self._site_others,
+                site_limit,
                 network,
                 ports,
-                f"Your network {network} asks for too many ports of others' addresses.",
+                f"Your network {network} asks for too many ports of {whose}.",
             )
-        key = subscriber(target)
-        payment.add(self._targets, key, ports, f"Too many ports of {key} were asked for.")
+        if not is_own:
+            key = subscriber(target)
+            payment.add(self._targets, key, ports, f"Too many ports of {key} were asked for.")
         await self._pay(payment)
 
     async def _pay(self, payment: "_Payment") -> None:

@@ -23,7 +23,14 @@ from port_checker.server.connections import ConnectionLimits, LogRefusal
 from port_checker.server.logs import dropped_lines, log_uncaught, set_up_logging
 from port_checker.server.protocol import BoundedProtocol
 from port_checker.server.workers import BEAT, Supervisor, write_traceback_when_aborted
-from port_checker.settings import CLIENT_PATIENCE, Endpoint, Settings, unknown_names
+from port_checker.settings import (
+    CLIENT_PATIENCE,
+    IN_PROCESS,
+    Endpoint,
+    Rate,
+    Settings,
+    unknown_names,
+)
 
 # Connections waiting for accept(). The kernel caps it at net.core.somaxconn.
 _BACKLOG = 4096
@@ -372,29 +379,53 @@ def connection_tracking_advice(
 ) -> str | None:
     """Return what to do where checks can fill the firewall's table of connections.
 
-    A port that does not answer leaves an entry for each attempt, which stays long after the attempt
-    has ended. When the table is full the kernel drops every new connection, and ports that are open
-    would look closed.
+    A port that does not answer leaves an entry for each attempt, and a port that is open leaves one
+    for its closed connection (TIME_WAIT). Both stay long after the attempt has ended. When the
+    table is full the kernel drops every new connection, and ports that are open would look closed.
 
     Args:
         settings: The operator's settings.
         tracking: How connection tracking is set on this machine, if it is there.
 
     Returns:
-        The advice, or None if the table is large enough.
+        The advice, or None if the table holds what silent ports leave, and the open ports of one
+        caller that asks for all that it may.
     """
     if tracking is None:
         return None
     # One port in flight after the other, none of which answers.
     attempt = settings.longest_check / settings.retries
     kept = tracking.syn_sent_timeout + settings.timeout  # SYNs that are sent again prolong it
-    per_port = math.ceil(kept / attempt) * settings.workers
-    needed = settings.max_in_flight * per_port
-    if needed <= tracking.max_entries:
+    silent = settings.max_in_flight * math.ceil(kept / attempt) * settings.workers
+    open_ = math.ceil(_open_ports_within(settings, tracking.time_wait_timeout))
+    if silent + open_ <= tracking.max_entries:
         return None
     return (
         f"If this machine's firewall tracks connections, checks can fill its table of "
-        f"{tracking.max_entries} entries: set net.netfilter.nf_conntrack_max={needed} or more "
-        f"(sysctl), or PORT_CHECK_MAX_IN_FLIGHT={tracking.max_entries // per_port} or less, or "
-        "exempt the checks (notrack in docs/operating.md)"
+        f"{tracking.max_entries} entries: silent ports take up to {silent}, and open ports "
+        f"{open_} for each caller at its full rate. Set "
+        f"net.netfilter.nf_conntrack_max={silent + open_} or more (sysctl), lower "
+        "PORT_CHECK_MAX_IN_FLIGHT and PORT_CHECK_OWN_RATE_LIMIT, or exempt the checks (notrack in "
+        "docs/operating.md)"
     )
+
+
+def _open_ports_within(settings: Settings, seconds: float) -> float:
+    """Return how many ports one caller may have had checked in the last ``seconds``.
+
+    A limit lets its whole count through at once, and then as many again in each period.
+    """
+
+    def passed(rate: Rate) -> float:
+        return rate.count * (1 + seconds / rate.period.total_seconds())
+
+    by_requests = math.inf
+    if requests := settings.caller_rate_limit:
+        by_requests = passed(requests) * settings.max_ports
+    rates = settings.own_rate_limit, settings.others_rate_limit
+    by_ports = sum(passed(rate) if rate else math.inf for rate in rates)
+    most = min(by_requests, by_ports)
+    if math.isinf(most):
+        return 0  # without limits no table is large enough for certain
+    # Only a store that processes share makes them share the limits.
+    return most * (settings.workers if settings.rate_limit_store == IN_PROCESS else 1)

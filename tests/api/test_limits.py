@@ -114,6 +114,22 @@ def test_a_48_has_ten_times_the_rates_of_a_caller() -> None:
     assert asked == [True] * 10 + [False] * 2
 
 
+def test_a_callers_own_ports_have_a_limit_of_their_own() -> None:
+    limits = RateLimiter(own=Rate(100, HOUR), others=Rate(1, HOUR), targets=Rate(100, HOUR))
+    assert pays(limits, "203.0.113.7", "203.0.113.7", 70)
+    refused = refusal(limits.pay_ports(CALLER, CALLER, 40))
+    assert refused
+    assert str(refused) == "You ask for too many ports of your own address."
+    assert refused.retry_after == 360  # 10 ports, at 36 s each
+    assert pays(limits, "203.0.113.7", "203.0.113.7", 30)
+    assert pays(limits, "203.0.113.7", "203.0.113.8", 1)
+    for caller, target in (("198.51.100.1", "198.51.100.1"), (None, "203.0.113.7")):
+        assert pays(RateLimiter(own=Rate(1, HOUR)), caller, target, 1)
+    # An IPv6 /64 is one caller, and a /48 has ten times as much.
+    asked = [pays(limits, f"2001:db8:1:{n}::1", f"2001:db8:1:{n}::2", 100) for n in range(12)]
+    assert asked == [True] * 10 + [False] * 2
+
+
 def test_a_caller_pays_for_each_port_of_others_but_not_for_its_own() -> None:
     limits = RateLimiter(others=Rate(100, HOUR))
     for _ in range(10):

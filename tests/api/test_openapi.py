@@ -34,6 +34,7 @@ ROUTE_TO_NOBODY = [
 QUICK: dict[str, Any] = {
     "PORT_CHECKER_HOST": "::",
     "PORT_CHECKER_RATE_LIMIT": "off",
+    "PORT_CHECK_OWN_RATE_LIMIT": "off",
     "PORT_CHECK_OTHERS_RATE_LIMIT": "off",
     "PORT_CHECK_TARGET_RATE_LIMIT": "off",
     "PORT_CHECK_RETRIES": "1",

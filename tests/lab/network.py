@@ -245,8 +245,8 @@ class Lab:
 
         Its limits are off; the rest is the defaults, unless ``settings`` say otherwise.
         """
-        limits = ("CHECKER_RATE_LIMIT", "CHECK_OTHERS_RATE_LIMIT", "CHECK_TARGET_RATE_LIMIT")
-        limits_off = {f"PORT_{limit}": "off" for limit in limits}
+        limits = ("CHECKER", "CHECK_OWN", "CHECK_OTHERS", "CHECK_TARGET")
+        limits_off = {f"PORT_{limit}_RATE_LIMIT": "off" for limit in limits}
         inherited = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
         environment = inherited | limits_off | {"PORT_CHECKER_HOST": "::"} | settings
         with self.log.open("ab") as log:

@@ -18,6 +18,7 @@ from tests.support.waiting import wait_until
 
 NO_LIMITS: dict[str, Any] = {
     "PORT_CHECKER_RATE_LIMIT": "off",
+    "PORT_CHECK_OWN_RATE_LIMIT": "off",
     "PORT_CHECK_OTHERS_RATE_LIMIT": "off",
     "PORT_CHECK_TARGET_RATE_LIMIT": "off",
 }

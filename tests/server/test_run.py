@@ -7,8 +7,10 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -20,7 +22,7 @@ from port_checker.server.run import (
     listen,
     warn_of_small_shares,
 )
-from port_checker.settings import Settings
+from port_checker.settings import Rate, Settings
 from tests.support.loopback import free_port, full_backlog, open_listener, open_port
 from tests.support.namespace import ROOT
 from tests.support.service import ask, program
@@ -47,8 +49,15 @@ def test_every_way_to_start_it(command: list[str]) -> None:
         assert ask(client, opened).json()["success"] is True
 
 
+# What every machine's connection tracking can hold, so that there is no advice about it.
+TRACKABLE: dict[str, Any] = {
+    "PORT_CHECK_MAX_IN_FLIGHT": "2000",
+    "PORT_CHECK_OWN_RATE_LIMIT": "1000/minute",
+}
+
+
 def test_one_line_at_the_start_one_for_each_check_one_at_the_end() -> None:
-    with program() as running, open_port() as opened:
+    with program(**TRACKABLE) as running, open_port() as opened:
         with running.client() as client:
             ask(client, opened)
             client.get("/health")
@@ -58,7 +67,7 @@ def test_one_line_at_the_start_one_for_each_check_one_at_the_end() -> None:
     url = f"http://127.0.0.1:{running.port}"
     listening = f"Listening on 127.0.0.1:{running.port}, page at {url}/, docs at {url}/docs;"
     assert f" INFO port_checker.server.run: {listening}" in start
-    for effective in ("processes: 1, ports in flight in each: 10000", "30/minute requests per"):
+    for effective in ("processes: 1, ports in flight in each: 2000;", "300/minute requests per"):
         assert effective in start
     told = " INFO port_checker.api.records: check caller=127.0.0.1 target=127.0.0.1 ports=1 "
     assert told in check
@@ -153,8 +162,8 @@ def test_what_an_operator_should_look_at_is_a_warning() -> None:
         PORT_CHECK_TIMOUT="3",
         PORT_CHECK_RETRIES="4",
         PORT_CHECK_TIMEOUT="8",
-        PORT_CHECK_MAX_IN_FLIGHT="1000",  # which every machine can track
         PORT_CHECK_MAX_PORTS="500",
+        **TRACKABLE,
     ) as running:
         running.stop()
     warnings = [
@@ -170,20 +179,32 @@ def test_what_an_operator_should_look_at_is_a_warning() -> None:
     ]
 
 
+MINUTE = timedelta(minutes=1)
+NO_LIMITS = Settings(caller_rate_limit=None, own_rate_limit=None, max_in_flight=2849)
+
+
 @pytest.mark.parametrize(
     ("settings", "advised"),
     [
-        # 17 s for 3 attempts; an entry stays 120 s and the 5 s of its attempt: 22.1 at a time
-        (Settings(), "nf_conntrack_max=230000 or more (sysctl), or PORT_CHECK_MAX_IN_FLIGHT=2849 "),
-        (Settings(workers=4), "=920000 or more (sysctl), or PORT_CHECK_MAX_IN_FLIGHT=712 "),
-        (Settings(max_in_flight=2849), None),
-        (Settings(max_in_flight=2850), "nf_conntrack_max=65550 "),
-        (Settings(retries=1, timeout=30, max_in_flight=13107), None),
+        # Silent: 17 s for 3 attempts; an entry stays 120 s and the 5 s of its attempt: 22.1 at a
+        # time. Open: 60 s of a caller's rates, 21,000 ports, and twice that in the 120 s before.
+        (Settings(), ("silent ports take up to 230000, and open ports 63000 ", "_max=293000 or ")),
+        (Settings(workers=4), ("silent ports take up to 920000, and open ports 252000 ",)),
+        (Settings(max_in_flight=110), None),
+        (Settings(max_in_flight=111), ("nf_conntrack_max=65553 ",)),
+        (Settings(own_rate_limit=Rate(1000, MINUTE), max_in_flight=2588), None),
+        (Settings(own_rate_limit=Rate(1000, MINUTE), max_in_flight=2589), ("_max=65547 ",)),
+        (Settings(own_rate_limit=None, max_in_flight=1), ("open ports 900000 ",)),  # by requests
+        (NO_LIMITS, None),
     ],
 )
-def test_what_connection_tracking_must_hold(settings: Settings, advised: str | None) -> None:
-    advice = connection_tracking_advice(settings, ConnectionTracking(65536, 120))
-    assert (advised in advice) if advised and advice else (advice is advised)
+def test_what_connection_tracking_must_hold(
+    settings: Settings, advised: tuple[str, ...] | None
+) -> None:
+    advice = connection_tracking_advice(settings, ConnectionTracking(65536, 120, 120))
+    assert (advice is None) is (advised is None)
+    for words in advised or ():
+        assert words in (advice or "")
 
 
 def test_a_machine_without_connection_tracking_needs_no_advice() -> None:
