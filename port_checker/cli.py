@@ -20,6 +20,8 @@ from port_checker import __version__
 
 if TYPE_CHECKING:
     from port_checker.provider import Report
+    from port_checker.server.run import Service
+    from port_checker.settings import Settings
 
 # What a provider of the Golem network opens by default.
 _DEFAULT_PORTS = "50800-50899"
@@ -63,17 +65,35 @@ def serve() -> None:
     Exit status: 0 after a normal stop, 1 if it cannot start, 2 if a setting is wrong.
     """
     _raise_interrupts()
-    from port_checker.api.app import create_app
-    from port_checker.api.records import RefusalLog
-    from port_checker.server.run import serve as run_server
+    from port_checker.server.run import CannotStart
     from port_checker.settings import SettingsError, load_settings
 
     try:
-        settings = load_settings()
+        has_served = _service(load_settings()).run()
+    except CannotStart as error:
+        sys.stderr.write(f"port-checker: {error}\n")
+        raise typer.Exit(1) from None
     except SettingsError as error:
         sys.stderr.write(f"port-checker: {error}\n")
         raise typer.Exit(2) from None
-    raise typer.Exit(run_server(settings, create_app, RefusalLog().add))
+    raise typer.Exit(0 if has_served else 1)
+
+
+@app.command(hidden=True)
+def worker() -> None:
+    """Serve as one of the processes that "serve" starts."""
+    from port_checker.server.workers import receive_assignment
+
+    assignment = receive_assignment()
+    _service(assignment.settings).run_worker(assignment)
+
+
+def _service(settings: "Settings") -> "Service":
+    from port_checker.api.app import create_app
+    from port_checker.api.records import RefusalLog
+    from port_checker.server.run import Service
+
+    return Service(settings, create_app, RefusalLog().add)
 
 
 @app.command()

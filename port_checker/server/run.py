@@ -17,12 +17,19 @@ from uvicorn import Config
 
 from port_checker.checker import max_for_others
 from port_checker.linux import ConnectionTracking, connection_tracking, raise_descriptor_limit
-from port_checker.metrics import Metrics, Row, StatusLine, Totals
+from port_checker.metrics import Metrics, StatusLine, Totals
 from port_checker.server import systemd
 from port_checker.server.connections import ConnectionLimits, LogRefusal
 from port_checker.server.logs import dropped_lines, log_uncaught, set_up_logging
 from port_checker.server.protocol import BoundedProtocol
-from port_checker.server.workers import BEAT, Supervisor, write_traceback_when_aborted
+from port_checker.server.workers import (
+    BEAT,
+    Assignment,
+    Supervisor,
+    own_command,
+    shared_row,
+    write_traceback_when_aborted,
+)
 from port_checker.settings import (
     CLIENT_PATIENCE,
     IN_PROCESS,
@@ -60,109 +67,137 @@ MakeApp = Callable[[Settings, Metrics], ASGIApp]
 logger = logging.getLogger(__name__)
 
 
-def serve(settings: Settings, make_app: MakeApp, log_refusal: LogRefusal) -> int:
-    """Run the service until SIGTERM or SIGINT, then finish the checks in flight.
+class CannotStart(Exception):
+    """The service cannot start; the message is one line for the operator."""
+
+
+class Service:
+    """What the program serves, in one process or in several.
 
     Args:
         settings: The operator's settings.
         make_app: Makes the application.
         log_refusal: Logs what the application does not get to see.
-
-    Returns:
-        The program's exit status: 0, or 1 if it could not start.
     """
-    set_up_logging(debug=settings.debug)
-    sys.excepthook = log_uncaught
-    write_traceback_when_aborted()
-    _warn_of_unknown_names()
-    settings = fit_descriptor_limit(settings, raise_descriptor_limit())
-    warn_of_small_shares(settings)
-    passed = systemd.passed_sockets()
-    try:
-        listeners = passed or [listen(settings.host, settings.port)]
-    except OSError as error:
-        address = f"{settings.host} port {settings.port}"
-        sys.stderr.write(f"port-checker: cannot listen on {address}: {error.strerror}\n")
-        return 1
-    serve_in_process = functools.partial(
-        _serve_in_process, settings, make_app, log_refusal, listeners, bool(passed)
-    )
-    totals = Totals()
-    if settings.metrics:
-        from port_checker.server.prometheus import expose
 
-        try:
-            expose(totals, settings.metrics.host, settings.metrics.port)
-        except OSError as error:
-            sys.stderr.write(
-                f"port-checker: cannot serve metrics on {settings.metrics}: {error.strerror}\n"
-            )
-            return 1
-    _log_start(settings, listeners[0])
-    heartbeat = systemd.Heartbeat(StatusLine(totals).text)
-    if settings.workers == 1:
-        metrics = Metrics()
-        totals.add(metrics.row)
-        serve_in_process(metrics, heartbeat.beat, heartbeat.stop)
-    else:
-        supervisor = Supervisor(
-            settings.workers,
-            functools.partial(_serve_in_worker, settings, serve_in_process),
-            totals,
-            stop_patience=_stop_patience(settings) + 5,
-            on_beat=heartbeat.beat,
-            on_stop=heartbeat.stop,
-        )
-        if not supervisor.run():
+    def __init__(self, settings: Settings, make_app: MakeApp, log_refusal: LogRefusal) -> None:
+        self._settings = settings
+        self._make_app = make_app
+        self._log_refusal = log_refusal
+        set_up_logging(debug=settings.debug)
+        sys.excepthook = log_uncaught
+        write_traceback_when_aborted()
+
+    def run(self) -> bool:
+        """Serve until SIGTERM or SIGINT, then finish the checks in flight.
+
+        Returns:
+            Whether it did serve; False if no worker could start.
+
+        Raises:
+            CannotStart: It cannot listen, or there is no memory that it could share with workers.
+        """
+        _warn_of_unknown_names()
+        self._settings = fit_descriptor_limit(self._settings, raise_descriptor_limit())
+        warn_of_small_shares(self._settings)
+        passed = systemd.passed_sockets()
+        listeners, listeners_stay = passed or [self._listen()], bool(passed)
+        totals = Totals()
+        self._expose(totals)
+        _log_start(self._settings, listeners[0])
+        heartbeat = systemd.Heartbeat(StatusLine(totals).text)
+        if self._settings.workers == 1:
+            metrics = Metrics()
+            totals.add(metrics.row)
+            self._serve(metrics, listeners, heartbeat, listeners_stay=listeners_stay)
+        elif not self._supervise(totals, listeners, heartbeat, listeners_stay=listeners_stay):
             logger.critical("No worker could start; see the lines above for why")
-            return 1
-    logger.info("Stopped")
-    return 0
+            return False
+        logger.info("Stopped")
+        return True
 
+    def run_worker(self, assignment: Assignment) -> None:
+        """Serve as one of several processes, until SIGTERM."""
+        metrics = Metrics(shared_row(assignment.memory, assignment.slot))
+        listeners = [socket.socket(fileno=descriptor) for descriptor in assignment.listeners]
+        heartbeat = systemd.Heartbeat()
+        self._serve(metrics, listeners, heartbeat, listeners_stay=assignment.listeners_stay)
 
-def _serve_in_worker(
-    settings: Settings,
-    serve_in_process: Callable[[Metrics, Callable[[], None]], None],
-    beat: Callable[[], None],
-    row: Row,
-) -> None:
-    set_up_logging(debug=settings.debug)
-    serve_in_process(Metrics(row), beat)
+    def _listen(self) -> socket.socket:
+        host, port = self._settings.host, self._settings.port
+        try:
+            return listen(host, port)
+        except OSError as error:
+            raise CannotStart(f"cannot listen on {host} port {port}: {error.strerror}") from None
 
+    def _expose(self, totals: Totals) -> None:
+        endpoint = self._settings.metrics
+        if endpoint:
+            from port_checker.server.prometheus import expose
 
-def _serve_in_process(
-    settings: Settings,
-    make_app: MakeApp,
-    log_refusal: LogRefusal,
-    listeners: Sequence[socket.socket],
-    listeners_stay: bool,
-    metrics: Metrics,
-    on_beat: Callable[[], None],
-    on_stop: Callable[[], None] = lambda: None,
-) -> None:
-    most = max_connections(settings)
-    limits = ConnectionLimits(
-        most,
-        trusted_proxies=settings.trusted_proxies,
-        metrics=metrics,
-        log_refusal=log_refusal,
-    )
+            try:
+                expose(totals, endpoint.host, endpoint.port)
+            except OSError as error:
+                raise CannotStart(f"cannot serve metrics on {endpoint}: {error.strerror}") from None
 
-    def beat() -> None:
-        metrics.sample()
-        on_beat()
+    def _supervise(
+        self,
+        totals: Totals,
+        listeners: Sequence[socket.socket],
+        heartbeat: systemd.Heartbeat,
+        *,
+        listeners_stay: bool,
+    ) -> bool:
+        try:
+            supervisor = Supervisor(
+                own_command("worker"),
+                self._settings,
+                listeners,
+                totals,
+                listeners_stay=listeners_stay,
+                stop_patience=_stop_patience(self._settings) + 5,
+                on_beat=heartbeat.beat,
+                on_stop=heartbeat.stop,
+            )
+        except OSError as error:
+            raise CannotStart(f"cannot share memory: {error.strerror}") from None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, supervisor.stop)
+        return supervisor.run()
 
-    config = server_config(settings, functools.partial(make_app, settings, metrics), limits)
-    server = Server(config, beat, on_stop, listeners_stay=listeners_stay)
-    metrics.watch("connections", lambda: len(server.server_state.connections))
-    metrics.watch("connections_limit", lambda: most)
-    metrics.watch("event_loop_lag_seconds", lambda: server.lag)
-    metrics.watch("log_lines_dropped", dropped_lines)
-    # After its shutdown uvicorn restores these handlers and raises the signal that it received
-    # again: the default one would end the process before it returns an exit status.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, server.handle_exit)
-    server.run(sockets=list(listeners))
+    def _serve(
+        self,
+        metrics: Metrics,
+        listeners: Sequence[socket.socket],
+        heartbeat: systemd.Heartbeat,
+        *,
+        listeners_stay: bool,
+    ) -> None:
+        """Serve in this process."""
+        most = max_connections(self._settings)
+        limits = ConnectionLimits(
+            most,
+            trusted_proxies=self._settings.trusted_proxies,
+            metrics=metrics,
+            log_refusal=self._log_refusal,
+        )
+
+        def beat() -> None:
+            metrics.sample()
+            heartbeat.beat()
+
+        make_app = functools.partial(self._make_app, self._settings, metrics)
+        config = server_config(self._settings, make_app, limits)
+        server = Server(config, beat, heartbeat.stop, listeners_stay=listeners_stay)
+        metrics.watch("connections", lambda: len(server.server_state.connections))
+        metrics.watch("connections_limit", lambda: most)
+        metrics.watch("event_loop_lag_seconds", lambda: server.lag)
+        metrics.watch("log_lines_dropped", dropped_lines)
+        # After its shutdown uvicorn restores these handlers and raises the signal that it received
+        # again: the default one would end the process before it returns an exit status.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, server.handle_exit)
+        server.run(sockets=list(listeners))
 
 
 class Server(uvicorn.Server):
@@ -278,8 +313,6 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError:
         listener.close()
         raise
-    # For the worker processes.
-    listener.set_inheritable(True)
     return listener
 
 

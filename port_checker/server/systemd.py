@@ -28,13 +28,13 @@ def notify(*assignments: str) -> None:
 
 
 class Heartbeat:
-    """What systemd is told while the service runs.
+    """What a service manager is told while the service runs: systemd, or the parent of workers.
 
     Args:
-        status: Makes a line about what the service does.
+        status: Makes a line about what the service does, if anybody reads it.
     """
 
-    def __init__(self, status: Callable[[], str]) -> None:
+    def __init__(self, status: Callable[[], str] | None = None) -> None:
         self._status = status
         self._beats = 0
 
@@ -42,7 +42,7 @@ class Heartbeat:
         """Tell that the service is ready and alive; and how it is, now and then."""
         # Each says that it is ready, in case one gets lost: systemd ignores what it knows.
         assignments = ["READY=1", "WATCHDOG=1"]
-        if self._beats % _BEATS_OF_STATUS == 0:
+        if self._status and self._beats % _BEATS_OF_STATUS == 0:
             assignments.append(f"STATUS={self._status()}")
         self._beats += 1
         notify(*assignments)

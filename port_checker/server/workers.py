@@ -1,28 +1,32 @@
 """Worker processes: started, watched and replaced by their parent.
 
-uvicorn's own supervisor kills workers that take more than 5 seconds to import and start, which on a
-small share of a processor is all of them; its health check is answered by a thread, also when the
-event loop is stuck; it replaces workers without a line in the log; and its workers outlive it.
+A worker is this program again, with a hidden command. It inherits the listening sockets, and tells
+its parent that it is ready and alive as it would tell systemd (sd_notify(3)).
+
+uvicorn's own supervisor asks a thread of the worker for a sign of life, which answers also when the
+event loop is stuck; and its workers outlive it.
 """
 
+import contextlib
 import faulthandler
 import logging
 import mmap
-import multiprocessing
 import os
+import pickle
+import selectors
 import signal
 import socket
+import struct
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from multiprocessing import resource_tracker
-from multiprocessing.connection import wait
-from multiprocessing.reduction import DupFd
-from typing import Any, Self
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, NamedTuple
 
 from port_checker.linux import end_with_parent
 from port_checker.metrics import ROW_SIZE, Row, Totals
-from port_checker.server.logs import log_uncaught
+from port_checker.settings import Settings
 
 # Seconds between two looks at the workers, and between two signs of life of a worker.
 BEAT = 1.0
@@ -42,51 +46,103 @@ _MAX_PAUSE = 30.0
 # Failed starts in a row after which the program gives up, if no worker is serving.
 _START_ATTEMPTS = 3
 
-# What a worker does, in its own process, until it is told to stop: SIGTERM. It calls the function
-# that it is given when it is ready, and about every BEAT seconds from then on; and it counts in the
-# row that it is given.
-Work = Callable[[Callable[[], None], Row], None]
+# Notices that are read at one look at the workers, and bytes of each: anybody may send some.
+_MAX_NOTICES, _MAX_NOTICE = 1000, 4096
 
-# Forked workers would share the parent's threads' locks, and its event loop's state.
-_SPAWN = multiprocessing.get_context("spawn")
+# The process, user and group of a datagram's sender: struct ucred, unix(7).
+_CREDENTIALS = struct.Struct("=iII")
 
 logger = logging.getLogger(__name__)
 
 
+class Assignment(NamedTuple):
+    """What a worker finds on its stdin.
+
+    Attributes:
+        settings: The operator's settings.
+        parent: The process id of its parent.
+        listeners: Descriptors of the listening sockets.
+        listeners_stay: Whether these stay open for the next process when this service stops.
+        memory: The descriptor of the memory that it shares with its parent.
+        slot: Which row of that memory is its own.
+    """
+
+    settings: Settings
+    parent: int
+    listeners: Sequence[int]
+    listeners_stay: bool
+    memory: int
+    slot: int
+
+
+def receive_assignment() -> Assignment:
+    """Return what this worker is to do; from here on it ends with its parent."""
+    assignment: Assignment = pickle.load(sys.stdin.buffer)  # noqa: S301  # from our parent
+    end_with_parent(assignment.parent)
+    return assignment
+
+
+def own_command(*words: str) -> list[str]:
+    """Return the command that starts this program again, with other words.
+
+    It starts as it was started: as a script or a module, and with the interpreter's options.
+    """
+    start = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv[1:])]
+    return [sys.executable, *start, *words]
+
+
 class Supervisor:
-    """Keeps worker processes running until SIGTERM or SIGINT.
+    """Keeps worker processes running until it is told to stop.
 
     Args:
-        count: How many.
-        work: What each does; it must be picklable.
+        command: Starts a worker.
+        settings: The operator's settings.
+        listeners: The sockets that workers accept connections from.
         totals: Adds up what the workers count.
+        listeners_stay: Whether the sockets stay open for the next process when this service stops.
         stop_patience: Seconds that workers have for finishing what they do.
         on_beat: Called at each look at the workers, from when all of them have come up.
         on_stop: Called before the workers are stopped.
         patience: Seconds without a sign of life after which a worker is replaced.
+
+    Raises:
+        OSError: There is no memory to be had that processes share.
     """
 
     def __init__(
         self,
-        count: int,
-        work: Work,
+        command: Sequence[str],
+        settings: Settings,
+        listeners: Sequence[socket.socket],
         totals: Totals,
         *,
+        listeners_stay: bool,
         stop_patience: float,
         on_beat: Callable[[], None] = lambda: None,
         on_stop: Callable[[], None] = lambda: None,
         patience: float = _PATIENCE,
     ) -> None:
-        self._count = count
-        self._work = work
+        self._command = command
+        self._settings = settings
+        self._listeners = listeners
         self._totals = totals
+        self._listeners_stay = listeners_stay
         self._stop_patience = stop_patience
         self._on_beat = on_beat
         self._on_stop = on_stop
         self._patience = patience
+        self._memory = _anonymous_file()
+        # Not only a size: writing to memory that is not there would be fatal.
+        os.posix_fallocate(self._memory.fileno(), 0, settings.workers * ROW_SIZE * _NUMBER)
+        self._notices = _Notices()
         self._workers: list[_Worker] = []
         self._failed_starts = 0  # in a row
         self._pause = 0.0  # seconds until workers are started again
+        self._is_stopping = False
+
+    def stop(self, *_: object) -> None:
+        """Have ``run`` stop the workers and return; it may be a signal's handler."""
+        self._is_stopping = True
 
     def run(self) -> bool:
         """Start the workers, watch them, stop them.
@@ -94,17 +150,13 @@ class Supervisor:
         Returns:
             Whether they did serve; False if none could be started.
         """
-        stop, wake = socket.socketpair()
-        with stop, wake:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: wake.send(b"."))
-            before = time.monotonic()
-            is_complete = False
-            while not self._has_given_up():
+        before = time.monotonic()
+        is_complete = False
+        with self._memory, self._notices, _waiting_for(self._notices) as wait:
+            while not self._is_stopping and not self._has_given_up():
                 self._start_missing()
-                sentinels = [worker.process.sentinel for worker in self._workers]
-                if stop in wait([stop, *sentinels], BEAT):
-                    break
+                wait(BEAT)
+                self._receive_notices()
                 # What stops this process as well (SIGSTOP, a frozen container) is no worker's
                 # fault: one look counts for little, however long ago the last one was.
                 elapsed = min(time.monotonic() - before, 2 * BEAT)
@@ -112,14 +164,12 @@ class Supervisor:
                 self._pause -= elapsed
                 self._workers = [worker for worker in self._workers if self._look(worker, elapsed)]
                 ready = sum(worker.is_ready for worker in self._workers)
-                is_complete = is_complete or ready == self._count
+                is_complete = is_complete or ready == self._settings.workers
                 if is_complete:
                     self._on_beat()
             has_served = not self._has_given_up()
             self._on_stop()
-            self._stop()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_IGN)  # the end is near, and nobody reads ``stop``
+            self._stop_workers()
         return has_served
 
     def _has_given_up(self) -> bool:
@@ -128,44 +178,84 @@ class Supervisor:
         )
 
     def _start_missing(self) -> None:
-        while len(self._workers) < self._count and self._pause <= 0:
-            worker = _Worker(self._work)
-            self._workers.append(worker)
-            self._totals.add(worker.row, worker.process.pid)
-            logger.debug("Worker %d started", worker.process.pid)
+        while len(self._workers) < self._settings.workers and self._pause <= 0:
+            try:
+                worker = self._start()
+            except OSError as error:  # out of processes, descriptors or memory
+                logger.error("No worker can be started: %s", error.strerror)
+                self._count_failed_start()
+            else:
+                self._workers.append(worker)
+                self._totals.add(worker.row, worker.process.pid)
+                logger.debug("Worker %d started", worker.process.pid)
+
+    def _start(self) -> "_Worker":
+        memory = self._memory.fileno()
+        slot = min({*range(self._settings.workers)} - {worker.slot for worker in self._workers})
+        row = shared_row(memory, slot)
+        for figure in range(ROW_SIZE):
+            row[figure] = 0.0
+        listeners = [listener.fileno() for listener in self._listeners]
+        assignment = Assignment(
+            self._settings, os.getpid(), listeners, self._listeners_stay, memory, slot
+        )
+        with _anonymous_file() as stdin:  # a pipe that nobody reads yet takes no more than 64 KiB
+            pickle.dump(assignment, stdin)
+            stdin.seek(0)
+            process = subprocess.Popen(  # noqa: S603  # our own command
+                self._command,
+                stdin=stdin,
+                pass_fds=(memory, *listeners),
+                env={**os.environ, "NOTIFY_SOCKET": self._notices.address},
+                process_group=0,  # Ctrl-C in a terminal is for the parent, which stops its workers
+            )
+        return _Worker(process, slot, row)
+
+    def _count_failed_start(self) -> None:
+        self._failed_starts += 1
+        self._pause = min(2.0**self._failed_starts, _MAX_PAUSE)
+
+    def _receive_notices(self) -> None:
+        workers = {worker.process.pid: worker for worker in self._workers}
+        for sender, assignments in self._notices.receive():
+            if worker := workers.get(sender):
+                worker.silence = 0.0
+                if "READY=1" in assignments and not worker.is_ready:
+                    worker.is_ready = True
+                    self._failed_starts = 0
 
     def _look(self, worker: "_Worker", elapsed: float) -> bool:
         """Look after a worker; return whether it lives."""
-        has_been_ready = worker.is_ready
-        worker.look(elapsed)
-        if worker.is_ready and not has_been_ready:
-            self._failed_starts = 0
-        if not worker.process.is_alive():
+        process = worker.process
+        if process.poll() is not None:
             self._totals.end(worker.row)
             if worker.is_ready:
-                logger.error("Worker %d %s; replacing it", worker.process.pid, worker.ending())
+                logger.error("Worker %d %s; replacing it", process.pid, worker.ending())
             else:
-                self._failed_starts += 1
-                self._pause = min(2.0**self._failed_starts, _MAX_PAUSE)
-                logger.error("Worker %d %s while starting", worker.process.pid, worker.ending())
+                self._count_failed_start()
+                logger.error("Worker %d %s while starting", process.pid, worker.ending())
             return False
+        worker.silence += elapsed
         patience = self._patience if worker.is_ready else _START_PATIENCE
         if worker.silence > patience + _TRACEBACK_PATIENCE:
-            worker.process.kill()
+            process.kill()
         elif worker.silence > patience and not worker.is_aborted:
-            logger.error("Worker %d does not respond; ending it", worker.process.pid)
-            worker.abort()
+            logger.error("Worker %d does not respond; ending it", process.pid)
+            worker.is_aborted = True
+            process.send_signal(signal.SIGABRT)
         return True
 
-    def _stop(self) -> None:
+    def _stop_workers(self) -> None:
         for worker in self._workers:
             worker.process.terminate()
         deadline = time.monotonic() + self._stop_patience
         for worker in self._workers:
-            worker.process.join(max(0.0, deadline - time.monotonic()))
-            if worker.process.is_alive():
+            try:
+                worker.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
                 logger.error("Worker %d does not stop; killing it", worker.process.pid)
                 worker.process.kill()
+                worker.process.wait()
 
 
 class _Worker:
@@ -173,48 +263,24 @@ class _Worker:
 
     Attributes:
         process: It.
+        slot: Where its row is in the shared memory.
         row: What it counts.
         silence: Seconds since its start, or its last sign of life.
-        is_aborted: Whether it was told to write its traceback and end.
+        is_ready: Whether it has come up.
+        is_aborted: Whether it was sent a signal to write its traceback and end.
     """
 
-    def __init__(self, work: Work) -> None:
-        shared = _SharedNumbers.create(1 + ROW_SIZE)
-        self._beats, self.row = shared.numbers[:1], shared.numbers[1:]
-        self._beats_seen = 0.0
-        self.process = _SPAWN.Process(target=_run, args=(work, shared, os.getpid()), daemon=True)
-        # Ctrl-C in a terminal is for all processes of the program, and the parent passes it on.
-        # Workers inherit what is blocked; one that is just starting would end with a traceback.
-        resource_tracker.ensure_running()  # or the first start() would, which unblocks it (3.11)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        shared.close_descriptor()
+    def __init__(self, process: "subprocess.Popen[bytes]", slot: int, row: Row) -> None:
+        self.process = process
+        self.slot = slot
+        self.row = row
         self.silence = 0.0
+        self.is_ready = False
         self.is_aborted = False
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether it has come up."""
-        return self._beats_seen > 0
-
-    def look(self, elapsed: float) -> None:
-        """See whether it gave a sign of life in the last ``elapsed`` seconds."""
-        beats = self._beats[0]
-        self.silence = 0.0 if beats != self._beats_seen else self.silence + elapsed
-        self._beats_seen = beats
-
-    def abort(self) -> None:
-        """Have it write its traceback and end."""
-        self.is_aborted = True
-        if self.process.pid:
-            os.kill(self.process.pid, signal.SIGABRT)
 
     def ending(self) -> str:
         """Say how it ended."""
-        code = self.process.exitcode or 0
+        code = self.process.returncode
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
 
 
@@ -227,46 +293,82 @@ def write_traceback_when_aborted() -> None:
         faulthandler.enable()
 
 
-class _SharedNumbers:
-    """Memory that is passed to a worker: a memfd, since a sandbox may have no folder to write to.
+# Memory that processes share
+
+_NUMBER = 8  # bytes of a float, which is read and written as a whole
+
+
+def shared_row(descriptor: int, slot: int) -> Row:
+    """Return the numbers of one worker in the memory that all share."""
+    numbers = memoryview(mmap.mmap(descriptor, 0)).cast("d")
+    return numbers[slot * ROW_SIZE : (slot + 1) * ROW_SIZE]
+
+
+def _anonymous_file() -> IO[bytes]:
+    """Return a new file without a name: in memory, or else in the folder of temporary files.
+
+    Raises:
+        OSError: There is neither.
+    """
+    with contextlib.suppress(OSError):  # forbidden by a system call filter, say
+        return os.fdopen(os.memfd_create("worker"), "w+b")
+    return tempfile.TemporaryFile()
+
+
+# Notices, as service managers receive them
+
+
+class _Notices:
+    """The socket on which workers say how they are.
 
     Attributes:
-        numbers: Its content: floats, which are read and written as a whole.
+        address: As ``NOTIFY_SOCKET`` has it.
     """
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self.numbers = memoryview(mmap.mmap(descriptor, 0)).cast("d")
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self._socket.bind("")  # to a name that the kernel chooses, in no folder
+        self.address = "@" + self._socket.getsockname()[1:].decode()
 
-    @classmethod
-    def create(cls, count: int) -> Self:
-        """Make room for so many numbers, all of which are 0."""
-        descriptor = os.memfd_create("worker")
-        os.ftruncate(descriptor, 8 * count)
-        return cls(descriptor)
+    def __enter__(self) -> None: ...
 
-    def close_descriptor(self) -> None:
-        """Close the descriptor; the numbers stay."""
-        os.close(self._descriptor)
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
 
-    def __reduce__(self) -> tuple[Callable[[Any], "_SharedNumbers"], tuple[Any]]:
-        """Have the worker inherit the descriptor."""
-        return _attach, (DupFd(self._descriptor),)
+    def fileno(self) -> int:
+        """Return its descriptor."""
+        return self._socket.fileno()
+
+    def receive(self) -> Iterator[tuple[int, list[str]]]:
+        """Take what has arrived: the sender's process id, which the kernel tells, and the lines."""
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(_MAX_NOTICES):
+                data, ancillary, _, _ = self._socket.recvmsg(
+                    _MAX_NOTICE, socket.CMSG_SPACE(_CREDENTIALS.size)
+                )
+                for _, _, credentials in ancillary:
+                    yield _CREDENTIALS.unpack(credentials)[0], data.decode(errors="replace").split()
 
 
-def _attach(inherited: Any) -> _SharedNumbers:
-    return _SharedNumbers(inherited.detach())
+@contextlib.contextmanager
+def _waiting_for(notices: _Notices) -> Iterator[Callable[[float], None]]:
+    """Yield a function that waits for a notice or a signal, for so many seconds at most."""
+    reader, writer = socket.socketpair()
+    with reader, writer, selectors.DefaultSelector() as selector:
+        for end in reader, writer:
+            end.setblocking(False)
+        for source in reader, notices:
+            selector.register(source, selectors.EVENT_READ)
 
+        def wait(seconds: float) -> None:
+            selector.select(seconds)
+            with contextlib.suppress(BlockingIOError):
+                reader.recv(4096)
 
-def _run(work: Work, shared: _SharedNumbers, parent: int) -> None:
-    end_with_parent(parent)
-    write_traceback_when_aborted()
-
-    def beat() -> None:
-        shared.numbers[0] += 1
-
-    try:
-        work(beat, shared.numbers[1:])
-    except Exception as error:  # multiprocessing would write its traceback to stderr
-        log_uncaught(type(error), error)
-        sys.exit(1)
+        # However many signals arrive, none waits for room.
+        before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        try:
+            yield wait
+        finally:
+            signal.set_wakeup_fd(before)

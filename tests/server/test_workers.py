@@ -1,20 +1,17 @@
 """Worker processes: as the program runs them, and how their parent watches them."""
 
-import functools
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from port_checker.metrics import Row, Totals
-from port_checker.server.workers import Supervisor
 from tests.support.loopback import open_port
 from tests.support.namespace import ROOT
 from tests.support.service import Program, ask, program
@@ -35,7 +32,7 @@ def lines_with(running: Program, text: str) -> list[str]:
 @contextmanager
 def at_the_start_of_workers(code: str, directory: Path) -> Iterator[str]:
     """Have each worker run some code before anything else; yields the PYTHONPATH for that."""
-    condition = 'import sys\nif "--multiprocessing-fork" in sys.orig_argv:\n    '
+    condition = 'import sys\nif sys.orig_argv[-1] == "worker":\n    '
     (directory / "sitecustomize.py").write_text(condition + code)
     yield str(directory)
 
@@ -86,8 +83,8 @@ def test_a_slow_start_is_waited_for(tmp_path: Path) -> None:
         assert running.workers() == workers
 
 
-def test_workers_leave_ctrl_c_to_their_parent(tmp_path: Path) -> None:
-    """A terminal sends it to all processes of the program, also while they start."""
+def test_ctrl_c_is_for_the_parent_of_workers(tmp_path: Path) -> None:
+    """A terminal sends it to all processes of the program's group, also while they start."""
     go = tmp_path / "go"
     wait = (
         f"import os, time\n    os.mkdir(f'{tmp_path}/{{os.getpid()}}')\n"
@@ -101,14 +98,25 @@ def test_workers_leave_ctrl_c_to_their_parent(tmp_path: Path) -> None:
             lambda: sum((tmp_path / str(pid)).exists() for pid in running.workers()) == 2,
             "two workers",
         )
-        workers = running.workers()
-        for worker in workers:
-            os.kill(worker, signal.SIGINT)
-        go.touch()
-        wait_until(running.answers, "the program to answer")
-        assert running.workers() == workers
-        assert running.stop(signal.SIGINT) == 0
+        os.killpg(running.process.pid, signal.SIGINT)
+        assert running.wait() == 0
     assert all(line.startswith("20") for line in running.lines), running.lines
+    assert running.lines[-1].endswith(": Stopped\n")
+
+
+def test_workers_share_a_file_where_memory_without_a_name_is_refused() -> None:
+    with program(refused_calls=["memfd_create"], PORT_CHECKER_WORKERS="2") as running:
+        assert len(running.workers()) == 2
+        assert running.stop() == 0
+
+
+def test_no_memory_to_share_is_one_line() -> None:
+    with program(
+        ready=False, refused_calls=["memfd_create", "fallocate"], PORT_CHECKER_WORKERS="2"
+    ) as running:
+        assert running.wait() == 1
+    assert "port-checker: cannot share memory: Operation not permitted\n" in running.lines
+    assert "Traceback" not in "".join(running.lines)
 
 
 def test_workers_that_cannot_start_end_the_program(tmp_path: Path) -> None:
@@ -122,42 +130,11 @@ def test_workers_that_cannot_start_end_the_program(tmp_path: Path) -> None:
     assert running.lines[-1].endswith(": No worker could start; see the lines above for why\n")
 
 
-def hang(beat: Callable[[], None]) -> None:
-    """A worker whose event loop is stuck."""
-    beat()
-    time.sleep(3600)
-
-
-def stop(beat: Callable[[], None]) -> None:
-    """A worker that is stopped."""
-    beat()
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def work_in_the_end(
-    fail: Callable[[Callable[[], None]], None], marker: Path, beat: Callable[[], None], _: Row
-) -> None:
-    """Fail in the first worker; work in the next."""
-    try:
-        marker.mkdir()
-    except FileExistsError:
-        while True:
-            beat()
-            time.sleep(0.05)
-    fail(beat)
-
-
-def supervise(failure: str, marker: str) -> None:
-    """Supervise one worker whose first process fails."""
-    work = functools.partial(work_in_the_end, globals()[failure], Path(marker))
-    Supervisor(1, work, Totals(), stop_patience=60, patience=2).run()
-
-
 @pytest.mark.parametrize("failure", ["hang", "stop"])
 def test_a_worker_that_gives_no_sign_of_life_is_replaced(failure: str, tmp_path: Path) -> None:
-    code = f"from {__name__} import supervise; supervise({failure!r}, {str(tmp_path / 'x')!r})"
+    words = ["-m", "tests.support.worker", "supervise", failure, str(tmp_path / "failed")]
     with subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        [sys.executable, *words], cwd=ROOT, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stderr
         lines = []
@@ -171,7 +148,7 @@ def test_a_worker_that_gives_no_sign_of_life_is_replaced(failure: str, tmp_path:
     log = "".join(lines)
     assert re.search(r"Worker \d+ does not respond; ending it\n", log)
     if failure == "hang":
-        assert re.search(r'test_workers.py", line \d+ in hang\n', log)  # its traceback
+        assert re.search(r'worker.py", line \d+ in hang\n', log)  # its traceback
         assert re.search(r"Worker \d+ was killed by SIGABRT; replacing it\n", log)
     else:
         assert re.search(r"Worker \d+ was killed by SIGKILL; replacing it\n", log)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from port_checker.server.connections import ConnectionLimits
 from port_checker.server.run import listen, server_config
 from port_checker.settings import Settings
 from tests.support.loopback import free_port
+from tests.support.seccomp import refuse
 from tests.support.waiting import wait_until
 
 
@@ -96,7 +97,7 @@ class Program:
         workers = set()
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
-                if b"--multiprocessing-fork" in Path("/proc", child, "cmdline").read_bytes():
+                if Path("/proc", child, "cmdline").read_bytes().endswith(b"\0worker\0"):
                     workers.add(int(child))
         return workers
 
@@ -112,9 +113,21 @@ class Program:
 
 @contextlib.contextmanager
 def program(
-    *command: str, ready: bool = True, descriptors: int | None = None, **environment: str
+    *command: str,
+    ready: bool = True,
+    descriptors: int | None = None,
+    refused_calls: Sequence[str] = (),
+    **environment: str,
 ) -> Iterator[Program]:
-    """Start the program on a free port of 127.0.0.1; wait until it answers."""
+    """Start the program on a free port of 127.0.0.1; wait until it answers.
+
+    Args:
+        command: Starts it; by default, as a module.
+        ready: Whether to wait.
+        descriptors: Its hard limit of open files; the soft one is half of it.
+        refused_calls: System calls that fail with EPERM.
+        environment: Variables that are added.
+    """
     port = int(environment.get("PORT_CHECKER_PORT", free_port()))
     bounds = {"PORT_CHECKER_HOST": "127.0.0.1", "PORT_CHECKER_PORT": str(port), **environment}
 
@@ -123,6 +136,8 @@ def program(
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if descriptors:
             resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors // 2, descriptors))
+        if refused_calls:
+            refuse(*refused_calls)
 
     with subprocess.Popen(
         command or [sys.executable, "-m", "port_checker"],

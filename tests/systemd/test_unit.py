@@ -173,7 +173,7 @@ def test_one_stopped_worker_of_three_is_replaced(container: Container) -> None:
     configure(container, PORT_CHECKER_WORKERS=3)
     parent = main_pid(container)
     mark = journal_mark(container)
-    container.run(f"kill -STOP $(pgrep -P {parent} -f multiprocessing-fork | tail -1)")
+    container.run(f"kill -STOP $(pgrep -P {parent} -f 'port-checker worker' | tail -1)")
     wait_until(lambda: "replacing it" in "".join(journal_since(container, mark)), "it", seconds=300)
     assert main_pid(container) == parent
 
@@ -183,7 +183,7 @@ def test_a_stop_while_workers_start_is_not_their_death(container: Container) -> 
     mark = journal_mark(container)
     container.run(
         "systemctl stop golem-port-checker; systemctl start --no-block golem-port-checker\n"
-        "until [[ $(pgrep -fc multiprocessing-fork) == 3 ]]; do sleep 0.05; done\n"
+        "until [[ $(pgrep -fc 'port-checker worker') == 3 ]]; do sleep 0.05; done\n"
         "systemctl stop golem-port-checker"
     )
     assert journal_since(container, mark, "-p err") == []
@@ -340,7 +340,7 @@ def test_metrics_are_what_was_sent(container: Container, workers: int) -> None:
     assert before["process_max_fds"] == processes * int(limit)  # the sandbox shows the workers
     if workers == 1:
         return
-    container.run(f"kill -KILL $(pgrep -P {main_pid(container)} -f multiprocessing-fork)")
+    container.run(f"kill -KILL $(pgrep -P {main_pid(container)} -f 'port-checker worker')")
     deaths = "port_checker_worker_deaths_total"
     wait_until(lambda: metrics()[deaths] == workers, "the deaths to be seen")
     after = metrics()
