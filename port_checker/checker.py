@@ -12,7 +12,10 @@ from port_checker.tls import TlsClient, TlsVerdict
 # Ports in flight that the callers of one network may have, in shares of one caller.
 _SHARES_OF_NETWORK: Final = 2
 
-# Who has ports in flight, besides each caller and network.
+# A check of so many of the caller's own ports, at most, finds room until there is none at all.
+_SMALL_CHECK: Final = 10
+
+# Of whose ports in flight there is a bound: of all of them, and of those on others' addresses.
 _EVERYBODY: Final = "everybody"
 _STRANGERS: Final = "strangers"
 
@@ -26,11 +29,13 @@ class NoRoom(Exception):
         retry_after: Whole seconds after which there may be room.
     """
 
-    def __init__(self, asked: int, limit: int, whose: str, retry_after: int) -> None:
+    def __init__(
+        self, asked: int, limit: int, whose: str, retry_after: int, room: str = ""
+    ) -> None:
         if asked > limit:
             message = f"This service checks at most {limit} ports {whose}".rstrip() + " at once."
         else:
-            message = "Too many checks " + f"{whose} are running.".lstrip()
+            message = f"Too many checks {whose}".rstrip() + f" are running{room}."
         super().__init__(message)
         self.asked = asked
         self.limit = limit
@@ -51,6 +56,14 @@ def max_for_others(max_in_flight: int) -> int:
     The other half is for callers that check themselves, whatever strangers do.
     """
     return max_in_flight // 2
+
+
+def max_for_caller(max_in_flight: int, share: int) -> int:
+    """Return how many ports of one caller may be in flight at once, when nobody else has any.
+
+    Nobody may take more than half of the room, unless one caller's share is all of it.
+    """
+    return share if share >= max_in_flight else min(share, max_in_flight // 2)
 
 
 class Reservation:
@@ -94,7 +107,8 @@ class Checker:
         retry_delay: Seconds between the end of one round of attempts and the next.
         timeout: Seconds that one attempt may last.
         max_in_flight: Ports that may be under check at once.
-        max_per_caller: Ports of these that one caller may have; None for no bound.
+        max_per_caller: Ports of these that one caller may have; there are no shares if it is None
+            or all of them.
         sleep: Waits for a number of seconds; called between rounds.
     """
 
@@ -140,29 +154,49 @@ class Checker:
             is_own: Whether the target is the caller itself. All checks of others' addresses
                 together have at most half of the ports in flight.
 
+        Shares shrink as room runs out: what a caller has and asks for may be at most half of what
+        is free and its own. Up to 10 own ports find room until there is none.
+
         Returns:
             A context manager that gives the room back, to be entered before a check begins.
 
         Raises:
             CallerOverLimit: The caller or its network would have more than its share.
-            Overloaded: All checks together would have too many.
+            Overloaded: All checks together would have too many, or this one would take too much of
+                the room that is left.
         """
-        # Who holds the ports, how many those may be, what it is if they are more, and whose.
-        shares: list[tuple[Hashable, int, type[NoRoom], str]] = [
-            (("caller", caller), self._max_per_caller, CallerOverLimit, "of one caller")
-        ]
+        # Nothing is certain to end sooner than one round of attempts.
+        retry_after = max(1, round(self._timeout))
+        groups = [("caller", caller, self._max_per_caller, "of one caller")]
         if network is not None:
-            limit = _SHARES_OF_NETWORK * self._max_per_caller
-            shares.append((("network", network), limit, CallerOverLimit, f"of {network}"))
+            share = _SHARES_OF_NETWORK * self._max_per_caller
+            groups.append(("network", network, share, f"of {network}"))
+        rooms = [(_EVERYBODY, self._max_in_flight, "")]
         if not is_own:
-            limit = max_for_others(self._max_in_flight)
-            shares.append((_STRANGERS, limit, Overloaded, "of others' addresses"))
-        shares.append((_EVERYBODY, self._max_in_flight, Overloaded, ""))
-        for holder, limit, refusal, whose in shares:
-            if self._in_flight.get(holder, 0) + ports > limit:
-                # Nothing is certain to end sooner than one round of attempts.
-                raise refusal(ports, limit, whose, max(1, round(self._timeout)))
-        return Reservation(self._in_flight, [holder for holder, *_ in shares], ports)
+            half = max_for_others(self._max_in_flight)
+            rooms.append((_STRANGERS, half, "of others' addresses"))
+        has_shares = self._max_per_caller < self._max_in_flight
+        is_small = is_own and ports <= _SMALL_CHECK
+        holders: list[Hashable] = []
+        for kind, size, whose_room in rooms:
+            free = size - self._in_flight.get(kind, 0)
+            for *group, share, whose in groups:
+                holder = (kind, *group)
+                held = self._in_flight.get(holder, 0)
+                if held + ports > share:
+                    raise CallerOverLimit(ports, share, whose, retry_after)
+                # At most half of what is free and its own, so that nobody can take the last of it.
+                most = (free + held) // 2
+                if has_shares and not is_small and held + ports > most:
+                    room = f": there is room for {most - held} now" if most > held else ""
+                    if ports > size // 2:
+                        raise Overloaded(ports, size // 2, whose, retry_after)
+                    raise Overloaded(ports, size // 2, whose_room, retry_after, room)
+                holders.append(holder)
+            if ports > free:
+                raise Overloaded(ports, size, whose_room, retry_after)
+            holders.append(kind)
+        return Reservation(self._in_flight, holders, ports)
 
     async def check(
         self, target: Address, ports: Sequence[int], room: Reservation

@@ -8,7 +8,7 @@ from contextlib import ExitStack, suppress
 import pytest
 
 from port_checker.addresses import Address, parse_address
-from port_checker.checker import Checker, NoRoom, Overloaded
+from port_checker.checker import Checker, NoRoom, Overloaded, max_for_caller
 from port_checker.connect import OPEN, REFUSED, TIMED_OUT, CheckFailed, Verdict
 from tests.support.loopback import open_listener, open_port, ports, refused_port, silent_port
 
@@ -107,27 +107,79 @@ def reserve(checker: Checker, ports: int, caller: str, is_own: bool = True) -> s
     return None
 
 
+def shared_checker(max_in_flight: int, max_per_caller: int) -> Checker:
+    return Checker(
+        retries=1,
+        retry_delay=0,
+        timeout=5,
+        max_in_flight=max_in_flight,
+        max_per_caller=max_per_caller,
+    )
+
+
 def test_nobody_can_keep_others_out() -> None:
-    checker = Checker(retries=1, retry_delay=0, timeout=5, max_in_flight=100, max_per_caller=20)
+    checker = shared_checker(1000, 200)
     for is_own in (True, False):
-        assert not reserve(checker, 10, "a/1", is_own)
+        assert not reserve(checker, 100, "a/1", is_own)
     for is_own in (True, False):
         assert reserve(checker, 1, "a/1", is_own) == (
             "CallerOverLimit: Too many checks of one caller are running."
         )
-    assert not reserve(checker, 20, "a/2")
+    assert not reserve(checker, 200, "a/2")
     assert reserve(checker, 1, "a/3") == ("CallerOverLimit: Too many checks of a are running.")
-    assert not reserve(checker, 20, "b/1", is_own=False)
-    assert not reserve(checker, 20, "c/1", is_own=False)
-    assert reserve(checker, 1, "d/1", is_own=False) == (
-        "Overloaded: Too many checks of others' addresses are running."
+    assert not reserve(checker, 200, "b/1", is_own=False)
+    assert reserve(checker, 201, "f/1") == (
+        "CallerOverLimit: This service checks at most 200 ports of one caller at once."
     )
-    assert not reserve(checker, 20, "d/1")
-    assert reserve(checker, 1, "e/1") == ("Overloaded: Too many checks are running.")
-    assert checker.in_flight == 100
-    assert reserve(checker, 21, "f/1") == (
-        "CallerOverLimit: This service checks at most 20 ports of one caller at once."
+
+
+def test_shares_shrink_as_room_runs_out() -> None:
+    checker = shared_checker(10_000, 2000)
+    # Two requests of 1,000 ports each, by as many callers as find room.
+    asked = [reserve(checker, 1000, f"{n}/1") for n in range(7) for _ in range(2)]
+    assert asked.count(None) == checker.in_flight // 1000 == 9
+    refusal = "Overloaded: Too many checks are running: there is room for 500 now."
+    assert asked[-1] == refusal
+    # Half of what is left is somebody else's, to the last but 10.
+    for number in range(100):
+        while not reserve(checker, 11, f"late {number}/1"):
+            pass
+    assert 10_000 - checker.in_flight in range(11, 22)
+    refused = reserve(checker, 11, "small/1", is_own=False) or ""
+    assert refused.startswith("Overloaded: Too many checks are running: there is room for ")
+    # Who asks for few of its own ports finds room until there is none.
+    assert not reserve(checker, 10, "small/1")
+    for number in range(10_000 - checker.in_flight):
+        assert not reserve(checker, 1, f"last {number}/1")
+    assert reserve(checker, 1, "e/1") == "Overloaded: Too many checks are running."
+    assert checker.in_flight == 10_000
+
+
+def test_strangers_shares_shrink_within_their_half() -> None:
+    checker = shared_checker(10_000, 2000)
+    asked = [reserve(checker, 1000, f"{n}/1", is_own=False) for n in range(6)]
+    refusal = "Too many checks of others' addresses are running: there is room for 500 now."
+    assert asked == [None] * 4 + [f"Overloaded: {refusal}"] * 2
+    assert not reserve(checker, 500, "7/1", is_own=False)
+    assert not reserve(checker, 1000, "7/1")
+
+
+def test_a_network_cannot_take_the_last_of_the_room_either() -> None:
+    checker = shared_checker(1000, 300)
+    taken = sum(11 for n in range(100) if not reserve(checker, 11, f"one/{n}"))
+    assert taken == 495  # half of the room, which is less than two shares
+    assert not reserve(checker, 250, "other/1")
+
+
+def test_no_caller_has_more_than_half_of_the_room_unless_its_share_is_all_of_it() -> None:
+    assert reserve(shared_checker(1000, 900), 501, "a/1") == (
+        "Overloaded: This service checks at most 500 ports of one caller at once."
     )
+    assert not reserve(shared_checker(1000, 900), 500, "a/1")
+    alone = shared_checker(1000, 1000)
+    assert not reserve(alone, 990, "a/1")
+    assert not reserve(alone, 10, "b/1")
+    assert [max_for_caller(1000, share) for share in (200, 900, 1000)] == [200, 500, 1000]
 
 
 def test_room_comes_back_to_everybody_who_had_it() -> None:

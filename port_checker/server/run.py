@@ -15,7 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn import Config
 
-from port_checker.checker import max_for_others
+from port_checker.checker import max_for_caller, max_for_others
 from port_checker.linux import ConnectionTracking, connection_tracking, raise_descriptor_limit
 from port_checker.metrics import Metrics, StatusLine, Totals
 from port_checker.server import systemd
@@ -340,7 +340,10 @@ def fit_descriptor_limit(settings: Settings, limit: int) -> Settings:
 def warn_of_small_shares(settings: Settings) -> None:
     """Log a warning for each share of the ports in flight that a full request does not fit."""
     for whose, share in (
-        ("one caller", settings.max_in_flight_per_caller),
+        (
+            "one caller",
+            max_for_caller(settings.max_in_flight, settings.max_in_flight_per_caller),
+        ),
         ("all checks of others' addresses together", max_for_others(settings.max_in_flight)),
     ):
         if share < settings.max_ports:
