@@ -13,11 +13,21 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple, Protocol
+from enum import StrEnum
+from typing import Final, NamedTuple, Protocol
 
 from port_checker.connect import VerdictKind
 from port_checker.schemas import ErrorCode
 from port_checker.tls import TlsVerdictKind
+
+
+class CheckOutcome(StrEnum):
+    """How a check ended, in the log and in the metrics."""
+
+    COMPLETED = "completed"
+    CANCELLED = "cancelled"  # the caller left
+    FAILED = "failed"  # the checker's own trouble
+    BUG = "bug"
 
 
 class Row(Protocol):
@@ -27,111 +37,82 @@ class Row(Protocol):
     def __setitem__(self, slot: int, number: float, /) -> None: ...
 
 
-# Upper bounds, in seconds: open ports on the same continent answer within the first ones, and with
-# the default settings a check takes 17 s at the most.
-BUCKETS: Final = (
-    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 7.5, 10.0, 12.5, 15.0, 17.5, 20.0,
-)  # fmt: skip
-
-DURATION: Final = "port_checker_check_duration_seconds"
-
-
 class Family(NamedTuple):
     """A metric, and all that it can be about.
 
     Attributes:
-        name: As Prometheus knows it; a counter's without ``_total``.
+        name: As Prometheus knows it, without ``port_checker_``; a counter's without ``_total``.
         documentation: What it tells.
-        combine: How to put the figures of several processes together: those of a counter are added
-            up, and kept when a process ends.
+        combine: Puts the figures of several processes together.
+        is_counter: Whether the figures are kept when a process ends.
         label: The name of its label; empty if it has none.
-        values: The label's.
+        values: The label's; there is a figure for each.
     """
 
     name: str
     documentation: str
-    combine: Literal["counter", "sum", "max", "min"]
+    combine: Callable[[Iterable[float]], float] = sum
+    is_counter: bool = False
     label: str = ""
     values: tuple[str, ...] = ("",)
 
 
+def _counter(
+    name: str, documentation: str, label: str = "", values: Iterable[str] = ("",)
+) -> Family:
+    return Family(name, documentation, is_counter=True, label=label, values=tuple(values))
+
+
+# Upper bounds, in seconds: open ports on the same continent answer within the first ones, and with
+# the default settings a check takes 17 s at the most.
+_BUCKETS: Final = (
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 7.5, 10.0, 12.5, 15.0, 17.5, 20.0,
+)  # fmt: skip
+
+# A histogram: each bucket is counted without the lower ones; "sum" is that of the durations.
+DURATION: Final = _counter(
+    "check_duration_seconds",
+    "How long completed checks took.",
+    "le",
+    (*map(str, _BUCKETS), "+Inf", "sum"),
+)
+
 FAMILIES: Final = (
-    Family(
-        "port_checker_checks",
-        "Checks, by how they ended.",
-        "counter",
-        "outcome",
-        ("completed", "caller_left", "failed"),
-    ),
-    Family(
-        "port_checker_ports",
-        "Ports in completed checks, by verdict.",
-        "counter",
-        "verdict",
-        tuple(VerdictKind),
-    ),
-    Family(
-        "port_checker_tls_checks",
+    _counter("checks", "Checks, by how they ended.", "outcome", CheckOutcome),
+    _counter("ports", "Ports in completed checks, by verdict.", "verdict", VerdictKind),
+    _counter(
+        "tls_checks",
         "Completed checks of TLS endpoints, by result.",
-        "counter",
         "result",
-        tuple(dict.fromkeys(kind.outcome for kind in TlsVerdictKind)),
+        dict.fromkeys(kind.outcome for kind in TlsVerdictKind),
     ),
-    Family("port_checker_errors", "Error responses, by code.", "counter", "code", tuple(ErrorCode)),
+    _counter("errors", "Error responses, by code.", "code", ErrorCode),
+    _counter("receive_deadlines", "Connections closed because a request did not arrive in time."),
+    _counter("log_lines_dropped", "Log lines that nobody read fast enough."),
+    DURATION,
+    Family("ports_in_flight", "Ports under check."),
+    Family("ports_in_flight_limit", "Ports that may be under check at once."),
+    Family("connections", "Clients' open connections."),
+    Family("connections_limit", "Connections that may be open at once."),
+    Family("rate_limit_store_up", "Whether the store of rate limits can be reached: 1 or 0.", min),
     Family(
-        "port_checker_receive_deadlines",
-        "Connections closed because a request did not arrive in time.",
-        "counter",
-    ),
-    Family("port_checker_log_lines_dropped", "Log lines that nobody read fast enough.", "counter"),
-    Family("port_checker_ports_in_flight", "Ports under check.", "sum"),
-    Family("port_checker_ports_in_flight_limit", "Ports that may be under check at once.", "sum"),
-    Family("port_checker_connections", "Clients' open connections.", "sum"),
-    Family("port_checker_connections_limit", "Connections that may be open at once.", "sum"),
-    Family(
-        "port_checker_rate_limit_store_up",
-        "Whether the store of rate limits can be reached: 1 or 0.",
-        "min",
-    ),
-    Family(
-        "port_checker_event_loop_lag_seconds",
+        "event_loop_lag_seconds",
         "How late the event loop was when it last looked, in the process where it was worst.",
-        "max",
+        max,
     ),
 )
 
-_COMBINE: Final[dict[str, Callable[[Iterable[float]], float]]] = {
-    "sum": sum,
-    "max": max,
-    "min": min,
-}
 
-# Where each figure is in a row. A duration's bucket is counted alone there, without the lower ones.
-_SLOTS: Final = {
-    key: slot
-    for slot, key in enumerate(
-        [
-            *((family.name, value) for family in FAMILIES for value in family.values),
-            *((DURATION, str(bound)) for bound in (*BUCKETS, "+Inf")),
-            (DURATION, "sum"),
-        ]
-    )
-}
-ROW_SIZE: Final = len(_SLOTS)
+class Figure(NamedTuple):
+    """One number of a row: what a family tells of one value of its label."""
 
-# The same for those who count, at each request, so that they need not put names together.
-_SHORT_SLOTS: Final = {
-    (name.removeprefix("port_checker_"), value): slot for (name, value), slot in _SLOTS.items()
-}
-_PORT_SLOTS: Final = {kind: _SHORT_SLOTS["ports", kind] for kind in VerdictKind}
-_FIRST_BUCKET: Final = _SLOTS[DURATION, str(BUCKETS[0])]
-_SUM: Final = _SLOTS[DURATION, "sum"]
+    family: Family
+    value: str
 
-_COUNTERS: Final = [
-    slot
-    for (name, _), slot in _SLOTS.items()
-    if name == DURATION or any(name == f.name and f.combine == "counter" for f in FAMILIES)
-]
+
+_FIGURES: Final = [Figure(family, value) for family in FAMILIES for value in family.values]
+_SLOTS: Final = {(each.family.name, each.value): slot for slot, each in enumerate(_FIGURES)}
+ROW_SIZE: Final = len(_FIGURES)
 
 
 class Metrics:
@@ -149,25 +130,25 @@ class Metrics:
         """Count something.
 
         Args:
-            name: Of a counter of ``FAMILIES``, without ``port_checker_``.
+            name: Of a counter of ``FAMILIES``.
             value: Its label's.
             by: How many.
         """
-        self.row[_SHORT_SLOTS[name, value]] += by
+        self.row[_SLOTS[name, value]] += by
 
     def count_ports(self, kinds: Iterable[VerdictKind]) -> None:
         """Count ports that were checked, by the kinds of their verdicts."""
         for kind, ports in Counter(kinds).items():  # most ports of a check end alike
-            self.row[_PORT_SLOTS[kind]] += ports
+            self.count("ports", kind, ports)
 
     def time_check(self, seconds: float) -> None:
         """Count a completed check that took so long."""
-        self.row[_FIRST_BUCKET + bisect_left(BUCKETS, seconds)] += 1
-        self.row[_SUM] += seconds
+        self.count(DURATION.name, DURATION.values[bisect_left(_BUCKETS, seconds)])
+        self.count(DURATION.name, "sum", seconds)
 
     def watch(self, name: str, read: Callable[[], float]) -> None:
         """Have a figure read at each ``sample``: a gauge, or a counter that is kept elsewhere."""
-        self._gauges[_SHORT_SLOTS[name, ""]] = read
+        self._gauges[_SLOTS[name, ""]] = read
 
     def sample(self) -> None:
         """Read what is watched."""
@@ -189,7 +170,7 @@ class Snapshot:
     _figures: Row
 
     def __getitem__(self, key: tuple[str, str]) -> float:
-        """Return a figure, by its metric's full name and its label's value."""
+        """Return a figure, by its family's name and its label's value."""
         return self._figures[_SLOTS[key]]
 
 
@@ -211,8 +192,9 @@ class Totals:
         """Keep what a process has counted that has died."""
         with self._lock:
             self._rows = [(process, other) for process, other in self._rows if other is not row]
-            for slot in _COUNTERS:
-                self._ended[slot] += row[slot]
+            for slot, figure in enumerate(_FIGURES):
+                if figure.family.is_counter:
+                    self._ended[slot] += row[slot]
             self._deaths += 1
 
     def snapshot(self) -> Snapshot:
@@ -220,14 +202,11 @@ class Totals:
         with self._lock:
             workers = [process for process, _ in self._rows]
             rows = [[row[slot] for slot in range(ROW_SIZE)] for _, row in self._rows]
-            figures = array("d", self._ended)
+            figures = list(self._ended)
             deaths = self._deaths
-        for slot in _COUNTERS:
-            figures[slot] += sum(row[slot] for row in rows)
-        for family in FAMILIES:
-            if family.combine != "counter" and rows:
-                slot = _SLOTS[family.name, ""]
-                figures[slot] = _COMBINE[family.combine](row[slot] for row in rows)
+        if rows:
+            for slot, figure in enumerate(_FIGURES):
+                figures[slot] += figure.family.combine(row[slot] for row in rows)
         return Snapshot(workers, deaths, figures)
 
 
@@ -248,14 +227,11 @@ class StatusLine:
     def text(self) -> str:
         """Return the line, about the time since it was last asked for."""
         now, totals = self._clock(), self._totals.snapshot()
-        checks = sum(
-            totals["port_checker_checks", outcome]
-            for outcome in ("completed", "caller_left", "failed")
-        )
+        checks = sum(totals["checks", outcome] for outcome in CheckOutcome)
         line = (
             f"{checks - self._checks:.0f} checks in the last {now - self._since:.0f} s; "
-            f"{totals['port_checker_ports_in_flight', '']:.0f} ports in flight, "
-            f"{totals['port_checker_connections', '']:.0f} connections"
+            f"{totals['ports_in_flight', '']:.0f} ports in flight, "
+            f"{totals['connections', '']:.0f} connections"
         )
         self._since, self._checks = now, checks
         return line

@@ -13,10 +13,12 @@ from tests.support.namespace import ROOT
 
 PROMETHEUS = ROOT / "contrib" / "prometheus"
 
+OTHERS = [family for family in FAMILIES if family is not DURATION]
+
 # Metrics by the names that expressions use.
 METRICS = {
-    *(f"{each.name}_total" if each.combine == "counter" else each.name for each in FAMILIES),
-    f"{DURATION}_bucket",
+    *(f"port_checker_{each.name}" + "_total" * each.is_counter for each in OTHERS),
+    f"port_checker_{DURATION.name}_bucket",
     "port_checker_build_info",
     "port_checker_workers",
     "port_checker_worker_deaths_total",

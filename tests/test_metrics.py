@@ -135,7 +135,7 @@ def test_a_caller_that_leaves_is_counted_and_its_ports_are_in_flight() -> None:
             caller.sendall(check_of(*silent))
             wait_until(lambda: scraper["port_checker_ports_in_flight"] == 3, "the check to begin")
             wait_until(lambda: scraper["port_checker_connections"] == 1, "no other connection")
-        name = 'port_checker_checks_total{outcome="caller_left"}'
+        name = 'port_checker_checks_total{outcome="cancelled"}'
         wait_until(lambda: scraper[name] == 1, "the caller's departure to be seen")
         wait_until(lambda: scraper["port_checker_ports_in_flight"] == 0, "the next sample")
 
@@ -203,10 +203,10 @@ def test_what_a_process_has_counted_stays_when_it_ends() -> None:
         return [
             len(snapshot.workers),
             snapshot.deaths,
-            snapshot["port_checker_errors", "INVALID_IP"],
-            snapshot["port_checker_connections", ""],
-            snapshot["port_checker_event_loop_lag_seconds", ""],
-            snapshot["port_checker_rate_limit_store_up", ""],
+            snapshot["errors", "INVALID_IP"],
+            snapshot["connections", ""],
+            snapshot["event_loop_lag_seconds", ""],
+            snapshot["rate_limit_store_up", ""],
         ]
 
     assert figures() == [2, 0, 6, 7, 0.5, 0]
@@ -238,8 +238,8 @@ def test_what_is_refused_before_the_application_sees_it_is_counted() -> None:
             sock.sendall(b"GET / HTTP/1.1\r\n")  # and no more
             assert sock.recv(100) == b""
     snapshot = totals.snapshot()
-    assert snapshot["port_checker_errors", "INVALID_REQUEST"] == 1
-    assert snapshot["port_checker_receive_deadlines", ""] == 1
+    assert snapshot["errors", "INVALID_REQUEST"] == 1
+    assert snapshot["receive_deadlines", ""] == 1
 
 
 @pytest.mark.parametrize(
@@ -251,8 +251,8 @@ def test_a_duration_is_in_the_lowest_bucket_that_holds_it(seconds: float, bucket
     totals.add(metrics.row)
     metrics.time_check(seconds)
     snapshot = totals.snapshot()
-    assert snapshot[DURATION, bucket] == 1
-    assert snapshot[DURATION, "sum"] == seconds
+    assert snapshot[DURATION.name, bucket] == 1
+    assert snapshot[DURATION.name, "sum"] == seconds
 
 
 def test_each_kind_of_verdict_is_counted() -> None:
@@ -261,7 +261,7 @@ def test_each_kind_of_verdict_is_counted() -> None:
     metrics.count_ports([*VerdictKind, VerdictKind.UNREACHABLE])
     snapshot = totals.snapshot()
     verdicts = {"accessible": 1, "refused": 1, "timed_out": 1, "unreachable": 2, "other": 1}
-    assert {verdict: snapshot["port_checker_ports", verdict] for verdict in verdicts} == verdicts
+    assert {verdict: snapshot["ports", verdict] for verdict in verdicts} == verdicts
 
 
 def test_kinds_of_tls_verdicts_that_only_advice_tells_apart_are_counted_as_one() -> None:
@@ -272,7 +272,7 @@ def test_kinds_of_tls_verdicts_that_only_advice_tells_apart_are_counted_as_one()
     snapshot = totals.snapshot()
     results = {"untrusted": 3, "handshake_failed": 3}
     results |= dict.fromkeys(["valid", "expired", "mismatch", "no_connection"], 1)
-    assert {result: snapshot["port_checker_tls_checks", result] for result in results} == results
+    assert {result: snapshot["tls_checks", result] for result in results} == results
 
 
 def test_a_redis_that_cannot_be_reached_is_seen() -> None:

@@ -23,7 +23,7 @@ from port_checker.api.limits import RateLimited
 from port_checker.api.targets import TargetNotAllowed
 from port_checker.checker import NoRoom
 from port_checker.connect import CheckFailed
-from port_checker.metrics import Metrics
+from port_checker.metrics import CheckOutcome, Metrics
 from port_checker.schemas import ErrorCode
 
 # Callers and codes whose last line is remembered: 2 MB (measured).
@@ -44,7 +44,7 @@ class CheckRecord:
         metrics: Where the check is counted; None if nowhere.
 
     Attributes:
-        result: What came out, as ``name=value``; set when the check has completed.
+        result: What came out, as ``name=value``; empty for nothing.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class CheckRecord:
         ports: int,
         metrics: Metrics | None = None,
     ) -> None:
-        self.result: str | None = None
+        self.result = ""
         self._caller = caller or "unknown"
         self._target = target
         self._ports = ports
@@ -68,23 +68,20 @@ class CheckRecord:
         self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
     ) -> None:
         match error:
-            case None if self.result:
-                self._metrics.count("checks", "completed")
+            case None:
                 self._metrics.time_check(time.perf_counter() - self._started)
-                self._log(logging.INFO, "completed", f" {self.result}")
-            case ClientDisconnect() | asyncio.CancelledError():
-                self._metrics.count("checks", "caller_left")
-                self._log(logging.INFO, "cancelled")
-            case CheckFailed():
-                self._metrics.count("checks", "failed")
-                self._log(logging.ERROR, "failed", f' reason="{error}"')
+                self._end(logging.INFO, CheckOutcome.COMPLETED, self.result and f" {self.result}")
             case TargetNotAllowed() | RateLimited() | NoRoom():
-                pass
-            case Exception():
-                self._metrics.count("checks", "failed")
-                self._log(logging.ERROR, "bug")
+                pass  # a refusal
+            case ClientDisconnect() | asyncio.CancelledError():
+                self._end(logging.INFO, CheckOutcome.CANCELLED)
+            case CheckFailed():
+                self._end(logging.ERROR, CheckOutcome.FAILED, f' reason="{error}"')
+            case _:
+                self._end(logging.ERROR, CheckOutcome.BUG)
 
-    def _log(self, level: int, outcome: str, more: str = "") -> None:
+    def _end(self, level: int, outcome: CheckOutcome, more: str = "") -> None:
+        self._metrics.count("checks", outcome)
         logger.log(
             level,
             "check caller=%s target=%s ports=%d outcome=%s duration=%.3f%s",

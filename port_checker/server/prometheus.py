@@ -22,11 +22,12 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from port_checker import __version__
-from port_checker.metrics import BUCKETS, DURATION, FAMILIES, Snapshot, Totals
+from port_checker.metrics import DURATION, FAMILIES, Snapshot, Totals
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication
 
+_PREFIX: Final = "port_checker_"
 _CPU_SECONDS: Final = "process_cpu_seconds"
 _START_TIME: Final = "process_start_time_seconds"
 
@@ -112,13 +113,15 @@ class _TotalsCollector(Collector):
         build.add_metric([__version__], 1)
         yield build
         for family in FAMILIES:
-            kind = CounterMetricFamily if family.combine == "counter" else GaugeMetricFamily
+            if family is DURATION:
+                yield _duration(totals)
+                continue
+            kind = CounterMetricFamily if family.is_counter else GaugeMetricFamily
             labels = [family.label] if family.label else []
-            metric = kind(family.name, family.documentation, labels=labels)
+            metric = kind(_PREFIX + family.name, family.documentation, labels=labels)
             for value in family.values:
                 metric.add_metric([value] if family.label else [], totals[family.name, value])
             yield metric
-        yield _duration(totals)
         yield GaugeMetricFamily(
             "port_checker_workers", "Processes that serve.", value=len(totals.workers)
         )
@@ -130,12 +133,13 @@ class _TotalsCollector(Collector):
 
 
 def _duration(totals: Snapshot) -> Metric:
+    *bounds, total = DURATION.values
     buckets, count = [], 0.0
-    for bound in (*map(str, BUCKETS), "+Inf"):
-        count += totals[DURATION, bound]
+    for bound in bounds:
+        count += totals[DURATION.name, bound]
         buckets.append((bound, count))
-    duration = HistogramMetricFamily(DURATION, "How long completed checks took.")
-    duration.add_metric([], buckets, totals[DURATION, "sum"])
+    duration = HistogramMetricFamily(_PREFIX + DURATION.name, DURATION.documentation)
+    duration.add_metric([], buckets, totals[DURATION.name, total])
     return duration
 
 

@@ -173,7 +173,7 @@ def test_what_was_checked_is_on_record_and_counted(caplog: pytest.LogCaptureFixt
     app = create_app(Settings(retries=1), metrics=metrics)
     with refused_port() as port, serve(app) as client:
         check_tls(client, port)
-    assert totals.snapshot()["port_checker_tls_checks", "no_connection"] == 1
+    assert totals.snapshot()["tls_checks", "no_connection"] == 1
     line = next(line for line in caplog.messages if line.startswith("check "))
     assert line.startswith("check caller=127.0.0.1 target=127.0.0.1 ports=1 outcome=completed ")
     assert line.endswith(' tls="Connection refused"')

@@ -13,7 +13,7 @@ from port_checker.api.records import MAX_REMEMBERED, CheckRecord, RefusalLog
 from port_checker.api.targets import TargetNotAllowed
 from port_checker.checker import Checker, Overloaded
 from port_checker.connect import CheckFailed
-from port_checker.metrics import Metrics
+from port_checker.metrics import Metrics, Totals
 from port_checker.schemas import ErrorCode
 from port_checker.settings import Settings
 from tests.support.http import check_of, connected
@@ -69,12 +69,12 @@ def test_a_check_whose_caller_disconnects(caplog: pytest.LogCaptureFixture) -> N
 
 
 @pytest.mark.parametrize(
-    ("error", "level", "outcome", "more", "counted"),
+    ("error", "level", "outcome", "more"),
     [
-        (CheckFailed("no route"), "ERROR", "failed", ' reason="no route"', "failed"),
-        (ClientDisconnect(), "INFO", "cancelled", "", "caller_left"),
-        (asyncio.CancelledError(), "INFO", "cancelled", "", "caller_left"),
-        (ZeroDivisionError(), "ERROR", "bug", "", "failed"),
+        (CheckFailed("no route"), "ERROR", "failed", ' reason="no route"'),
+        (ClientDisconnect(), "INFO", "cancelled", ""),
+        (asyncio.CancelledError(), "INFO", "cancelled", ""),
+        (ZeroDivisionError(), "ERROR", "bug", ""),
     ],
 )
 def test_a_check_that_does_not_complete(
@@ -83,7 +83,6 @@ def test_a_check_that_does_not_complete(
     level: str,
     outcome: str,
     more: str,
-    counted: str,
 ) -> None:
     metrics = Metrics()
     with pytest.raises(type(error)), CheckRecord(None, TARGET, 3, metrics):
@@ -94,8 +93,19 @@ def test_a_check_that_does_not_complete(
     assert record.getMessage().startswith(begins)
     assert record.getMessage()[len(begins) + 3 :] == more
     expected = Metrics()
-    expected.count("checks", counted)
+    expected.count("checks", outcome)
     assert metrics.row == expected.row
+
+
+def test_a_check_without_a_result_is_a_check(caplog: pytest.LogCaptureFixture) -> None:
+    metrics = Metrics()
+    with CheckRecord(CALLER, TARGET, 3, metrics):
+        pass
+    (line,) = caplog.messages
+    assert line.startswith("check caller=192.0.2.7 target=2001:db8::7 ports=3 outcome=completed ")
+    totals = Totals()
+    totals.add(metrics.row)
+    assert totals.snapshot()["checks", "completed"] == 1
 
 
 @pytest.mark.parametrize(
