@@ -27,7 +27,6 @@ DEBIAN ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/golem-port-checker/debian-12
 DEBIAN_PACKAGES := systemd,systemd-sysv,dbus,python3,python3-venv,curl,iproute2,procps
 SOAK_MINUTES ?= 2
 BIN := $(VENV)/bin
-# tests/conftest.py says which tests share a process.
 IN_PROCESSES = $(BIN)/pytest --numprocesses $(TEST_PROCESSES)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 

@@ -1,12 +1,10 @@
-"""For all tests: no settings of the developer, a TLS authority, and which tests share a process."""
+"""For all tests: no settings of the developer, a TLS authority, and names of failures at once."""
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trustme
-from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]  # has no types
 
 from tests.support.tls import trust
 
@@ -29,17 +27,9 @@ def authority(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> trustme.CA:
     return authority
 
 
-class _Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # the same
-    """Any process takes the next test, but what is built once for several tests stays in one.
-
-    That is the lab, a browser, and what a parametrized test has in a fixture.
-    """
-
-    def _split_scope(self, nodeid: str) -> str:
-        folder, _, _ = nodeid.partition("/test_")
-        return folder if folder in ("tests/lab", "tests/browser") else nodeid.partition("[")[0]
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
-    return _Scheduling(config, log)
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    """Name a test when it fails: the summary may be minutes away."""
+    if report.failed:
+        outcome = "failed" if report.when == "call" else "error"
+        return outcome, f"\n{outcome.upper()} {report.nodeid}\n", outcome.upper()
+    return None

@@ -15,15 +15,17 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from port_checker import __version__, advice
+from port_checker.cli import app
 from port_checker.schemas import ErrorCode
 from tests.support.loopback import free_port, free_ports, refused_port
 from tests.support.scripted import (
@@ -262,20 +264,12 @@ WRONG = {
 }
 
 
-@pytest.fixture(scope="module")
-def complaints() -> Mapping[str, Done]:
-    """What the program says of each wrong use; run a few at a time."""
-
-    def run_with(words: list[str] | None) -> Done:
-        return run("check", *(["--server", "http://127.0.0.1:1", *words] if words else ["50800"]))
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(WRONG, pool.map(run_with, WRONG.values()), strict=True))
-
-
 @pytest.mark.parametrize("said", WRONG)
-def test_wrong_use_is_a_sentence(complaints: Mapping[str, Done], said: str) -> None:
-    done = complaints[said]
+def test_wrong_use_is_a_sentence(said: str) -> None:
+    words = WRONG[said]
+    server = [] if words is None else ["--server", "http://127.0.0.1:1"]
+    result = CliRunner().invoke(app, ["check", *server, *(words or ["50800"])])
+    done = Done(result.exit_code, result.stdout, result.stderr)
     assert said in done.complaint
     assert (done.status, done.out) == (2, "")
     assert ESCAPE not in done.err

@@ -27,6 +27,7 @@ from port_checker.api.limits import RateLimited, RateLimiter
 from port_checker.api.shared_limits import ANSWER_TIMEOUT, SharedStore
 from port_checker.settings import Rate
 from tests.support.loopback import free_port, open_port, refused_port
+from tests.support.processes import end_with_parent
 from tests.support.service import Program, ask, program
 from tests.support.waiting import wait_until
 
@@ -76,6 +77,7 @@ class RedisServer:
             cwd=self._directory,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            preexec_fn=end_with_parent,
         )
 
         def answers_or_ended() -> bool:

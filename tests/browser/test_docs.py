@@ -11,6 +11,8 @@ from tests.support.browser import Visitor
 from tests.support.loopback import open_port
 from tests.support.service import serve
 
+pytestmark = pytest.mark.xdist_group("browser")
+
 Visit = Callable[..., Visitor]
 
 # What axe finds in Swagger UI's own markup and colours.

@@ -21,6 +21,8 @@ from tests.support.proxies import needs_proxies, nginx
 from tests.support.service import program, serve
 from tests.support.tls import answering, endpoint, https
 
+pytestmark = pytest.mark.xdist_group("browser")
+
 Visit = Callable[..., Visitor]
 
 DEFAULT_PORTS = "7466, 50800-50899"

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ParamSpec, TypeVar
 
+from tests.support.processes import end_with_parent
 from tests.support.waiting import wait_until
 
 P = ParamSpec("P")
@@ -230,6 +231,7 @@ class Lab:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
+            preexec_fn=end_with_parent,
         )
         self._stack.callback(end, process)
         return process

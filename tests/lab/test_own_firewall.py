@@ -2,8 +2,12 @@
 
 from itertools import product
 
+import pytest
+
 from tests.lab import network
 from tests.lab.network import Lab
+
+pytestmark = pytest.mark.xdist_group("lab")
 
 DROPS = "this machine's own firewall or a full queue drops what it sends"
 REJECTS = "this machine's own firewall rejects what it sends"

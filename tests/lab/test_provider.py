@@ -29,6 +29,8 @@ from port_checker.provider.screen import show
 from tests.lab import network
 from tests.lab.network import Lab
 
+pytestmark = pytest.mark.xdist_group("lab")
+
 ONE_COMMAND = [sys.executable, "-m", "port_checker", "check", "--json"]
 # A service that is quicker to call something lost than the defaults are.
 QUICK_PORT = 9001

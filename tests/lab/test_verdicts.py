@@ -12,6 +12,8 @@ import pytest
 from tests.lab import network
 from tests.lab.network import Answer, Lab, end
 
+pytestmark = pytest.mark.xdist_group("lab")
+
 ACCESSIBLE = None
 REFUSED = "Connection refused"
 TIMED_OUT = "Connection timed out"

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from tests.support.loopback import free_port
+from tests.support.processes import end_with_parent
 from tests.support.waiting import wait_until
 
 _PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
@@ -120,7 +121,9 @@ def _running(url: str, home: Path, *command: str | Path | None) -> Iterator[None
     assert all(command), "it is not installed"
     with (
         log.open("wb") as stderr,
-        subprocess.Popen([str(word) for word in command], stderr=stderr) as process,
+        subprocess.Popen(
+            [str(word) for word in command], stderr=stderr, preexec_fn=end_with_parent
+        ) as process,
     ):
 
         def answers() -> bool:

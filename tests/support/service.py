@@ -22,6 +22,7 @@ from port_checker.server.connections import ConnectionLimits
 from port_checker.server.run import listen, server_config
 from port_checker.settings import Settings
 from tests.support.loopback import free_port
+from tests.support.processes import end_with_parent
 from tests.support.seccomp import refuse
 from tests.support.waiting import wait_until
 
@@ -132,6 +133,7 @@ def program(
     bounds = {"PORT_CHECKER_HOST": "127.0.0.1", "PORT_CHECKER_PORT": str(port), **environment}
 
     def prepare() -> None:
+        end_with_parent()
         # A shell makes its background jobs ignore SIGINT, and child processes inherit that.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if descriptors:
