@@ -36,7 +36,12 @@ from port_checker.tls import TlsVerdict, TlsVerdictKind
 MAX_PORT: Final = 65535
 _LONGEST_SHOWN: Final = 40  # characters of a wrong value
 
-_IP_SCHEMA: Final[JsonDict] = {"type": "string", "anyOf": [{"format": "ipv4"}, {"format": "ipv6"}]}
+# The type stands in each alternative: generators of clients take no other for a string.
+_IP_SCHEMAS: Final[list[JsonDict]] = [
+    {"type": "string", "format": "ipv4"},
+    {"type": "string", "format": "ipv6"},
+]
+_IP_SCHEMA: Final[JsonDict] = {"anyOf": [*_IP_SCHEMAS]}
 _PORT_SCHEMA: Final[JsonDict] = {"type": "integer", "minimum": 1, "maximum": MAX_PORT}
 
 # RFC 1123 section 2.1. The last label begins with a letter, so that no name looks like an address.
@@ -44,6 +49,11 @@ _DNS_NAME: Final = (
     "^([A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?[.])*[A-Za-z]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?$"
 )
 _LONGEST_DNS_NAME: Final = 253
+_DNS_NAME_SCHEMA: Final[JsonDict] = {
+    "type": "string",
+    "pattern": _DNS_NAME,
+    "maxLength": _LONGEST_DNS_NAME,
+}
 
 _RequestT = TypeVar("_RequestT", bound=BaseModel)
 
@@ -296,23 +306,16 @@ class CheckTlsRequest(BaseModel):
 
     model_config = ConfigDict(
         json_schema_extra={
-            "anyOf": [
-                {"properties": {"host": _IP_SCHEMA}},
-                {
-                    "properties": {
-                        "host": {"pattern": _DNS_NAME, "maxLength": _LONGEST_DNS_NAME},
-                        "expected_ip": _IP_SCHEMA,
-                    },
-                    "required": ["expected_ip"],
-                },
-            ]
+            # One schema for addresses and names, of which generators make one type.
+            "if": {"properties": {"host": _DNS_NAME_SCHEMA}},
+            "then": {"properties": {"expected_ip": _IP_SCHEMA}, "required": ["expected_ip"]},
         }
     )
 
     host: Annotated[
         Address | str,
         PlainValidator(_validate_host),
-        WithJsonSchema({"type": "string"}),
+        WithJsonSchema({"anyOf": [*_IP_SCHEMAS, _DNS_NAME_SCHEMA]}),
         Field(
             description="What the certificate must be good for: an IPv4 or IPv6 literal, which is "
             "connected to, or a DNS name, together with expected_ip."
@@ -321,7 +324,7 @@ class CheckTlsRequest(BaseModel):
     expected_ip: Annotated[
         Address | None,
         PlainValidator(_validate_expected_ip),
-        WithJsonSchema({"anyOf": [_IP_SCHEMA, {"type": "null"}]}),
+        WithJsonSchema({"anyOf": [*_IP_SCHEMAS, {"type": "null"}]}),
         Field(
             description="With a DNS name: the address to connect to, since DNS is never asked. "
             "With an address: another one that the certificate must be good for.",

@@ -2,12 +2,17 @@
 
 import ast
 import inspect
+import io
 import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import fastapi_offline
+import uvicorn
+from dotenv.parser import Binding, parse_stream
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
 
 import port_checker
 from port_checker.server.protocol import BoundedProtocol
@@ -90,3 +95,32 @@ def test_uvicorn_protocol_is_the_one_that_server_protocol_extends() -> None:
     assert uses | overrides <= has
     of_cycle = {"keep_alive", "message_event", "more_body", "response_complete", "response_started"}
     assert of_cycle <= {*RequestResponseCycle.__init__.__code__.co_names}
+
+
+def test_uvicorn_server_is_the_one_that_server_run_extends() -> None:
+    made = {*uvicorn.Server.__init__.__code__.co_names, *ServerState.__init__.__code__.co_names}
+    assert {"config", "server_state", "force_exit", "should_exit"} <= made
+    assert {"connections", "tasks", "total_requests"} <= made
+    for method in "startup", "shutdown":
+        parameters = inspect.signature(getattr(uvicorn.Server, method)).parameters
+        assert [*parameters] == ["self", "sockets"]
+    # It closes the listeners, and then waits for tasks as long as the configuration says.
+    names = uvicorn.Server.shutdown.__code__.co_names
+    assert {"servers", "close", "server_state", "timeout_graceful_shutdown"} <= {*names}
+    assert callable(uvicorn.Server.handle_exit)
+
+
+def test_fastapi_offline_has_the_files_of_swagger_ui() -> None:
+    folder = Path(fastapi_offline.__file__).parent / "static"
+    assert (folder / "swagger-ui-bundle.js").stat().st_size > 100_000
+    assert (folder / "swagger-ui.css").stat().st_size > 10_000
+
+
+def test_dotenv_parser_tells_what_settings_look_for() -> None:
+    """Each binding's name and value, whether it is wrong, and the line in which its text begins."""
+    good, bare, wrong = parse_stream(io.StringIO("A='1'\n\nB\n'C=\n"))
+    assert isinstance(good, Binding)
+    assert (good.key, good.value, good.error) == ("A", "1", False)
+    assert (bare.key, bare.value, bare.error) == ("B", None, False)
+    assert (bare.original.string, bare.original.line) == ("\nB\n", 2)
+    assert wrong.error

@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
+from fastapi.exception_handlers import http_exception_handler
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from port_checker.api.caller import CallerResolver
 from port_checker.api.limits import RateLimited
@@ -120,12 +122,8 @@ def to_api_error(error: Exception) -> ApiError:
         case HTTPException(status_code=HTTPStatus.NOT_FOUND):
             return ApiError(ErrorCode.NOT_FOUND, "Not found. See /docs.")
         case HTTPException(status_code=HTTPStatus.METHOD_NOT_ALLOWED):
-            # Starlette lists the methods of a set, whose order changes from start to start.
-            allowed = sorted((error.headers or {}).get("Allow", "").split(", "))
             return ApiError(
-                ErrorCode.METHOD_NOT_ALLOWED,
-                "Method not allowed. See /docs.",
-                {"Allow": ", ".join(allowed)},
+                ErrorCode.METHOD_NOT_ALLOWED, "Method not allowed. See /docs.", error.headers
             )
         case _:
             return ApiError(
@@ -153,6 +151,16 @@ def answer_errors(app: FastAPI, callers: CallerResolver, metrics: Metrics) -> No
             headers={**NO_STORE, **(told.headers or {})},
         )
 
+    async def answer_http_exception(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)  # noqa: S101  # that is what it is added for
+        if not _tells_that_no_route_fits(error):
+            return await http_exception_handler(request, error)
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            allowed = ", ".join(_allowed_methods(request, error))
+            error = HTTPException(error.status_code, headers={"Allow": allowed})
+        return await answer(request, error)
+
+    app.add_exception_handler(HTTPException, answer_http_exception)
     for error in (
         ApiError,
         InvalidRequest,
@@ -162,7 +170,24 @@ def answer_errors(app: FastAPI, callers: CallerResolver, metrics: Metrics) -> No
         NoRoom,
         CheckFailed,
         ClientDisconnect,
-        HTTPException,
         Exception,  # a bug: uvicorn logs its traceback
     ):
         app.add_exception_handler(error, answer)
+
+
+def _tells_that_no_route_fits(error: HTTPException) -> bool:
+    """Tell the router's exceptions from those of routes that somebody added to ours."""
+    return (
+        type(error) is HTTPException  # routes raise FastAPI's
+        and error.status_code in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED)
+        and error.detail == HTTPStatus(error.status_code).phrase
+    )
+
+
+def _allowed_methods(request: Request, error: HTTPException) -> list[str]:
+    """Return the methods of all routes for the request's path; Starlette tells the first one's."""
+    allowed = set((error.headers or {}).get("Allow", "").split(", "))
+    for route in request.app.routes:
+        if route.matches(request.scope)[0] == Match.PARTIAL:
+            allowed.update(getattr(route, "methods", None) or ())
+    return sorted(allowed - {""})

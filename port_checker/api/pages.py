@@ -114,7 +114,7 @@ def _static_files() -> dict[str, _StaticFile]:
 
 
 def add_pages(app: FastAPI, settings: Settings) -> None:
-    """Route ``app`` to the pages; its other routes must be there, since /docs tells of them."""
+    """Route ``app`` to the pages."""
     data = {
         "advice": _ADVICE,
         "reachable": advice.PAGE_REACHABLE,
@@ -125,7 +125,6 @@ def add_pages(app: FastAPI, settings: Settings) -> None:
     # "<" could end the script element that holds it.
     page = _fill_in("page.html", data=json.dumps(data).replace("<", r"\u003c"))
     docs = _fill_in("docs.html")
-    schema = json.dumps(app.openapi())
     links = json.dumps(_LINKS)
     files = {file.name: file for file in _static_files().values()}
     vary = {"Vary": "Accept"}
@@ -139,6 +138,7 @@ def add_pages(app: FastAPI, settings: Settings) -> None:
         return Response(docs, media_type="text/html", headers=_DOCS_HEADERS)
 
     async def openapi(_: Request) -> Response:
+        schema = json.dumps(app.openapi())
         return Response(schema, media_type="application/json", headers=_NO_STORE)
 
     async def static(request: Request) -> Response:

@@ -1,27 +1,26 @@
 """The routes: each reads a request, passes it on, and builds the response."""
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, cast
 
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
 
 from port_checker.api.admission import Admission
 from port_checker.api.caller import CallerResolver
-from port_checker.api.errors import NO_STORE, STATUS, ApiError
+from port_checker.api.errors import NO_STORE, ApiError
 from port_checker.api.limits import RateLimiter
+from port_checker.api.openapi import documented_body, documented_errors
 from port_checker.api.origin import require_same_origin
 from port_checker.api.records import CheckRecord
 from port_checker.api.targets import TargetRules
 from port_checker.checker import Checker
 from port_checker.metrics import Metrics
 from port_checker.schemas import (
-    CHECK_EXAMPLE,
     ERROR_EXAMPLES,
-    TLS_CHECK_EXAMPLE,
     TLS_ERROR_EXAMPLES,
     CallerAddress,
     CheckPortsRequest,
@@ -29,7 +28,6 @@ from port_checker.schemas import (
     CheckTlsRequest,
     CheckTlsResponse,
     ErrorCode,
-    ErrorResponse,
     Health,
 )
 from port_checker.settings import Settings
@@ -67,32 +65,33 @@ class Api:
 
     def add_routes(self, app: FastAPI) -> None:
         """Add the routes to ``app``."""
-        app.router.route_class = _PlainRoute
-        app.add_api_route(
+        # An included router would take 5 microseconds more to find a route in (measured).
+        add = partial(app.router.add_api_route, route_class_override=_PlainRoute)
+        add(
             "/check-ports",
             self.check_ports,
             methods=["POST"],
             operation_id="check_ports",
             summary="Check which ports are reachable",
             tags=["checks"],
+            dependencies=[documented_body(CheckPortsRequest)],
             response_model=CheckPortsResponse,
             response_description="The result for each port",
-            responses=_documented_errors(ERROR_EXAMPLES),
-            openapi_extra={"requestBody": self._documented_body()},
+            responses=documented_errors(ERROR_EXAMPLES),
         )
-        app.add_api_route(
+        add(
             "/check-tls",
             self.check_tls,
             methods=["POST"],
             operation_id="check_tls",
             summary="Check whether a TLS endpoint can be trusted",
             tags=["checks"],
+            dependencies=[documented_body(CheckTlsRequest)],
             response_model=CheckTlsResponse,
             response_description="The result",
-            responses=_documented_errors(TLS_ERROR_EXAMPLES),
-            openapi_extra={"requestBody": _documented_tls_body()},
+            responses=documented_errors(TLS_ERROR_EXAMPLES),
         )
-        app.add_api_route(
+        add(
             "/ip",
             self.ip,
             methods=["GET"],
@@ -102,7 +101,7 @@ class Api:
             response_model=CallerAddress,
             response_description="The caller's address",
         )
-        app.add_api_route(
+        add(
             "/health",
             self.health,
             methods=["GET"],
@@ -112,17 +111,9 @@ class Api:
             response_model=Health,
             response_description="The service is up",
         )
-
-        # Every GET route answers HEAD, too; the schema does not list that.
-        schema = app.openapi()
-        for route in app.routes:
-            if isinstance(route, APIRoute) and route.methods and "GET" in route.methods:
-                route.methods.add("HEAD")
-
-        # Added to the finished schema, because FastAPI drops nulls from examples that it adds.
-        for path, example in ("/check-ports", CHECK_EXAMPLE), ("/check-tls", TLS_CHECK_EXAMPLE):
-            answer = schema["paths"][path]["post"]["responses"]["200"]
-            answer["content"]["application/json"]["example"] = example
+        # As routes of their own, because the schema lists every method of a route.
+        add("/health", self.health, methods=["HEAD"], include_in_schema=False)
+        add("/ip", self.ip, methods=["HEAD"], include_in_schema=False)
 
     async def check_ports(self, request: Request) -> Response:
         """Connect to all ports at once and report which of them accept connections.
@@ -178,93 +169,21 @@ class Api:
         """Answer at once, however busy the service is."""
         return _json_response('{"status":"ok"}')
 
-    def _documented_body(self) -> dict[str, Any]:
-        schema = CheckPortsRequest.model_json_schema()
-        schema["properties"]["ports"]["maxItems"] = self._settings.max_ports
-        here = {"provider_ip": "127.0.0.1", "ports": [self._settings.port]}
-        provider = {"provider_ip": "203.0.113.7", "ports": [7466, 50800, 50801]}
-        return {
-            "required": True,
-            "content": {
-                "application/json": {
-                    "schema": schema,
-                    "examples": {
-                        "here": {
-                            "summary": "This service itself, from its own machine",
-                            "value": here,
-                        },
-                        "provider": {"summary": "A provider", "value": provider},
-                    },
-                }
-            },
-        }
-
-
-def _documented_tls_body() -> dict[str, Any]:
-    by_address = {"host": "203.0.113.7", "port": 443, "expected_ip": "203.0.113.7"}
-    by_name = {"host": "provider.example", "port": 443, "expected_ip": "203.0.113.7"}
-    return {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": CheckTlsRequest.model_json_schema(),
-                "examples": {
-                    "address": {"summary": "A certificate for an address", "value": by_address},
-                    "name": {"summary": "A certificate for a name", "value": by_name},
-                },
-            }
-        },
-    }
-
 
 def _json_response(body: str) -> Response:
     return Response(body, media_type="application/json", headers=NO_STORE)
 
 
-def _documented_errors(examples: Mapping[ErrorCode, str]) -> dict[int | str, dict[str, Any]]:
-    """Return OpenAPI's ``responses`` for the codes of ``examples``, which holds their messages."""
-    answers: dict[int | str, dict[str, Any]] = {}
-    for code, message in examples.items():
-        status = STATUS[code]
-        answer = answers.setdefault(
-            status.value,
-            {
-                "model": ErrorResponse,
-                "description": status.phrase,
-                "content": {"application/json": {"examples": {}}},
-            },
-        )
-        example = {"detail": {"code": code, "message": message}}
-        answer["content"]["application/json"]["examples"][code] = {"value": example}
-        if code in (ErrorCode.RATE_LIMITED, ErrorCode.OVERLOADED):
-            answer["headers"] = {
-                "Retry-After": {
-                    "description": f"Whole seconds, at least 1; with {code}",
-                    "schema": {"type": "integer", "minimum": 1},
-                }
-            }
-    return answers
-
-
 class _PlainRoute(APIRoute):
-    """A route whose function takes the request and returns the response.
+    """A route whose function takes the request and returns the response; FastAPI documents it.
 
-    FastAPI only documents it. Having FastAPI read and validate the body would cost a third of the
-    throughput of one-port checks (measured: 4,800 instead of 6,800 requests a second, in a service
-    that did nothing else); its wrapper for the clean-up of dependencies, of which there are none,
-    another twentieth.
+    FastAPI's own handler would take 12 microseconds more (measured; it takes 14 for ``/health``
+    with this one), besides the validation of a body, which may only be read once it is paid for.
     """
 
-    def __init__(
-        self, path: str, endpoint: Callable[[Request], Awaitable[Response]], **arguments: Any
-    ) -> None:
-        super().__init__(path, endpoint, **arguments)
-
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            response = await endpoint(Request(scope, receive, send))
-            await response(scope, receive, send)
-
-        self.app = app
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return what FastAPI calls with a request."""
+        return cast(Callable[[Request], Coroutine[Any, Any, Response]], self.endpoint)
 
 
 async def _read_body(request: Request) -> bytes:

@@ -3,8 +3,6 @@
 import gzip
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from openapi_spec_validator import validate
 
 import port_checker.api
 from port_checker import advice
-from tests.support.loopback import refused_port
 from tests.support.service import serve
 
 BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
@@ -171,42 +168,3 @@ def test_the_schema_is_valid_and_stands_beside_the_service(client: httpx.Client)
     schema: dict[str, Any] = answer.json()
     validate(schema)
     assert schema["servers"] == [{"url": "."}]
-
-
-def test_a_client_generated_from_the_schema_makes_a_check(
-    client: httpx.Client, tmp_path: Path
-) -> None:
-    schema = tmp_path / "openapi.json"
-    schema.write_bytes(client.get("/openapi.json").content)
-    command = ["generate", "--path", str(schema), "--output-path", "generated", "--meta", "none"]
-    subprocess.run(
-        [sys.executable, "-m", "openapi_python_client", *command], cwd=tmp_path, check=True
-    )
-    use = """
-import sys
-from generated import Client
-from generated.api.checks import check_ports
-from generated.models import CheckPortsCheckPortsRequest
-
-open_port, refused_port = map(int, sys.argv[2:])
-body = CheckPortsCheckPortsRequest(provider_ip="127.0.0.1", ports=[open_port, refused_port])
-answer = check_ports.sync(client=Client(sys.argv[1]), body=body)
-results = answer.results.additional_properties
-print(results[str(open_port)].accessible, results[str(refused_port)].error)
-"""
-    with refused_port() as refused:
-        used = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                use,
-                str(client.base_url),
-                str(client.base_url.port),
-                str(refused),
-            ],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    assert used.stdout == "True Connection refused\n", used.stderr

@@ -1,0 +1,91 @@
+"""The schema that ``app.openapi()`` returns and ``/openapi.json`` serves.
+
+FastAPI makes it of the routes. Here is what it cannot see there: the routes read their bodies
+themselves.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import Depends, FastAPI
+from pydantic import BaseModel
+
+from port_checker.api.errors import STATUS
+from port_checker.schemas import CHECK_EXAMPLE, TLS_CHECK_EXAMPLE, ErrorCode, ErrorResponse
+from port_checker.settings import Settings
+
+
+def documented_body(model: type[BaseModel]) -> Any:
+    """Return a dependency with which FastAPI documents the body of a route that reads it itself."""
+
+    def body(body: Any) -> None:
+        """Never called."""
+
+    body.__annotations__["body"] = model
+    return Depends(body)
+
+
+def documented_errors(examples: Mapping[ErrorCode, str]) -> dict[int | str, dict[str, Any]]:
+    """Return OpenAPI's ``responses`` for the codes of ``examples``, which holds their messages."""
+    answers: dict[int | str, dict[str, Any]] = {}
+    for code, message in examples.items():
+        status = STATUS[code]
+        answer = answers.setdefault(
+            status.value,
+            {
+                "model": ErrorResponse,
+                "description": status.phrase,
+                "content": {"application/json": {"examples": {}}},
+            },
+        )
+        example = {"detail": {"code": code, "message": message}}
+        answer["content"]["application/json"]["examples"][code] = {"value": example}
+        if code in (ErrorCode.RATE_LIMITED, ErrorCode.OVERLOADED):
+            answer["headers"] = {
+                "Retry-After": {
+                    "description": f"Whole seconds, at least 1; with {code}",
+                    "schema": {"type": "integer", "minimum": 1},
+                }
+            }
+    return answers
+
+
+def extend_openapi(app: FastAPI, settings: Settings) -> None:
+    """Have ``app.openapi()`` tell the limits of ``settings``, and examples, of the checks."""
+    bodies = {
+        "/check-ports": {
+            "here": {
+                "summary": "This service itself, from its own machine",
+                "value": {"provider_ip": "127.0.0.1", "ports": [settings.port]},
+            },
+            "provider": {
+                "summary": "A provider",
+                "value": {"provider_ip": "203.0.113.7", "ports": [7466, 50800, 50801]},
+            },
+        },
+        "/check-tls": {
+            "address": {
+                "summary": "A certificate for an address",
+                "value": {"host": "203.0.113.7", "port": 443, "expected_ip": "203.0.113.7"},
+            },
+            "name": {
+                "summary": "A certificate for a name",
+                "value": {"host": "provider.example", "port": 443, "expected_ip": "203.0.113.7"},
+            },
+        },
+    }
+    answers = {"/check-ports": CHECK_EXAMPLE, "/check-tls": TLS_CHECK_EXAMPLE}
+
+    def openapi() -> dict[str, Any]:
+        schema = FastAPI.openapi(app)  # the same each time, until routes are added
+        requests = schema["components"]["schemas"]
+        requests["CheckPortsRequest"]["properties"]["ports"]["maxItems"] = settings.max_ports
+        for path, answer in answers.items():
+            operation = schema["paths"][path]["post"]
+            operation["requestBody"]["content"]["application/json"]["examples"] = bodies[path]
+            # Here, because FastAPI drops nulls from examples that it is given.
+            operation["responses"]["200"]["content"]["application/json"]["example"] = answer
+        return schema
+
+    # FastAPI documents this assignment as the way to extend the schema.
+    app.openapi = openapi  # type: ignore[method-assign]
