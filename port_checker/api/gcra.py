@@ -6,11 +6,9 @@ again (ITU-T I.371; https://brandur.org/rate-limiting). A payment is made to all
 to none of them: what one limit refuses costs nothing in the others.
 """
 
-import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Final, NamedTuple
-
-from throttled.asyncio import MemoryStoreBackend
 
 # Seconds by which a payment may come early. Far more than the error of the floating-point numbers,
 # far less than anybody can notice.
@@ -33,30 +31,49 @@ class Charge(NamedTuple):
     cost: int
 
 
-def pay_in_memory(store: MemoryStoreBackend, charges: Sequence[Charge], now: float) -> list[float]:
-    """Make a payment, if none of its limits refuses.
+class MemoryStore:
+    """What one process keeps of limits.
 
     Args:
-        store: What is kept of the limits.
-        charges: One for each limit; no two have the same key.
-        now: Seconds on a clock that never goes back.
-
-    Returns:
-        For each charge, the seconds after which its limit would let it through: 0 unless it
-        refuses.
+        max_keys: How many keys it remembers; the least recently used make way.
     """
-    arrivals = [
-        max(now, float(store.get(charge.key) or now)) + charge.cost * charge.interval
-        for charge in charges
-    ]
-    waits = [
-        _wait(arrival - now - charge.capacity * charge.interval)
-        for charge, arrival in zip(charges, arrivals, strict=True)
-    ]
-    if not any(waits):
+
+    def __init__(self, max_keys: int) -> None:
+        self._max_keys = max_keys
+        self._arrivals: OrderedDict[str, float] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Return how many keys it remembers."""
+        return len(self._arrivals)
+
+    def pay(self, charges: Sequence[Charge], now: float) -> list[float]:
+        """Make a payment, if none of its limits refuses.
+
+        Args:
+            charges: One for each limit; no two have the same key.
+            now: Seconds on a clock that never goes back.
+
+        Returns:
+            For each charge, the seconds after which its limit would let it through: 0 unless it
+            refuses.
+        """
+        arrivals = [
+            max(now, self._arrivals.get(charge.key, now)) + charge.cost * charge.interval
+            for charge in charges
+        ]
+        waits = [
+            _wait(arrival - now - charge.capacity * charge.interval)
+            for charge, arrival in zip(charges, arrivals, strict=True)
+        ]
+        is_refused = any(waits)
         for charge, arrival in zip(charges, arrivals, strict=True):
-            store.set(charge.key, arrival, math.ceil(arrival - now))
-    return waits
+            if not is_refused:
+                self._arrivals[charge.key] = arrival
+            if charge.key in self._arrivals:  # used, also by who is refused
+                self._arrivals.move_to_end(charge.key)
+        while len(self) > self._max_keys:
+            self._arrivals.popitem(last=False)
+        return waits
 
 
 def _wait(early: float) -> float:

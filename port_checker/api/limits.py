@@ -6,17 +6,15 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from throttled.asyncio import MemoryStoreBackend
-
 from port_checker.addresses import Address, have_one_subscriber, site, subscriber
-from port_checker.api.gcra import Charge, pay_in_memory
+from port_checker.api.gcra import Charge, MemoryStore
 from port_checker.settings import IN_PROCESS, Rate
 
 if TYPE_CHECKING:
     from port_checker.api.shared_limits import SharedStore
 
-# Keys that the process remembers; the least recently used make way. A key takes 300 to 400 bytes
-# (measured), so this bounds all of them to about 60 MiB.
+# Keys that the process remembers; the least recently used make way. A key takes about 200 bytes
+# (measured), so this bounds all of them to about 30 MiB.
 MAX_KEYS: Final = 150_000
 
 _SITE_RATES: Final = 10  # times the rates of one caller, for an IPv6 /48
@@ -77,7 +75,7 @@ class RateLimiter:
         self._url = store
         self._answer_timeout = answer_timeout
         self._clock = clock
-        self._memory = MemoryStoreBackend(options={"MAX_SIZE": max_keys})
+        self._memory = MemoryStore(max_keys)
         self._shared: SharedStore | None = None
 
     @property
@@ -146,7 +144,7 @@ class RateLimiter:
             return
         waits = await self._shared.pay(payment.charges) if self._shared else None
         if waits is None:
-            waits = pay_in_memory(self._memory, payment.charges, self._clock())
+            waits = self._memory.pay(payment.charges, self._clock())
         if longest := max(waits):
             refused = next(
                 message for message, wait in zip(payment.refusals, waits, strict=True) if wait
