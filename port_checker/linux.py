@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import resource
 import signal
 import socket
@@ -46,17 +47,31 @@ class TcpState(IntEnum):
 # Descriptors: sockets are files
 
 
+def descriptor_limit() -> int:
+    """Return how many files this process may open; ``resource.RLIM_INFINITY`` for any number."""
+    try:
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    except OSError:  # a sandbox forbids prlimit(2), which also reads the limit
+        limits = Path("/proc/self/limits").read_text()
+        (soft,) = re.findall("^Max open files +([0-9]+|unlimited)", limits, re.MULTILINE)
+        return resource.RLIM_INFINITY if soft == "unlimited" else int(soft)
+
+
 def raise_descriptor_limit() -> int:
-    """Raise this process's limit of open files to its hard limit, and return that."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard
+    """Raise this process's limit of open files to its hard limit, and return the limit.
+
+    It stays as it is where a sandbox forbids prlimit(2), or where the hard limit is above
+    fs.nr_open, which has been lowered since.
+    """
+    with contextlib.suppress(OSError, ValueError):  # Python's words for EPERM and EINVAL
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return descriptor_limit()
 
 
 def descriptors_left() -> int:
     """Return how many more files this process may open."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return limit - len(os.listdir("/proc/self/fd"))
+    return descriptor_limit() - len(os.listdir("/proc/self/fd"))
 
 
 # Routes

@@ -108,6 +108,7 @@ def test_uvicorn_server_is_the_one_that_server_run_extends() -> None:
     names = uvicorn.Server.shutdown.__code__.co_names
     assert {"servers", "close", "server_state", "timeout_graceful_shutdown"} <= {*names}
     assert callable(uvicorn.Server.handle_exit)
+    assert "capture_signals" in uvicorn.Server.serve.__code__.co_names
 
 
 def test_fastapi_offline_has_the_files_of_swagger_ui() -> None:

@@ -1,27 +1,33 @@
 """The server process: its listening socket, its limits, its workers, and its shutdown."""
 
 import asyncio
+import contextlib
 import functools
 import logging
 import math
 import os
 import resource
-import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn import Config
 
 from port_checker.checker import max_for_caller, max_for_others
-from port_checker.linux import ConnectionTracking, connection_tracking, raise_descriptor_limit
+from port_checker.linux import (
+    ConnectionTracking,
+    connection_tracking,
+    descriptor_limit,
+    raise_descriptor_limit,
+)
 from port_checker.metrics import Metrics, StatusLine, Totals
 from port_checker.server import systemd
 from port_checker.server.connections import ConnectionLimits, LogRefusal
 from port_checker.server.logs import dropped_lines, log_uncaught, set_up_logging
 from port_checker.server.protocol import BoundedProtocol
+from port_checker.server.signals import stop_on_signals
 from port_checker.server.workers import (
     BEAT,
     Assignment,
@@ -89,7 +95,7 @@ class Service:
         write_traceback_when_aborted()
 
     def run(self) -> bool:
-        """Serve until SIGTERM or SIGINT, then finish the checks in flight.
+        """Serve until SIGTERM, SIGINT or SIGHUP, then finish the checks in flight.
 
         Returns:
             Whether it did serve; False if no worker could start.
@@ -161,8 +167,7 @@ class Service:
             )
         except OSError as error:
             raise CannotStart(f"cannot share memory: {error.strerror}") from None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, supervisor.stop)
+        stop_on_signals(supervisor.stop)
         return supervisor.run()
 
     def _serve(
@@ -193,10 +198,6 @@ class Service:
         metrics.watch("connections_limit", lambda: most)
         metrics.watch("event_loop_lag_seconds", lambda: server.lag)
         metrics.watch("log_lines_dropped", dropped_lines)
-        # After its shutdown uvicorn restores these handlers and raises the signal that it received
-        # again: the default one would end the process before it returns an exit status.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, server.handle_exit)
         server.run(sockets=list(listeners))
 
 
@@ -227,6 +228,16 @@ class Server(uvicorn.Server):
         self.lag = 0.0
         self._on_beat = on_beat
         self._on_stop = on_stop
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop on signals.
+
+        uvicorn would raise a signal again after its shutdown, which would end the process before it
+        returns an exit status, and it would not leave alone what was ignored.
+        """
+        stop_on_signals(self.handle_exit)
+        yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to serve."""
@@ -361,7 +372,7 @@ def max_connections(settings: Settings) -> int:
 
     Each connection may run a check, which uses one more descriptor.
     """
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = descriptor_limit()
     if limit == resource.RLIM_INFINITY:
         return _MAX_CONNECTIONS
     left = limit - settings.max_in_flight - _RESERVED_DESCRIPTORS

@@ -76,7 +76,12 @@ class Assignment(NamedTuple):
 
 
 def receive_assignment() -> Assignment:
-    """Return what this worker is to do; from here on it ends with its parent."""
+    """Return what this worker is to do; from here on it ends with its parent, or when that says so.
+
+    SIGTERM is the parent's word for it, also where the program was started with it ignored.
+    """
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     assignment: Assignment = pickle.load(sys.stdin.buffer)  # noqa: S301  # from our parent
     end_with_parent(assignment.parent)
     return assignment

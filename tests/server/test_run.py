@@ -96,7 +96,7 @@ def test_debugging_logs_each_port_and_request() -> None:
     assert '"POST /check-ports HTTP/1.1" 200' in log
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_before_it_stops_it_finishes_checks_in_flight_and_refuses_new_requests(
     number: signal.Signals,
 ) -> None:
@@ -245,6 +245,13 @@ def test_the_descriptor_limit_is_raised_and_bounds_the_ports_in_flight() -> None
     assert "one caller may have at most 102 in flight" in of_caller
     assert "others' addresses together may have at most 256 in flight" in of_others
     assert "ports in flight in each: 512" in start
+
+
+@pytest.mark.parametrize("refused", ["setrlimit", "prlimit64"])
+def test_where_the_limit_may_not_be_raised_it_stays(refused: str) -> None:
+    with program(descriptors=1024, refused_calls=[refused]) as running:
+        assert running.stop() == 0
+    assert "this process may open only 512 files" in running.lines[0]
 
 
 @pytest.mark.parametrize(

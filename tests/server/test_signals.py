@@ -1,0 +1,114 @@
+"""What signals do to the program, from its first moment to its last."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.support.loopback import full_backlog, open_listener, open_port
+from tests.support.namespace import needs_root
+from tests.support.service import ask, program
+from tests.support.waiting import wait_until
+
+SERVE = f"exec {sys.executable} -m port_checker"
+
+# Runs before anything else in an interpreter that has its folder in PYTHONPATH: says that typer is
+# about to be imported, and waits there.
+WAIT_AT_IMPORT = """
+import sys, time
+from pathlib import Path
+
+class Wait:
+    def find_spec(name, path, target=None):
+        if name == "typer":
+            Path(__file__).with_name("loading").touch()
+            while True:
+                time.sleep(0.05)
+
+sys.meta_path.insert(0, Wait)
+"""
+
+
+@needs_root
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_the_first_process_of_a_container_ends_when_it_is_told_while_it_is_loaded(
+    number: int, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(WAIT_AT_IMPORT)
+    words = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-m", "port_checker"]
+    with subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(tmp_path)}) as process:
+        try:
+            wait_until(lambda: (tmp_path / "loading").exists(), "it to be loaded")
+            children = f"/proc/{process.pid}/task/{process.pid}/children"
+            os.kill(int(Path(children).read_text()), number)
+            assert process.wait(timeout=60) == 128 + number
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize(
+    ("ignored", "other"),
+    [("INT", signal.SIGTERM), ("HUP", signal.SIGINT), ("TERM", signal.SIGHUP)],
+)
+def test_what_was_ignored_at_the_start_stays_ignored(
+    ignored: str, other: int, workers: str
+) -> None:
+    words = ["sh", "-c", f"trap '' {ignored}; {SERVE}"]
+    with program(*words, PORT_CHECKER_WORKERS=workers) as running, open_port() as opened:
+        running.process.send_signal(signal.Signals[f"SIG{ignored}"])
+        with running.client() as client:  # it has had its time: uvicorn looks ten times a second
+            time.sleep(0.3)
+            assert ask(client, opened).json()["success"] is True
+        assert running.stop(other) == 0
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_signals_without_a_meaning_end_nothing(workers: str) -> None:
+    numbers = ["USR1", "USR2", "ALRM", "VTALRM", "PROF", "IO", "PWR", "RTMIN", "RTMAX"]
+    with program(PORT_CHECKER_WORKERS=workers) as running:
+        processes = {running.process.pid, *running.workers()}
+        for process in processes:
+            for name in numbers:
+                os.kill(process, signal.Signals[f"SIG{name}"])
+        assert running.answers()
+        assert {running.process.pid, *running.workers()} == processes
+        assert running.stop() == 0
+
+
+def test_any_number_of_signals_stops_workers_once() -> None:
+    with (
+        program(PORT_CHECKER_WORKERS="2", PORT_CHECK_RETRIES="1") as running,
+        open_listener() as opened,
+        full_backlog() as (silent, make_room),
+        running.client() as client,
+        ThreadPoolExecutor() as pool,
+    ):
+        check = pool.submit(ask, client, opened.getsockname()[1], silent)
+        opened.accept()[0].close()  # the check is under way
+        for _ in range(1000):
+            running.process.send_signal(signal.SIGTERM)
+            time.sleep(0.001)  # so that each arrives: equal signals that wait are one
+
+        def is_done() -> bool:
+            make_room()
+            return check.done()
+
+        wait_until(is_done, "the check")
+        assert running.wait() == 0
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_standard_descriptors_that_are_closed_do_no_harm(workers: str) -> None:
+    words = ["sh", "-c", f"{SERVE} <&- >&- 2>&-"]
+    with program(*words, PORT_CHECKER_WORKERS=workers) as running, open_port() as opened:
+        with running.client() as client:
+            assert ask(client, opened).json()["success"] is True
+        descriptors = Path(f"/proc/{running.process.pid}/fd")
+        assert {os.readlink(descriptors / name) for name in "012"} == {os.devnull}
+        assert running.stop() == 0
