@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,7 @@ from port_checker.connect import (
     Verdict,
     attempt,
 )
+from port_checker.linux import could_not_retransmit
 from tests.support.loopback import (
     full_backlog,
     open_listener,
@@ -28,7 +30,8 @@ from tests.support.loopback import (
     refused_port,
     silent_port,
 )
-from tests.support.namespace import in_namespace, needs_root
+from tests.support.namespace import loopback_alone, needs_root
+from tests.support.waiting import wait_until
 
 LOOPBACK = parse_address("127.0.0.1")
 
@@ -124,121 +127,91 @@ def test_a_port_that_resets_what_it_accepted_is_open() -> None:
     assert verdicts == [{port: OPEN}] * 200
 
 
-PRELUDE = """
-import asyncio
-from port_checker.addresses import parse_address
-from port_checker.connect import CheckFailed, OpenConnectionPacer, attempt
-
-def try_once(ports, host="127.0.0.1", timeout=1.0):
-    return asyncio.run(_run(ports, host, timeout))
-
-async def _run(ports, host, timeout):
-    return await attempt(parse_address(host), ports, timeout, OpenConnectionPacer())
-"""
-
-
 @needs_root
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_a_connection_with_itself_is_no_open_port(host: str) -> None:
     """With one ephemeral port left, connecting to it on loopback meets itself."""
-    verdicts = f"try_once([40001, 40000], {host!r}).values()"
-    script = PRELUDE + f"print(*(verdict.error for verdict in {verdicts}), sep='; ')"
-    told = in_namespace(script, "echo 40001 40001 > /proc/sys/net/ipv4/ip_local_port_range")
-    assert told == "Connection refused; Connection refused\n"
+    with loopback_alone("echo 40001 40001 > /proc/sys/net/ipv4/ip_local_port_range"):
+        assert try_once([40001, 40000], host) == {40001: REFUSED, 40000: REFUSED}
 
 
 @needs_root
 def test_running_out_of_local_ports_is_the_checkers_failure() -> None:
-    script = (
-        PRELUDE
-        + """
-import socket
-with socket.create_server(("127.0.0.1", 50000)) as listener:
-    target = listener.getsockname()
-    held = [socket.create_connection(target) for _ in range(2)]
-    try:
-        print(try_once([target[1]]))
-    except CheckFailed as error:
-        print(error)
-    for connection in held:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes([1] + [0] * 7))
-        connection.close()
-    print(try_once([target[1]])[target[1]].accessible)
-"""
-    )
-    told = in_namespace(script, "echo 40000 40001 > /proc/sys/net/ipv4/ip_local_port_range")
-    assert told == "could not connect: Cannot assign requested address\nTrue\n"
+    with (
+        loopback_alone("echo 40000 40001 > /proc/sys/net/ipv4/ip_local_port_range"),
+        open_listener(port=50000) as listener,
+    ):
+        held = [socket.create_connection(listener.getsockname()) for _ in range(2)]
+        with pytest.raises(CheckFailed, match="Cannot assign requested address"):
+            try_once([50000])
+        for connection in held:
+            linger = b"\1\0\0\0\0\0\0\0"  # on, for 0 s: close() sends a reset
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            connection.close()
+        assert try_once([50000]) == {50000: OPEN}
 
 
 @needs_root
-def test_a_prohibition_and_a_lack_of_route_are_the_checkers_failures() -> None:
-    script = (
-        PRELUDE
-        + """
-for host in ("192.0.2.1", "198.51.100.1", "203.0.113.1"):
-    try:
-        print(try_once([80], host))
-    except CheckFailed as error:
-        print(error)
-"""
-    )
-    told = in_namespace(
-        script, "ip route add prohibit 192.0.2.0/24", "ip route add unreachable 198.51.100.0/24"
-    )
-    assert told.splitlines() == [
-        "could not connect: Permission denied",
-        "could not connect: No route to host",
-        "could not connect: Network is unreachable",
-    ]
+@pytest.mark.parametrize(
+    ("host", "reason"),
+    [
+        ("192.0.2.1", "Permission denied"),
+        ("198.51.100.1", "No route to host"),
+        ("203.0.113.1", "Network is unreachable"),
+    ],
+)
+def test_a_prohibition_and_a_lack_of_route_are_the_checkers_failures(
+    host: str, reason: str
+) -> None:
+    routes = ("ip route add prohibit 192.0.2.0/24", "ip route add unreachable 198.51.100.0/24")
+    with (
+        loopback_alone(*routes),
+        pytest.raises(CheckFailed, match=f"^could not connect: {reason}$"),
+    ):
+        try_once([80], host)
+
+
+OUTPUT_CHAIN = (
+    "nft add table inet t",
+    "nft add chain inet t o '{ type filter hook output priority 0; }'",
+)
+INPUT_CHAIN = (
+    "nft add table inet t",
+    "nft add chain inet t i '{ type filter hook input priority 0; }'",
+)
 
 
 @needs_root
 def test_all_ports_that_this_machine_may_not_connect_to_are_named() -> None:
-    script = (
-        PRELUDE
-        + """
-import socket
-with socket.create_server(("127.0.0.1", 80)):
-    try:
-        print(try_once([26, 80, 81, 25], timeout=2))
-    except CheckFailed as error:
-        print(error, error.ports)
-    print(try_once([80])[80].accessible)
-"""
-    )
-    told = in_namespace(
-        script,
-        "nft add table inet t",
-        "nft add chain inet t o '{ type filter hook output priority 0; }'",
-        "nft add rule inet t o tcp dport 25-26 drop",
-    )
+    with (
+        loopback_alone(*OUTPUT_CHAIN, "nft add rule inet t o tcp dport 25-26 drop"),
+        open_listener(port=80),
+    ):
+        with pytest.raises(CheckFailed) as raised:
+            try_once([26, 80, 81, 25], timeout=2)
+        assert try_once([80]) == {80: OPEN}
     reason = "could not connect: this machine's own firewall or a full queue drops what it sends"
-    assert told == f"{reason} [26, 25]\nTrue\n"
+    assert (str(raised.value), raised.value.ports) == (reason, [26, 25])
 
 
 @needs_root
 def test_the_own_firewall_is_told_apart_when_the_kernel_gives_up_first() -> None:
-    script = (
-        PRELUDE
-        + """
-try:
-    print(try_once([25], timeout=60))
-except CheckFailed as error:
-    print(error.ports)
-print(try_once([80], timeout=60)[80].error)
-"""
-    )
-    told = in_namespace(
-        script,
+    async def run() -> list[dict[int, Verdict] | BaseException]:
+        rounds = (attempt(LOOPBACK, [port], 60, OpenConnectionPacer()) for port in (25, 80))
+        return await asyncio.gather(*rounds, return_exceptions=True)
+
+    with loopback_alone(
         "echo 1 > /proc/sys/net/ipv4/tcp_syn_retries",
         "(echo 0 > /proc/sys/net/ipv4/tcp_syn_linear_timeouts || true)",  # from Linux 6.5 on
-        "nft add table inet t",
-        "nft add chain inet t o '{ type filter hook output priority 0; }'",
+        *OUTPUT_CHAIN,
         "nft add rule inet t o tcp dport 25 drop",
-        "nft add chain inet t i '{ type filter hook input priority 0; }'",
+        *INPUT_CHAIN,
         "nft add rule inet t i tcp dport 80 drop",
-    )
-    assert told == "[25]\nConnection timed out\n"
+    ):
+        failure, verdicts = asyncio.run(run())
+    assert isinstance(failure, CheckFailed)
+    assert failure.ports == [25]
+    assert verdicts == {80: TIMED_OUT}
 
 
 @needs_root
@@ -251,46 +224,26 @@ print(try_once([80], timeout=60)[80].error)
 )
 def test_a_connection_is_gone_for_good_within_seconds(trouble: str) -> None:
     """By default it takes a minute and more."""
-    script = (
-        PRELUDE
-        + """
-import socket
-from tests.support.waiting import wait_until
 
-def count():
-    with open("/proc/net/tcp") as table:
-        return sum(line.split()[3] in ("04", "05") for line in table)
+    def closing() -> int:
+        rows = Path("/proc/thread-self/net/tcp").read_text().splitlines()
+        return sum(row.split()[3] in ("04", "05") for row in rows)
 
-with socket.create_server(("127.0.0.1", 80)):
-    try_once([80])
-    wait_until(count)
-    wait_until(lambda: not count(), seconds=40)  # the kernel's own minute is longer
-"""
-    )
-    in_namespace(  # which asserts that the script ends well
-        script,
-        "nft add table inet t",
-        "nft add chain inet t i '{ type filter hook input priority 0; }'",
-        f"nft add rule inet t i {trouble}",
-    )
+    with (
+        loopback_alone(*INPUT_CHAIN, f"nft add rule inet t i {trouble}"),
+        open_listener(port=80),
+    ):
+        try_once([80])
+        wait_until(closing)
+        wait_until(lambda: not closing(), seconds=40)  # the kernel's own minute is longer
 
 
 @needs_root
 def test_rejection_by_the_target_is_its_verdict_when_it_is_this_machine() -> None:
-    script = (
-        PRELUDE
-        + """
-for host in ("127.0.0.1", "::1"):
-    print(try_once([80], host, timeout=5)[80].error)
-"""
-    )
-    told = in_namespace(
-        script,
-        "nft add table inet t",
-        "nft add chain inet t i '{ type filter hook input priority 0; }'",
-        "nft add rule inet t i tcp dport 80 reject with icmpx admin-prohibited",
-    )
-    assert told == "No route to host\nPermission denied\n"
+    reject = "nft add rule inet t i tcp dport 80 reject with icmpx admin-prohibited"
+    with loopback_alone(*INPUT_CHAIN, reject):
+        errors = [try_once([80], host)[80].error for host in ("127.0.0.1", "::1")]
+    assert errors == ["No route to host", "Permission denied"]
 
 
 @contextmanager
@@ -379,21 +332,12 @@ def test_the_end_of_many_silent_attempts_does_not_hold_up_the_loop() -> None:
     assert pacer.granted == 20 + 20 + 20
 
 
-RETRANSMITTED_SCRIPT = """
-import socket
-from port_checker.linux import could_not_retransmit
-with socket.create_server(("127.0.0.1", 20000)), socket.socket() as client:
-    client.connect(("127.0.0.1", 20000))
-    print(could_not_retransmit(client))
-"""
-
-
 @needs_root
 def test_a_connection_made_by_the_second_packet_is_not_the_firewalls_fault() -> None:
-    told = in_namespace(
-        RETRANSMITTED_SCRIPT,
-        "nft add table inet lab",
-        "nft add chain inet lab input '{ type filter hook input priority 0; }'",
-        "nft add rule inet lab input tcp dport 20000 tcp flags syn numgen inc mod 2 == 0 drop",
-    )
-    assert told == "False\n"
+    lose_the_first = "tcp dport 80 tcp flags syn numgen inc mod 2 == 0 drop"
+    with (
+        loopback_alone(*INPUT_CHAIN, f"nft add rule inet t i {lose_the_first}"),
+        open_listener(port=80) as listener,
+        socket.create_connection(listener.getsockname()) as client,
+    ):
+        assert not could_not_retransmit(client)

@@ -22,7 +22,7 @@ from port_checker.metrics import DURATION, Metrics, Snapshot, StatusLine, Totals
 from port_checker.server.connections import ConnectionLimits
 from port_checker.server.prometheus import expose
 from port_checker.tls import TlsVerdictKind
-from tests.support.http import check_of, connected
+from tests.support.http import check_of, client_of, connected
 from tests.support.loopback import free_port, open_port, ports, refused_port, silent_port
 from tests.support.service import Program, ask, program, serve
 from tests.support.waiting import wait_until
@@ -33,10 +33,10 @@ class Scraper:
 
     def __init__(self, port: int) -> None:
         self.port = port
-        self.url = f"http://127.0.0.1:{port}/metrics"
+        self._client = client_of(f"http://127.0.0.1:{port}")
 
     def text(self) -> str:
-        return httpx.get(self.url, timeout=30).raise_for_status().text
+        return self._client.get("/metrics").raise_for_status().text
 
     def __getitem__(self, name: str) -> float:
         found = re.search(rf"^{re.escape(name)} (\S+)$", self.text(), re.MULTILINE)

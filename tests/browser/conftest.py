@@ -20,7 +20,7 @@ CHROMIUM = shutil.which("chromium")
 def _loopback_alone() -> Iterator[None]:
     if os.environ.get("CI") != "true" and (not CHROMIUM or os.geteuid() != 0):
         pytest.skip("needs Debian's chromium, and root for a network namespace")
-    with loopback_alone(ADDRESS):
+    with loopback_alone(f"ip address add {ADDRESS} dev lo"):
         yield
 
 

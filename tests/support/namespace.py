@@ -52,21 +52,18 @@ _CLONE_NEWNET = 0x40000000  # linux/sched.h
 
 
 @contextmanager
-def loopback_alone(*addresses: str) -> Iterator[None]:
+def loopback_alone(*setup: str) -> Iterator[None]:
     """Move this thread, and all that it starts from here on, into a namespace of its own.
 
-    As ``in_namespace`` does for a program; ``os.unshare`` is there from Python 3.12 on.
-
     Args:
-        addresses: What its loopback interface has besides 127.0.0.1 and ::1.
+        setup: Shell commands that come first, inside.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
+    libc = ctypes.CDLL(None, use_errno=True)  # Python has os.unshare from 3.12 on
+    commands = " && ".join(["ip link set lo up", *setup])
     with open("/proc/thread-self/ns/net") as outside:
         assert libc.unshare(_CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
         try:
-            subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-            for address in addresses:
-                subprocess.run(["ip", "address", "add", address, "dev", "lo"], check=True)
+            subprocess.run(["sh", "-c", commands], check=True)
             yield
         finally:
             assert libc.setns(outside.fileno(), _CLONE_NEWNET) == 0, "cannot return"

@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.support.http import client_of
 from tests.support.loopback import free_port
 from tests.support.processes import end_with_parent
 from tests.support.waiting import wait_until
@@ -128,8 +129,8 @@ def _running(url: str, home: Path, *command: str | Path | None) -> Iterator[None
 
         def answers() -> bool:
             assert process.poll() is None, log.read_text()
-            with suppress(httpx.TransportError):
-                return httpx.get(f"{url}health", timeout=30).status_code == 200
+            with suppress(httpx.TransportError), client_of(url) as client:
+                return client.get("health").status_code == 200
             return False
 
         try:

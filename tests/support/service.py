@@ -21,6 +21,7 @@ from port_checker.api.records import RefusalLog
 from port_checker.server.connections import ConnectionLimits
 from port_checker.server.run import listen, server_config
 from port_checker.settings import Settings
+from tests.support.http import client_of
 from tests.support.loopback import free_port
 from tests.support.processes import end_with_parent
 from tests.support.seccomp import refuse
@@ -57,7 +58,7 @@ def serve(
         try:
             port = listener.getsockname()[1]
             reachable = {"::": "[::1]", "::1": "[::1]"}.get(host, "127.0.0.1")
-            with httpx.Client(base_url=f"http://{reachable}:{port}", timeout=30) as client:
+            with client_of(f"http://{reachable}:{port}") as client:
                 yield client
         finally:
             server.should_exit = True
@@ -79,7 +80,7 @@ class Program:
         self.lines.extend(self.process.stderr)
 
     def client(self, host: str = "127.0.0.1") -> httpx.Client:
-        return httpx.Client(base_url=f"http://{host}:{self.port}", timeout=30)
+        return client_of(f"http://{host}:{self.port}")
 
     def answers(self) -> bool:
         """Whether it serves by now.
