@@ -1,23 +1,27 @@
 """One TLS attempt: a connection, a handshake on it, and what the certificate is good for.
 
-TLS errors become ours here, as the operating system's do in ``connect``: an attempt ends in a
-``TlsVerdict`` on the target, or in ``CheckFailed`` because the trouble was the checker's own.
+An attempt ends in a ``TlsVerdict`` on the target, or in ``CheckFailed`` because the trouble was the
+checker's own. What OpenSSL does with what a peer sends, it does in a process of its own
+(``handshake_process``); here are the sockets, the clock, and that process's start and end.
 """
 
 import asyncio
 import errno
-import ipaddress
+import logging
 import os
-import re
+import signal
 import socket
-import ssl
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from enum import StrEnum
-from typing import Any, TypeVar
+import struct
+import subprocess
+import sys
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple, Self, TypeVar
 
 from port_checker.addresses import Address
 from port_checker.connect import (
@@ -25,124 +29,60 @@ from port_checker.connect import (
     CheckFailed,
     OpenConnectionPacer,
     Verdict,
+    VerdictKind,
     close_for_good,
     connect,
     own_failures,
 )
-from port_checker.linux import return_free_memory
+from port_checker.handshake import TlsVerdict, TlsVerdictKind, handshake_failed
+from port_checker.handshake_process import LARGEST_MESSAGE, TOO_BUSY, decode, encode
 
-# A TLS record is at most 16 KiB and some bytes (RFC 8446 section 5.2).
-_RECEIVED_AT_ONCE = 16 * 1024
+__all__ = ["TlsClient", "TlsVerdict", "TlsVerdictKind"]
+
+# Bytes received at once: a TLS record is at most 16 KiB and 256 bytes (RFC 8446 section 5.2).
+_LARGEST_RECORD = 16 * 1024 + 256
 
 # OpenSSL takes a chain of at most 100 KiB (SSL_CTX_set_max_cert_list), and all else in a handshake
 # is small. But it ignores requests to renegotiate during a handshake, however many come.
 _MOST_RECEIVED = 128 * 1024
 
-_MEMORY_KEPT_FOR = 200  # handshakes; giving it back takes 5 ms of the thread (measured)
+# Seconds to wait for more records after a step that led to nothing; the second time twice that, and
+# so on. A peer that sends its records one by one does not decide how many steps there are.
+_PAUSE = 0.01
 
-# What Python 3.13 sets in ssl.create_default_context(), written out so that every Python judges
-# alike: earlier ones lack the last two there, and 3.11 and 3.12 know them.
-_VERIFY_FLAGS = (
-    ssl.VerifyFlags.VERIFY_X509_TRUSTED_FIRST
-    | ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN
-    | ssl.VerifyFlags.VERIFY_X509_STRICT
-)
+# The share of an attempt's time by which this machine may be slow before silence proves nothing.
+_OUR_SHARE = 0.1
 
-# Key exchange over elliptic curves only: the group of a finite field is the server's to choose, as
-# large as it likes, and no browser offers that any more. The security level forbids RSA keys below
-# 2048 bits, and signatures with SHA-1.
-_TLS_1_2_CIPHERS = "@SECLEVEL=2:ECDHE+AESGCM:ECDHE+CHACHA20:ECDHE+AES:!aNULL:!SHA1"
+# Seconds that an attempt may take longer than its time, if the last step ends it.
+_GRACE = 0.5
 
-# Python puts OpenSSL's reason between additions of its own:
-# "[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1006)"
-_REASON = re.compile(r"(?:\[[^]]*\] )?(.*?)(?: \(_ssl\.c:\d+\))?")
+# Seconds without a handshake after which the process is ended, with all the memory that it took.
+_IDLE = 60.0
+
+_PROGRAM = """
+import sys
+sys.path.append(sys.argv[1])
+from port_checker.handshake_process import main
+main(int(sys.argv[2]))
+"""
 
 _T = TypeVar("_T")
 
-
-class TlsVerdictKind(StrEnum):
-    """What came of attempts to a TLS endpoint."""
-
-    VALID = "valid"
-    EXPIRED = "expired"
-    MISMATCH = "mismatch"
-    UNTRUSTED = "untrusted"
-    NOT_YET_VALID = "not_yet_valid"
-    UNKNOWN_AUTHORITY = "unknown_authority"
-    HANDSHAKE_FAILED = "handshake_failed"
-    NOT_TLS = "not_tls"
-    TOO_OLD = "too_old"
-    NO_CONNECTION = "no_connection"
-
-    @property
-    def outcome(self) -> "TlsVerdictKind":
-        """The kind that this is counted as: those that only advice tells apart are one."""
-        match self:
-            case TlsVerdictKind.NOT_YET_VALID | TlsVerdictKind.UNKNOWN_AUTHORITY:
-                return TlsVerdictKind.UNTRUSTED
-            case TlsVerdictKind.NOT_TLS | TlsVerdictKind.TOO_OLD:
-                return TlsVerdictKind.HANDSHAKE_FAILED
-        return self
-
-
-# By OpenSSL's codes of why a certificate was not verified (X509_V_ERR_*, openssl/x509_vfy.h).
-_KINDS_OF_CERTIFICATES = {
-    9: TlsVerdictKind.NOT_YET_VALID,
-    10: TlsVerdictKind.EXPIRED,
-    18: TlsVerdictKind.UNKNOWN_AUTHORITY,  # self-signed
-    19: TlsVerdictKind.UNKNOWN_AUTHORITY,  # self-signed, in its chain
-    20: TlsVerdictKind.UNKNOWN_AUTHORITY,  # no issuer
-}
-
-# By OpenSSL's reasons (SSL_R_*, openssl/sslerr.h).
-_KINDS_OF_HANDSHAKES = {
-    "WRONG_VERSION_NUMBER": TlsVerdictKind.NOT_TLS,
-    "TLSV1_ALERT_PROTOCOL_VERSION": TlsVerdictKind.TOO_OLD,
-    "UNSUPPORTED_PROTOCOL": TlsVerdictKind.TOO_OLD,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class TlsVerdict:
-    """What an attempt told about a TLS endpoint.
-
-    Attributes:
-        kind: What came of it.
-        error: Why the endpoint is not valid; None when it is.
-        not_after: Until when the certificate is good; None unless its chain was verified.
-        try_again: Whether the connection failed, so that another attempt may end otherwise.
-    """
-
-    kind: TlsVerdictKind
-    error: str | None = None
-    not_after: datetime | None = None
-    try_again: bool = False
-
-    @property
-    def valid(self) -> bool:
-        """Whether the handshake succeeded and the certificate is good for what was expected."""
-        return self.kind is TlsVerdictKind.VALID
+logger = logging.getLogger(__name__)
 
 
 class TlsClient:
     """Makes TLS handshakes, for one event loop.
 
     It trusts the authorities of OpenSSL's default store, or those that ``SSL_CERT_FILE`` and
-    ``SSL_CERT_DIR`` name. They are read once, at the first handshake.
-
-    Its cryptography runs in one thread of its own, as the peer decides how much of it there is: a
-    handshake takes 1 ms, but one with a key exchange of 8192 bits takes 180 ms (measured).
-
-    Args:
-        patience: Seconds that a step of a handshake may wait for its turn and be worked on.
+    ``SSL_CERT_DIR`` name. They are read at the first handshake, and when the process that makes
+    handshakes is started again: after it was killed, or after a minute without any.
     """
 
-    def __init__(self, patience: float = 5.0) -> None:
-        self._patience = patience
-        self._context: ssl.SSLContext | None = None
+    def __init__(self) -> None:
+        self._process: _HandshakeProcess | None = None
         self._under_way = 0
-        self._most_under_way = 0  # since memory was last given back
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tls")
+        self._idle: asyncio.TimerHandle | None = None
 
     async def attempt(
         self,
@@ -155,7 +95,8 @@ class TlsClient:
         """Connect to a port, and shake hands.
 
         Nothing is sent after the handshake. Whatever way this ends, cancellation included, it
-        leaves no socket open.
+        leaves no socket open. If the process that makes handshakes is killed, the attempt is made
+        again.
 
         Args:
             target: The address to connect to.
@@ -170,192 +111,438 @@ class TlsClient:
             CheckFailed: The checker's own trouble: as for a port, or no authority is trusted on
                 this machine, or it is too busy.
         """
-        deadline = asyncio.get_running_loop().time() + timeout
-        connection = await connect(target, port, timeout, pacer)
-        if isinstance(connection, Verdict):
-            return TlsVerdict(TlsVerdictKind.NO_CONNECTION, connection.error, try_again=True)
+        clock = _Clock(timeout)
         try:
             with self._counted():
-                certificate = await self._certificate(connection, expected, deadline, pacer)
+                try:
+                    return await self._try(target, port, expected, clock, pacer)
+                except _ProcessEnded:
+                    clock.begin_again()
+                return await self._try(target, port, expected, clock, pacer)
+        except _ProcessEnded:
+            raise CheckFailed("the process that makes TLS handshakes was killed twice") from None
+        except MemoryError:
+            raise CheckFailed("out of memory") from None
+
+    async def _try(
+        self,
+        target: Address,
+        port: int,
+        expected: Sequence[Address | str],
+        clock: "_Clock",
+        pacer: OpenConnectionPacer,
+    ) -> TlsVerdict:
+        connection = await connect(target, port, clock.remaining, pacer)
+        if isinstance(connection, Verdict):
+            if connection.kind is VerdictKind.TIMED_OUT:
+                clock.require_fairness()
+            return TlsVerdict(TlsVerdictKind.NO_CONNECTION, connection.error, try_again=True)
+        try:
+            process = await self._start(clock)
+            return await _shake_hands(process, connection, expected, clock, pacer)
         except _Failed as failure:
             return failure.verdict
         finally:
             close_for_good(connection)
-        not_after = datetime.fromtimestamp(
-            ssl.cert_time_to_seconds(certificate["notAfter"]), tz=UTC
-        )
-        mismatch = _mismatch(certificate, expected)
-        kind = TlsVerdictKind.MISMATCH if mismatch else TlsVerdictKind.VALID
-        return TlsVerdict(kind, mismatch, not_after)
-
-    async def _certificate(
-        self,
-        connection: socket.socket,
-        expected: Sequence[Address | str],
-        deadline: float,
-        pacer: OpenConnectionPacer,
-    ) -> dict[str, Any]:
-        """Shake hands; return the peer's certificate, verified but for what it is good for.
-
-        The deadline is the peer's: a step that this machine is slow with is not the peer's fault.
-        """
-        loop = asyncio.get_running_loop()
-        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        name = next((name for name in expected if isinstance(name, str)), None)
-
-        def begin() -> ssl.SSLObject:
-            self._context = self._context or _make_context()
-            tls = self._context.wrap_bio(incoming, outgoing, server_hostname=name)
-            _is_finished(tls)  # it is not, but has made the client's first message
-            return tls
-
-        tls = await self._in_thread(begin)
-        finished = False
-        received = 0
-        while True:
-            try:
-                async with asyncio.timeout_at(deadline):
-                    await loop.sock_sendall(connection, outgoing.read())
-                    if finished:
-                        return tls.getpeercert() or {}
-                    data = await loop.sock_recv(connection, _RECEIVED_AT_ONCE)
-            except TimeoutError:
-                await pacer.take(1)  # many may time out together
-                raise _handshake_failed("timed out", try_again=True) from None
-            except OSError as error:
-                raise _connection_failure(error) from error
-            if not data:
-                raise _handshake_failed("connection closed by peer", try_again=True)
-            received += len(data)
-            if received > _MOST_RECEIVED:
-                raise _handshake_failed(f"more than {_MOST_RECEIVED} bytes received")
-            incoming.write(data)
-            finished = await self._in_thread(lambda: _is_finished(tls))
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
-        """Count the handshakes under way, and give memory back when many have ended.
-
-        One takes 44 KiB while it waits (measured), most of which the C library would keep.
-        """
+        """Keep the process while there are handshakes."""
         self._under_way += 1
-        self._most_under_way = max(self._most_under_way, self._under_way)
+        if self._idle:
+            self._idle.cancel()
         try:
             yield
         finally:
             self._under_way -= 1
-            if self._under_way < self._most_under_way - _MEMORY_KEPT_FOR:
-                self._most_under_way = self._under_way
-                self._thread.submit(return_free_memory)
+            if not self._under_way:
+                self._idle = asyncio.get_running_loop().call_later(_IDLE, self._end)
 
-    async def _in_thread(self, step: Callable[[], _T]) -> _T:
-        try:
-            async with asyncio.timeout(self._patience):
-                return await asyncio.get_running_loop().run_in_executor(self._thread, step)
-        except TimeoutError:
-            raise CheckFailed("too busy for a TLS handshake") from None
+    def _end(self) -> None:
+        if self._process:
+            self._process.end()
+        self._process = None
+
+    async def _start(self, clock: "_Clock") -> "_HandshakeProcess":
+        """Return the process, when it is ready; that takes 0.1 s (measured)."""
+        if not self._process or self._process.has_ended:
+            with own_failures("cannot start the process that makes TLS handshakes"):
+                self._process = _HandshakeProcess()
+        process = self._process
+        async with clock.stopped():
+            await process.ready.wait()
+        if process.trouble:
+            process.end()
+            raise CheckFailed(process.trouble)
+        return process
+
+
+class _ProcessEnded(Exception):
+    """The process that makes handshakes has ended in the middle of one."""
 
 
 class _Failed(Exception):
     """The attempt has ended before there was a verified certificate."""
 
-    def __init__(self, kind: TlsVerdictKind, error: str, *, try_again: bool = False) -> None:
-        super().__init__(error)
-        self.verdict = TlsVerdict(kind, error, try_again=try_again)
+    def __init__(self, verdict: TlsVerdict) -> None:
+        super().__init__(verdict.error)
+        self.verdict = verdict
 
 
-def _handshake_failed(
-    reason: str,
-    kind: TlsVerdictKind = TlsVerdictKind.HANDSHAKE_FAILED,
-    *,
-    try_again: bool = False,
-) -> _Failed:
-    return _Failed(kind, f"TLS handshake failed: {reason}", try_again=try_again)
+class _Clock:
+    """Whose time an attempt takes: the peer's, or this machine's.
+
+    Attributes:
+        deadline: When the peer's time is over, by the event loop's clock.
+        end: When the attempt is over, whoever is slow.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._timeout = timeout
+        self._started = self._loop.time()
+        self._ours = 0.0
+        self.deadline = self._started + timeout
+        self.end = self.deadline + _GRACE
+
+    @property
+    def remaining(self) -> float:
+        """Seconds that the peer has left."""
+        return max(0.0, self.deadline - self._loop.time())
+
+    @asynccontextmanager
+    async def stopped(self) -> AsyncIterator[None]:
+        """Stop the clock during the block.
+
+        Raises:
+            CheckFailed: It took longer than an attempt may.
+        """
+        stopped = self._loop.time()
+        try:
+            async with asyncio.timeout(self._timeout):
+                yield
+        except TimeoutError:
+            raise CheckFailed(TOO_BUSY) from None
+        passed = self._loop.time() - stopped
+        self._started += passed
+        self.deadline += passed
+        self.end += passed
+
+    async def ours(self, work: Awaitable[_T]) -> _T:
+        """Await what is not the peer's turn.
+
+        Raises:
+            CheckFailed: The attempt is over.
+        """
+        started = self._loop.time()
+        try:
+            async with asyncio.timeout_at(self.end):
+                return await work
+        except TimeoutError:
+            raise CheckFailed(TOO_BUSY) from None
+        finally:
+            self._ours += self._loop.time() - started
+
+    def begin_again(self) -> None:
+        """Count all the time until now as this machine's: what was done in it is lost."""
+        self._ours = self._loop.time() - self._started
+
+    def require_fairness(self) -> None:
+        """See that it was the peer who took the time; called when that is over.
+
+        Raises:
+            CheckFailed: This machine took too much of it, or noticed too late that it was over.
+        """
+        late = max(0.0, self._loop.time() - self.deadline)
+        if self._ours + late > self._timeout * _OUR_SHARE:
+            raise CheckFailed(TOO_BUSY)
 
 
-def _make_context() -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    # OpenSSL would look at the names before the dates, and say nothing of the dates if they differ.
-    context.check_hostname = False
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.verify_flags = _VERIFY_FLAGS
-    context.set_ciphers(_TLS_1_2_CIPHERS)
-    context.options |= ssl.OP_NO_RENEGOTIATION
-    with own_failures("cannot read the trusted certificates"):
-        context.load_default_certs()
-        if not _trusts_somebody(context):
-            raise CheckFailed(
-                "no certificate authority is trusted on this machine: "
-                "is the package ca-certificates missing, or SSL_CERT_FILE wrong?"
-            )
-    return context
+async def _shake_hands(
+    process: "_HandshakeProcess",
+    connection: socket.socket,
+    expected: Sequence[Address | str],
+    clock: _Clock,
+    pacer: OpenConnectionPacer,
+) -> TlsVerdict:
+    loop = asyncio.get_running_loop()
+    incoming = _Incoming(connection, clock, pacer)
+    fruitless = 0  # steps in a row that led to nothing
+    with process.handshake(expected) as handshake:
+        step = await clock.ours(handshake.begin())
+        while True:
+            try:
+                async with asyncio.timeout_at(clock.end):
+                    await loop.sock_sendall(connection, step.output)
+            except TimeoutError:
+                raise await incoming.timed_out() from None
+            except OSError as error:
+                raise _connection_failure(error) from error
+            if step.verdict:
+                return step.verdict
+            fruitless = 0 if step.output else fruitless + 1
+            records = await incoming.records(_PAUSE * fruitless)
+            step = await clock.ours(handshake.go_on(records))
 
 
-def _trusts_somebody(context: ssl.SSLContext) -> bool:
-    paths = ssl.get_default_verify_paths()
-    directories = os.environ.get(paths.openssl_capath_env, paths.openssl_capath).split(os.pathsep)
-    return bool(context.cert_store_stats()["x509"]) or any(
-        os.listdir(directory) for directory in directories if os.path.isdir(directory)
-    )
+class _Incoming:
+    """What a peer sends during a handshake, record by record."""
+
+    def __init__(
+        self, connection: socket.socket, clock: _Clock, pacer: OpenConnectionPacer
+    ) -> None:
+        self._connection = connection
+        self._clock = clock
+        self._pacer = pacer
+        self._buffer = bytearray()
+        self._received = 0
+
+    async def records(self, pause: float) -> bytes:
+        """Return the records that have arrived when one has, after so many seconds.
+
+        Raises:
+            CheckFailed: This machine was too slow to receive it, or has trouble of its own.
+            _Failed: The peer ended the connection, or did not send a record in its time.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout_at(self._clock.deadline):
+                await asyncio.sleep(pause)
+                while not (size := _complete(self._buffer)):
+                    # The kernel wakes us when all of it is there: a peer that sends byte by byte
+                    # costs nothing.
+                    missing = _missing(self._buffer)
+                    self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, missing)
+                    self._add(await loop.sock_recv(self._connection, _LARGEST_RECORD))
+        except TimeoutError:
+            # It may have arrived before the timer was looked at.
+            with suppress(BlockingIOError):
+                self._add(self._connection.recv(_LARGEST_RECORD))
+            size = _complete(self._buffer)
+            if not size:
+                raise await self.timed_out() from None
+        except OSError as error:
+            raise _connection_failure(error) from error
+        records = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        return records
+
+    async def timed_out(self) -> _Failed:
+        """Return the failure of a peer that took too long.
+
+        Raises:
+            CheckFailed: It was this machine that did.
+        """
+        self._clock.require_fairness()
+        await self._pacer.take(1)  # many may time out together
+        return _Failed(handshake_failed("timed out", try_again=True))
+
+    def _add(self, data: bytes) -> None:
+        if not data:
+            raise _Failed(handshake_failed("connection closed by peer", try_again=True))
+        self._received += len(data)
+        if self._received > _MOST_RECEIVED:
+            raise _Failed(handshake_failed(f"more than {_MOST_RECEIVED} bytes received"))
+        self._buffer += data
 
 
-def _is_finished(tls: ssl.SSLObject) -> bool:
-    """Take one step of a handshake; whether it was the last."""
-    try:
-        tls.do_handshake()
-    except ssl.SSLWantReadError:
-        return False
-    except ssl.SSLCertVerificationError as error:
-        kind = _KINDS_OF_CERTIFICATES.get(error.verify_code, TlsVerdictKind.UNTRUSTED)
-        if kind is TlsVerdictKind.EXPIRED:
-            raise _Failed(kind, "certificate expired") from error
-        raise _Failed(kind, f"certificate verify failed: {error.verify_message}") from error
-    except ssl.SSLZeroReturnError as error:
-        raise _handshake_failed("connection closed by peer", try_again=True) from error
-    except ssl.SSLError as error:
-        if error.reason == "MALLOC_FAILURE":
-            raise CheckFailed("out of memory") from error
-        reason = _REASON.fullmatch(str(error.args[-1]))
-        kind = _KINDS_OF_HANDSHAKES.get(error.reason, TlsVerdictKind.HANDSHAKE_FAILED)
-        raise _handshake_failed(reason[1] if reason else str(error), kind) from error
-    return True
+def _complete(data: bytearray) -> int:
+    """Return how many bytes of ``data`` are whole TLS records; all of them if it is not TLS."""
+    size = 0
+    while len(data) >= size + 5:
+        end = _end_of_record(data, size)
+        if not end:
+            return len(data)
+        if end > len(data):
+            break
+        size = end
+    return size
+
+
+def _missing(data: bytearray) -> int:
+    """Return how many bytes are missing until the header of the first record, or it, is whole."""
+    return (_end_of_record(data, 0) if len(data) >= 5 else 5) - len(data)
+
+
+def _end_of_record(data: bytearray, start: int) -> int:
+    """Return where the record at ``start`` ends (RFC 8446 section 5.1); 0 if it is none."""
+    kind, version, length = struct.unpack_from("!BBxH", data, start)
+    is_record = 20 <= kind <= 24 and version == 3 and length <= _LARGEST_RECORD
+    return start + 5 + length if is_record else 0
 
 
 def _connection_failure(error: OSError) -> _Failed | CheckFailed:
     if error.errno in OWN_TROUBLE or error.errno == errno.EPERM:  # this machine's own firewall
         return CheckFailed(f"could not send or receive: {error.strerror}")
     if isinstance(error, BrokenPipeError):  # the same, noticed when sending
-        return _handshake_failed("Connection reset by peer", try_again=True)
-    return _handshake_failed(error.strerror or str(error), try_again=True)
+        return _Failed(handshake_failed("Connection reset by peer", try_again=True))
+    return _Failed(handshake_failed(error.strerror or str(error), try_again=True))
 
 
-def _mismatch(certificate: dict[str, Any], expected: Sequence[Address | str]) -> str | None:
-    """Why the certificate is not good for all that is expected of it; None if it is."""
-    alternative_names = certificate.get("subjectAltName", ())
-    addresses = {_address(value) for kind, value in alternative_names if kind == "IP Address"}
-    names = [value.lower() for kind, value in alternative_names if kind == "DNS"]
-    for subject in expected:
-        if not isinstance(subject, str):
-            if subject not in addresses:
-                return "certificate does not match expected IP"
-        elif not any(_name_matches(name, subject.lower()) for name in names):
-            return f"certificate does not match {subject}"
-    return None
+class _Step(NamedTuple):
+    """What a step of a handshake came to."""
+
+    output: bytes  # to be sent to the peer
+    verdict: TlsVerdict | None  # None if the handshake goes on
 
 
-def _address(text: str) -> Address | None:
-    # Not parse_address(): to those who verify a certificate, an IPv4-mapped address in it is IPv6.
-    try:
-        return ipaddress.ip_address(text.strip())
-    except ValueError:
-        return None  # an alternative name of a wrong length
+class _HandshakeProcess:
+    """The other side of ``handshake_process``, started and ended here.
 
+    Attributes:
+        ready: Set when it has read what is trusted, or cannot.
+        trouble: Why it cannot make handshakes; None if it can.
+        has_ended: Whether it was killed.
 
-def _name_matches(pattern: str, name: str) -> bool:
-    """Whether a certificate's DNS name covers ``name`` (RFC 9525 section 6.3); both lower case.
-
-    A star stands for one whole label, the first, and not above two others, as OpenSSL has it.
+    Raises:
+        OSError: It cannot be started.
     """
-    if pattern.startswith("*.") and pattern.count(".") > 1:
-        return name.partition(".")[1:] == (".", pattern[2:])
-    return pattern == name
+
+    def __init__(self) -> None:
+        self.ready = asyncio.Event()
+        self.trouble: str | None = None
+        self.has_ended = False
+        self._loop = asyncio.get_running_loop()
+        self._numbers = count(1)
+        self._answers: dict[int, asyncio.Future[_Step]] = {}  # awaited, by handshake
+        self._outbox: deque[bytes] = deque()
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                process = subprocess.Popen(  # noqa: S603  # nothing in it is a stranger's
+                    [
+                        *(sys.executable, "-I", "-c", _PROGRAM),
+                        *(str(Path(__file__).parent.parent), str(theirs.fileno())),
+                    ],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    # It holds what strangers send: our settings have secrets.
+                    env={key: os.environ[key] for key in os.environ if "PORT_CHECK" not in key},
+                    process_group=0,  # Ctrl-C in a terminal is not for it
+                )
+            except OSError:
+                self._socket.close()
+                raise
+        self._socket.setblocking(False)
+        self._loop.add_reader(self._socket, self._receive)
+        # Called at the end of the program, too, which waits for no handshake.
+        self._kill = weakref.finalize(self, _kill, process, self._socket)
+
+    def handshake(self, expected: Sequence[Address | str]) -> "_Handshake":
+        """Return a handshake that can be begun."""
+        return _Handshake(self, next(self._numbers), expected)
+
+    async def ask(self, number: int, message: bytes) -> _Step:
+        """Send a message about a handshake, and return the answer."""
+        if self.has_ended:
+            raise _ProcessEnded
+        answer: asyncio.Future[_Step] = self._loop.create_future()
+        self._answers[number] = answer
+        self.send(message)
+        try:
+            return await answer
+        finally:
+            del self._answers[number]
+
+    def send(self, message: bytes) -> None:
+        """Send a message, in order, as soon as there is room."""
+        if not self.has_ended:
+            self._outbox.append(message)
+            self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._outbox:
+                self._socket.send(self._outbox[0])
+                self._outbox.popleft()
+        except BlockingIOError:
+            self._loop.add_writer(self._socket, self._flush)
+        except OSError:
+            self._lose()
+        else:
+            self._loop.remove_writer(self._socket)
+
+    def _receive(self) -> None:
+        try:
+            message = self._socket.recv(LARGEST_MESSAGE)
+        except BlockingIOError:
+            return
+        except OSError:
+            message = b""
+        if not message:
+            self._lose()
+            return
+        head, output = decode(message)
+        if head["number"] == 0:
+            self.trouble = head.get("trouble")
+            self.ready.set()
+            return
+        answer = self._answers.get(head["number"])
+        if not answer or answer.done():
+            return
+        if trouble := head["trouble"]:
+            answer.set_exception(CheckFailed(trouble))
+            return
+        verdict = head["verdict"]
+        if verdict:
+            not_after = verdict["not_after"]
+            verdict["not_after"] = not_after and datetime.fromisoformat(not_after)
+            verdict["kind"] = TlsVerdictKind(verdict["kind"])
+        answer.set_result(_Step(output, verdict and TlsVerdict(**verdict)))
+
+    def _lose(self) -> None:
+        if not self.ready.is_set():
+            self.trouble = "the process that makes TLS handshakes could not start"
+            self.ready.set()
+        elif not self.trouble:
+            logger.warning("The process that makes TLS handshakes was killed")
+        self.end()
+
+    def end(self) -> None:
+        """End the process, whatever it does."""
+        if self.has_ended:
+            return
+        self.has_ended = True
+        self._loop.remove_reader(self._socket)
+        self._loop.remove_writer(self._socket)
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(_ProcessEnded())
+        self._kill()
+
+
+def _kill(process: subprocess.Popen[bytes], channel: socket.socket) -> None:
+    channel.close()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # with its forks
+    process.wait()
+
+
+class _Handshake:
+    """One handshake in that process; a context manager that gives it up."""
+
+    def __init__(
+        self, process: _HandshakeProcess, number: int, expected: Sequence[Address | str]
+    ) -> None:
+        self._process = process
+        self._number = number
+        self._expected = expected
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.send(encode({"number": self._number, "do": "end"}))
+
+    async def begin(self) -> _Step:
+        """Return what to send to the peer first."""
+        name = next((name for name in self._expected if isinstance(name, str)), None)
+        addresses = [str(address) for address in self._expected if not isinstance(address, str)]
+        head = {"number": self._number, "do": "begin", "name": name, "addresses": addresses}
+        return await self._process.ask(self._number, encode(head))
+
+    async def go_on(self, records: bytes) -> _Step:
+        """Take a step with what the peer has sent."""
+        message = encode({"number": self._number, "do": "step"}, records)
+        return await self._process.ask(self._number, message)

@@ -278,18 +278,6 @@ def test_a_machine_that_trusts_nobody_judges_nobody(
         assert judge(port).error == UNKNOWN_ISSUER
 
 
-def test_a_step_that_waits_too_long_for_its_turn_is_the_checkers_failure() -> None:
-    async def run(port: int) -> None:
-        client = TlsClient(patience=0)
-        await client.attempt(LOOPBACK, port, [LOOPBACK], 30, OpenConnectionPacer())
-
-    with (
-        endpoint(wait_for_close) as port,
-        pytest.raises(CheckFailed, match="too busy for a TLS handshake"),
-    ):
-        asyncio.run(run(port))
-
-
 @needs_root
 def test_a_connection_is_gone_for_good_within_seconds() -> None:
     """By default it takes a minute and more, where the target acknowledges nothing."""

@@ -1,0 +1,326 @@
+"""The process that makes TLS handshakes, where they can be killed.
+
+A peer decides how much work its certificates are. OpenSSL decodes the key of each one before it
+verifies anything; a key on a curve of the peer's own has it take a square root modulo a prime of
+the peer's choice, and 100 KiB of such certificates take it minutes (measured). Nothing stops it but
+the end of a process. So ``tls`` starts a process that runs ``main``:
+
+- It keeps the handshakes that wait for their peers, and reads nothing of what those send.
+- When a peer has sent something, a fork takes the step. It has a copy of the handshake, so that its
+  end harms no other one. The kernel ends it when the handshake has used up its CPU time.
+- A fork that works for long is slow. Slow forks run one at a time, in turns.
+
+Messages in both directions are a line of JSON, and behind it what was received or is to be sent.
+"""
+
+import gc
+import json
+import os
+import selectors
+import signal
+import socket
+import ssl
+import time
+import traceback
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any, Final, NoReturn
+
+from port_checker.handshake import Handshake, Trouble, handshake_failed, make_context
+
+# Seconds of CPU for one handshake. A usual one takes 2 ms.
+BUDGET: Final = 0.5
+
+LARGEST_MESSAGE: Final = 64 * 1024  # bytes
+
+TOO_BUSY: Final = "too busy for a TLS handshake"
+
+# Forks that run at once, and seconds of CPU after which one is slow.
+_AT_ONCE: Final = 4
+_SLICE: Final = 0.02
+
+# Slow forks, and forks that wait for their peer, at most. One takes about 1 MB (measured). Of those
+# that wait, the one that has waited for the longest makes way: an honest peer answers at once.
+_MOST_SLOW: Final = 32
+_MOST_WAITING: Final = 64
+
+
+def encode(head: Mapping[str, object], data: bytes = b"") -> bytes:
+    """Return a message."""
+    return json.dumps(head, default=datetime.isoformat).encode() + b"\n" + data
+
+
+def decode(message: bytes) -> tuple[dict[str, Any], bytes]:
+    """Return what ``encode`` was given."""
+    head, _, data = message.partition(b"\n")
+    return json.loads(head), data
+
+
+class _Kept:
+    """A handshake that this process keeps.
+
+    Attributes:
+        number: By which the other end knows it.
+        handshake: As it was when it began; a fork goes on from there.
+        received: What its peer has sent.
+        cpu: Seconds that forks have used for it.
+        fork: The one that goes on with it; None if it is nobody's turn, or the peer's.
+    """
+
+    def __init__(self, number: int, handshake: Handshake) -> None:
+        self.number = number
+        self.handshake = handshake
+        self.received = b""
+        self.cpu = 0.0
+        self.fork: _Fork | None = None
+
+
+class _Fork:
+    """A fork of this process, which takes steps of one handshake."""
+
+    def __init__(self, pid: int, channel: socket.socket, kept: _Kept) -> None:
+        self.pid = pid
+        self.channel = channel
+        self.kept = kept
+        self.begin_slice()
+
+    def begin_slice(self) -> None:
+        self._cpu_before = self._cpu()
+
+    def is_slow(self) -> bool:
+        return self._cpu() - self._cpu_before > _SLICE
+
+    def _cpu(self) -> float:
+        with suppress(OSError):  # it has ended
+            return time.clock_gettime(~self.pid << 3 | 2)  # clock_getcpuclockid(3)
+        return 0.0
+
+    def send_signal(self, number: signal.Signals) -> None:
+        # It is a child that has not been waited for, so the number is its own.
+        os.kill(self.pid, number)
+
+
+class _Process:
+    """Makes handshakes, for the other end of ``control``, until that is closed."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._context = make_context()
+        self._kept: dict[int, _Kept] = {}
+        self._queue: deque[_Kept] = deque()  # those that need a fork
+        self._running: list[_Fork] = []
+        self._slow: deque[_Fork] = deque()  # stopped
+        self._slow_turn: _Fork | None = None  # the one slow fork that runs
+        self._waiting: dict[_Fork, None] = {}  # for their peers, in this order
+        self._next_slice = 0.0
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(control, selectors.EVENT_READ)
+
+    def run(self) -> None:
+        self._control.send(encode({"number": 0}))
+        # Collecting garbage would write to all objects, and each fork would copy their memory.
+        gc.freeze()
+        while True:
+            works = self._running or self._slow or self._slow_turn
+            for key, _ in self._selector.select(_SLICE if works else None):
+                if key.data:
+                    self._hear(key.data)
+                elif not self._read_message():
+                    return
+            while self._queue and len(self._running) < _AT_ONCE:
+                self._fork(self._queue.popleft())
+            if time.monotonic() >= self._next_slice:
+                self._next_slice = time.monotonic() + _SLICE
+                self._begin_slice()
+
+    def _read_message(self) -> bool:
+        message = self._control.recv(LARGEST_MESSAGE)
+        if not message:
+            return False
+        head, data = decode(message)
+        number = head["number"]
+        match head["do"]:
+            case "begin":
+                self._begin(number, head["name"], head["addresses"])
+            case "step":
+                self._step(number, data)
+            case "end":
+                self._end(number)
+        return True
+
+    def _begin(self, number: int, name: str | None, addresses: Sequence[str]) -> None:
+        try:
+            handshake = Handshake(self._context, name, addresses)
+            _, hello = handshake.step(b"")
+        except (Trouble, MemoryError, ssl.SSLError) as error:
+            self._reply(number, trouble=str(error) or "out of memory")
+        else:
+            self._kept[number] = _Kept(number, handshake)
+            self._reply(number, hello)
+
+    def _step(self, number: int, data: bytes) -> None:
+        kept = self._kept.get(number)
+        if not kept:
+            self._reply(number, trouble=TOO_BUSY)  # it had to make way
+        elif kept.fork:
+            del self._waiting[kept.fork]
+            kept.fork.begin_slice()
+            self._running.append(kept.fork)
+            kept.fork.channel.send(data)
+        else:
+            kept.received += data
+            self._queue.append(kept)
+
+    def _end(self, number: int) -> None:
+        kept = self._kept.pop(number, None)
+        if kept and kept.fork:
+            kept.fork.send_signal(signal.SIGKILL)
+        elif kept and kept in self._queue:
+            self._queue.remove(kept)
+
+    def _reply(
+        self,
+        number: int,
+        output: bytes = b"",
+        *,
+        verdict: Mapping[str, object] | None = None,
+        trouble: str | None = None,
+    ) -> None:
+        head = {"number": number, "verdict": verdict, "trouble": trouble}
+        self._control.send(encode(head, output))
+
+    def _fork(self, kept: _Kept) -> None:
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs:
+                try:
+                    pid = os.fork()
+                except OSError:
+                    ours.close()
+                    raise
+                if not pid:
+                    self._be_fork(kept, theirs)
+        except OSError as error:
+            self._reply(kept.number, trouble=f"cannot start a process: {error.strerror}")
+            return
+        kept.fork = _Fork(pid, ours, kept)
+        self._running.append(kept.fork)
+        self._selector.register(ours, selectors.EVENT_READ, kept.fork)
+
+    def _be_fork(self, kept: _Kept, channel: socket.socket) -> NoReturn:
+        """Take steps until the handshake ends, or until nothing is lost if the fork does."""
+        status = 1
+        try:
+            signal.setitimer(signal.ITIMER_PROF, max(BUDGET - kept.cpu, 0.001))
+            gc.disable()
+            for key in list(self._selector.get_map().values()):
+                key.fileobj.close()  # type: ignore[union-attr]  # they are sockets
+            received, is_needed = kept.received, False
+            while received:
+                verdict, output = kept.handshake.step(received)
+                # With all that was received, another fork can do the same again, unless it was much
+                # work, or the peer is told something that only this one knows.
+                is_needed |= bool(output) or time.process_time() > _SLICE / 2
+                stays = is_needed and not verdict
+                report: dict[str, object] = {
+                    "verdict": verdict and asdict(verdict),
+                    "cpu": time.process_time(),
+                    "stays": stays,
+                }
+                channel.send(encode(report, output))
+                received = channel.recv(LARGEST_MESSAGE) if stays else b""
+            status = 0
+        except (Trouble, MemoryError) as error:
+            report = {"trouble": str(error) or "out of memory", "cpu": 0.0, "stays": False}
+            channel.send(encode(report))
+        except Exception:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+
+    def _hear(self, fork: _Fork) -> None:
+        """Read a fork's report, or see that it has ended."""
+        kept = fork.kept
+        is_its_own = kept.fork is fork and kept.number in self._kept
+        message = fork.channel.recv(LARGEST_MESSAGE)
+        if not message:
+            self._selector.unregister(fork.channel)
+            fork.channel.close()
+            self._forget(fork)
+            _, status = os.waitpid(fork.pid, 0)
+            if is_its_own:
+                del self._kept[kept.number]
+                self._reply_for_ended(kept.number, status)
+            return
+        report, output = decode(message)
+        kept.cpu += report["cpu"]
+        if report["stays"]:
+            self._forget(fork)
+            self._waiting[fork] = None
+            if len(self._waiting) > _MOST_WAITING:
+                self._end(next(iter(self._waiting)).kept.number)
+        else:
+            kept.fork = None
+        if is_its_own:
+            self._reply(
+                kept.number, output, verdict=report.get("verdict"), trouble=report.get("trouble")
+            )
+
+    def _reply_for_ended(self, number: int, status: int) -> None:
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF:
+            verdict = handshake_failed("its certificates take too long to read")
+            self._reply(number, verdict=asdict(verdict))
+        else:
+            ending = os.waitstatus_to_exitcode(status)
+            self._reply(number, trouble=f"a process for TLS has ended with {ending}")
+
+    def _forget(self, fork: _Fork) -> None:
+        """Take a fork off the list that it is on."""
+        self._waiting.pop(fork, None)
+        if fork is self._slow_turn:
+            self._slow_turn = None
+        elif fork in self._running:
+            self._running.remove(fork)
+        elif fork in self._slow:
+            self._slow.remove(fork)
+
+    def _begin_slice(self) -> None:
+        """Stop the forks that are slow, and let the next one of these run."""
+        for fork in [fork for fork in self._running if fork.is_slow()]:
+            fork.send_signal(signal.SIGSTOP)
+            self._running.remove(fork)
+            self._slow.append(fork)
+            if len(self._slow) > _MOST_SLOW:
+                self._end(fork.kept.number)
+                self._reply(fork.kept.number, trouble=TOO_BUSY)
+        if self._slow_turn and self._slow:
+            self._slow_turn.send_signal(signal.SIGSTOP)
+            self._slow.append(self._slow_turn)
+            self._slow_turn = None
+        if not self._slow_turn and self._slow:
+            self._slow_turn = self._slow.popleft()
+            self._slow_turn.send_signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        """End all forks."""
+        for kept in list(self._kept.values()):
+            self._end(kept.number)
+
+
+def main(descriptor: int) -> None:
+    """Make handshakes for the process that has the other end of the socket ``descriptor``."""
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    with socket.socket(fileno=descriptor) as control, suppress(BrokenPipeError):
+        try:
+            process = _Process(control)
+        except (Trouble, MemoryError) as trouble:
+            control.send(encode({"number": 0, "trouble": str(trouble) or "out of memory"}))
+            return
+        try:
+            process.run()
+        finally:
+            process.close()
