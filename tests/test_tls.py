@@ -1,9 +1,14 @@
 """TLS endpoints on sockets of this machine: what their certificates are good for."""
 
 import asyncio
+import gc
 import os
+import resource
+import signal
 import socket
 import ssl
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -13,14 +18,29 @@ from pathlib import Path
 import pytest
 import trustme
 import uvloop
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import NameOID
 
 from port_checker.addresses import Address, parse_address
 from port_checker.checker import Checker
 from port_checker.connect import CheckFailed, OpenConnectionPacer
 from port_checker.schemas import CheckTlsResponse
 from port_checker.tls import TlsClient, TlsVerdict, TlsVerdictKind
+from tests.support.hostile_tls import (
+    showing_in_tls_1_2,
+    showing_in_tls_1_3,
+    slow_certificate,
+)
 from tests.support.loopback import full_backlog, refused_port, silent_port
-from tests.support.namespace import in_namespace, needs_root
+from tests.support.namespace import ROOT, in_namespace, needs_root, needs_setpriv
 from tests.support.tls import (
     answering,
     endpoint,
@@ -252,7 +272,7 @@ def trickle(connection: socket.socket) -> None:
 @pytest.mark.parametrize("behave", [wait_for_close, trickle])
 def test_peers_that_stall(behave: Callable[[socket.socket], None]) -> None:
     with endpoint(behave) as port:
-        assert judge(port, timeout=0.5) == failed("timed out", try_again=True)
+        assert judge(port, timeout=2) == failed("timed out", try_again=True)
 
 
 @pytest.mark.parametrize(
@@ -265,17 +285,279 @@ def test_no_connection(kind: Callable[[], object], error: str) -> None:
     assert verdict == TlsVerdict(kind_of(error), error, try_again=True)
 
 
-def test_a_machine_that_trusts_nobody_judges_nobody(
+def expired_authority() -> bytes:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "expired")])
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 7, NOW - 9 * DAY, NOW - DAY)
+    basics = x509.BasicConstraints(ca=True, path_length=None)
+    certificate = builder.add_extension(basics, critical=True).sign(key, hashes.SHA256())
+    return certificate.public_bytes(Encoding.PEM)
+
+
+# What the file of authorities holds; what else there is, in a directory of them, by name; why
+# nothing can be verified with that.
+@pytest.mark.parametrize(
+    ("file", "directory", "trouble"),
+    [
+        (b"", {}, "no certificate authority is trusted"),
+        (b"", {"authority.pem": trustme.CA().cert_pem.bytes()}, "openssl rehash"),
+        (b"", {"7f1b6a64.0": b""}, "is in date"),
+        (expired_authority(), {}, "is in date"),
+    ],
+    ids=["nothing", "not hashed", "not readable", "expired"],
+)
+def test_a_machine_that_can_verify_nothing_judges_nobody(
+    authority: trustme.CA,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    file: bytes,
+    directory: dict[str, bytes],
+    trouble: str,
+) -> None:
+    (tmp_path / "file").write_bytes(file)
+    (tmp_path / "directory").mkdir()
+    for name, content in directory.items():
+        (tmp_path / "directory" / name).write_bytes(content)
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "file"))
+    monkeypatch.setenv("SSL_CERT_DIR", f"/nonexistent:{tmp_path / 'directory'}")
+    with (
+        https(authority.issue_cert("127.0.0.1")) as port,
+        pytest.raises(CheckFailed, match=trouble),
+    ):
+        judge(port)
+
+
+def test_authorities_in_a_directory_are_enough(
     authority: trustme.CA, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    trustme.CA().cert_pem.write_to_path(str(tmp_path / "7f1b6a64.0"))
     monkeypatch.setenv("SSL_CERT_FILE", "/nonexistent")
+    monkeypatch.setenv("SSL_CERT_DIR", f"/nonexistent:{tmp_path}")
     with https(authority.issue_cert("127.0.0.1")) as port:
-        with pytest.raises(CheckFailed, match="no certificate authority is trusted"):
-            judge(port)
-        # Where authorities stand one by one in a directory, they are looked for at each handshake.
-        monkeypatch.setenv("SSL_CERT_DIR", f"/nonexistent:{tmp_path}")
-        (tmp_path / "7f1b6a64.0").touch()
         assert judge(port).error == UNKNOWN_ISSUER
+
+
+def with_a_name_that_is_not_text(authority: trustme.CA) -> trustme.LeafCert:
+    issuer = x509.load_pem_x509_certificate(authority.cert_pem.bytes())
+    issuer_key = load_pem_private_key(authority.private_key_pem.bytes(), None)
+    assert isinstance(issuer_key, ec.EllipticCurvePrivateKey)
+    key = ec.generate_private_key(ec.SECP256R1())
+    names = b"\x30\x0a\x82\x02\xff\xfe\x87\x04\x7f\0\0\1"  # a DNS name, and 127.0.0.1
+    identifiers = issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier)
+    authority_key = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "not text")])
+    certificate = (
+        x509.CertificateBuilder(issuer.subject, name, key.public_key(), 7, NOW - DAY, NOW + DAY)
+        .add_extension(
+            x509.UnrecognizedExtension(x509.SubjectAlternativeName.oid, names), critical=False
+        )
+        .add_extension(authority_key(identifiers.value), critical=False)
+        .sign(issuer_key, hashes.SHA256())
+    )
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    return trustme.LeafCert(private, certificate.public_bytes(Encoding.PEM), [])
+
+
+def test_a_name_that_is_not_text(authority: trustme.CA) -> None:
+    with https(with_a_name_that_is_not_text(authority)) as port:
+        verdict = judge(port)
+    error = "certificate verify failed: it holds a name that is not text"
+    assert verdict == TlsVerdict(TlsVerdictKind.UNTRUSTED, error)
+
+
+# The process that makes handshakes
+
+
+TOO_LONG = failed("its certificates take too long to read")
+
+
+@pytest.mark.parametrize(
+    ("showing", "count"),
+    [(showing_in_tls_1_2, 4), (showing_in_tls_1_2, 260), (showing_in_tls_1_3, 260)],
+)
+def test_certificates_that_take_too_long_to_read(
+    showing: Callable[[Sequence[bytes]], Callable[[socket.socket], None]], count: int
+) -> None:
+    with endpoint(showing([slow_certificate(serial) for serial in range(1, count + 1)])) as port:
+        assert judge(port) == TOO_LONG
+
+
+@pytest.mark.parametrize("showing", [showing_in_tls_1_2, showing_in_tls_1_3])
+def test_one_certificate_that_takes_long_is_read(
+    showing: Callable[[Sequence[bytes]], Callable[[socket.socket], None]],
+) -> None:
+    with endpoint(showing([slow_certificate(1)])) as port:
+        error = "certificate verify failed: self-signed certificate"
+        assert judge(port) == TlsVerdict(kind_of(error), error)
+
+
+def test_nobody_waits_for_another_ones_certificates(authority: trustme.CA) -> None:
+    hostile = showing_in_tls_1_3([slow_certificate(serial) for serial in range(1, 261)])
+
+    async def run(hostile: int, good: int) -> list[bool | TlsVerdict]:
+        client, pacer = TlsClient(), OpenConnectionPacer()
+        order: list[bool | TlsVerdict] = []
+
+        async def attempt(port: int) -> None:
+            verdict = await client.attempt(LOOPBACK, port, [LOOPBACK], 30, pacer)
+            order.append(verdict.valid or verdict)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(3):
+                group.create_task(attempt(hostile))
+            for _ in range(3):
+                await attempt(good)
+        return order
+
+    with endpoint(hostile) as slow, https(authority.issue_cert("127.0.0.1")) as good:
+        assert asyncio.run(run(slow, good)) == [True] * 3 + [TOO_LONG] * 3
+
+
+def test_records_that_come_one_by_one_are_not_a_step_each() -> None:
+    """A peer may part its messages into records of one byte; each step would cost a fork."""
+
+    def behave(connection: socket.socket) -> None:
+        connection.recv(1000)
+        for _ in range(2000):
+            connection.sendall(b"\x16\x03\x03\0\1\0")
+
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with endpoint(behave) as port:
+        assert judge(port, timeout=3) == failed("connection closed by peer", try_again=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_nvcsw - before.ru_nvcsw < 1000
+
+
+def handshake_processes() -> list[int]:
+    """The children of this process that make handshakes."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return [
+        int(child)
+        for child in children
+        if "port_checker" in Path(f"/proc/{child}/cmdline").read_text()
+    ]
+
+
+def after_signal(
+    number: signal.Signals, behave: Callable[[socket.socket], None]
+) -> Callable[[socket.socket], None]:
+    """Send a signal to the process of the client that has just said its first words."""
+
+    def behave_afterwards(connection: socket.socket) -> None:
+        connection.recv(1, socket.MSG_PEEK)
+        for process in handshake_processes():
+            os.kill(process, number)
+        behave(connection)
+
+    return behave_afterwards
+
+
+def test_a_handshake_whose_process_is_killed_is_made_again(authority: trustme.CA) -> None:
+    good = speaking_tls(server_context(authority.issue_cert("127.0.0.1")))
+    killed = after_signal(signal.SIGKILL, good)
+    waits: list[float] = []
+    with endpoint(in_turn(killed, good)) as port:
+        assert check(port, waits=waits, retries=1).valid
+    assert waits == []
+    with endpoint(killed) as port, pytest.raises(CheckFailed, match="killed twice"):
+        check(port, waits=waits, retries=1)
+
+
+def test_a_process_that_is_stopped_is_the_checkers_failure(authority: trustme.CA) -> None:
+    good = speaking_tls(server_context(authority.issue_cert("127.0.0.1")))
+    with (
+        endpoint(after_signal(signal.SIGSTOP, good)) as port,
+        pytest.raises(CheckFailed, match="too busy for a TLS handshake"),
+    ):
+        judge(port, timeout=0.5)
+
+
+def test_silence_proves_nothing_when_the_event_loop_was_held_up(authority: trustme.CA) -> None:
+    async def run(port: int) -> TlsVerdict:
+        client, pacer = TlsClient(), OpenConnectionPacer()
+        assert (await client.attempt(LOOPBACK, port, [LOOPBACK], 30, pacer)).valid
+        asyncio.get_running_loop().call_soon(time.sleep, 1)
+        return await client.attempt(LOOPBACK, port, [LOOPBACK], 0.5, pacer)
+
+    with (
+        https(authority.issue_cert("127.0.0.1")) as port,
+        pytest.raises(CheckFailed, match="too busy for a TLS handshake"),
+    ):
+        asyncio.run(run(port))
+
+
+ATTEMPT_WITH_FEW_DESCRIPTORS = """
+import asyncio, resource, sys
+from ipaddress import ip_address
+from port_checker.connect import CheckFailed, OpenConnectionPacer
+from port_checker.tls import TlsClient
+
+async def attempt(client):
+    localhost = ip_address("127.0.0.1")
+    pacer = OpenConnectionPacer()
+    return await client.attempt(localhost, int(sys.argv[1]), [localhost], 30, pacer)
+
+async def run(limit):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, 64))
+    try:
+        print((await attempt(TlsClient())).valid)
+    except CheckFailed as error:
+        print(error)
+
+for limit in map(int, sys.argv[2:]):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    with asyncio.Runner() as runner:
+        runner.get_loop()
+        runner.run(run(limit))
+"""
+
+
+def attempts_elsewhere(port: int, descriptors: Sequence[int], *command: str) -> list[str]:
+    """What attempts come to in a program that may have so many descriptors."""
+    done = subprocess.run(
+        [
+            *(*command, sys.executable, "-c", ATTEMPT_WITH_FEW_DESCRIPTORS, str(port)),
+            *map(str, descriptors),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    return done.stdout.splitlines()
+
+
+def test_descriptors_that_cannot_be_had_are_the_checkers_failure(authority: trustme.CA) -> None:
+    with https(authority.issue_cert("127.0.0.1")) as port:
+        outcomes = attempts_elsewhere(port, range(6, 24))
+    assert outcomes[0].endswith("Too many open files")
+    assert outcomes[-1] == "True"
+    told = [outcome for outcome in outcomes if outcome != "True"]
+    assert any("cannot start the process that makes TLS handshakes" in outcome for outcome in told)
+
+
+@needs_root
+@needs_setpriv
+@pytest.mark.parametrize(
+    ("processes", "outcome"),
+    [
+        (1, "cannot start the process that makes TLS handshakes: Resource temporarily unavailable"),
+        (2, "cannot start a process: Resource temporarily unavailable"),
+        (3, "True"),
+    ],
+)
+def test_processes_that_cannot_be_had_are_the_checkers_failure(
+    authority: trustme.CA, processes: int, outcome: str
+) -> None:
+    # A user without any other process, who may read this folder.
+    user = str(50_000 + os.getpid() % 10_000)
+    capabilities = "-all,+dac_override,+dac_read_search"
+    command = ["setpriv", "--reuid", user, "--inh-caps", capabilities, "--ambient-caps"]
+    with https(authority.issue_cert("127.0.0.1")) as port:
+        assert attempts_elsewhere(
+            port, [64], *command, capabilities, "prlimit", f"--nproc={processes}"
+        ) == [outcome]
 
 
 @needs_root
@@ -307,8 +589,8 @@ with socket.create_server(("127.0.0.1", 80)):
     assert told == "TLS handshake failed: timed out True\n"
 
 
-def test_cancellation_leaves_nothing() -> None:
-    async def run(port: int) -> None:
+def test_cancellation_leaves_nothing(authority: trustme.CA) -> None:
+    async def run(port: int, good: int) -> None:
         client = TlsClient()
         pacer = OpenConnectionPacer()
 
@@ -316,20 +598,27 @@ def test_cancellation_leaves_nothing() -> None:
             return len(os.listdir("/proc/self/fd"))
 
         before = used()
+        await client.attempt(LOOPBACK, good, [LOOPBACK], 30, pacer)
+        before += 1  # the way to the process that makes handshakes
         for delay in (0, 0.3):  # at once, and in the handshake
             task = asyncio.create_task(client.attempt(LOOPBACK, port, [LOOPBACK], 30, pacer))
             await asyncio.sleep(delay)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            # The client's thread may still be reading the trusted certificates, from a file.
+            # The endpoint's side of the good one may still be open.
             await asyncio.to_thread(wait_until, lambda: used() == before)
 
-    with silent_port() as silent:
-        asyncio.run(run(silent))
     # A listener that accepts nothing: the kernel makes the connection, and nobody speaks.
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        asyncio.run(run(listener.getsockname()[1]))
+    with (
+        https(authority.issue_cert("127.0.0.1")) as good,
+        silent_port() as silent,
+        socket.create_server(("127.0.0.1", 0)) as listener,
+    ):
+        asyncio.run(run(silent, good))
+        asyncio.run(run(listener.getsockname()[1], good))
+    gc.collect()  # the clients, whose loops are closed
+    assert handshake_processes() == []
 
 
 def check(port: int, *expected: Address | str, waits: list[float], retries: int = 3) -> TlsVerdict:
