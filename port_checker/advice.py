@@ -44,6 +44,20 @@ ROUTER_REJECTS = (
     "A router on the way rejects the connections: allow the port in your router's firewall, and "
     "check that it forwards to this machine's present address."
 )
+IN_CONTAINER = (
+    "Nothing arrives in this container: publish the port to it (-p with Docker and Podman), or run "
+    "this on the host's network (--network host). If it is published, forward it to the host on "
+    "your router, and allow it in the host's firewall."
+)
+BEHIND_VPN = (
+    "This machine's traffic leaves through a VPN ({interface}), and the VPN's exit does not pass "
+    "the connections on: give your own public address with --ip and check that, let the provider "
+    "bypass the VPN, or have the VPN forward the port."
+)
+IN_CLOUD = (
+    "Nothing arrives at this machine: allow the port in your cloud's firewall (security group, "
+    "network rules), then in this machine's own."
+)
 CALLER_HIDDEN = (
     "The address that was checked is probably not this machine's but that of a NAT in front of the "
     "server: give this machine's public address with --ip."
@@ -55,6 +69,19 @@ ANSWERED_ELSEWHERE = (
     "Something else answered instead of this machine (another machine, a proxy, a firewall that "
     "accepts everything): forward the port to this machine."
 )
+REDIRECTED_HERE = (
+    "The connections arrive at this machine, but its translation rules lead them to another "
+    "program: remove those for this port (nft list ruleset, iptables -t nat -S)."
+)
+PASSED_ON = (
+    "The connections arrive, and this machine passes them on to {address} (a container, say): "
+    "stop the container or the rule that publishes the port (docker ps, iptables -t nat -S, nft "
+    "list ruleset), or use another port."
+)
+ARRIVES_UNUSED = (
+    "Connections to this port arrive at port {port} of this machine, on which nobody listens: "
+    "correct the forward on your router."
+)
 CROSSED = (
     "Connections to this port arrive at another port of this machine: correct the forward on your "
     "router."
@@ -62,6 +89,20 @@ CROSSED = (
 WAY_BACK = (
     "Connections arrive here, but this machine's replies get lost: check its firewall for outgoing "
     "traffic, and its routes."
+)
+WAY_BACK_FIRST = (
+    "Connections arrive here, but the replies get lost: check this machine's firewall for outgoing "
+    "traffic and its routes first, then your router's firewall."
+)
+REPLIES_LOST = (
+    "Connections arrive here and this machine replies, but the replies get lost on the way: check "
+    "the firewall of your router or network, and that replies leave by the way that connections "
+    "come (with two routers or a VPN, they may not)."
+)
+REVERSE_PATH = (
+    "The connections arrive at {interface}, and this machine drops them because replies would "
+    "leave by {other} (a VPN's route, say): set net.ipv4.conf.all.rp_filter=2 for IPv4, or a rule "
+    "by which replies leave by {interface} (ip rule)."
 )
 
 # This machine could not listen.
@@ -160,6 +201,10 @@ SERVER_NEARBY = (
     "{url} sees this machine at {ip}, a private address, so this says nothing about the world: ask "
     "a server on the internet."
 )
+SERVER_BEHIND_SAME_ROUTER = (
+    "{url} is in this machine's own network or behind the same router ({remote}), so this says "
+    "nothing about the world: ask a server on the internet."
+)
 NAT_BEFORE_SERVER = (
     "{url} sees this machine at {ip}, a private address that it does not have: a NAT in front of "
     "the server hides who asks. Give this machine's public address with --ip."
@@ -176,6 +221,7 @@ SHARED_ADDRESS_HERE = (
     "(CGNAT), so forwards cannot work: ask your internet provider for a public address, or use "
     "IPv6."
 )
+SERVERS_DISAGREE = "{url} cannot reach {ports} at {ip} ({error}), though another server can."
 CONNECTION_LIMIT = (
     "{retried} of the ports answered only when a few were asked for at a time: a firewall or "
     "router limits how many new connections it lets in per second (OpenWrt: SYN-flood "
@@ -189,6 +235,9 @@ RESERVE_PORTS = (
     "So that outgoing connections leave these ports alone: "
     "sysctl -w net.ipv4.ip_local_reserved_ports={ports} (and put it into /etc/sysctl.conf)."
 )
+
+# The advice that blames what is before this machine, where nothing got through to it.
+NOTHING_GOT_THROUGH = {NOT_FORWARDED, REFUSED, NOTHING_ARRIVED, TIMED_OUT, ROUTER_REJECTS}
 
 # For the page in a browser, which cannot listen: whether anything runs on a port it does not know.
 PAGE_REACHABLE = (

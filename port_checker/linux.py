@@ -15,13 +15,17 @@ import struct
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
-from port_checker.addresses import Address, parse_address
+from port_checker.addresses import Address, Network, parse_address
 
 # linux/rtnetlink.h and linux/netlink.h
 _RTM_GETROUTE, _RTA_DST, _NLM_F_REQUEST, _NLMSG_ERROR = 26, 1, 1, 2
+_RTA_SRC, _RTA_IIF, _RTA_OIF, _RTA_PREFSRC = 2, 3, 4, 7
+_RTM_GETADDR, _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 22, 1, 2, 8  # and linux/if_addr.h
+_IFA_F_TEMPORARY, _IFA_F_DEPRECATED = 0x01, 0x20
+_RTM_GETLINK, _IFLA_XDP, _IFLA_XDP_ATTACHED = 18, 43, 2  # and linux/if_link.h
 _RTA_GATEWAY, _RTA_MULTIPATH, _RTA_VIA, _NLM_F_DUMP, _NLMSG_DONE = 5, 9, 18, 0x300, 3
 _NLA_TYPE_MASK = 0x3FFF
 
@@ -100,27 +104,83 @@ def route_type(address: Address) -> RouteType | None:
     Raises:
         OSError: The kernel cannot tell now: no descriptor is left, say.
     """
-    # The question is a struct rtmsg with one attribute, the destination; so is the answer, unless
-    # it is a struct nlmsgerr.
-    destination = address.packed
+    route = _route(address)
+    if route is None:
+        return None
+    (number,) = struct.unpack_from("=7xB", route)
+    try:
+        return RouteType(number)
+    except ValueError:
+        return RouteType.OTHER
+
+
+def _route(address: Address, *attributes: tuple[int, bytes], source_bits: int = 0) -> bytes | None:
+    """Ask the kernel for its route to an address: a struct rtmsg with attributes; None without.
+
+    Raises:
+        OSError: The kernel cannot tell now.
+    """
+    # The question is a struct rtmsg, with the destination as its attribute, too.
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-    attribute = struct.pack("=HH", 4 + len(destination), _RTA_DST) + destination
-    question = struct.pack("=BB10x", family, 8 * len(destination)) + attribute
+    question = struct.pack("=BBB9x", family, address.max_prefixlen, source_bits)
+    for kind, value in ((_RTA_DST, address.packed), *attributes):
+        question += struct.pack("=HH", 4 + len(value), kind) + value
     head = struct.pack("=IHHII", 16 + len(question), _RTM_GETROUTE, _NLM_F_REQUEST, 0, 0)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as netlink:
         netlink.send(head + question)
         answer = netlink.recv(4096)
     (kind,) = struct.unpack_from("=4xH", answer)
-    if kind == _NLMSG_ERROR:
+    if kind == _NLMSG_ERROR:  # a struct nlmsgerr
         (error,) = struct.unpack_from("=i", answer, 16)
         if -error in _NO_ROUTE:
             return None
         raise OSError(-error, os.strerror(-error))
-    (number,) = struct.unpack_from("=7xB", answer, 16)
+    return answer[16:]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How this machine's packets to an address leave.
+
+    Attributes:
+        interface: The name of the interface.
+        source: The address of this machine that they have by default; None if that is open.
+    """
+
+    interface: str
+    source: Address | None
+
+
+def way_to(address: Address) -> Way | None:
+    """Ask the kernel how packets to ``address`` leave; None if it has no route or cannot tell."""
     try:
-        return RouteType(number)
-    except ValueError:
-        return RouteType.OTHER
+        route = _route(address)
+        found = dict(_attributes(route[12:])) if route else {}
+        (index,) = struct.unpack("=I", found.get(_RTA_OIF, bytes(4)))
+        source = found.get(_RTA_PREFSRC)
+        return Way(
+            socket.if_indextoname(index), parse_address(str(ip_address(source))) if source else None
+        )
+    except OSError:
+        return None
+
+
+def accepts_from(source: Address, address: Address, interface: str) -> bool:
+    """Whether the kernel's routes let in packets from ``source`` to ``address`` at an interface.
+
+    IPv4's reverse-path filter drops those whose answers would leave by another interface (RFC 3704;
+    rp_filter in ip-sysctl.rst). IPv6 has none in the kernel; firewalls do the same, so the answers'
+    interface counts there.
+    """
+    if source.version == 6:
+        way = way_to(source)
+        return way is None or way.interface in (interface, "lo")
+    try:
+        incoming = struct.pack("=I", socket.if_nametoindex(interface))
+        attributes = (_RTA_SRC, source.packed), (_RTA_IIF, incoming)
+        return _route(address, *attributes, source_bits=source.max_prefixlen) is not None
+    except OSError as error:
+        return error.errno != errno.EXDEV
 
 
 def is_next_hop(address: Address) -> bool:
@@ -134,24 +194,35 @@ def is_next_hop(address: Address) -> bool:
     """
     wanted = address.packed
     family = socket.AF_INET if address.version == 4 else socket.AF_UNSPEC
+    # Behind the header is a struct rtmsg, and behind that are the route's attributes.
+    question = struct.pack("=B11x", family)
+    return any(
+        wanted in message and wanted in _next_hops(message[12:])
+        for message in _dump(_RTM_GETROUTE, question)
+    )
+
+
+def _dump(kind: int, question: bytes) -> Iterator[bytes]:
+    """Ask the kernel for all that it has of a kind (rtnetlink(7)); yield each message's content.
+
+    Raises:
+        OSError: The kernel cannot tell now.
+    """
     flags = _NLM_F_REQUEST | _NLM_F_DUMP
-    question = struct.pack("=IHHIIB11x", 28, _RTM_GETROUTE, flags, 0, 0, family)
+    head = struct.pack("=IHHII", 16 + len(question), kind, flags, 0, 0)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as netlink:
-        netlink.send(question)
+        netlink.send(head + question)
         while True:
             answer = netlink.recv(65536)
-            is_there = wanted in answer  # spares most answers a closer look
             start = 0
             while start < len(answer):
-                size, kind = struct.unpack_from("=IH", answer, start)
-                if kind == _NLMSG_DONE:
-                    return False
-                if kind == _NLMSG_ERROR:
+                size, answer_kind = struct.unpack_from("=IH", answer, start)
+                if answer_kind == _NLMSG_DONE:
+                    return
+                if answer_kind == _NLMSG_ERROR:
                     (error,) = struct.unpack_from("=i", answer, start + 16)
                     raise OSError(-error, os.strerror(-error))
-                # Behind the header is a struct rtmsg, and behind that are the route's attributes.
-                if is_there and wanted in _next_hops(answer[start + 28 : start + size]):
-                    return True
+                yield answer[start + 16 : start + size]
                 start += _aligned(size)
 
 
@@ -182,6 +253,56 @@ def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
 def _aligned(size: int) -> int:
     """Round up to the 4 bytes by which netlink aligns messages and attributes."""
     return (size + 3) & ~3
+
+
+@dataclass(frozen=True, slots=True)
+class OwnAddress:
+    """An address of an interface of this machine.
+
+    Attributes:
+        address: It.
+        network: Of it and of its neighbours.
+        temporary: Whether it is replaced after some hours or days (RFC 8981).
+        deprecated: Whether new connections no longer use it.
+    """
+
+    address: Address
+    network: Network
+    temporary: bool
+    deprecated: bool
+
+
+def own_addresses() -> list[OwnAddress]:
+    """Ask the kernel for the addresses of this machine's interfaces; none if it cannot tell."""
+    found = []
+    with contextlib.suppress(OSError):
+        for message in _dump(_RTM_GETADDR, struct.pack("=B7x", socket.AF_UNSPEC)):
+            prefix, flags = struct.unpack_from("=xBB", message)
+            attributes = dict(_attributes(message[8:]))
+            packed = attributes.get(_IFA_LOCAL) or attributes.get(_IFA_ADDRESS)
+            if packed is None:
+                continue
+            (flags,) = struct.unpack("=I", attributes.get(_IFA_FLAGS, struct.pack("=I", flags)))
+            address = ip_address(packed)
+            found.append(
+                OwnAddress(
+                    address,
+                    ip_network(f"{address}/{prefix}", strict=False),
+                    address.version == 6 and bool(flags & _IFA_F_TEMPORARY),
+                    bool(flags & _IFA_F_DEPRECATED),
+                )
+            )
+    return found
+
+
+def has_xdp_program() -> bool:
+    """Whether a program at an interface of this machine sees packets before everything else."""
+    with contextlib.suppress(OSError):
+        for message in _dump(_RTM_GETLINK, struct.pack("=B15x", socket.AF_UNSPEC)):
+            xdp = dict(_attributes(dict(_attributes(message[16:])).get(_IFLA_XDP, b"")))
+            if any(xdp.get(_IFLA_XDP_ATTACHED, b"")):
+                return True
+    return False
 
 
 # Connections
@@ -255,6 +376,7 @@ class TcpSocket:
         state: Of the connection (net/tcp_states.h).
         queued: Of a listener, how many connections wait for its program to accept them.
         ipv6: Whether it is an IPv6 socket; one on ``::`` may take IPv4 connections, too.
+        peer: The address of the other end, unspecified where there is none.
     """
 
     address: Address
@@ -262,6 +384,7 @@ class TcpSocket:
     state: TcpState
     queued: int
     ipv6: bool
+    peer: Address
 
 
 def tcp_sockets(ports: Container[int]) -> list[TcpSocket]:
@@ -274,17 +397,20 @@ def tcp_sockets(ports: Container[int]) -> list[TcpSocket]:
         with contextlib.suppress(OSError), open(table) as lines:
             next(lines)
             for line in lines:
-                _, local, _, state, queues, *_ = line.split(None, 5)
+                _, local, remote, state, queues, *_ = line.split(None, 5)
                 host, _, number = local.partition(":")
                 if (port := int(number, 16)) not in ports:
                     continue
-                # The address is written word by word, each in this machine's byte order.
-                words = (int(host[at : at + 8], 16) for at in range(0, len(host), 8))
-                packed = b"".join(struct.pack("=I", word) for word in words)
-                address = parse_address(str(ip_address(packed)))
+                address, peer = _kernels_address(host), _kernels_address(remote.partition(":")[0])
                 queued = int(queues.partition(":")[2], 16)
-                sockets.append(TcpSocket(address, port, _tcp_state(state), queued, ipv6))
+                sockets.append(TcpSocket(address, port, _tcp_state(state), queued, ipv6, peer))
     return sockets
+
+
+def _kernels_address(text: str) -> Address:
+    """Read an address that is written word by word, each in this machine's byte order."""
+    words = (int(text[at : at + 8], 16) for at in range(0, len(text), 8))
+    return parse_address(str(ip_address(b"".join(struct.pack("=I", word) for word in words))))
 
 
 def _tcp_state(number: str) -> TcpState:
@@ -294,13 +420,17 @@ def _tcp_state(number: str) -> TcpState:
         return TcpState.OTHER
 
 
-def half_open_ports(ports: Container[int]) -> set[int]:
-    """Return those of ``ports`` at which a connection has arrived, but is not established.
+def half_open_ports(ports: Container[int]) -> dict[int, set[Address]]:
+    """Return from whom connections have arrived that are not established, by port.
 
     The kernel answers the other end's SYN and waits some seconds for the end of the handshake. A
     port that stays in this state receives packets, and its answers get lost.
     """
-    return {sock.port for sock in tcp_sockets(ports) if sock.state is TcpState.SYN_RECV}
+    peers: dict[int, set[Address]] = {}
+    for sock in tcp_sockets(ports):
+        if sock.state is TcpState.SYN_RECV:
+            peers.setdefault(sock.port, set()).add(sock.peer)
+    return peers
 
 
 def ephemeral_ports() -> range:
@@ -321,31 +451,6 @@ def reserved_ports() -> str:
     with contextlib.suppress(OSError), open("/proc/sys/net/ipv4/ip_local_reserved_ports") as file:
         return file.read().strip()
     return ""
-
-
-def packets_not_delivered(ip_version: int) -> int | None:
-    """Count the packets that have arrived here and were neither delivered nor forwarded.
-
-    This machine's firewall discarded them, or its routing did (RFC 4293: ipSystemStatsInReceives
-    less InDelivers and ForwDatagrams). What a firewall rejects counts as well as what it drops.
-
-    Returns:
-        How many since the start; None if the kernel does not tell.
-    """
-    try:
-        if ip_version == 6:
-            with open("/proc/net/snmp6") as file:
-                values = dict(line.split() for line in file)
-            names = ("Ip6InReceives", "Ip6InDelivers", "Ip6OutForwDatagrams")
-        else:
-            with open("/proc/net/snmp") as file:
-                head, row = (next(file).split() for _ in range(2))
-            values = dict(zip(head, row, strict=True))
-            names = ("InReceives", "InDelivers", "ForwDatagrams")
-        received, delivered, forwarded = (int(values[name]) for name in names)
-    except (OSError, ValueError, KeyError, StopIteration):
-        return None
-    return received - delivered - forwarded
 
 
 # Processes

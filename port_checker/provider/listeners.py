@@ -8,11 +8,11 @@ import re
 import socket
 import struct
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Self
 
-from port_checker.addresses import Address, parse_address
+from port_checker.addresses import Address, parse_host
 from port_checker.linux import TcpSocket, TcpState, tcp_sockets
 from port_checker.provider.report import LocalBinding
 from port_checker.schemas import MAX_PORT
@@ -36,14 +36,15 @@ class Listeners:
 
     Attributes:
         local: Whether a listener could be opened, by port.
-        seen: Who connected, by port.
+        clock: How many connections have arrived.
         holders: Of the ports "in use", the sockets that have them.
         other_family: Those of them that programs have over the other family alone.
     """
 
     def __init__(self, ports: Iterable[int], ip_version: int) -> None:
         self.local: dict[int, LocalBinding] = {}
-        self.seen: defaultdict[int, set[Address]] = defaultdict(set)
+        self.clock = 0
+        self._arrivals: defaultdict[int, dict[Address, int]] = defaultdict(dict)
         self.holders: defaultdict[int, list[TcpSocket]] = defaultdict(list)
         self.other_family: set[int] = set()
         self._ports = list(ports)
@@ -79,21 +80,41 @@ class Listeners:
         while self._held:
             self._release(self._held[0])
 
-    def forget(self) -> None:
-        """Forget who connected so far."""
-        self.seen.clear()
+    def seen(self, since: int = 0) -> dict[int, set[Address]]:
+        """Return who connected, by port, since the clock showed ``since``."""
+        found = {
+            port: {peer for peer, last in peers.items() if last > since}
+            for port, peers in self._arrivals.items()
+        }
+        return {port: peers for port, peers in found.items() if peers}
 
     async def wait_until_seen(
-        self, ports: Iterable[int], timeout: float, enough: int = MAX_PORT
+        self,
+        ports: Iterable[int],
+        timeout: float,
+        *,
+        enough: int = MAX_PORT,
+        since: int = 0,
+        ignored: Callable[[Address], bool] = lambda _: False,
     ) -> None:
         """Wait until connections to all of ``ports`` were seen, or ``timeout`` seconds.
 
-        Or, to whatever ports, to as many of them as are ``enough``.
+        Or, to whatever ports, to as many of them as are ``enough``. Connections before ``since``
+        and from ``ignored`` peers do not count.
         """
-        missing = set(ports)
+        missing, arrived = set(ports), set[int]()
+
+        def is_done() -> bool:
+            for port, peers in self._arrivals.items():
+                if port not in arrived and any(
+                    last > since and not ignored(peer) for peer, last in peers.items()
+                ):
+                    arrived.add(port)
+            return missing <= arrived or len(arrived) >= enough
+
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
-                while missing - self.seen.keys() and len(self.seen) < enough:
+                while not is_done():
                     self._arrival.clear()
                     await self._arrival.wait()
 
@@ -167,7 +188,8 @@ class Listeners:
             if error.errno in _NO_DESCRIPTOR and self._held:
                 self._release(self._held[0])
             return
-        self.seen[port].add(parse_address(peer[0].partition("%")[0]))
+        self.clock += 1
+        self._arrivals[port][parse_host(peer[0])] = self.clock
         self._arrival.set()
         # The other end closes first, as a rule. A reset at once might look to it like a failure.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)

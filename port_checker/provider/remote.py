@@ -3,7 +3,7 @@
 import asyncio
 import json
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -23,7 +23,7 @@ from port_checker.provider.http_client import (
     printable,
     without_password,
 )
-from port_checker.provider.report import ServerReport, TlsAnswer
+from port_checker.provider.report import TlsAnswer
 from port_checker.schemas import CallerAddress, CheckPortsResponse, CheckTlsResponse, ErrorCode
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -57,6 +57,7 @@ class Waits:
         late_connections: After an answer, for the connections that it reports: when the last
             packet of a handshake is lost, the next one follows after a retransmission timeout.
         between_groups: Between small groups of ports, when new connections are limited on the way.
+        quiet: About so long nothing is asked, to see who connects anyway.
         sleep: What to wait with.
     """
 
@@ -66,6 +67,7 @@ class Waits:
     patience: float = 120.0
     late_connections: float = 3.0
     between_groups: float = 2.0
+    quiet: float = 1.0
     sleep: Callable[[float], Awaitable[None]] = field(default=asyncio.sleep, repr=False)
 
 
@@ -73,8 +75,8 @@ class ServerError(Exception):
     """The server could not check the ports; the message says why, without naming the server."""
 
 
-class _Overloaded(Exception):
-    """The server has no room for so many ports at once."""
+class _TooManyPorts(Exception):
+    """The server takes fewer ports at once."""
 
 
 class _ErrorDetail(BaseModel):
@@ -89,157 +91,155 @@ class _ErrorBody(BaseModel):
     detail: _ErrorDetail
 
 
+@dataclass(frozen=True)
+class Introduction:
+    """What the first exchange with a server shows.
+
+    Attributes:
+        address: This machine's address as the server sees it; None if it does not know.
+        local: The address of this machine from which it was asked.
+        remote: The address at which it was asked.
+    """
+
+    address: Address | None
+    local: Address
+    remote: Address
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a server answered about some ports.
+
+    Attributes:
+        verdicts: Its verdict on each port that it checked.
+        excluded: The ports that it may not connect to.
+        error: Why it did not check all the others; None if it did.
+        local: The address of this machine from which it was asked; None without an answer.
+        remote: The address at which it was asked.
+    """
+
+    verdicts: Mapping[int, Verdict] = field(default_factory=dict)
+    excluded: frozenset[int] = frozenset()
+    error: str | None = None
+    local: Address | None = None
+    remote: Address | None = None
+
+    def __or__(self, later: "Answers") -> "Answers":
+        """Add later answers, which count where both have one."""
+        return Answers(
+            {**self.verdicts, **later.verdicts},
+            self.excluded | later.excluded,
+            later.error,
+            later.local or self.local,
+            later.remote or self.remote,
+        )
+
+
 class Server:
-    """One port checker, and what it has reported so far.
+    """A client of one port checker. It keeps nothing but the URL and its patience.
 
     Attributes:
         url: Its base URL.
-        address: This machine's address, which it is asked about; None while that is unknown.
-        verdicts: Its verdict on each port that it has checked.
-        excluded: The ports that it may not connect to.
-        error: Why it does not check, or no longer; None if it does.
-        does_not_know_address: Whether that is all that is wrong with it.
-        local: The address of this machine from which it was asked.
-        remote: Its own address.
     """
 
     def __init__(
         self, url: ServerUrl, http: HttpClient, on_progress: Callable[[str], None], waits: Waits
     ) -> None:
         self.url = url
-        self.address: Address | None = None
-        self.verdicts: dict[int, Verdict] = {}
-        self.excluded: set[int] = set()
-        self.error: str | None = None
-        self.does_not_know_address = False
-        self.local: Address | None = None
-        self.remote: Address | None = None
         self._http = http
         self._on_progress = on_progress
         self._waits = waits
         self._patience = waits.patience
-        self._batch_size = MAX_PORTS_PER_REQUEST
 
-    def report(self) -> ServerReport:
-        """Summarize how asking it went."""
-        address = str(self.address) if self.address else None
-        return ServerReport(
-            str(self.url), bool(self.verdicts or self.excluded), self.error, address
-        )
-
-    async def fetch_address(self) -> None:
-        """Ask for this machine's address as the server sees it, or keep the reason in ``error``."""
-        try:
-            response = await self._request("GET", "/ip", None, _ANSWER_SIZE)
-            if response.status == HTTPStatus.NOT_FOUND:
-                raise ServerError(self._no_address(response))
-            if response.status != HTTPStatus.OK:
-                raise ServerError(_describe(response, self.url))
-            ip = _parse(CallerAddress, response, self.url).ip
-            if ip is None:
-                self.does_not_know_address = True
-                raise ServerError("does not know this machine's address; give it with --ip")
-            try:
-                self.address = parse_address(ip)
-            except ValueError:
-                raise ServerError("sent an invalid IP address") from None
-        except ServerError as error:
-            self.error = str(error)
-
-    def _no_address(self, response: Response) -> str:
-        if self.url.path:
-            return f"has nothing at {self.url}/ip: try {self.url.root}"
-        if _error_detail(response) or b'"Not Found"' in response.body:  # FastAPI's own words
-            self.does_not_know_address = True
-            return "does not tell callers their address; give it with --ip"
-        return _describe(response, self.url)
-
-    async def ask(self, ports: Sequence[int]) -> None:
-        """Ask about ``ports``, unless asking this server has failed before.
-
-        The verdicts, and the reason if there are none for some, are kept in the attributes.
-        """
-        left = [port for port in ports if port not in self.excluded]
-        try:
-            while left and not self.error:
-                verdicts, excluded = await self._check_first(left)
-                self.verdicts |= verdicts
-                self.excluded |= excluded
-                self._patience = self._waits.patience
-                done = verdicts.keys() | excluded
-                left = [port for port in left if port not in done]
-        except ServerError as error:
-            self.error = str(error)
-
-    async def check_tls(self, port: int) -> TlsAnswer:
-        """Ask whether the certificate at a port of this machine's address can be trusted.
+    async def introduce(self) -> Introduction:
+        """Ask for this machine's address as the server sees it.
 
         Raises:
             ServerError: It does not say.
         """
-        if self.error or not self.address:
-            raise ServerError(self.error or "does not know this machine's address")
+        response = await self._request("GET", "/ip", None, _ANSWER_SIZE)
+        ip = None
+        if response.status == HTTPStatus.OK:
+            ip = _parse(CallerAddress, response, self.url).ip
+        elif not self._lacks_ip(response):
+            raise ServerError(_describe(response, self.url))
+        try:
+            address = None if ip is None else parse_address(ip)
+        except ValueError:
+            raise ServerError("sent an invalid IP address") from None
+        return Introduction(address, response.local, response.remote)
+
+    def _lacks_ip(self, response: Response) -> bool:
+        """Whether the server is an older one that does not tell callers their address."""
+        if response.status != HTTPStatus.NOT_FOUND:
+            return False
+        if self.url.path:
+            raise ServerError(f"has nothing at {self.url}/ip: try {self.url.root}")
+        return bool(_error_detail(response)) or b'"Not Found"' in response.body  # FastAPI's words
+
+    async def ask(self, address: Address, ports: Sequence[int]) -> Answers:
+        """Ask about ports of an address, as many at once as the server takes.
+
+        Its failure is part of the answers.
+        """
+        answers = Answers()
+        remaining, batch_size = list(ports), MAX_PORTS_PER_REQUEST
+        while remaining:
+            batch = remaining[:batch_size]
+            try:
+                answers |= await self._check(address, batch)
+            except _TooManyPorts:
+                batch_size = (len(batch) + 1) // 2
+            except ServerError as error:
+                return answers | Answers(error=str(error))
+            else:
+                self._patience = self._waits.patience
+                done = answers.verdicts.keys() | answers.excluded
+                remaining = [port for port in remaining if port not in done]
+        return answers
+
+    async def check_tls(self, address: Address, port: int) -> TlsAnswer:
+        """Ask whether the certificate at a port of an address can be trusted.
+
+        Raises:
+            ServerError: It does not say.
+        """
         self._on_progress(f"{self.url} is checking the certificate at port {port}")
-        address = str(self.address)
-        asked = {"host": address, "port": port, "expected_ip": address}
-        body = json.dumps(asked).encode()
+        request = {"host": str(address), "port": port, "expected_ip": str(address)}
+        body = json.dumps(request).encode()
         response = await self._request("POST", "/check-tls", body, _ANSWER_SIZE)
         if response.status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
             raise ServerError("does not check certificates")
         if response.status != HTTPStatus.OK:
             raise ServerError(_describe(response, self.url))
-        said = _parse(CheckTlsResponse, response, self.url)
+        answer = _parse(CheckTlsResponse, response, self.url)
         return TlsAnswer(
-            said.kind,
-            None if said.valid else printable(said.error or "no reason given"),
-            said.not_after and printable(said.not_after),
+            answer.kind,
+            None if answer.valid else printable(answer.error or "no reason given"),
+            answer.not_after and printable(answer.not_after),
         )
 
-    async def look_again(self, ports: Sequence[int]) -> dict[int, Verdict]:
-        """Ask about ports that it has checked before.
-
-        Returns:
-            The verdicts, which are not kept.
-
-        Raises:
-            ServerError: It does not answer for all of them.
-        """
-        verdicts: dict[int, Verdict] = {}
-        while left := [port for port in ports if port not in verdicts]:
-            some, excluded = await self._check_first(left)
-            if excluded:
-                raise ServerError("may not connect to a port that it did connect to")
-            verdicts |= some
-        return verdicts
-
-    async def _check_first(self, ports: list[int]) -> tuple[dict[int, Verdict], set[int]]:
-        """Do what ``_check`` does for as many of the ports as the server takes at once."""
-        while True:
-            some = ports[: self._batch_size]
-            try:
-                return await self._check(some)
-            except _Overloaded:
-                self._batch_size = (len(some) + 1) // 2
-
-    async def _check(self, ports: list[int]) -> tuple[dict[int, Verdict], set[int]]:
-        """Have ports checked; return the verdicts, or the ports that the server may not reach."""
+    async def _check(self, address: Address, ports: list[int]) -> Answers:
+        """Have ports checked in one request; the answer is all verdicts, or ports to exclude."""
         self._on_progress(f"{self.url} is checking {_count(ports)}")
-        document = json.dumps({"provider_ip": str(self.address), "ports": ports}).encode()
+        document = json.dumps({"provider_ip": str(address), "ports": ports}).encode()
         size = _ANSWER_SIZE + _VERDICT_SIZE * len(ports)
         response = await self._request("POST", "/check-ports", document, size, len(ports))
+        ends = response.local, response.remote
         if response.status == HTTPStatus.OK:
             results = _parse(CheckPortsResponse, response, self.url).results
             if list(results) != [str(port) for port in ports]:
                 raise ServerError("reported on other ports than it was asked about")
-            return {
+            verdicts = {
                 port: _printable(result.verdict)
                 for port, result in zip(ports, results.values(), strict=True)
-            }, set()
+            }
+            return Answers(verdicts, frozenset(), None, *ends)
         detail = _error_detail(response)
         if detail and detail.code == ErrorCode.TOO_MANY_PORTS and len(ports) > 1:
-            raise _Overloaded
-        if detail and (excluded := set(detail.ports or ()) & set(ports)):
-            return {}, excluded
+            raise _TooManyPorts
+        if detail and (excluded := frozenset(detail.ports or ()) & frozenset(ports)):
+            return Answers({}, excluded, None, *ends)
         raise ServerError(_describe(response, self.url))
 
     async def _request(
@@ -249,7 +249,7 @@ class Server:
 
         Raises:
             ServerError: It does not pass, or not within our patience.
-            _Overloaded: After a wait: the server would take fewer ports.
+            _TooManyPorts: After a wait: the server would take fewer ports.
         """
         pauses = iter(self._waits.pauses)
         while True:
@@ -263,7 +263,6 @@ class Server:
                 trouble, detail = str(error), None
                 self._patience -= asyncio.get_running_loop().time() - started
             else:
-                self.local, self.remote = response.local, response.remote
                 detail = _error_detail(response)
                 if response.status not in _PASSING or (detail and detail.ports):
                     return response
@@ -275,7 +274,7 @@ class Server:
             self._on_progress(f"{self.url}: {trouble}; next attempt in {pause:.0f} s")
             await self._waits.sleep(pause)
             if detail and detail.code == ErrorCode.OVERLOADED and ports > 1:
-                raise _Overloaded
+                raise _TooManyPorts
 
 
 def _printable(verdict: Verdict) -> Verdict:

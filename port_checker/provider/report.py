@@ -1,13 +1,15 @@
 """The result for each port and the advice that follows from it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Literal, NamedTuple
 
 from port_checker import advice as advice_for
 from port_checker.addresses import Address
 from port_checker.connect import Verdict, VerdictKind
 from port_checker.linux import TcpSocket, TcpState
+from port_checker.provider.evidence import Attempt
 from port_checker.schemas import MAX_PORT
 from port_checker.tls import TlsVerdictKind
 
@@ -148,6 +150,15 @@ class Report:
         object.__setattr__(self, "total", len(self.ports))
 
 
+class Router(StrEnum):
+    """What forwards connections to this machine where it does not have the address itself."""
+
+    ROUTER = "router"
+    CONTAINER = "container"
+    VPN = "vpn"
+    CLOUD = "cloud"
+
+
 @dataclass(frozen=True)
 class Place:
     """What is known of the way to this machine.
@@ -156,17 +167,18 @@ class Place:
         own_address: Whether the address that was checked is one of this machine's: no router
             translates addresses then.
         caller_hidden: Whether it is probably another machine's: private, and not this machine's.
-        arrived: Whether the kernel saw the failed connections arrive and turned them away; None
-            if that cannot be told.
         family: 4 or 6.
         address: The address at which connections arrive here, if it is known.
+        router: What forwards connections, if the address is not this machine's.
+        interface: Where connections to the internet leave; empty if that is unknown.
     """
 
     own_address: bool = False
     caller_hidden: bool = False
-    arrived: bool | None = None
     family: int = 4
     address: Address | None = None
+    router: Router = Router.ROUTER
+    interface: str = ""
 
 
 @dataclass(frozen=True)
@@ -176,9 +188,16 @@ class Observation:
     Attributes:
         ports: The port, outside and here.
         local: Whether a listener could be opened.
-        seen: Whether a connection to this very port arrived here, even if no handshake followed.
+        seen: Whether the listener saw a connection of the servers to this very port.
+        half_open: Whether one began and was not completed.
+        attempt: Their connections as the interfaces see them; None if there are none.
+        captured: Whether all packets at the interfaces were seen.
+        wrong_way: Where answers would leave instead of the interface at which the connections
+            arrive, if the kernel drops them for it.
         answers: The verdicts, by server.
+        counted: The servers that say something about the world; by default all.
         arrives_at: The other port of this machine at which its connections arrive.
+        unused: Whether nobody listens there.
         holders: The sockets that have the port, if it is in use.
         other_family: Whether the program that has it listens over the other IP version alone.
         excluded: Whether a server may not connect to it.
@@ -188,8 +207,14 @@ class Observation:
     ports: PortPair
     local: LocalBinding
     seen: bool = False
+    half_open: bool = False
+    attempt: Attempt | None = None
+    captured: bool = False
+    wrong_way: str | None = None
     answers: dict[str, Verdict] = field(default_factory=dict)
+    counted: Collection[str] | None = None
     arrives_at: int | None = None
+    unused: bool = False
     holders: Sequence[TcpSocket] = ()
     other_family: bool = False
     excluded: bool = False
@@ -198,27 +223,50 @@ class Observation:
 
 def judge(observed: Observation, place: Place) -> PortReport:
     """Combine what this machine saw with what the servers report."""
-    local, answers = observed.local, observed.answers
-    accessible = any(verdict.accessible for verdict in answers.values())
-    first = next(iter(answers.values()), None)
-    listened = local == "bound"
+    answers, counted = observed.answers, observed.counted
+    verdicts = [v for url, v in answers.items() if counted is None or url in counted]
+    accessible = any(verdict.accessible for verdict in verdicts)
     crossed = observed.arrives_at is not None
-    confirmed = accessible and observed.seen and not crossed if listened else None
-    reachable = accessible and not crossed if local == "in use" else confirmed is True
+    confirmed = None
+    if observed.local == "bound":
+        confirmed = reachable = accessible and observed.seen and not crossed
+    else:
+        reachable = accessible and not crossed and _is_programs(observed, place)
     return PortReport(
         port=observed.ports.outer,
-        local=local,
+        local=observed.local,
         reachable=reachable,
         confirmed=confirmed,
-        error=first.error if first and not accessible else None,
-        advice=None if reachable else _advise(observed, place, accessible),
+        error=verdicts[0].error if verdicts and not accessible else None,
+        advice=None if reachable else _advise(observed, place, [v.kind for v in verdicts]),
         answers=answers,
         inner=observed.ports.inner,
         arrives_at=observed.arrives_at,
     )
 
 
-def _advise(observed: Observation, place: Place, accessible: bool) -> str:
+def _is_programs(observed: Observation, place: Place) -> bool:
+    """Whether the program that has the port can have been the one that answered."""
+    if observed.local != "in use" or observed.other_family:
+        return False
+    arrived = observed.attempt and not observed.attempt.passed_to
+    if observed.captured and not arrived:
+        return False
+    known = observed.attempt.address if observed.attempt else None
+    if known is None and place.own_address:
+        known = place.address
+    return any(
+        _listens_at(sock, known) if known else not sock.address.is_loopback
+        for sock in observed.holders
+        if sock.state is TcpState.LISTEN
+    )
+
+
+def _listens_at(sock: TcpSocket, address: Address | None) -> bool:
+    return sock.address.is_unspecified or sock.address == address
+
+
+def _advise(observed: Observation, place: Place, kinds: Sequence[VerdictKind]) -> str:
     match observed.local:
         case "not permitted":
             return advice_for.NOT_PERMITTED
@@ -226,50 +274,71 @@ def _advise(observed: Observation, place: Place, accessible: bool) -> str:
             return advice_for.FAILED
         case "outgoing connection":
             return advice_for.OUTGOING_CONNECTION
-    kinds = [verdict.kind for verdict in observed.answers.values()]
     if not kinds:
         if observed.excluded:
             return advice_for.SERVER_CANNOT
         return advice_for.NOT_CHECKED.format(reason=observed.reason)
     if observed.arrives_at is not None:
-        return advice_for.CROSSED
-    if observed.local == "in use":
-        return _advise_on_program(observed, place, kinds)
-    if accessible:
-        return advice_for.ANSWERED_ELSEWHERE
-    if observed.seen:
-        return advice_for.WAY_BACK
+        sentence = advice_for.ARRIVES_UNUSED if observed.unused else advice_for.CROSSED
+        return sentence.format(port=observed.arrives_at)
+    if observed.attempt and observed.attempt.passed_to:
+        return advice_for.PASSED_ON.format(address=observed.attempt.passed_to)
+    if observed.local == "in use" and (fault := _advise_on_program(observed, place, kinds)):
+        return fault
+    if VerdictKind.OPEN in kinds:
+        return advice_for.REDIRECTED_HERE if observed.attempt else advice_for.ANSWERED_ELSEWHERE
+    return _advise_on_way(observed, place, kinds[0])
+
+
+def _advise_on_way(observed: Observation, place: Place, kind: VerdictKind) -> str:
+    """Name what keeps connections from a port at which somebody listens."""
+    attempt = observed.attempt
+    if attempt and attempt.answered:
+        return advice_for.REPLIES_LOST
+    if observed.seen or observed.half_open:
+        return advice_for.WAY_BACK if attempt else advice_for.WAY_BACK_FIRST
+    if attempt and observed.wrong_way:
+        return advice_for.REVERSE_PATH.format(interface=attempt.interface, other=observed.wrong_way)
+    if attempt:
+        return advice_for.OWN_FIREWALL
     if place.caller_hidden:
         return advice_for.CALLER_HIDDEN
-    if place.arrived:
-        return advice_for.OWN_FIREWALL
     if place.own_address:
-        unknown = place.arrived is None
-        return advice_for.OWN_FIREWALL_FIRST if unknown else advice_for.NETWORK_FIREWALL
-    return _advise_on_router(kinds[0], place.arrived)
-
-
-def _advise_on_router(kind: VerdictKind, arrived: bool | None) -> str:
+        captured = observed.captured
+        return advice_for.NETWORK_FIREWALL if captured else advice_for.OWN_FIREWALL_FIRST
+    match place.router:
+        case Router.CONTAINER:
+            return advice_for.IN_CONTAINER
+        case Router.VPN:
+            return advice_for.BEHIND_VPN.format(interface=place.interface)
+        case Router.CLOUD:
+            return advice_for.IN_CLOUD
     match kind:
         case VerdictKind.REFUSED:
-            return advice_for.REFUSED if arrived is None else advice_for.NOT_FORWARDED
+            return advice_for.NOT_FORWARDED if observed.captured else advice_for.REFUSED
         case VerdictKind.TIMED_OUT:
-            return advice_for.TIMED_OUT if arrived is None else advice_for.NOTHING_ARRIVED
+            return advice_for.NOTHING_ARRIVED if observed.captured else advice_for.TIMED_OUT
     return advice_for.ROUTER_REJECTS
 
 
-def _advise_on_program(observed: Observation, place: Place, kinds: Sequence[VerdictKind]) -> str:
+def _advise_on_program(
+    observed: Observation, place: Place, kinds: Sequence[VerdictKind]
+) -> str | None:
+    """Say what is wrong with the program that has a port; None if it is not to blame."""
     listeners = [sock for sock in observed.holders if sock.state is TcpState.LISTEN]
     if not listeners:
         return advice_for.IN_USE_NOT_LISTENING
     if observed.other_family:
         return advice_for.IN_USE_OTHER_FAMILY.format(family=f"IPv{place.family}")
-    if not any(sock.address.is_unspecified or sock.address == place.address for sock in listeners):
+    address = observed.attempt.address if observed.attempt else place.address
+    if not any(_listens_at(sock, address) for sock in listeners):
         addresses = ", ".join(sorted({str(sock.address) for sock in listeners}))
         return advice_for.IN_USE_LOCALLY.format(addresses=addresses)
     queued = max(sock.queued for sock in listeners)
     if queued and VerdictKind.TIMED_OUT in kinds:
         return advice_for.IN_USE_NOT_ACCEPTING.format(queued=queued)
+    if VerdictKind.OPEN in kinds or observed.captured:
+        return None
     router = "" if place.own_address else advice_for.AND_ROUTER
     return advice_for.IN_USE.format(and_router=router)
 

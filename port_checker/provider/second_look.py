@@ -1,18 +1,18 @@
 """Asking again, about fewer ports at a time: are forwards crossed, or connections limited?
 
 A listener that saw a connection proves that something was forwarded to it, but not what. So the
-server is asked about half of the ports at a time, each half another one: which halves a listener
-sees is, in binary, the number of the port whose connections arrive at it.
+server is asked about half of the ports at a time, each time divided differently: which halves a
+listener sees is, in binary, the number of the port whose connections arrive at it.
 """
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
-from port_checker.addresses import Address
-from port_checker.connect import VerdictKind
+from port_checker.connect import Verdict, VerdictKind
 from port_checker.provider.listeners import Listeners
-from port_checker.provider.remote import Server, ServerError, Waits
+from port_checker.provider.origin import Contact
+from port_checker.provider.remote import Waits
 from port_checker.provider.report import PortPair
 
 # Ports in a group that is asked for by itself when new connections are limited on the way. What
@@ -25,65 +25,68 @@ _MIN_PATTERN = 10
 # So many stretches of lost ports: a single one is a range that a firewall closes. Those that a
 # limit drops are scattered, since every second port is asked about first.
 _MIN_RUNS = 2
-# A checker's address is one that connects to at least this share of the ports that it reports.
-_CHECKERS_SHARE = 0.25
 
 
 async def trace_forwards(
-    server: Server, pairs: Sequence[PortPair], listeners: Listeners, waits: Waits
+    contact: Contact,
+    pairs: Sequence[PortPair],
+    seen: Collection[int],
+    listeners: Listeners,
+    waits: Waits,
 ) -> dict[int, int]:
     """Find out at which port of this machine connections to each port arrive.
 
     Packets get lost, and strangers connect: what does not fit is looked at once more.
 
     Args:
-        server: Whom to ask.
+        contact: The server to ask.
         pairs: The ports that it could connect to.
+        seen: The inner ports at which it was seen.
         listeners: Theirs, and all others.
         waits: How long to wait for connections.
 
     Returns:
         For each outer port whose connections arrive here, the inner one.
     """
-    seen = set(listeners.seen)
-    checkers = _checkers(listeners.seen, len(pairs))
     arrivals: dict[int, int] = {}
-    left = list(pairs)
+    remaining = list(pairs)
     for _ in range(_ROUNDS):
-        try:
-            found = await _trace_once(server, left, listeners, checkers, waits)
-        except ServerError:
+        found = await _trace_once(contact, remaining, listeners, waits)
+        if found is None:
             break
         arrivals |= found
-        left = [pair for pair in left if pair.outer not in arrivals]
-        if not left or not found:
+        remaining = [pair for pair in remaining if pair.outer not in arrivals]
+        if not remaining or not found:
             break
     # Those that nothing else was found out about stand as they were first seen.
-    unclaimed = seen - set(arrivals.values())
-    return arrivals | {pair.outer: pair.inner for pair in left if pair.inner in unclaimed}
+    unclaimed = set(seen) - set(arrivals.values())
+    return arrivals | {pair.outer: pair.inner for pair in remaining if pair.inner in unclaimed}
 
 
 async def _trace_once(
-    server: Server,
-    pairs: Sequence[PortPair],
-    listeners: Listeners,
-    checkers: set[Address],
-    waits: Waits,
-) -> dict[int, int]:
+    contact: Contact, pairs: Sequence[PortPair], listeners: Listeners, waits: Waits
+) -> dict[int, int] | None:
+    """Trace once; None if the server does not answer for all ports."""
     connected: Counter[int] = Counter()  # by outer port, the halves in which the server could
     arrived: Counter[int] = Counter()  # by inner port, the halves in which it was seen
     for bit in range(len(pairs).bit_length()):
         half = [pair for number, pair in enumerate(pairs, 1) if number >> bit & 1]
-        listeners.forget()
-        verdicts = await server.look_again([pair.outer for pair in half])
-        reached = [pair for pair in half if verdicts[pair.outer].accessible]
+        start = listeners.clock
+        answers = await contact.ask([pair.outer for pair in half])
+        if answers.error or answers.excluded:
+            return None
+        reached = [pair for pair in half if answers.verdicts[pair.outer].accessible]
         await listeners.wait_until_seen(
-            [pair.inner for pair in reached], waits.late_connections / 3, enough=len(reached)
+            [pair.inner for pair in reached],
+            waits.late_connections / 3,
+            enough=len(reached),
+            since=start,
+            ignored=lambda peer: not contact.has_peer(peer),
         )
         for pair in reached:
             connected[pair.outer] += 1 << bit
-        for inner, peers in listeners.seen.items():
-            if not checkers or peers & checkers:
+        for inner, peers in listeners.seen(start).items():
+            if any(map(contact.has_peer, peers)):
                 arrived[inner] += 1 << bit
     by_halves = defaultdict(list)
     for outer, halves in connected.items():
@@ -108,12 +111,6 @@ async def _trace_once(
     } | arrivals
 
 
-def _checkers(seen: Mapping[int, Collection[Address]], ports: int) -> set[Address]:
-    """Tell servers from strangers who happen to connect meanwhile."""
-    counts = Counter(peer for peers in seen.values() for peer in peers)
-    return {peer for peer, count in counts.items() if count >= ports * _CHECKERS_SHARE}
-
-
 def looks_limited(
     pairs: Sequence[PortPair], reached: Collection[int], lost: Collection[int]
 ) -> bool:
@@ -131,27 +128,27 @@ def looks_limited(
     return runs >= _MIN_RUNS
 
 
-async def ask_in_groups(server: Server, ports: Sequence[int], waits: Waits) -> int:
-    """Ask about ports that timed out once more, in small groups; the server keeps its verdicts.
+async def ask_in_groups(contact: Contact, ports: Sequence[int], waits: Waits) -> dict[int, Verdict]:
+    """Ask about ports that timed out once more, in small groups.
 
     A first group, taken from all over, shows whether that helps.
 
     Returns:
-        How many got through.
+        The new verdicts.
     """
-    left = random.sample(list(ports), len(ports))
-    through = 0
+    remaining = random.sample(list(ports), len(ports))
+    verdicts: dict[int, Verdict] = {}
     for _ in range(int(waits.patience / waits.between_groups)):
-        group, left = left[:_GROUP_SIZE], left[_GROUP_SIZE:]
+        group, remaining = remaining[:_GROUP_SIZE], remaining[_GROUP_SIZE:]
         await waits.sleep(waits.between_groups)
-        try:
-            verdicts = await server.look_again(group)
-        except ServerError:
+        answers = await contact.ask(group)
+        verdicts |= answers.verdicts
+        lost = [
+            port
+            for port, verdict in answers.verdicts.items()
+            if verdict.kind is VerdictKind.TIMED_OUT
+        ]
+        remaining += lost
+        if answers.error or not remaining or len(lost) > len(group) / 2:
             break
-        server.verdicts |= verdicts
-        through += sum(verdict.accessible for verdict in verdicts.values())
-        lost = [port for port, verdict in verdicts.items() if verdict.kind is VerdictKind.TIMED_OUT]
-        left += lost
-        if not left or len(lost) > len(group) / 2:
-            break
-    return through
+    return verdicts

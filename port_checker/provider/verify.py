@@ -1,48 +1,57 @@
-"""The whole flow: listen, ask, judge, look again."""
+"""The whole flow: listen, ask, look again, judge. Each phase returns what the next one needs."""
 
 import asyncio
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, IPv6Address
+from functools import partial
+from ipaddress import IPv4Address, IPv6Address
 
-from port_checker import advice
 from port_checker.addresses import Address, parse_address
 from port_checker.connect import Verdict, VerdictKind
 from port_checker.linux import (
-    RouteType,
     TcpState,
+    accepts_from,
     descriptors_left,
-    ephemeral_ports,
     half_open_ports,
-    packets_not_delivered,
-    reserved_ports,
-    route_type,
+    has_xdp_program,
     tcp_sockets,
+    way_to,
 )
 from port_checker.provider.certificates import judge_tls
+from port_checker.provider.evidence import Attempt, Capture
 from port_checker.provider.http_client import HttpClient, LocalPorts, ServerUrl
 from port_checker.provider.listeners import MAX_HELD, Listeners
-from port_checker.provider.remote import MAX_PORTS_PER_REQUEST, Server, ServerError, Waits
+from port_checker.provider.notes import notes
+from port_checker.provider.origin import Contact, Nearness, Witness, by_peer, is_own, learn_peers
+from port_checker.provider.remote import (
+    MAX_PORTS_PER_REQUEST,
+    Answers,
+    Introduction,
+    Server,
+    ServerError,
+    Waits,
+)
 from port_checker.provider.report import (
     Observation,
     Place,
     PortPair,
     PortReport,
     Report,
+    ServerReport,
     TlsAnswer,
     TlsReport,
     judge,
     port_pairs,
-    port_ranges,
 )
 from port_checker.provider.second_look import ask_in_groups, looks_limited, trace_forwards
 
 # Descriptors kept for connections to servers, connections that listeners see, and the rest.
 _OTHER_DESCRIPTORS = 48 + MAX_HELD
-# Packets that may arrive meanwhile and have nothing to do with the check.
-_OTHER_PACKETS = 10
-_SHARED = IPv4Network("100.64.0.0/10")  # RFC 6598
+# So many ports must have been tried from one unknown address before it may be a server that could
+# connect to none.
+_MIN_TRIED = 3
 
 
 async def verify(
@@ -98,308 +107,397 @@ async def verify(
     elif not family:
         family = await _choose_family(urls, local_ports, waits)
     http = HttpClient(local_ports, None if address else family, waits.connect, waits.answer)
-    check = _Check(
-        servers=[Server(url, http, on_progress, waits) for url in urls],
-        given=address,
-        family=family,
-        waits=waits,
-        on_progress=on_progress,
-    )
+    contacts = [
+        Contact(Server(url, http, on_progress, waits), address, given=address is not None)
+        for url in urls
+    ]
     reports: list[PortReport] = []
+    retried = 0
     parts = list(_in_parts(pairs, descriptors_left() - _OTHER_DESCRIPTORS))
-    for part in parts:
-        reports += await check.verify_part(part, only_part=len(parts) == 1)
-        on_checked(len(reports), len(pairs))
-    return check.report(reports, [await check.verify_tls(pair) for pair in endpoints])
+    with ExitStack() as stack:
+        capture = Capture.open()
+        if capture:
+            stack.enter_context(capture)
+        for part in parts:
+            async with Listeners([pair.inner for pair in part], family) as listeners:
+                if not reports:
+                    contacts = await _introduce(contacts, family, on_progress)
+                witness = Witness(listeners, capture)
+                check = _Check(part, witness, witness.now(), family, waits, on_progress)
+                contacts, answers = await check.ask(contacts)
+                half_open = half_open_ports({pair.inner for pair in part})
+                contacts = await check.identify(contacts, answers)
+                answers, passed = await check.ask_in_groups(contacts, answers)
+                seen = check.seen(contacts)  # before tracing, when crossed forwards show anew
+                arrivals = await check.trace(
+                    contacts, answers, seen, suspicious=len(parts) == 1, limited=passed > 0
+                )
+                reports += check.judge(contacts, answers, seen, half_open, arrivals)
+                retried += passed
+            on_checked(len(reports), len(pairs))
+    if not reports:
+        contacts = await _introduce(contacts, family, on_progress)
+    endpoint_reports = [await _check_tls(contacts, pair) for pair in endpoints]
+    ip = next((contact.address for contact in contacts if contact.address), address)
+    return Report(
+        ip=str(ip) if ip else None,
+        servers=[_server_report(contact) for contact in contacts],
+        ports=reports,
+        notes=list(notes(contacts, reports, retried)),
+        family=family,
+        tls=endpoint_reports,
+    )
 
 
-@dataclass
+async def _introduce(
+    contacts: Sequence[Contact], family: int, on_progress: Callable[[str], None]
+) -> list[Contact]:
+    """Have each server tell this machine's address, unless it was given."""
+    if all(contact.given for contact in contacts):
+        return list(contacts)
+    on_progress("asking for this machine's address")
+    introductions = await asyncio.gather(
+        *(contact.server.introduce() for contact in contacts), return_exceptions=True
+    )
+    known = next(
+        (
+            found.address
+            for found in introductions
+            if isinstance(found, Introduction) and found.address
+        ),
+        None,
+    )
+    return [
+        _introduced(contact, found, known, family)
+        for contact, found in zip(contacts, introductions, strict=True)
+    ]
+
+
+def _introduced(
+    contact: Contact, found: Introduction | BaseException, known: Address | None, family: int
+) -> Contact:
+    if isinstance(found, ServerError):
+        return dataclasses.replace(contact, error=str(found))
+    if isinstance(found, BaseException):
+        raise found
+    address = found.address or known
+    contact = dataclasses.replace(contact, local=found.local, remote=found.remote)
+    if address is None:
+        error = "does not tell callers their address; give it with --ip"
+        return dataclasses.replace(contact, error=error)
+    if address.version != family:
+        error = f"sees this machine at {address}, not at an IPv{family} address"
+        return dataclasses.replace(contact, error=error)
+    return dataclasses.replace(contact, address=address)
+
+
+async def _check_tls(contacts: Sequence[Contact], pair: PortPair) -> TlsReport:
+    """Have each server check the certificate at one port."""
+    answers: dict[str, TlsAnswer] = {}
+    reasons = [f"{contact.url} {contact.error}" for contact in contacts if contact.error]
+    able = [(c, c.address) for c in contacts if c.address and not c.error]
+    results = await asyncio.gather(
+        *(contact.server.check_tls(address, pair.outer) for contact, address in able),
+        return_exceptions=True,
+    )
+    for (contact, _), result in zip(able, results, strict=True):
+        if isinstance(result, TlsAnswer):
+            answers[contact.url] = result
+        elif isinstance(result, ServerError):
+            reasons.append(f"{contact.url} {result}")
+        else:
+            raise result
+    is_listened_on = any(sock.state is TcpState.LISTEN for sock in tcp_sockets({pair.inner}))
+    ip = next((contact.address for contact in contacts if contact.address), None)
+    return judge_tls(
+        pair,
+        answers,
+        reason="; ".join(reasons) or "no server was asked",
+        is_listened_on=is_listened_on,
+        own_address=bool(ip and is_own(ip)),
+        ip=str(ip),
+    )
+
+
+def _server_report(contact: Contact) -> ServerReport:
+    ip = str(contact.address) if contact.address else None
+    return ServerReport(contact.url, contact.asked, contact.error, ip)
+
+
+@dataclass(frozen=True)
 class _Check:
-    """One run of ``verify``, and what it has found out about all ports."""
+    """The phases for some of the ports, while listeners stand on them.
 
-    servers: Sequence[Server]
-    given: Address | None
+    Attributes:
+        pairs: The ports.
+        witness: What sees who comes to them.
+        start: The moment before anything was asked about them.
+        family: 4 or 6.
+        waits: How long to wait.
+        on_progress: Called with a few words on what is happening.
+    """
+
+    pairs: Sequence[PortPair]
+    witness: Witness
+    start: tuple[int, int]
     family: int
     waits: Waits
     on_progress: Callable[[str], None]
-    let_in_later: int = 0
 
-    async def verify_part(self, pairs: Sequence[PortPair], *, only_part: bool) -> list[PortReport]:
-        """Verify as many ports as this process can listen on at once."""
-        async with Listeners([pair.inner for pair in pairs], self.family) as listeners:
-            await self._find_address()
-            asked = [pair for pair in pairs if listeners.local[pair.inner] in ("bound", "in use")]
-            discarded = packets_not_delivered(self.family)
-            await self._ask(asked, listeners)
-            half_open = half_open_ports({pair.inner for pair in asked})
-            failed = [
-                pair
-                for pair in asked
-                if not self._is_accessible(pair)
-                and not {pair.inner} & (listeners.seen.keys() | half_open)
-            ]
-            place = self._place(len(failed), discarded)
-            let_in_later = await self._ask_in_groups(asked, listeners)
-            self.let_in_later += let_in_later
-            seen = set(listeners.seen)  # before tracing, which forgets them
-            arrivals = None
-            suspicious = only_part and not place.own_address
-            if not let_in_later and self._wants_tracing(asked, listeners, suspicious):
-                arrivals = await self._trace(asked, listeners)
-            return [
-                judge(self._observe(pair, listeners, seen, half_open, arrivals), place)
-                for pair in pairs
-            ]
-
-    async def verify_tls(self, pair: PortPair) -> TlsReport:
-        """Have each server check the certificate at one port."""
-        await self._find_address()
-        said = await asyncio.gather(
-            *(server.check_tls(pair.outer) for server in self.servers), return_exceptions=True
-        )
-        answers: dict[str, TlsAnswer] = {}
-        reasons = []
-        for server, answer in zip(self.servers, said, strict=True):
-            if isinstance(answer, TlsAnswer):
-                answers[str(server.url)] = answer
-            elif isinstance(answer, ServerError):
-                reasons.append(f"{server.url} {answer}")
-            else:
-                raise answer
-        is_listened_on = any(sock.state is TcpState.LISTEN for sock in tcp_sockets({pair.inner}))
-        address = self._address
-        return judge_tls(
-            pair,
-            answers,
-            reason="; ".join(reasons) or "no server was asked",
-            is_listened_on=is_listened_on,
-            own_address=bool(address and _is_own(address)),
-            ip=str(address),
-        )
-
-    async def _find_address(self) -> None:
-        if self.given:
-            for server in self.servers:
-                server.address = self.given
-            return
-        unknown = [s for s in self.servers if not s.address and not s.error]
-        if unknown:
-            self.on_progress("asking for this machine's address")
-            await asyncio.gather(*(server.fetch_address() for server in unknown))
-        known = next((server.address for server in self.servers if server.address), None)
-        for server in self.servers:
-            if known and not server.address and server.does_not_know_address:
-                server.address, server.error = known, None
-            elif server.address and server.address.version != self.family:
-                seen, server.address = server.address, None
-                server.error = f"sees this machine at {seen}, not at an IPv{self.family} address"
-
-    async def _ask(self, pairs: Sequence[PortPair], listeners: Listeners) -> None:
+    async def ask(self, contacts: Sequence[Contact]) -> tuple[list[Contact], Mapping[str, Answers]]:
+        """Ask each server; return what is known of them now, and their answers by URL."""
+        pairs = [
+            p for p in self.pairs if self.witness.listeners.local[p.inner] in ("bound", "in use")
+        ]
         # Every second one first: a limit on new connections lets in what comes first, so that what
         # it drops is scattered, unlike a range that a firewall closes.
         ports = [pair.outer for pair in (*pairs[::2], *pairs[1::2])]
-        await asyncio.gather(*(server.ask(ports) for server in self.servers if server.address))
-        await self._wait_until_seen(pairs, listeners)
-
-    async def _wait_until_seen(self, pairs: Sequence[PortPair], listeners: Listeners) -> None:
-        expected = [
-            pair.inner
-            for pair in pairs
-            if listeners.local[pair.inner] == "bound" and self._is_accessible(pair)
+        answers = await asyncio.gather(*(contact.ask(ports) for contact in contacts))
+        contacts = [
+            contact.after(answer) for contact, answer in zip(contacts, answers, strict=True)
         ]
-        await listeners.wait_until_seen(expected, self.waits.late_connections)
+        by_url = {contact.url: answer for contact, answer in zip(contacts, answers, strict=True)}
+        await self._wait_until_seen(contacts, by_url)
+        return contacts, by_url
 
-    def _answers(self, pair: PortPair) -> dict[str, Verdict]:
-        return {
-            str(server.url): server.verdicts[pair.outer]
-            for server in self.servers
-            if pair.outer in server.verdicts
-        }
+    async def identify(
+        self, contacts: Sequence[Contact], answers: Mapping[str, Answers]
+    ) -> list[Contact]:
+        """Learn from where those servers connect that were not seen at ports they asked about."""
+        return [await self._identify(contact, answers[contact.url]) for contact in contacts]
 
-    def _is_accessible(self, pair: PortPair) -> bool:
-        return any(verdict.accessible for verdict in self._answers(pair).values())
+    async def _identify(self, contact: Contact, answers: Answers) -> Contact:
+        local = self.witness.listeners.local
+        watched = ("bound", "in use") if self.witness.capture else ("bound",)
+        pairs = [pair for pair in self.pairs if local[pair.inner] in watched]
+        reached = [pair for pair in pairs if _reaches(answers, pair)]
+        seen = self.witness.seen(self.start)
+        tried = self.seen([contact], seen)
+        asked = reached or [pair for pair in pairs if pair.outer in answers.verdicts]
+        unclear = {pair.inner for pair in asked} - tried
+        strangers = by_peer({port: seen[port] for port in unclear & seen.keys()})
+        if not reached:  # what connected to none may still have tried all
+            enough = max(_MIN_TRIED, len(asked) / 2)
+            strangers = {p: ports for p, ports in strangers.items() if len(ports) >= enough}
+        if all(map(is_own, strangers)) or (tried and not reached):
+            return contact
+        self.on_progress(f"looking from where {contact.url} connects")
+        learnt = await learn_peers(contact, asked, strangers, self.witness, self.waits)
+        others = contact.strangers | (strangers.keys() - learnt)
+        return dataclasses.replace(contact, peers=contact.peers | learnt, strangers=others)
 
-    async def _ask_in_groups(self, pairs: Sequence[PortPair], listeners: Listeners) -> int:
-        """Ask again in small groups where a limit on new connections shows."""
-        reached = {pair.outer for pair in pairs if self._is_accessible(pair)}
+    async def ask_in_groups(
+        self, contacts: Sequence[Contact], answers: Mapping[str, Answers]
+    ) -> tuple[Mapping[str, Answers], int]:
+        """Ask again in small groups where a limit on new connections shows.
+
+        Returns:
+            The answers with the new ones, and how many ports got through only then.
+        """
+        reached = {pair.outer for pair in self.pairs if _is_accessible(answers, pair)}
         lost = [
             pair.outer
-            for pair in pairs
-            if listeners.local[pair.inner] == "bound"
+            for pair in self.pairs
+            if self._is_bound(pair)
             # Also where a packet that was sent again arrived, too late for the server.
-            and {said.kind for said in self._answers(pair).values()} == {VerdictKind.TIMED_OUT}
+            and {v.kind for v in _verdicts(answers, pair).values()} == {VerdictKind.TIMED_OUT}
         ]
-        if not looks_limited(pairs, reached, set(lost)):
-            return 0
-        server = next(s for s in self.servers if s.verdicts.keys() & set(lost))
-        through = await ask_in_groups(server, lost, self.waits)
-        if through:
-            await self._wait_until_seen(pairs, listeners)
-        return through
+        if not looks_limited(self.pairs, reached, set(lost)):
+            return answers, 0
+        contact = next(c for c in contacts if answers[c.url].verdicts.keys() & set(lost))
+        verdicts = await ask_in_groups(contact, lost, self.waits)
+        passed = sum(verdict.accessible for verdict in verdicts.values())
+        answers = {**answers, contact.url: answers[contact.url] | Answers(verdicts)}
+        if passed:
+            await self._wait_until_seen(contacts, answers)
+        return answers, passed
 
-    def _wants_tracing(
-        self, pairs: Sequence[PortPair], listeners: Listeners, suspicious: bool
-    ) -> bool:
-        """Whether the forwards must be traced.
-
-        Where what was said and what was seen differ, and where a router may exchange ports without
-        that.
-        """
-        bound = [pair for pair in pairs if listeners.local[pair.inner] == "bound"]
-        seen = [pair for pair in bound if pair.inner in listeners.seen]
-        accessible = [pair for pair in pairs if self._is_accessible(pair)]
-        if not seen or not accessible:
-            return False
-        differ = {pair for pair in bound if pair in accessible} != set(seen)
-        return differ or (suspicious and len(accessible) > 1)
-
-    async def _trace(
-        self, pairs: Sequence[PortPair], listeners: Listeners
+    async def trace(
+        self,
+        contacts: Sequence[Contact],
+        answers: Mapping[str, Answers],
+        seen: set[int],
+        *,
+        suspicious: bool,
+        limited: bool,
     ) -> dict[int, int] | None:
+        """Find out where forwards lead, if there is a reason to ask.
+
+        Where answers and connections differ, and, if ``suspicious``, where a router may exchange
+        ports without that. Not where connections are limited.
+
+        Returns:
+            For each outer port whose connections arrive, the inner one; None if nobody was asked.
+        """
+        bound = {pair for pair in self.pairs if self._is_bound(pair)}
+        arrived = {pair for pair in bound if pair.inner in seen}
+        accessible = {pair for pair in self.pairs if _is_accessible(answers, pair)}
+        behind_router = not any(c.address and is_own(c.address) for c in contacts)
+        exchanged = suspicious and behind_router and len(accessible) > 1
+        if limited or not arrived or not accessible:
+            return None
+        if bound & accessible == arrived and not exchanged:
+            return None
         self.on_progress("looking at which port each connection arrives")
-        for server in self.servers:
-            open_ports = [
-                pair
-                for pair in pairs
-                if pair.outer in server.verdicts and server.verdicts[pair.outer].accessible
-            ]
-            if open_ports:
-                return await trace_forwards(server, open_ports, listeners, self.waits)
+        for contact in contacts:
+            pairs = [pair for pair in self.pairs if _reaches(answers[contact.url], pair)]
+            if pairs:
+                own_seen = self.seen([contact])
+                listeners = self.witness.listeners
+                return await trace_forwards(contact, pairs, own_seen, listeners, self.waits)
         return None
 
-    def _observe(
+    def judge(
         self,
-        pair: PortPair,
-        listeners: Listeners,
+        contacts: Sequence[Contact],
+        answers: Mapping[str, Answers],
         seen: set[int],
-        half_open: set[int],
-        arrivals: dict[int, int] | None,
-    ) -> Observation:
-        arrives_at = None
-        arrived = pair.inner in seen
-        if arrivals is not None:
-            at = arrivals.get(pair.outer)
-            arrives_at = at if at != pair.inner else None
-            # What others' forwards brought here says nothing about this port.
-            arrived = at == pair.inner or (
-                arrived and not self._is_accessible(pair) and pair.inner not in arrivals.values()
+        half_open: Mapping[int, set[Address]],
+        arrivals: Mapping[int, int] | None,
+    ) -> list[PortReport]:
+        """Judge each port by all that is known."""
+        capture = self.witness.capture
+        attempts = {}
+        if capture:
+            attempts = capture.attempts(partial(_is_servers, contacts), self.start[1])
+        captured = bool(capture and capture.is_complete() and not has_xdp_program())
+        half_open_here = self.seen(contacts, half_open)
+        outside = {c.url for c in contacts if c.nearness is Nearness.OUTSIDE}
+        reason = "; ".join(f"{c.url}: {c.error}" for c in contacts if c.error)
+        is_server_here = any(c.nearness is Nearness.HERE for c in contacts)
+        elsewhere = {} if is_server_here else self._elsewhere(answers, attempts)
+        listeners = self.witness.listeners
+        came = self.witness.seen(self.start)
+        reports = []
+        for pair in self.pairs:
+            verdicts = _verdicts(answers, pair)
+            is_accessible = _is_accessible(answers, pair)
+            arrives_at = elsewhere.get(pair.outer)
+            arrived = pair.inner in seen
+            if arrivals is not None:
+                at = arrivals.get(pair.outer)
+                arrives_at = at if at not in (pair.inner, None) else arrives_at
+                # What others' forwards brought here says nothing about this port.
+                arrived = at == pair.inner or (
+                    arrived and not is_accessible and pair.inner not in arrivals.values()
+                )
+            attempt = attempts.get(pair.inner)
+            observed = Observation(
+                ports=pair,
+                local=listeners.local[pair.inner],
+                seen=arrived,
+                half_open=pair.inner in half_open_here,
+                attempt=attempt,
+                captured=captured and not self._unknown(contacts, came.get(pair.inner, set())),
+                wrong_way=self._wrong_way(contacts, attempt),
+                answers=verdicts,
+                counted=(outside & verdicts.keys()) or None,
+                arrives_at=arrives_at,
+                unused=pair.outer in elsewhere and attempts[elsewhere[pair.outer]].refused,
+                holders=listeners.holders.get(pair.inner, ()),
+                other_family=pair.inner in listeners.other_family,
+                excluded=any(pair.outer in answer.excluded for answer in answers.values()),
+                reason=reason or "no server was asked",
             )
-        return Observation(
-            ports=pair,
-            local=listeners.local[pair.inner],
-            seen=arrived or pair.inner in half_open,
-            answers=self._answers(pair),
-            arrives_at=arrives_at,
-            holders=listeners.holders.get(pair.inner, ()),
-            other_family=pair.inner in listeners.other_family,
-            excluded=any(pair.outer in server.excluded for server in self.servers),
-            reason="; ".join(
-                f"{server.url}: {server.error}" for server in self.servers if server.error
-            )
-            or "no server was asked",
-        )
+            contact = next((c for c in contacts if c.url in verdicts), None)
+            reports.append(judge(observed, self._place(contact)))
+        return reports
 
-    @property
-    def _address(self) -> Address | None:
-        return next((server.address for server in self.servers if server.address), self.given)
+    def _unknown(self, contacts: Sequence[Contact], peers: set[Address]) -> set[Address]:
+        """Return those peers that may be a server or not."""
+        return {
+            peer
+            for peer in peers
+            if not (is_own(peer) or any(c.has_peer(peer) or peer in c.strangers for c in contacts))
+        }
 
-    @property
-    def _local(self) -> Address | None:
-        """The address of this machine from which a server was asked."""
-        return next((server.local for server in self.servers if server.local), None)
+    def _elsewhere(
+        self, answers: Mapping[str, Answers], attempts: Mapping[int, Attempt]
+    ) -> dict[int, int]:
+        """Tell which ports lead to others of this machine that are not checked.
 
-    def _place(self, failed: int, discarded_before: int | None) -> Place:
-        address = self._address
-        own = bool(address and _is_own(address))
-        discarded = packets_not_delivered(self.family)
-        arrived = None
-        if failed and discarded is not None and discarded_before is not None:
-            arrived = _arrived(failed, discarded - discarded_before)
+        Only where it is clear: as many arrive as are missing, or all at one.
+        """
+        missing = [
+            pair.outer
+            for pair in sorted(self.pairs)
+            if _verdicts(answers, pair) and pair.inner not in attempts
+        ]
+        others = sorted(attempts.keys() - {pair.inner for pair in self.pairs})
+        if len(others) == 1:
+            others *= len(missing)
+        return dict(zip(missing, others, strict=True)) if len(missing) == len(others) else {}
+
+    def _wrong_way(self, contacts: Sequence[Contact], attempt: Attempt | None) -> str | None:
+        """Return where answers would leave if the kernel drops a connection for it."""
+        if not attempt or attempt.answered or attempt.refused or attempt.interface == "lo":
+            return None
+        peer = next(peer for c in contacts for peer in (*c.peers, c.remote) if peer)
+        if peer.version != self.family or accepts_from(peer, attempt.address, attempt.interface):
+            return None
+        way = way_to(peer)
+        return way.interface if way else "none"
+
+    def _place(self, contact: Contact | None) -> Place:
+        """Return what is known of the way from a server to this machine."""
+        address = contact.address if contact else None
+        if not contact or not address:
+            return Place(family=self.family)
+        own = is_own(address)
+        way = way_to(address)
+        local = contact.local if contact.local and contact.local.version == self.family else None
         return Place(
             own_address=own,
-            caller_hidden=bool(address and not self.given and not own and not address.is_global),
-            arrived=arrived,
+            caller_hidden=not (own or contact.given or address.is_global),
             family=self.family,
-            address=address if own else self._local,
+            address=address if own else local or (way.source if way else None),
+            interface=way.interface if way else "",
         )
 
-    def report(self, ports: list[PortReport], tls: list[TlsReport]) -> Report:
-        """Put together what was found."""
-        address = self._address
-        return Report(
-            ip=str(address) if address else None,
-            servers=[server.report() for server in self.servers],
-            ports=ports,
-            notes=list(self._notes(ports)),
-            family=self.family,
-            tls=tls,
+    def _is_bound(self, pair: PortPair) -> bool:
+        return self.witness.listeners.local[pair.inner] == "bound"
+
+    def seen(
+        self, contacts: Sequence[Contact], seen: Mapping[int, set[Address]] | None = None
+    ) -> set[int]:
+        """Return the inner ports to which servers came; by default, all the way to a listener."""
+        if seen is None:
+            seen = self.witness.listeners.seen()
+        return {
+            port for port, peers in seen.items() if any(_is_servers(contacts, p) for p in peers)
+        }
+
+    async def _wait_until_seen(
+        self, contacts: Sequence[Contact], answers: Mapping[str, Answers]
+    ) -> None:
+        """Wait for the connections that servers report, from them or from who may be them."""
+        ports = [p.inner for p in self.pairs if self._is_bound(p) and _is_accessible(answers, p)]
+        await self.witness.listeners.wait_until_seen(
+            ports,
+            self.waits.late_connections,
+            ignored=lambda peer: is_own(peer) and not _is_servers(contacts, peer),
         )
 
-    def _notes(self, ports: Sequence[PortReport]) -> Iterator[str]:
-        for server in self.servers:
-            if server.address:
-                yield from self._notes_on(server, server.address)
-        addresses = {str(s.url): str(s.address) for s in self.servers if s.address}
-        if len(set(addresses.values())) > 1:
-            written = ", ".join(f"{ip} ({url})" for url, ip in addresses.items())
-            yield advice.ADDRESSES_DIFFER.format(addresses=written)
-        yield from self._notes_on_address(ports)
-        if self.let_in_later:
-            yield advice.CONNECTION_LIMIT.format(retried=self.let_in_later)
-        wrong = [PortPair(port.port, port.arrives_at) for port in ports if port.arrives_at]
-        if wrong:
-            yield advice.FORWARDS_CROSSED.format(
-                outer=port_ranges(PortPair(pair.outer, pair.outer) for pair in wrong),
-                inner=port_ranges(PortPair(pair.inner, pair.inner) for pair in wrong),
-                pairs=port_ranges(wrong),
-            )
-        taken = {port.inner for port in ports if port.local == "outgoing connection"}
-        if taken & set(ephemeral_ports()):
-            ours = port_ranges(PortPair(port.inner, port.inner) for port in ports)
-            reserved = reserved_ports()
-            both = ",".join(filter(None, [reserved, ours.replace(" ", "")]))
-            yield advice.RESERVE_PORTS.format(ports=both)
 
-    def _notes_on(self, server: Server, address: Address) -> Iterator[str]:
-        if server.remote and _is_own(server.remote):
-            yield advice.SERVER_HERE.format(url=server.url)
-        elif not address.is_global:
-            if _is_own(address) or self.given:
-                yield advice.SERVER_NEARBY.format(url=server.url, ip=address)
-            else:
-                yield advice.NAT_BEFORE_SERVER.format(url=server.url, ip=address)
-
-    def _notes_on_address(self, ports: Sequence[PortReport]) -> Iterator[str]:
-        """Name a shared address where nothing at all got through."""
-        address = self._address
-        answers = [verdict for port in ports for verdict in port.answers.values()]
-        if not address or not answers or any(verdict.accessible for verdict in answers):
-            return
-        if address.version == 6 or not address.is_global or _is_own(address):
-            return
-        local = self._local
-        if isinstance(local, IPv4Address) and local in _SHARED:
-            yield advice.SHARED_ADDRESS_HERE.format(local=local)
-        elif not any(port.advice == advice.OWN_FIREWALL for port in ports):
-            yield advice.SHARED_ADDRESS.format(ip=address)
+def _is_servers(contacts: Sequence[Contact], peer: Address) -> bool:
+    return any(contact.has_peer(peer) for contact in contacts)
 
 
-def _arrived(failed: int, discarded: int) -> bool | None:
-    """Tell from packets that the kernel discarded whether failed connections arrived here.
-
-    Each would have brought at least one packet; some other packets may have come meanwhile.
-    """
-    if discarded >= max(2 * failed, failed + _OTHER_PACKETS):
-        return True
-    if discarded < max(1, failed / 4):
-        return False
-    return None
+def _reaches(answers: Answers, pair: PortPair) -> bool:
+    return pair.outer in answers.verdicts and answers.verdicts[pair.outer].accessible
 
 
-def _is_own(address: Address) -> bool:
-    with contextlib.suppress(OSError):
-        return route_type(address) is RouteType.LOCAL
-    return False
+def _verdicts(answers: Mapping[str, Answers], pair: PortPair) -> dict[str, Verdict]:
+    """Return each server's verdict on a port."""
+    return {
+        url: answer.verdicts[pair.outer]
+        for url, answer in answers.items()
+        if pair.outer in answer.verdicts
+    }
+
+
+def _is_accessible(answers: Mapping[str, Answers], pair: PortPair) -> bool:
+    return any(_reaches(answer, pair) for answer in answers.values())
 
 
 async def _choose_family(urls: Sequence[ServerUrl], ports: LocalPorts, waits: Waits) -> int:

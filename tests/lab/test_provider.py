@@ -212,7 +212,7 @@ SITUATIONS = [
         },
         CGNAT,
     ),
-    Situation(replies_get_lost, both("bound", TIMED_OUT, advice.WAY_BACK), CGNAT),
+    Situation(replies_get_lost, both("bound", TIMED_OUT, advice.REPLIES_LOST)),
     *(
         Situation(
             own_firewall(machine, statement),
@@ -224,17 +224,13 @@ SITUATIONS = [
     ),
     Situation(
         own_firewall("third", "drop"),
-        both("bound", TIMED_OUT, advice.OWN_FIREWALL_FIRST),
+        both("bound", TIMED_OUT, advice.OWN_FIREWALL),
         machine="third",
         count=1,
     ),
     Situation(
         own_firewall("provider", "drop"),
-        {
-            4: ("bound", TIMED_OUT, advice.TIMED_OUT),
-            6: ("bound", TIMED_OUT, advice.OWN_FIREWALL_FIRST),
-        },
-        CGNAT,
+        both("bound", TIMED_OUT, advice.OWN_FIREWALL),
         count=1,
     ),
     Situation(
@@ -471,7 +467,7 @@ def test_programs_that_have_a_port_and_are_not_reached(quick_lab: Lab) -> None:
         ipv6_only: advice.IN_USE_OTHER_FAMILY.format(family="IPv4"),
         full: advice.IN_USE_NOT_ACCEPTING.format(queued=2),
         bound: advice.IN_USE_NOT_LISTENING,
-        firewalled: advice.IN_USE.format(and_router=advice.AND_ROUTER),
+        firewalled: advice.OWN_FIREWALL,
     }
 
 

@@ -1,19 +1,24 @@
 """The judgement on one port, as the pure function that it is."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from ipaddress import ip_address
+from typing import Any
 
 import pytest
 
 from port_checker import advice
 from port_checker.connect import OPEN, Verdict
 from port_checker.linux import TcpSocket, TcpState
+from port_checker.provider.evidence import Attempt
 from port_checker.provider.report import (
+    LocalBinding,
     Observation,
     Place,
     PortPair,
     PortReport,
     Report,
+    Router,
     judge,
     port_ranges,
 )
@@ -30,11 +35,20 @@ def closed(error: str) -> Verdict:
 
 
 def judged(
-    *verdicts: Verdict, place: Place = BEHIND_ROUTER, local: str = "bound", **observed: object
+    *verdicts: Verdict, place: Place = BEHIND_ROUTER, local: LocalBinding = "bound", **observed: Any
 ) -> PortReport:
     answers = {f"http://{number}": verdict for number, verdict in enumerate(verdicts)}
-    return judge(Observation(PORT, local, answers=answers, **observed), place)  # type: ignore[arg-type]
+    return judge(Observation(PORT, local, answers=answers, **observed), place)
 
+
+def holder(address: str, state: TcpState = TcpState.LISTEN, queued: int = 0) -> TcpSocket:
+    return TcpSocket(
+        ip_address(address), 50800, state, queued, ":" in address, ip_address("192.0.2.1")
+    )
+
+
+ARRIVED = Attempt(ip_address("203.0.113.7"), "eth0")
+ANYWHERE = [holder("0.0.0.0")]  # noqa: S104  # shown only
 
 # What was observed; reachable, confirmed, advice.
 JUDGEMENTS: list[tuple[PortReport, bool, bool | None, str | None]] = [
@@ -45,11 +59,37 @@ JUDGEMENTS: list[tuple[PortReport, bool, bool | None, str | None]] = [
     (judged(OPEN, arrives_at=50801), False, False, advice.CROSSED),
     (judged(OPEN, seen=True, arrives_at=50801), False, False, advice.CROSSED),
     (judged(OPEN, local="in use", arrives_at=50801), False, None, advice.CROSSED),
-    (judged(closed(TIMED_OUT), seen=True), False, False, advice.WAY_BACK),
-    (judged(closed(REFUSED), seen=True), False, False, advice.WAY_BACK),
+    (judged(OPEN, attempt=ARRIVED, captured=True), False, False, advice.REDIRECTED_HERE),
+    (judged(closed(TIMED_OUT), seen=True), False, False, advice.WAY_BACK_FIRST),
+    (judged(closed(REFUSED), seen=True), False, False, advice.WAY_BACK_FIRST),
     (judged(), False, False, advice.NOT_CHECKED.format(reason="there is no server")),
     (judged(excluded=True), False, False, advice.SERVER_CANNOT),
-    (judged(OPEN, local="in use"), True, None, None),
+    (judged(OPEN, local="in use", holders=ANYWHERE), True, None, None),
+    (
+        judged(OPEN, local="in use", holders=ANYWHERE, captured=True, attempt=ARRIVED),
+        True,
+        None,
+        None,
+    ),
+    (
+        judged(OPEN, local="in use", holders=ANYWHERE, captured=True),
+        False,
+        None,
+        advice.ANSWERED_ELSEWHERE,
+    ),
+    (
+        judged(OPEN, local="in use", holders=[holder("127.0.0.1")]),
+        False,
+        None,
+        advice.IN_USE_LOCALLY.format(addresses="127.0.0.1"),
+    ),
+    (judged(OPEN, local="in use"), False, None, advice.IN_USE_NOT_LISTENING),
+    (
+        judged(OPEN, local="in use", holders=[holder("::")], other_family=True),
+        False,
+        None,
+        advice.IN_USE_OTHER_FAMILY.format(family="IPv4"),
+    ),
     (judged(local="outgoing connection"), False, None, advice.OUTGOING_CONNECTION),
     (judged(local="not permitted"), False, None, advice.NOT_PERMITTED),
     (judged(local="failed"), False, None, advice.FAILED),
@@ -72,41 +112,75 @@ def test_the_error_is_that_of_the_servers_if_none_could_connect() -> None:
 
 @pytest.mark.parametrize("error", [REFUSED, TIMED_OUT, NO_ROUTE, PROHIBITED])
 @pytest.mark.parametrize(
-    ("place", "expected"),
+    ("place", "observed", "expected"),
     [
-        (Place(own_address=True, arrived=True), advice.OWN_FIREWALL),
-        (Place(own_address=False, arrived=True), advice.OWN_FIREWALL),
-        (Place(own_address=True), advice.OWN_FIREWALL_FIRST),
-        (Place(own_address=True, arrived=False), advice.NETWORK_FIREWALL),
-        (Place(caller_hidden=True, arrived=False), advice.CALLER_HIDDEN),
+        (OWN, {"attempt": ARRIVED, "captured": True}, advice.OWN_FIREWALL),
+        (BEHIND_ROUTER, {"attempt": ARRIVED, "captured": True}, advice.OWN_FIREWALL),
+        (OWN, {}, advice.OWN_FIREWALL_FIRST),
+        (OWN, {"captured": True}, advice.NETWORK_FIREWALL),
+        (Place(caller_hidden=True), {"captured": True}, advice.CALLER_HIDDEN),
+        (Place(router=Router.CONTAINER), {"captured": True}, advice.IN_CONTAINER),
+        (Place(router=Router.CLOUD), {}, advice.IN_CLOUD),
+        (
+            Place(router=Router.VPN, interface="wg0"),
+            {},
+            advice.BEHIND_VPN.format(interface="wg0"),
+        ),
     ],
 )
 def test_the_router_is_left_out_where_it_is_not_to_blame(
-    place: Place, expected: str, error: str
+    place: Place, observed: dict[str, Any], expected: str, error: str
 ) -> None:
-    assert judged(closed(error), place=place).advice == expected
+    assert judged(closed(error), place=place, **observed).advice == expected
+
+
+ARRIVALS = [
+    ({"attempt": replace(ARRIVED, answered=True)}, advice.REPLIES_LOST),
+    ({"attempt": ARRIVED, "half_open": True}, advice.WAY_BACK),
+    ({"half_open": True}, advice.WAY_BACK_FIRST),
+    ({"attempt": replace(ARRIVED, refused=True)}, advice.OWN_FIREWALL),
+    (
+        {"attempt": replace(ARRIVED, passed_to=ip_address("172.17.0.2"))},
+        advice.PASSED_ON.format(address="172.17.0.2"),
+    ),
+    (
+        {"attempt": ARRIVED, "wrong_way": "wg0"},
+        advice.REVERSE_PATH.format(interface="eth0", other="wg0"),
+    ),
+    ({"arrives_at": 50900, "unused": True}, advice.ARRIVES_UNUSED.format(port=50900)),
+]
+
+
+@pytest.mark.parametrize(("observed", "expected"), ARRIVALS)
+def test_what_arrives_here_is_not_the_routers_fault(
+    observed: dict[str, Any], expected: str
+) -> None:
+    judgement = judged(closed(TIMED_OUT), captured="attempt" in observed, **observed)
+    assert (judgement.reachable, judgement.advice) == (False, expected)
+
+
+def test_only_servers_that_say_something_about_the_world_count() -> None:
+    nearby = judged(closed(REFUSED), OPEN, seen=True, counted={"http://0"}, captured=True)
+    assert (nearby.reachable, nearby.error) == (False, REFUSED)
+    assert judged(closed(REFUSED), OPEN, seen=True).reachable
 
 
 @pytest.mark.parametrize(
-    ("error", "arrived", "expected"),
+    ("error", "captured", "expected"),
     [
-        (REFUSED, False, advice.NOT_FORWARDED),
-        (REFUSED, None, advice.REFUSED),
-        (TIMED_OUT, False, advice.NOTHING_ARRIVED),
-        (TIMED_OUT, None, advice.TIMED_OUT),
-        (NO_ROUTE, False, advice.ROUTER_REJECTS),
-        (PROHIBITED, None, advice.ROUTER_REJECTS),
-        ("Network is unreachable", None, advice.ROUTER_REJECTS),
+        (REFUSED, True, advice.NOT_FORWARDED),
+        (REFUSED, False, advice.REFUSED),
+        (TIMED_OUT, True, advice.NOTHING_ARRIVED),
+        (TIMED_OUT, False, advice.TIMED_OUT),
+        (NO_ROUTE, True, advice.ROUTER_REJECTS),
+        (PROHIBITED, False, advice.ROUTER_REJECTS),
+        ("Network is unreachable", False, advice.ROUTER_REJECTS),
     ],
 )
 def test_behind_a_router_each_error_has_its_own_advice(
-    error: str, arrived: bool | None, expected: str
+    error: str, captured: bool, expected: str
 ) -> None:
-    assert judged(closed(error), place=Place(arrived=arrived)).advice == expected
-
-
-def holder(address: str, state: TcpState = TcpState.LISTEN, queued: int = 0) -> TcpSocket:
-    return TcpSocket(ip_address(address), 50800, state, queued, ":" in address)
+    assert judged(closed(error), captured=captured).advice == expected
 
 
 PROGRAMS: list[tuple[Sequence[TcpSocket], str, bool, str]] = [

@@ -3,26 +3,36 @@
 import io
 import re
 from collections.abc import Sequence
+from ipaddress import ip_address
 
 import pytest
 from rich.console import Console
 
 from port_checker import advice
 from port_checker.connect import OPEN, REFUSED, Verdict
+from port_checker.linux import TcpSocket, TcpState
 from port_checker.provider import PortReport, Report, ServerReport
 from port_checker.provider.report import Observation, Place, PortPair, judge
 from port_checker.provider.screen import show
 
 URL, OTHER = "https://checker.example", "https://other.example"
 
+PROGRAM = TcpSocket(ip_address("::"), 50801, TcpState.LISTEN, 0, True, ip_address("::"))
+
 
 def port(number: int, *verdicts: Verdict, inner: int = 0, **observed: object) -> PortReport:
     answers = dict(zip((URL, OTHER), verdicts, strict=False))
     observation = Observation(
         PortPair(number, inner or number),
-        **{"local": "bound", "seen": OPEN in verdicts, "answers": answers, **observed},  # type: ignore[arg-type]
+        **{
+            "local": "bound",
+            "seen": OPEN in verdicts,
+            "answers": answers,
+            "captured": True,
+            **observed,
+        },  # type: ignore[arg-type]
     )
-    return judge(observation, Place(arrived=False))
+    return judge(observation, Place())
 
 
 def report(*ports: PortReport, error: str | None = None, **more: object) -> Report:
@@ -111,7 +121,7 @@ def test_a_narrow_terminal_loses_nothing(encoding: str) -> None:
         (
             report(
                 port(50800, local="not permitted"),
-                port(50801, OPEN, local="in use"),
+                port(50801, OPEN, local="in use", holders=[PROGRAM], captured=False),
                 ip="::1",
                 family=6,
             ),

@@ -1,0 +1,194 @@
+"""What this machine's kernel tells of the connections that come.
+
+Where this process may (CAP_NET_RAW), it sees the packets that begin, answer and refuse connections
+as they pass the interfaces: before any firewall, so that what arrives and is then dropped is told
+from what never arrives; and with its sender, so that others' packets blame nobody.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import socket
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from ipaddress import ip_address
+from typing import Any, Self
+
+from port_checker.addresses import Address, parse_address
+
+_ETH_P_ALL = 3  # linux/if_ether.h
+_SO_ATTACH_FILTER, _SO_RCVBUFFORCE = 26, 33  # asm-generic/socket.h; the socket module lacks them
+_SOL_PACKET, _PACKET_STATISTICS = 263, 6  # linux/socket.h, linux/if_packet.h
+_SYN, _RST, _ACK = 0x02, 0x04, 0x10  # RFC 9293 section 3.1
+# Packets read in one turn of the event loop; one takes about 5 µs.
+_PACKETS_PER_TURN = 200
+_RECEIVE_BUFFER = 8 * 1024 * 1024
+# Others' connections are recorded as well until it shows whose they are; more are not.
+_MAX_RECORDED = 50_000
+_TCP_FLAGS = 13  # where they stand in a TCP header
+# Bytes of a packet that are read: an IP header with all options, and a TCP header without.
+_SNAPPED = 80
+
+# A classic BPF program (linux/filter.h) that passes TCP packets with SYN or RST; it begins at the
+# IP header. Of IPv6 only those without extension headers: nobody opens a connection with others.
+_FILTER = [
+    (0x30, 0, 0, 0),  # 0: A = version and header length
+    (0x54, 0, 0, 0xF0),  # 1
+    (0x15, 0, 7, 0x40),  # 2: not IPv4: go to 10
+    (0x30, 0, 0, 9),  # 3: A = protocol
+    (0x15, 0, 11, socket.IPPROTO_TCP),  # 4: else drop
+    (0x28, 0, 0, 6),  # 5: A = flags and fragment offset
+    (0x45, 9, 0, 0x1FFF),  # 6: not the first fragment: drop
+    (0xB1, 0, 0, 0),  # 7: X = length of the header
+    (0x50, 0, 0, 13),  # 8: A = TCP flags
+    (0x05, 0, 0, 4),  # 9: go to 14
+    (0x15, 0, 5, 0x60),  # 10: not IPv6: drop
+    (0x30, 0, 0, 6),  # 11: A = next header
+    (0x15, 0, 3, socket.IPPROTO_TCP),  # 12: else drop
+    (0x30, 0, 0, 53),  # 13: A = TCP flags
+    (0x45, 0, 1, _SYN | _RST),  # 14
+    (0x06, 0, 0, _SNAPPED),  # 15: pass
+    (0x06, 0, 0, 0),  # 16: drop
+]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Connections from one peer to one port of this machine, as the interfaces see them.
+
+    Attributes:
+        address: The address to which the peer connects.
+        interface: The name of the interface at which its packets arrive.
+        answered: Whether this machine accepted.
+        refused: Whether it refused with a RST.
+        passed_to: The address to which it passed the packets on instead.
+        last: When the latest began, by the capture's clock.
+    """
+
+    address: Address
+    interface: str
+    answered: bool = False
+    refused: bool = False
+    passed_to: Address | None = None
+    last: int = 0
+
+
+class Capture:
+    """The connection attempts that this machine's interfaces see; a context manager.
+
+    Attributes:
+        clock: How many attempts began so far.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.clock = 0
+        self._sock = sock
+        self._attempts: dict[tuple[Address, int], Attempt] = {}
+        self._begun: dict[tuple[Address, int, int], int] = {}  # peer, its port, number: our port
+        self._lost = False
+
+    @classmethod
+    def open(cls) -> Self | None:
+        """Begin; None if this process may not."""
+        try:
+            kind = socket.SOCK_DGRAM  # without the link's header
+            sock = socket.socket(socket.AF_PACKET, kind, socket.htons(_ETH_P_ALL))
+        except OSError:
+            return None
+        try:
+            program = b"".join(struct.pack("=HBBI", *instruction) for instruction in _FILTER)
+            buffer = ctypes.create_string_buffer(program)
+            filtering = struct.pack("HP", len(_FILTER), ctypes.addressof(buffer))
+            sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, filtering)
+            with contextlib.suppress(OSError):  # it needs CAP_NET_ADMIN
+                sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BUFFER)
+            sock.setblocking(False)
+            with contextlib.suppress(BlockingIOError):  # what came before the filter
+                while True:
+                    sock.recv(1)
+        except OSError:
+            sock.close()
+            return None
+        return cls(sock)
+
+    def __enter__(self) -> Self:
+        asyncio.get_running_loop().add_reader(self._sock, self._read)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        asyncio.get_running_loop().remove_reader(self._sock)
+        self._sock.close()
+
+    def is_complete(self) -> bool:
+        """Whether all packets so far have been seen: then what was not seen did not arrive."""
+        self._read(_MAX_RECORDED)
+        statistics = self._sock.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8)  # resets them
+        self._lost |= struct.unpack("II", statistics)[1] > 0
+        return not self._lost
+
+    def attempts(self, is_peer: Callable[[Address], bool], since: int) -> dict[int, Attempt]:
+        """Return the attempts of certain peers since a moment, the latest at each port."""
+        self._read(_MAX_RECORDED)
+        recent = [item for item in self._attempts.items() if item[1].last > since]
+        recent.sort(key=lambda item: item[1].last)
+        return {port: attempt for (peer, port), attempt in recent if is_peer(peer)}
+
+    def seen(self, since: int = 0) -> dict[int, set[Address]]:
+        """Return who began to connect, by port, since the clock showed ``since``."""
+        self._read(_MAX_RECORDED)
+        found: dict[int, set[Address]] = {}
+        for (peer, port), attempt in self._attempts.items():
+            if attempt.last > since:
+                found.setdefault(port, set()).add(peer)
+        return found
+
+    def _read(self, most: int = _PACKETS_PER_TURN) -> None:
+        for _ in range(most):
+            try:
+                packet, (interface, _, kind, *_) = self._sock.recvfrom(_SNAPPED)
+            except OSError:  # nothing more, or an interface went down
+                return
+            if kind in (socket.PACKET_HOST, socket.PACKET_OUTGOING) and packet:
+                self._record(packet, interface, outgoing=kind == socket.PACKET_OUTGOING)
+
+    def _record(self, packet: bytes, interface: str, *, outgoing: bool) -> None:
+        source, destination, tcp = _ends(packet)
+        if len(tcp) < _TCP_FLAGS + 1:
+            return
+        from_port, to_port, number = struct.unpack_from("!HHI", tcp)
+        flags = tcp[_TCP_FLAGS] & (_SYN | _RST | _ACK)
+        if not outgoing and flags == _SYN:
+            begun = source, from_port, number
+            if begun in self._begun:  # sent again, or the same at a bridge after its port
+                self._update(source, to_port, interface=interface)
+            elif len(self._begun) < _MAX_RECORDED:
+                self.clock += 1
+                self._begun[begun] = to_port
+                attempt = self._attempts.get((source, to_port)) or Attempt(destination, interface)
+                self._attempts[source, to_port] = replace(attempt, last=self.clock)
+            else:
+                self._lost = True
+        elif outgoing and flags == _SYN:  # one of others that is passed on keeps its number
+            port = self._begun.get((source, from_port, number))
+            self._update(source, port, passed_to=destination)
+        elif outgoing and flags & _SYN:
+            self._update(destination, from_port, answered=True)
+        elif outgoing:
+            self._update(destination, from_port, refused=True)
+
+    def _update(self, peer: Address, port: int | None, **changes: Any) -> None:
+        if port is not None and (attempt := self._attempts.get((peer, port))):
+            self._attempts[peer, port] = replace(attempt, **changes)
+
+
+def _ends(packet: bytes) -> tuple[Address, Address, bytes]:
+    """Read a packet's source and destination, and its TCP header."""
+    if packet[0] >> 4 == 4:
+        size = 4 * (packet[0] & 15)
+        return _address(packet[12:16]), _address(packet[16:20]), packet[size:]
+    return _address(packet[8:24]), _address(packet[24:40]), packet[40:]
+
+
+def _address(packed: bytes) -> Address:
+    return parse_address(str(ip_address(packed)))

@@ -1,0 +1,230 @@
+"""Whose connections are those of a server: evidence counts only where it comes from whom was asked.
+
+A server connects, as a rule, from the address at which it is asked. Where it does not (a proxy is
+in front of it, a NAT before or behind it), its peer is learnt: the server is asked about random
+halves of the ports, and whoever comes to one half's ports exactly while that half is asked for,
+again and again, and never in between, is the server. Monitors, scanners and neighbours do not know
+the halves.
+"""
+
+import contextlib
+import random
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+from functools import cached_property
+from ipaddress import IPv6Network
+
+from port_checker.addresses import Address, have_one_subscriber, lies_in
+from port_checker.linux import RouteType, own_addresses, route_type
+from port_checker.provider.evidence import Capture
+from port_checker.provider.listeners import Listeners
+from port_checker.provider.remote import Answers, Server, Waits
+from port_checker.provider.report import PortPair
+
+# Rounds of halves. A stranger who connects to one port at random moments would have to meet the
+# right half in each, and in none of the others.
+_ROUNDS = 3
+# Peers that are looked at more closely: those who came to the most ports.
+_MAX_CANDIDATES = 32
+# Sites get at least a /56, as a rule (RFC 6177).
+_SITE_PREFIX = 56
+
+
+class Nearness(Enum):
+    """Where a server is, and whether it can say something about the world."""
+
+    OUTSIDE = auto()
+    HERE = auto()  # on this machine
+    SAME_NETWORK = auto()  # or behind the same router
+    PRIVATE = auto()  # it sees this machine at a private address
+    BEHIND_NAT = auto()  # which hides from it who asks
+
+
+@dataclass(frozen=True)
+class Contact:
+    """A server, the address that it is asked about, and from where it connects.
+
+    Attributes:
+        server: The server.
+        address: This machine's address as the server sees it, or as it was given.
+        given: Whether the address was given.
+        error: Why it does not check; None if it does.
+        asked: Whether it has checked something.
+        local: The address of this machine from which it was asked.
+        remote: The address at which it was asked.
+        peers: The addresses from which it connects, as far as they are known.
+        strangers: Addresses that looked like it and were found to be others'.
+    """
+
+    server: Server
+    address: Address | None = None
+    given: bool = False
+    error: str | None = None
+    asked: bool = False
+    local: Address | None = None
+    remote: Address | None = None
+    peers: frozenset[Address] = frozenset()
+    strangers: frozenset[Address] = frozenset()
+
+    @property
+    def url(self) -> str:
+        """The server's URL, without a password."""
+        return str(self.server.url)
+
+    @cached_property
+    def nearness(self) -> Nearness:
+        """Where the server is."""
+        address, remote = self.address, self.remote
+        if not address:
+            return Nearness.OUTSIDE
+        if remote and is_own(remote):
+            return Nearness.HERE
+        if not address.is_global:
+            known = self.given or is_own(address)
+            return Nearness.PRIVATE if known else Nearness.BEHIND_NAT
+        near = remote and (not remote.is_global or remote == address or _are_neighbours(remote))
+        return Nearness.SAME_NETWORK if near else Nearness.OUTSIDE
+
+    def has_peer(self, peer: Address) -> bool:
+        """Whether a connection from ``peer`` is the server's.
+
+        One of this machine's own is the server's only if it runs here. Of a server elsewhere, any
+        address of its /64 is.
+        """
+        if self.nearness is Nearness.HERE:
+            return peer == self.remote or is_own(peer)
+        if self.nearness is Nearness.OUTSIDE and have_one_subscriber(peer, self.remote):
+            return True
+        return peer == self.remote or peer in self.peers
+
+    def after(self, answers: Answers) -> "Contact":
+        """Return what is known of it after an exchange."""
+        return replace(
+            self,
+            error=self.error or answers.error,
+            asked=self.asked or bool(answers.verdicts or answers.excluded),
+            local=answers.local or self.local,
+            remote=answers.remote or self.remote,
+        )
+
+    async def ask(self, ports: Sequence[int]) -> Answers:
+        """Ask about ports of the address, unless that has failed before."""
+        if self.address is None or self.error:
+            return Answers(error=self.error)
+        return await self.server.ask(self.address, ports)
+
+
+def is_own(address: Address) -> bool:
+    """Whether an address is one of this machine's."""
+    with contextlib.suppress(OSError):
+        return address.is_loopback or route_type(address) is RouteType.LOCAL
+    return False
+
+
+def _are_neighbours(remote: Address) -> bool:
+    """Whether an address is in a network of this machine, or in its site."""
+    networks = [own.network for own in own_addresses()]
+    networks += [
+        IPv6Network((int(network[0]), _SITE_PREFIX), strict=False)
+        for network in networks
+        if network.version == 6 and network.is_global
+    ]
+    return lies_in(remote, networks)
+
+
+@dataclass(frozen=True)
+class Witness:
+    """What sees connections come: the listeners, and the interfaces where they can be watched."""
+
+    listeners: Listeners
+    capture: Capture | None
+
+    def now(self) -> tuple[int, int]:
+        """Return a moment for ``seen``."""
+        return self.listeners.clock, self.capture.clock if self.capture else 0
+
+    def seen(self, since: tuple[int, int] = (0, 0)) -> dict[int, set[Address]]:
+        """Return who came since a moment, by port of this machine."""
+        seen = self.listeners.seen(since[0])
+        for port, peers in (self.capture.seen(since[1]) if self.capture else {}).items():
+            seen[port] = seen.get(port, set()) | peers
+        return seen
+
+
+def by_peer(seen: Mapping[int, Collection[Address]]) -> dict[Address, set[int]]:
+    """Turn who came to each port into the ports to which each peer came."""
+    ports: defaultdict[Address, set[int]] = defaultdict(set)
+    for port, peers in seen.items():
+        for peer in peers:
+            ports[peer].add(port)
+    return dict(ports)
+
+
+async def learn_peers(
+    contact: Contact,
+    pairs: Sequence[PortPair],
+    candidates: Mapping[Address, Collection[int]],
+    witness: Witness,
+    waits: Waits,
+) -> frozenset[Address]:
+    """Find out from which addresses a server connects.
+
+    Args:
+        contact: The server.
+        pairs: The ports to ask about.
+        candidates: Who came while it was asked about them, and to which ports.
+        witness: What sees who comes.
+        waits: How long to wait.
+
+    Returns:
+        Those of the candidates that are the server; none if that stays unclear.
+    """
+    by_ports = sorted(candidates, key=lambda peer: -len(candidates[peer]))
+    remaining = {peer for peer in by_ports[:_MAX_CANDIDATES] if not is_own(peer)}
+    for _ in range(_ROUNDS):
+        shuffled = random.sample(list(pairs), len(pairs))
+        half = (len(shuffled) + 1) // 2
+        arrived: defaultdict[Address, set[int]] = defaultdict(set)
+        for group in ([], shuffled[:half], shuffled[half:]):
+            start = witness.now()
+            reached = await _ask_half(contact, group, witness, waits, start)
+            if not remaining or reached is None:
+                return frozenset()
+            inner = {pair.inner for pair in group}
+            ports = by_peer(witness.seen(start))
+            for peer in list(remaining):
+                came = ports.get(peer, set())
+                # Where forwards are crossed, the number alone fits.
+                if not (came <= inner or 1 < len(came) <= reached):
+                    remaining.discard(peer)
+                arrived[peer] |= came
+        remaining = {peer for peer in remaining if arrived[peer]}
+    return frozenset(remaining)
+
+
+async def _ask_half(
+    contact: Contact,
+    group: Sequence[PortPair],
+    witness: Witness,
+    waits: Waits,
+    start: tuple[int, int],
+) -> int | None:
+    """Ask about some ports, or wait for a while; return how many it reached, None if it failed."""
+    if not group:
+        await waits.sleep(waits.quiet * random.uniform(0.5, 1.5))  # noqa: S311  # no secret
+        return 0
+    answers = await contact.ask([pair.outer for pair in group])
+    verdicts = answers.verdicts
+    if len(verdicts) != len(group):
+        return None
+    reached = [pair for pair in group if verdicts[pair.outer].accessible]
+    await witness.listeners.wait_until_seen(
+        [pair.inner for pair in reached if witness.listeners.local[pair.inner] == "bound"],
+        waits.late_connections / 3,
+        enough=len(reached),
+        since=start[0],
+        ignored=is_own,
+    )
+    return len(reached)
