@@ -468,7 +468,7 @@ ERROR_EXAMPLES: Final = {
     ),
     ErrorCode.CROSS_ORIGIN: (
         "This request comes from another site's page. Use this service's own page, or a program "
-        "that is not a browser. If a proxy forwarded it, have the proxy set X-Forwarded-For."
+        "that is not a browser."
     ),
     ErrorCode.REQUEST_TOO_LARGE: "The body is over 65536 bytes. Send a shorter one.",
     ErrorCode.RATE_LIMITED: "You ask too often. Try again in 2 s.",

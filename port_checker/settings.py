@@ -97,6 +97,20 @@ def _parse_networks(text: object) -> object:
     return parse_networks(text) if isinstance(text, str) else text
 
 
+# RFC 1123 section 2.1; names in a container's network may have underscores as well.
+_LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_HOST_NAME = re.compile(rf"(\*\.)?{_LABEL}(\.{_LABEL})*\.?", re.ASCII)
+
+
+def _parse_host_names(text: object) -> object:
+    if not isinstance(text, str):
+        return text
+    names = [name for entry in text.split(",") if (name := entry.strip())]
+    if not all(len(name) <= 253 and _HOST_NAME.fullmatch(name) for name in names):
+        raise ValueError
+    return tuple(name.lower().removesuffix(".") for name in names)
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """An address to listen on.
@@ -125,6 +139,7 @@ def _parse_endpoint(text: object) -> object:
 
 
 _Networks = Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_parse_networks)]
+_HostNames = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_host_names)]
 _EndpointOrNone = Annotated[Endpoint | None, NoDecode, BeforeValidator(_parse_endpoint)]
 _RateOrOff = Annotated[Rate | None, NoDecode, BeforeValidator(_parse_rate)]
 
@@ -165,6 +180,11 @@ class Settings(BaseModel):
         "PORT_CHECKER_TRUSTED_PROXIES",
         parse_networks("127.0.0.1,::1"),
         "addresses or networks, such as 192.0.2.7,2001:db8::/64, or empty for none",
+    )
+    allowed_hosts: _HostNames = _setting(
+        "PORT_CHECKER_ALLOWED_HOSTS",
+        (),
+        "host names, such as checker.example,*.checker.example, or empty for any",
     )
     caller_rate_limit: _RateOrOff = _rate_setting("PORT_CHECKER_RATE_LIMIT", 300)
     rate_limit_store: str = _setting(

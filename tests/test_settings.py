@@ -28,6 +28,7 @@ DEFAULTS = {
         "trusted_proxies",
         (IPv4Network("127.0.0.1/32"), IPv6Network("::1/128")),
     ),
+    "PORT_CHECKER_ALLOWED_HOSTS": ("allowed_hosts", ()),
     "PORT_CHECKER_RATE_LIMIT": ("caller_rate_limit", Rate(300, timedelta(minutes=1))),
     "PORT_CHECKER_RATE_LIMIT_STORE": ("rate_limit_store", "memory://"),
     "PORT_CHECKER_METRICS": ("metrics", None),
@@ -59,6 +60,12 @@ NETWORKS = (IPv4Network("10.0.0.0/8"), IPv4Network("192.0.2.7/32"), IPv6Network(
         ("PORT_CHECKER_TRUSTED_PROXIES", "", ()),
         ("PORT_CHECKER_TRUSTED_PROXIES", "10.0.0.0/8, 192.0.2.7 ,\nfd00::/8\n", NETWORKS),
         ("PORT_CHECKER_TRUSTED_PROXIES", "::ffff:10.0.0.0/104", (NETWORKS[0],)),
+        ("PORT_CHECKER_ALLOWED_HOSTS", "", ()),
+        (
+            "PORT_CHECKER_ALLOWED_HOSTS",
+            "Checker.example., *.checker.example,my_box",
+            ("checker.example", "*.checker.example", "my_box"),
+        ),
         ("PORT_CHECKER_RATE_LIMIT", "off", None),
         ("PORT_CHECKER_RATE_LIMIT", "1/second", Rate(1, timedelta(seconds=1))),
         ("PORT_CHECKER_RATE_LIMIT", "999999999/hour", Rate(999_999_999, timedelta(hours=1))),
@@ -131,6 +138,13 @@ ALLOWED: dict[str, tuple[str, list[str]]] = {
     "PORT_CHECKER_TRUSTED_PROXIES": (
         "addresses or networks, such as 192.0.2.7,2001:db8::/64, or empty for none",
         NO_NETWORKS,
+    ),
+    "PORT_CHECKER_ALLOWED_HOSTS": (
+        "host names, such as checker.example,*.checker.example, or empty for any",
+        [
+            *("*", "http://checker.example", "checker.example:9000", "a b", "a..b", "-a.example"),
+            *("a.*.example", "*a.example", "[::1]", "x" * 300, "\u00e9.example", "\udcff"),
+        ],
     ),
     "PORT_CHECKER_RATE_LIMIT": (RATE.format("300/minute"), BAD_RATES),
     "PORT_CHECKER_RATE_LIMIT_STORE": (

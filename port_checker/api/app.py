@@ -10,6 +10,7 @@ from port_checker.api.caller import CallerResolver
 from port_checker.api.errors import answer_errors
 from port_checker.api.limits import RateLimiter
 from port_checker.api.openapi import extend_openapi
+from port_checker.api.origin import AllowedHosts
 from port_checker.api.pages import add_pages
 from port_checker.api.routes import Api
 from port_checker.checker import Checker
@@ -79,5 +80,7 @@ def create_app(
     Api(settings, callers, limits, checker, metrics).add_routes(app)
     extend_openapi(app, settings)
     add_pages(app, settings)
-    answer_errors(app, callers, metrics)
+    answer = answer_errors(app, callers, metrics)
+    if settings.allowed_hosts:
+        app.add_middleware(AllowedHosts, allowed=settings.allowed_hosts, refuse=answer)
     return app

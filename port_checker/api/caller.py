@@ -1,21 +1,101 @@
 """Who the caller is: the peer of the connection, or the address that a trusted proxy forwarded."""
 
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from enum import Enum, auto
 
 from starlette.requests import HTTPConnection
 
 from port_checker.addresses import Address, Network, lies_in, parse_address, parse_host
+from port_checker.addresses import parse_networks as networks
+from port_checker.api.origin import is_name_of_this_machine
+from port_checker.api.targets import is_own_address, special_purpose
+from port_checker.connect import CheckFailed
 
-# Headers that show that a proxy forwarded the request (RFC 7239, RFC 9110 section 7.6.3, and a
-# convention of nginx), but from which we do not take the caller's address.
-_OTHER_PROXY_HEADERS = frozenset((b"forwarded", b"via", b"x-real-ip"))
+# Fields that only proxies add, from which we do not take the caller's address: those of RFC 7239
+# and RFC 9110 section 7.6.3, and what proxies and clouds document as their own.
+_TRACES = frozenset(
+    b"forwarded via x-real-ip x-client-ip x-cluster-client-ip x-original-forwarded-for "
+    b"x-original-host x-proxyuser-ip proxy-client-ip wl-proxy-client-ip true-client-ip "
+    b"cf-connecting-ip cf-connecting-ipv6 cf-pseudo-ipv4 cf-ray fly-client-ip fly-forwarded-port "
+    b"fastly-client-ip do-connecting-ip x-azure-clientip x-azure-socketip x-azure-ref "
+    b"x-appengine-user-ip x-cloud-trace-context cloudfront-viewer-address x-amz-cf-id "
+    b"x-amzn-trace-id x-nf-client-connection-ip x-vercel-id".split()
+)
+_TRACE_PREFIXES = (b"x-forwarded-", b"x-envoy-", b"x-vercel-forwarded-", b"x-traefik-")
 
 # How many hops of X-Forwarded-For are read. Chains of proxies are shorter; a header that is as long
 # as a request may be would take 0.2 s.
 _MAX_HOPS = 20
 
+# An element of X-Forwarded-For: an address, to which some proxies add a port. RFC 7239 section 6
+# has the brackets, and ports that are obfuscated.
+_HOP = re.compile(r"(?:\[([^]]*:[^]]*)\]|([0-9.]+))(?::(?:[0-9]{1,5}|_[A-Za-z0-9._-]+))?|([^[]*)")
+# What proxies write for a client that has no address, or whose address they hide (RFC 7239
+# sections 6.2 and 6.3).
+_NAMELESS = re.compile(r"unknown|unix:.*|_[A-Za-z0-9._-]+", re.IGNORECASE)
+
+# Requests after which a proxy that has forwarded nothing but nameless clients will not do better.
+_NAMELESS_PATIENCE = 10
+
+# Addresses that hosts can have: the others name no host, or many. Special-purpose ones are among
+# them, since networks of private addresses have proxies, too.
+_IPV4_NOT_OF_HOSTS = networks("0.0.0.0/8,224.0.0.0/3")
+_IPV6_OF_HOSTS = networks("::1,64:ff9b::/96,64:ff9b:1::/48,2000::/3,fc00::/7,fe80::/10")
+
+# Addresses of this machine from which others' requests came; it has few.
+_MAX_RELAYS = 256
+
 logger = logging.getLogger(__name__)
+
+
+class Unknown(Enum):
+    """Why a caller is unknown."""
+
+    NOT_FORWARDED = auto()  # a trusted proxy shows itself, but forwards no address
+    NAMELESS = auto()  # what it forwards last says that the client has no address
+    NO_ADDRESS = auto()  # what it forwards last is none
+    NO_ADDRESS_BEFORE = auto()  # nor is what another proxy forwarded
+    ONLY_PROXIES = auto()
+    NOT_KNOWN_NOW = auto()  # the kernel could not be asked whether an address is this machine's
+    IMPOSSIBLE = auto()  # the forwarded address cannot be that of a caller beyond the proxy
+
+
+class UnknownCaller(Exception):
+    """The caller has no address that we know.
+
+    Args:
+        why: The reason.
+        forwarded: What a proxy forwarded, if that is the reason.
+    """
+
+    def __init__(self, why: Unknown, *forwarded: object) -> None:
+        super().__init__(*forwarded)
+        self.why = why
+
+
+_WARNINGS = {
+    Unknown.NOT_FORWARDED: (
+        "The proxy at %s, listed in PORT_CHECKER_TRUSTED_PROXIES, does not forward its callers' "
+        "addresses. Configure it to set X-Forwarded-For."
+    ),
+    Unknown.NAMELESS: (
+        "The proxy at %s, listed in PORT_CHECKER_TRUSTED_PROXIES, never forwards an address: "
+        "X-Forwarded-For ends in %r. All callers are unknown. Have whatever is in front of it tell "
+        "it their addresses (the PROXY protocol, say)."
+    ),
+    Unknown.NO_ADDRESS: (
+        "The proxy at %s, listed in PORT_CHECKER_TRUSTED_PROXIES, forwards what is no address: "
+        "X-Forwarded-For ends in %r. Its callers are unknown. Configure it to append the address "
+        "of its client, alone."
+    ),
+    Unknown.IMPOSSIBLE: (
+        "The proxy at %s, listed in PORT_CHECKER_TRUSTED_PROXIES, forwards %s, which cannot be the "
+        "address of a caller beyond it. Such callers are unknown. Configure it to set "
+        "X-Forwarded-For to the address of its client."
+    ),
+}
 
 
 class CallerResolver:
@@ -23,77 +103,180 @@ class CallerResolver:
 
     Args:
         trusted_proxies: The peers whose ``X-Forwarded-For`` counts.
+        is_own: Whether an address is one of this machine's.
     """
 
-    def __init__(self, trusted_proxies: Sequence[Network]) -> None:
+    def __init__(
+        self,
+        trusted_proxies: Sequence[Network],
+        *,
+        is_own: Callable[[Address], bool] = is_own_address,
+    ) -> None:
         self._trusted_proxies = trusted_proxies
-        self._has_warned = False
+        self._is_own = is_own
+        self._warned: set[Unknown] = set()
+        self._has_read_address = False  # at the end of X-Forwarded-For
+        self._nameless = 0  # requests of clients without an address
+        self._relays: set[Address] = set()
 
     def resolve(self, connection: HTTPConnection) -> Address | None:
         """Return the caller's address, or None if it is unknown."""
         peer = connection.scope["client"][0] if connection.scope.get("client") else None
         forwarded_for: list[str] = []
-        is_proxy = False
+        host: bytes | None = None
+        has_trace = False
         for name, value in connection.scope["headers"]:
             if name == b"x-forwarded-for":
                 forwarded_for.append(value.decode("latin-1"))
-            elif name in _OTHER_PROXY_HEADERS:
-                is_proxy = True
-        is_proxy = is_proxy and not forwarded_for
-        caller = find_caller(peer, forwarded_for, self._trusted_proxies, is_proxy=is_proxy)
-        if is_proxy and peer and not caller and not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "The proxy at %s, listed in PORT_CHECKER_TRUSTED_PROXIES, does not forward its "
-                "callers' addresses. Configure it to set X-Forwarded-For.",
-                peer,
-            )
+            elif name == b"host":
+                host = value
+            elif name in _TRACES or name.startswith(_TRACE_PREFIXES):
+                has_trace = True
+        try:
+            address = parse_host(peer or "")
+        except ValueError:
+            return None
+        if not lies_in(address, self._trusted_proxies):
+            self._note_relay(address, bool(forwarded_for) or has_trace, host)
+            return address
+        if not (forwarded_for or has_trace):
+            return address  # a program on the proxy's machine
+        try:
+            caller = forwarded_caller(address, forwarded_for, self._trusted_proxies, self._is_own)
+        except UnknownCaller as unknown:
+            self._note(unknown, address)
+            return None
+        self._has_read_address = True
         return caller
 
+    def is_relay(self, address: Address) -> bool:
+        """Whether others' requests have come from this address, which is this machine's own."""
+        return address in self._relays
 
-def find_caller(
-    peer: str | None,
+    def _note(self, unknown: UnknownCaller, proxy: Address) -> None:
+        """Warn of a proxy that does not forward its callers' addresses, once for each reason."""
+        why = unknown.why
+        if why in (Unknown.ONLY_PROXIES, Unknown.NO_ADDRESS_BEFORE):
+            self._has_read_address = True
+        if why not in _WARNINGS or why in self._warned:
+            return
+        if why is Unknown.NAMELESS:
+            self._nameless += 1
+            if self._nameless < _NAMELESS_PATIENCE:
+                return
+        if why in (Unknown.NAMELESS, Unknown.NO_ADDRESS) and self._has_read_address:
+            return
+        self._warned.add(why)
+        logger.warning(_WARNINGS[why], proxy, *unknown.args)
+
+    def _note_relay(self, peer: Address, has_trace: bool, host: bytes | None) -> None:
+        """Remember an address of this machine's own from which others' requests come.
+
+        A program on this machine that accepts connections and passes them on, as the port handlers
+        of rootless containers and the sidecars of service meshes do, hides its callers. It shows by
+        what strangers send: another proxy's fields, or a ``Host`` that is not this machine.
+        """
+        if peer in self._relays or len(self._relays) >= _MAX_RELAYS or not special_purpose(peer):
+            return
+        try:
+            if not has_trace and is_name_of_this_machine(host, self._is_own):
+                return
+            if not (peer.is_loopback or self._is_own(peer)):
+                return
+        except CheckFailed:  # nobody can tell now
+            return
+        self._relays.add(peer)
+        if len(self._relays) == 1:
+            logger.warning(
+                "Requests of others come from %s, an address of this machine's own: something here "
+                "relays them (the port handler of rootless containers, the sidecar of a service "
+                "mesh), so that callers cannot check their own addresses. Let their addresses "
+                "through (podman: --network host, pasta, or port_handler=slirp4netns), or have a "
+                "proxy there set X-Forwarded-For and add it to PORT_CHECKER_TRUSTED_PROXIES.",
+                peer,
+            )
+
+
+def forwarded_caller(
+    proxy: Address,
     forwarded_for: Sequence[str],
     trusted_proxies: Sequence[Network],
-    *,
-    is_proxy: bool = False,
-) -> Address | None:
-    """Return the caller's address, or None if it is unknown.
+    is_own: Callable[[Address], bool] = is_own_address,
+) -> Address:
+    """Return the caller's address, which trusted proxies forwarded.
 
     Each proxy appends the address of its own peer to ``X-Forwarded-For``. So the list is read from
     the right, skipping trusted proxies: the first other address is the caller. Anything to the left
-    of it came from the caller, who may have made it up.
+    of it came from the caller, who may have made it up. Empty elements count as nothing (RFC 9110
+    section 5.6.1.2).
 
     Args:
-        peer: The other end of the TCP connection; None if it has no address.
+        proxy: The other end of the TCP connection.
         forwarded_for: The request's ``X-Forwarded-For`` headers, in order.
         trusted_proxies: The peers whose ``X-Forwarded-For`` counts.
-        is_proxy: Whether the request came through a proxy that forwarded no address.
+        is_own: Whether an address is one of this machine's.
 
-    Returns:
-        The address; None if the peer has none, if a trusted proxy forwarded none or something
-        that is not an address, or if every forwarded address, or each of the last 20, is a trusted
-        proxy's.
+    Raises:
+        UnknownCaller: The proxy forwarded no address, or something that is not one, or one that no
+            caller beyond it can have; or every forwarded address, or each of the last 20, is a
+            trusted proxy's.
     """
-    if peer is None:
-        return None
-    try:
-        address = parse_host(peer)
-        if not (forwarded_for or is_proxy) or not lies_in(address, trusted_proxies):
+    if not forwarded_for:
+        raise UnknownCaller(Unknown.NOT_FORWARDED)
+    proxies = [proxy]
+    elements = ",".join(forwarded_for).rsplit(",", _MAX_HOPS)[-_MAX_HOPS:]
+    hops = [hop for element in reversed(elements) if (hop := element.strip(" \t"))]
+    if not hops:
+        raise UnknownCaller(Unknown.NAMELESS, "")
+    for hop in hops:
+        try:
+            address = _parse_hop(hop)
+        except ValueError:
+            raise UnknownCaller(_why_no_address(hop, is_last=hop is hops[0]), hop) from None
+        if not lies_in(address, trusted_proxies):
+            try:
+                if special_purpose(address) and not _can_be_forwarded(address, proxies, is_own):
+                    raise UnknownCaller(Unknown.IMPOSSIBLE, address)
+            except CheckFailed:
+                raise UnknownCaller(Unknown.NOT_KNOWN_NOW) from None
             return address
-        hops = ",".join(forwarded_for).rsplit(",", _MAX_HOPS)
-        for hop in reversed(hops[-_MAX_HOPS:]):
-            address = parse_address(_without_port(hop.strip()))
-            if not lies_in(address, trusted_proxies):
-                return address
-    except ValueError:
-        pass
-    return None
+        proxies.append(address)
+    raise UnknownCaller(Unknown.ONLY_PROXIES)
 
 
-def _without_port(hop: str) -> str:
-    """Strip the port that some proxies add: ``203.0.113.7:4711``, ``[2001:db8::7]:4711``."""
-    if hop.startswith("["):
-        return hop[1:].partition("]")[0]
-    host, _, port = hop.partition(":")
-    return host if port.isdecimal() else hop
+def _why_no_address(hop: str, *, is_last: bool) -> Unknown:
+    if not is_last:
+        return Unknown.NO_ADDRESS_BEFORE
+    return Unknown.NAMELESS if _NAMELESS.fullmatch(hop) else Unknown.NO_ADDRESS
+
+
+def _parse_hop(hop: str) -> Address:
+    """Return the address of an element: ``203.0.113.7:4711``, ``2001:db8::7``, ``[2001:db8::7]``.
+
+    Raises:
+        ValueError: It is none.
+    """
+    match = _HOP.fullmatch(hop)
+    if not match:
+        raise ValueError("not an address")
+    return parse_address(match[1] or match[2] or match[3])
+
+
+def _can_be_forwarded(
+    address: Address, proxies: Sequence[Address], is_own: Callable[[Address], bool]
+) -> bool:
+    """Whether a special-purpose address can be that of a caller which these proxies forwarded.
+
+    An address of this machine is its caller's only if the proxies are all on this machine, too: on
+    another one it is another's, or of whoever can make a proxy write what it likes.
+    """
+    if address.version == 4:
+        if lies_in(address, _IPV4_NOT_OF_HOSTS):
+            return False
+    elif not lies_in(address, _IPV6_OF_HOSTS):
+        return False
+    if all(proxy.is_loopback for proxy in proxies):
+        return True
+    if not (address.is_loopback or is_own(address)):
+        return True
+    return all(proxy.is_loopback or is_own(proxy) for proxy in proxies)

@@ -1,6 +1,6 @@
 """Error responses: which status each code has, and the handlers that turn exceptions into them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request, Response
@@ -133,8 +133,14 @@ def to_api_error(error: Exception) -> ApiError:
             )
 
 
-def answer_errors(app: FastAPI, callers: CallerResolver, metrics: Metrics) -> None:
-    """Have every exception in ``app`` answered, counted, and, if it is a refusal, logged."""
+def answer_errors(
+    app: FastAPI, callers: CallerResolver, metrics: Metrics
+) -> Callable[[Request, Exception], Awaitable[JSONResponse]]:
+    """Have every exception in ``app`` answered, counted, and, if it is a refusal, logged.
+
+    Returns:
+        What does that.
+    """
     refusals = RefusalLog()
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
@@ -173,6 +179,7 @@ def answer_errors(app: FastAPI, callers: CallerResolver, metrics: Metrics) -> No
         Exception,  # a bug: uvicorn logs its traceback
     ):
         app.add_exception_handler(error, answer)
+    return answer
 
 
 def _tells_that_no_route_fits(error: HTTPException) -> bool:

@@ -4,15 +4,31 @@ Programs send none of the headers that give a page away, so this does not affect
 """
 
 import socket
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 
-from starlette.requests import HTTPConnection
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from port_checker.addresses import Address, parse_address, parse_host
 
 _CROSS_SITE = (b"cross-site", b"same-site")
 _SAME_ORIGIN = (b"same-origin", b"none")  # "none": typed in, or opened from a bookmark
+
+
+_ANOTHER_SITE = (
+    "This request comes from another site's page. Use this service's own page, or a program "
+    "that is not a browser."
+)
+_NOT_FORWARDED = (
+    "If a proxy forwarded it, have the proxy pass Host on and set X-Forwarded-For, and list it in "
+    "PORT_CHECKER_TRUSTED_PROXIES."
+)
+_HOST_NOT_PASSED_ON = (
+    "If it does come from this service's page, have the proxy in front of it pass Host on (nginx: "
+    "proxy_set_header Host $host) or set X-Forwarded-Host."
+)
 
 
 class CrossOrigin(Exception):
@@ -31,6 +47,28 @@ def local_names(hosts: Path = Path("/etc/hosts")) -> set[str]:
         if _is_loopback(address):
             names.update(alias.lower() for alias in aliases)
     return names
+
+
+def is_name_of_this_machine(
+    host: bytes | None,
+    is_own: Callable[[Address], bool],
+    names: Callable[[], Collection[str]] = local_names,
+) -> bool:
+    """Whether a ``Host`` field says this machine: localhost, an address or a name of its own.
+
+    Args:
+        host: The field; without one (HTTP/1.0), nothing speaks against it.
+        is_own: Whether an address is one of this machine's.
+        names: Returns the names of this machine.
+    """
+    if not host:
+        return True
+    name = _host_name(host)
+    try:
+        address = parse_address(name)
+        return address.is_loopback or is_own(address)
+    except ValueError:
+        return _is_localhost(name) or name in names()
 
 
 def require_same_origin(
@@ -52,7 +90,7 @@ def require_same_origin(
     Raises:
         CrossOrigin: The message says what to do.
     """
-    site = origin = host = None
+    site = origin = host = forwarded_host = None
     for name, value in connection.scope["headers"]:
         if name == b"host":
             host = value
@@ -60,25 +98,75 @@ def require_same_origin(
             origin = value
         elif name == b"sec-fetch-site":
             site = value
-    if site in _CROSS_SITE or (
-        site not in _SAME_ORIGIN
-        and origin is not None
-        and not _is_same_host(origin, host, _is_forwarded(connection, caller))
-    ):
-        raise CrossOrigin(
-            "This request comes from another site's page. Use this service's own page, or a "
-            "program that is not a browser. If a proxy forwarded it, have the proxy set "
-            "X-Forwarded-For."
-        )
+        elif name == b"x-forwarded-host":
+            forwarded_host = forwarded_host or value
+    if site in _CROSS_SITE:
+        raise CrossOrigin(_ANOTHER_SITE)
+    if site not in _SAME_ORIGIN and origin is not None:
+        if not _is_forwarded(connection, caller):
+            if not _is_same_host(origin, host):
+                raise CrossOrigin(f"{_ANOTHER_SITE} {_NOT_FORWARDED}")
+        elif not _is_same_host_to_browser(origin, host, forwarded_host):
+            raise CrossOrigin(f"{_ANOTHER_SITE} {_HOST_NOT_PASSED_ON}")
     if not (host and caller and caller.is_loopback):
         return
     name = _host_name(host)
-    if _is_literal_or_localhost(name) or _is_forwarded(connection, caller) or name in names():
+    if _is_literal(name) or _is_localhost(name) or _is_forwarded(connection, caller):
         return
-    raise CrossOrigin(
-        "This request comes from this machine, but its Host is not a name of this machine. Use "
-        "localhost or an IP address. If a proxy forwarded it, have the proxy set X-Forwarded-For."
-    )
+    if name not in names():
+        raise CrossOrigin(
+            "This request comes from this machine, but its Host is not a name of this machine. Use "
+            "localhost or an IP address. If a proxy forwarded it, have the proxy set "
+            "X-Forwarded-For."
+        )
+
+
+class AllowedHosts:
+    """An ASGI application that refuses requests to names which are not this service's.
+
+    A name that its owner has pointed at a private address (DNS rebinding) is the same origin to a
+    browser, which lets that name's pages read the answers.
+
+    Args:
+        app: Answers the requests that are let through.
+        allowed: Names, in lower case; ``*.example`` is every name below ``example``. IP literals,
+            localhost and this machine's names are allowed besides.
+        refuse: Answers a request that is not.
+        names: Returns the names of this machine.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        allowed: Sequence[str],
+        refuse: Callable[[Request, Exception], Awaitable[Response]],
+        names: Callable[[], Collection[str]] = local_names,
+    ) -> None:
+        self._app = app
+        self._allowed = frozenset(allowed)
+        self._refuse = refuse
+        self._names = names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] == "http":
+            for name, value in scope["headers"]:
+                if name == b"host" and value and not self._is_allowed(_host_name(value)):
+                    refusal = CrossOrigin(
+                        "This service does not go by the name in Host. Use its name or its IP "
+                        "address. If you run it, add the name to PORT_CHECKER_ALLOWED_HOSTS, or "
+                        "have the proxy in front of it pass Host on."
+                    )
+                    response = await self._refuse(Request(scope, receive), refusal)
+                    return await response(scope, receive, send)
+        return await self._app(scope, receive, send)
+
+    def _is_allowed(self, name: str) -> bool:
+        if name in self._allowed or _is_literal(name) or _is_localhost(name):
+            return True
+        labels = name.split(".")
+        above = (".".join(labels[start:]) for start in range(1, len(labels)))
+        return any(f"*.{parent}" in self._allowed for parent in above) or name in self._names()
 
 
 def _is_forwarded(connection: HTTPConnection, caller: Address | None) -> bool:
@@ -88,14 +176,24 @@ def _is_forwarded(connection: HTTPConnection, caller: Address | None) -> bool:
     return parse_host(connection.client.host) != caller
 
 
-def _is_same_host(origin: bytes, host: bytes | None, is_forwarded: bool) -> bool:
+def _is_same_host(origin: bytes, host: bytes | None) -> bool:
     authority = origin.partition(b"://")[2]
-    if not authority:  # "null", of a page that has no origin
-        return False
+    # It is empty in "null", of a page that has no origin.
+    return bool(authority) and _host_name(authority) == _host_name(host or b"")
+
+
+def _is_same_host_to_browser(
+    origin: bytes, host: bytes | None, forwarded_host: bytes | None
+) -> bool:
+    """Whether the host that a browser asked for is that of the page, as far as a proxy tells."""
+    if forwarded_host:  # by each proxy, the browser's first
+        return _is_same_host(origin, forwarded_host.partition(b",")[0].strip(b" \t"))
     name = _host_name(host or b"")
-    if is_forwarded and (not name or _is_literal_or_localhost(name)):
-        return True  # the proxy did not pass Host on
-    return _host_name(authority) == name
+    # A proxy that does not pass Host on puts there how it calls this service: by its address, or
+    # by a name that only its configuration or its own network knows (nginx: of an upstream block).
+    if origin.partition(b"://")[2] and ("." not in name or _is_literal(name)):
+        return True
+    return _is_same_host(origin, host)
 
 
 def _host_name(authority: bytes) -> str:
@@ -106,9 +204,11 @@ def _host_name(authority: bytes) -> str:
     return text.partition(":")[0].removesuffix(".")
 
 
-def _is_literal_or_localhost(name: str) -> bool:
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
+def _is_localhost(name: str) -> bool:
+    return name == "localhost" or name.endswith(".localhost")
+
+
+def _is_literal(name: str) -> bool:
     try:
         parse_address(name)
     except ValueError:

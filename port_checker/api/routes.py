@@ -60,7 +60,9 @@ class Api:
         self._callers = callers
         self._limiter = limiter
         self._checker = checker
-        self._admission = Admission(TargetRules(settings), limiter, checker)
+        self._admission = Admission(
+            TargetRules(settings, is_relay=callers.is_relay), limiter, checker
+        )
         self._metrics = metrics
 
     def add_routes(self, app: FastAPI) -> None:

@@ -150,6 +150,7 @@ class TargetRules:
         is_own: Whether an address is one of this machine's. Others may not have those checked,
             because a connection from a machine to itself bypasses its firewall.
         is_gateway: Whether an address is the next hop of a route of this machine's.
+        is_relay: Whether others' requests come from an address of this machine's own.
     """
 
     def __init__(
@@ -158,10 +159,12 @@ class TargetRules:
         *,
         is_own: Callable[[Address], bool] = is_own_address,
         is_gateway: Callable[[Address], bool] = is_gateway,
+        is_relay: Callable[[Address], bool] = lambda _: False,
     ) -> None:
         self._settings = settings
         self._is_own = is_own
         self._is_gateway = is_gateway
+        self._is_relay = is_relay
         self._has_warned = False
 
     def require_allowed(self, caller: Address | None, target: Address) -> None:
@@ -204,6 +207,11 @@ class TargetRules:
             raise TargetNotAllowed(
                 f"{address} is {special}, which only means something on its own link. "
                 "Connect to this service from another address."
+            )
+        if self._is_relay(address):
+            raise TargetNotAllowed(
+                f"{address} is this service's own address, from which others' requests come as "
+                "well. This service cannot see your own address behind it."
             )
         if address.is_loopback or not self._is_gateway(address):
             return

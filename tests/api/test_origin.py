@@ -19,7 +19,8 @@ VISITOR = "203.0.113.7"
 SITE = {"host": "checker.example"}
 
 
-def is_refused(peer: str | None, headers: dict[str, str]) -> bool:
+def refusal(peer: str | None, headers: dict[str, str]) -> str:
+    """Why a request is refused; empty if it is not."""
     connection = HTTPConnection(
         {
             "type": "http",
@@ -30,9 +31,13 @@ def is_refused(peer: str | None, headers: dict[str, str]) -> bool:
     caller = CallerResolver(parse_networks(f"127.0.0.1,::1,{PROXY}")).resolve(connection)
     try:
         require_same_origin(connection, caller, lambda: {"box", "box.lan"})
-    except CrossOrigin:
-        return True
-    return False
+    except CrossOrigin as refusal:
+        return str(refusal)
+    return ""
+
+
+def is_refused(peer: str | None, headers: dict[str, str]) -> bool:
+    return bool(refusal(peer, headers))
 
 
 @pytest.mark.parametrize(
@@ -73,9 +78,15 @@ def test_what_callers_send(headers: dict[str, str], refused: bool) -> None:
         assert is_refused("127.0.0.1", forwarded) is refused
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1:9000", "localhost", "[::1]:9000", "10.1.2.3", None])
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("127.0.0.1:9000", "localhost", "[::1]:9000", "10.1.2.3", None),
+        *("port_checker", "backend:9000"),  # an upstream block, a service of a container network
+    ],
+)
 def test_a_proxy_that_does_not_pass_host_on(host: str | None) -> None:
-    """The default of nginx: Host is then the service's address."""
+    """The default of nginx: Host is then the service's address, or what nginx calls it."""
     forwarded = {"x-forwarded-for": VISITOR, "origin": "https://checker.example"}
     if host:
         forwarded["host"] = host
@@ -84,6 +95,38 @@ def test_a_proxy_that_does_not_pass_host_on(host: str | None) -> None:
     assert is_refused(PROXY, forwarded | {"origin": "null"})
     assert is_refused(PROXY, forwarded | {"sec-fetch-site": "cross-site"})
     assert is_refused(PROXY, forwarded | {"host": "other.example"})
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:9000", "port_checker", "checker.internal", None])
+@pytest.mark.parametrize(
+    ("forwarded_host", "refused"),
+    [
+        ("checker.example", False),
+        ("Checker.Example:443, inner.example", False),
+        ("other.example", True),
+        ("inner.example, checker.example", True),
+        ("203.0.113.1", True),
+    ],
+)
+def test_what_a_proxy_says_of_the_browsers_host_counts_before_host(
+    host: str | None, forwarded_host: str, refused: bool
+) -> None:
+    headers = {"x-forwarded-host": forwarded_host, "origin": "http://checker.example"}
+    if host:
+        headers["host"] = host
+    assert is_refused(PROXY, headers | {"x-forwarded-for": VISITOR}) is refused
+    # A visitor's own field says nothing.
+    assert is_refused(VISITOR, headers)
+    assert not is_refused(VISITOR, headers | {"host": "checker.example"})
+
+
+def test_a_refusal_says_what_would_help() -> None:
+    origin = {"origin": "https://checker.example", "host": "checker.internal"}
+    forwarded = refusal(PROXY, origin | {"x-forwarded-for": VISITOR})
+    assert "have the proxy in front of it pass Host on" in forwarded
+    assert "X-Forwarded-For" not in forwarded
+    assert "set X-Forwarded-For" in refusal(VISITOR, origin)
+    assert "proxy" not in refusal(VISITOR, SITE | {"sec-fetch-site": "cross-site"})
 
 
 @pytest.mark.parametrize("peer", ["127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1"])
@@ -141,3 +184,38 @@ def test_only_checks_are_refused_and_before_anybody_pays() -> None:
         for path in "/health", "/ip", "/docs":
             for method in "GET", "HEAD":
                 assert client.request(method, path, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        *[(host, 200) for host in ("checker.example", "CHECKER.example.:9000", "a.b.lan", "x.lan")],
+        *[(host, 200) for host in ("127.0.0.1", "203.0.113.1:80", "[2001:db8::1]:9000")],
+        *[(host, 200) for host in ("localhost", "app.localhost:9000", "")],
+        *[(host, 403) for host in ("rebound.example", "lan", "a.checker.example", "xlan", "127.1")],
+        ("checker.example.other.example", 403),
+    ],
+)
+def test_the_names_that_host_may_have(host: str, status: int) -> None:
+    with serve(allowed_hosts="checker.example,*.LAN") as client:
+        for method, path in [
+            *[("GET", path) for path in ("/ip", "/health", "/", "/docs", "/openapi.json", "/x")],
+            *[("HEAD", "/ip"), ("POST", "/check-ports"), ("OPTIONS", "/")],
+        ]:
+            headers = {"host": host, "x-forwarded-for": VISITOR}
+            answer = client.request(method, path, headers=headers)
+            if status == 403:
+                assert answer.status_code == 403
+                if method != "HEAD":
+                    assert answer.json()["detail"]["code"] == "CROSS_ORIGIN"
+                    assert "PORT_CHECKER_ALLOWED_HOSTS" in answer.json()["detail"]["message"]
+            else:
+                assert answer.status_code != 403, path
+
+
+def test_this_machines_name_may_be_in_host() -> None:
+    with serve(allowed_hosts="checker.example") as client:
+        own = socket.gethostname()
+        assert client.get("/ip", headers={"host": own}).status_code == 200
+    with serve() as client:  # where none are listed, each may be
+        assert client.get("/ip", headers={"host": "any.example"}).status_code == 200

@@ -169,6 +169,19 @@ def test_a_gateways_address_is_not_the_callers(
     assert "PORT_CHECKER_TRUSTED_PROXIES" in warning
 
 
+@pytest.mark.parametrize("address", ["10.0.2.100", "127.0.0.6", "fd00::7"])
+def test_an_own_address_from_which_others_requests_come_is_not_the_callers(address: str) -> None:
+    rules = TargetRules(
+        Settings(),
+        is_own=lambda _: True,
+        is_gateway=lambda _: False,
+        is_relay=lambda it: str(it) == address,
+    )
+    with pytest.raises(TargetNotAllowed, match="from which others' requests come as well"):
+        rules.require_allowed(parse_address(address), parse_address(address))
+    rules.require_allowed(parse_address("127.0.0.1"), parse_address("127.0.0.1"))
+
+
 @pytest.mark.parametrize("address", ["198.41.0.4", "127.0.0.1", "::1", "2001:4860:4860::8888"])
 def test_public_and_loopback_addresses_are_no_hidden_gateways(address: str) -> None:
     assert not refused(address, caller=address, gateway=address)
