@@ -19,6 +19,9 @@ _SMALL_CHECK: Final = 10
 _EVERYBODY: Final = "everybody"
 _STRANGERS: Final = "strangers"
 
+# TLS checks of one caller at once. Each may take half a second of this machine's time.
+TLS_CHECKS_PER_CALLER: Final = 16
+
 
 class NoRoom(Exception):
     """A check would put more ports in flight than it may; the message is a sentence that says so.
@@ -144,6 +147,7 @@ class Checker:
         caller: Hashable = None,
         network: Hashable = None,
         is_own: bool = True,
+        is_tls: bool = False,
     ) -> Reservation:
         """Make room for a check, or refuse it at once.
 
@@ -153,6 +157,7 @@ class Checker:
             network: The network that the caller has many addresses of; None if it has not.
             is_own: Whether the target is the caller itself. All checks of others' addresses
                 together have at most half of the ports in flight.
+            is_tls: Whether there will be a TLS handshake, of which a caller has a share of its own.
 
         Shares shrink as room runs out: what a caller has and asks for may be at most half of what
         is free and its own. Up to 10 own ports find room until there is none.
@@ -196,6 +201,14 @@ class Checker:
             if ports > free:
                 raise Overloaded(ports, size, whose_room, retry_after)
             holders.append(kind)
+        if is_tls and has_shares:
+            for *group, _, whose in groups:
+                share = TLS_CHECKS_PER_CALLER * (_SHARES_OF_NETWORK if group[0] == "network" else 1)
+                holder = ("tls", *group)
+                if self._in_flight.get(holder, 0) + ports > share:
+                    whose = f"of TLS endpoints {whose}"
+                    raise CallerOverLimit(ports, share, whose, retry_after)
+                holders.append(holder)
         return Reservation(self._in_flight, holders, ports)
 
     async def check(

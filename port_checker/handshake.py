@@ -139,6 +139,15 @@ def make_context() -> ssl.SSLContext:
     return context
 
 
+def trust_trouble() -> str | None:
+    """Return why this machine cannot verify any certificate; None if it can."""
+    try:
+        make_context()
+    except Trouble as trouble:
+        return str(trouble)
+    return None
+
+
 def _require_authority(context: ssl.SSLContext) -> None:
     paths = ssl.get_default_verify_paths()
     folders = os.environ.get(paths.openssl_capath_env, paths.openssl_capath).split(os.pathsep)

@@ -44,7 +44,7 @@ _SLICE: Final = 0.02
 
 # Slow forks, and forks that wait for their peer, at most. One takes about 1 MB (measured). Of those
 # that wait, the one that has waited for the longest makes way: an honest peer answers at once.
-_MOST_SLOW: Final = 32
+_MOST_SLOW: Final = 64
 _MOST_WAITING: Final = 64
 
 

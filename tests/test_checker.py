@@ -8,7 +8,13 @@ from contextlib import ExitStack, suppress
 import pytest
 
 from port_checker.addresses import Address, parse_address
-from port_checker.checker import Checker, NoRoom, Overloaded, max_for_caller
+from port_checker.checker import (
+    TLS_CHECKS_PER_CALLER,
+    Checker,
+    NoRoom,
+    Overloaded,
+    max_for_caller,
+)
 from port_checker.connect import OPEN, REFUSED, TIMED_OUT, CheckFailed, Verdict
 from tests.support.loopback import open_listener, open_port, ports, refused_port, silent_port
 
@@ -96,11 +102,13 @@ def test_a_check_without_room_is_refused_at_once() -> None:
         asyncio.run(run())
 
 
-def reserve(checker: Checker, ports: int, caller: str, is_own: bool = True) -> str | None:
+def reserve(
+    checker: Checker, ports: int, caller: str, is_own: bool = True, is_tls: bool = False
+) -> str | None:
     """Take room for ever; what is said if there is none."""
     try:
         checker.reserve(
-            ports, caller=caller, network=caller.partition("/")[0], is_own=is_own
+            ports, caller=caller, network=caller.partition("/")[0], is_own=is_own, is_tls=is_tls
         ).__enter__()
     except NoRoom as refusal:
         return f"{type(refusal).__name__}: {refusal}"
@@ -131,6 +139,23 @@ def test_nobody_can_keep_others_out() -> None:
     assert reserve(checker, 201, "f/1") == (
         "CallerOverLimit: This service checks at most 200 ports of one caller at once."
     )
+
+
+def test_a_caller_has_a_share_of_the_tls_checks() -> None:
+    checker = shared_checker(1000, 200)
+    for caller in ("a/1", "a/2"):
+        for _ in range(TLS_CHECKS_PER_CALLER):
+            assert not reserve(checker, 1, caller, is_tls=True)
+        assert reserve(checker, 1, caller, is_tls=True) == (
+            "CallerOverLimit: Too many checks of TLS endpoints of one caller are running."
+        )
+    assert reserve(checker, 1, "a/3", is_tls=True) == (
+        "CallerOverLimit: Too many checks of TLS endpoints of a are running."
+    )
+    assert not reserve(checker, 1, "a/1")
+    assert not reserve(checker, 1, "b/1", is_tls=True)
+    unshared = shared_checker(1000, 1000)
+    assert not any(reserve(unshared, 1, "a/1", is_tls=True) for _ in range(200))
 
 
 def test_shares_shrink_as_room_runs_out() -> None:

@@ -34,7 +34,13 @@ class Admission:
 
     @asynccontextmanager
     async def admit(
-        self, request: Request, caller: Address | None, target: Address, ports: int
+        self,
+        request: Request,
+        caller: Address | None,
+        target: Address,
+        ports: int,
+        *,
+        is_tls: bool = False,
     ) -> AsyncIterator[Reservation]:
         """Run the block, which makes a check, or refuse it before it begins.
 
@@ -43,6 +49,7 @@ class Admission:
             caller: Who asks; None if unknown.
             target: The address to check.
             ports: How many ports to check on it.
+            is_tls: Whether there will be a TLS handshake.
 
         Yields:
             The room for the ports, which is given back when the block ends.
@@ -64,6 +71,7 @@ class Admission:
             caller=caller and subscriber(caller),
             network=caller and site(caller),
             is_own=have_one_subscriber(caller, target),
+            is_tls=is_tls,
         ) as room:
             await self._limiter.pay_ports(caller, target, ports)
             async with _WhileConnected(request):

@@ -155,7 +155,7 @@ class Api:
         asked = CheckTlsRequest.parse(await _read_body(request))
         target = asked.target
         with CheckRecord(caller, target, 1, self._metrics) as record:
-            async with self._admission.admit(request, caller, target, ports=1):
+            async with self._admission.admit(request, caller, target, 1, is_tls=True):
                 verdict = await self._checker.check_tls(target, asked.port, asked.expected)
             record.result = f'tls="{verdict.error or "valid"}"'
         self._metrics.count("tls_checks", verdict.kind.outcome)

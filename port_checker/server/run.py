@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from uvicorn import Config
 
 from port_checker.checker import max_for_caller, max_for_others
+from port_checker.handshake import trust_trouble
 from port_checker.linux import (
     ConnectionTracking,
     connection_tracking,
@@ -106,6 +107,8 @@ class Service:
         _warn_of_unknown_names()
         self._settings = fit_descriptor_limit(self._settings, raise_descriptor_limit())
         warn_of_small_shares(self._settings)
+        if trouble := trust_trouble():
+            logger.warning("/check-tls answers CHECK_FAILED: %s", trouble)
         passed = systemd.passed_sockets()
         listeners, listeners_stay = passed or [self._listen()], bool(passed)
         totals = Totals()

@@ -2,9 +2,12 @@
 
 import json
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Network
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,14 +16,15 @@ import trustme
 
 from port_checker.api.app import create_app
 from port_checker.api.errors import STATUS
-from port_checker.checker import Checker
+from port_checker.checker import TLS_CHECKS_PER_CALLER, Checker
 from port_checker.metrics import Metrics, Totals
 from port_checker.schemas import TLS_ERROR_EXAMPLES, CheckTlsResponse, ErrorCode
 from port_checker.settings import Settings
-from tests.support.http import check_tls_of
+from tests.support.hostile_tls import showing_in_tls_1_3, slow_certificate
+from tests.support.http import check_tls_of, connected, read_answer
 from tests.support.loopback import open_port, ports, refused_port, silent_port
 from tests.support.namespace import in_namespace, needs_root
-from tests.support.service import ask, serve
+from tests.support.service import ask, program, serve
 from tests.support.tls import endpoint, https, wait_for_close
 from tests.support.waiting import wait_until
 
@@ -164,6 +168,54 @@ def test_a_machine_that_trusts_nobody_says_so(
         answer = check_tls(client, port)
     assert error_code(answer) == "CHECK_FAILED"
     assert "no certificate authority is trusted" in answer.json()["detail"]["message"]
+
+
+def children(process: int) -> list[int]:
+    return [
+        int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    ]
+
+
+def test_it_stops_without_waiting_for_certificates_that_take_minutes_to_read() -> None:
+    certificates = [slow_certificate(serial) for serial in range(1, 261)]
+    hostile = showing_in_tls_1_3(certificates)
+    shown = threading.Event()
+
+    def show(connection: socket.socket) -> None:
+        shown.set()
+        hostile(connection)
+
+    with (
+        endpoint(show) as port,
+        program(PORT_CHECK_RETRIES="1") as running,
+        socket.create_connection(("127.0.0.1", running.port)) as caller,
+    ):
+        caller.sendall(check_tls_of(port))
+        assert shown.wait(60)
+        (helper,) = children(running.process.pid)
+        assert running.stop() == 0
+        _, body = read_answer(caller)
+        error = "TLS handshake failed: its certificates take too long to read"
+        assert json.loads(body)["error"] == error
+        wait_until(lambda: not Path(f"/proc/{helper}").exists(), "the end of its process")
+
+
+def test_many_handshakes_of_one_caller_are_its_own_trouble(authority: trustme.CA) -> None:
+    checker = Checker(retries=1, retry_delay=1, timeout=30, max_in_flight=1000, max_per_caller=100)
+    app = create_app(Settings(allowed_networks=(IPv4Network("127.0.0.1"),)), checker=checker)
+    elsewhere = httpx.HTTPTransport(local_address="127.0.0.2")
+    with (
+        endpoint(wait_for_close) as stalling,
+        https(authority.issue_cert("127.0.0.1")) as good,
+        serve(app) as client,
+        httpx.Client(base_url=client.base_url, transport=elsewhere, timeout=60) as other,
+        ExitStack() as stalled,
+    ):
+        for _ in range(TLS_CHECKS_PER_CALLER):
+            stalled.enter_context(connected(client)).sendall(check_tls_of(stalling))
+        wait_until(lambda: checker.in_flight == TLS_CHECKS_PER_CALLER)
+        assert error_code(check_tls(client, good)) == "RATE_LIMITED"
+        assert check_tls(other, good).json()["valid"] is True
 
 
 def test_what_was_checked_is_on_record_and_counted(caplog: pytest.LogCaptureFixture) -> None:

@@ -163,6 +163,8 @@ def test_what_an_operator_should_look_at_is_a_warning() -> None:
         PORT_CHECK_RETRIES="4",
         PORT_CHECK_TIMEOUT="8",
         PORT_CHECK_MAX_PORTS="500",
+        SSL_CERT_FILE="/nonexistent",
+        SSL_CERT_DIR="/nonexistent",
         **TRACKABLE,
     ) as running:
         running.stop()
@@ -173,6 +175,8 @@ def test_what_an_operator_should_look_at_is_a_warning() -> None:
     ]
     assert warnings == [
         "PORT_CHECK_TIMOUT is not a setting; did you mean PORT_CHECK_TIMEOUT?",
+        "/check-tls answers CHECK_FAILED: no certificate authority is trusted on this machine: "
+        "is the package ca-certificates missing, or SSL_CERT_FILE wrong?",
         "Providers' software will give up: a check takes up to 35 s (golem-vm-provider up to "
         "0.1.63 waits 30 s, golem-vm-provider after 0.1.63 waits 8 s); lower PORT_CHECK_RETRIES, "
         "PORT_CHECK_TIMEOUT or PORT_CHECK_RETRY_DELAY",
