@@ -124,12 +124,18 @@ def own_failures(trouble: str) -> Iterator[None]:
         trouble: What could not be done; the system's words are appended.
 
     Raises:
-        CheckFailed: The block raised ``OSError``.
+        CheckFailed: The block raised ``OSError``, or lacked memory or a thread.
     """
     try:
         yield
     except OSError as error:
-        raise CheckFailed(f"{trouble}: {error.strerror}") from error
+        raise CheckFailed(f"{trouble}: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise CheckFailed(f"{trouble}: out of memory") from error
+    except RuntimeError as error:
+        if str(error) != "can't start new thread":
+            raise
+        raise CheckFailed(f"{trouble}: {error}") from error
 
 
 class OpenConnectionPacer:

@@ -22,7 +22,10 @@ from port_checker.addresses import Address, Network, parse_address
 
 # linux/rtnetlink.h and linux/netlink.h
 _RTM_GETROUTE, _RTA_DST, _NLM_F_REQUEST, _NLMSG_ERROR = 26, 1, 1, 2
-_RTA_SRC, _RTA_IIF, _RTA_OIF, _RTA_PREFSRC = 2, 3, 4, 7
+_RTA_SRC, _RTA_IIF, _RTA_OIF, _RTA_PREFSRC, _RTA_IP_PROTO = 2, 3, 4, 7, 27
+_RTM_GETNEIGH, _NDA_DST = 30, 1  # and linux/neighbour.h
+_NUD_INCOMPLETE, _NUD_PROBE, _NUD_FAILED = 0x01, 0x10, 0x20
+_IFF_RUNNING = 0x40  # linux/if.h
 _RTM_GETADDR, _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 22, 1, 2, 8  # and linux/if_addr.h
 _IFA_F_TEMPORARY, _IFA_F_DEPRECATED = 0x01, 0x20
 _RTM_GETLINK, _IFLA_XDP, _IFLA_XDP_ATTACHED = 18, 43, 2  # and linux/if_link.h
@@ -30,6 +33,7 @@ _RTA_GATEWAY, _RTA_MULTIPATH, _RTA_VIA, _NLM_F_DUMP, _NLMSG_DONE = 5, 9, 18, 0x3
 _NLA_TYPE_MASK = 0x3FFF
 
 # How the kernel says that it has no route, or one that is prohibited, or one that leads nowhere.
+_LEADS_NOWHERE = {6, 7, 8, 9}  # RTN_BLACKHOLE, RTN_UNREACHABLE, RTN_PROHIBIT, RTN_THROW
 _NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL}
 
 _IPV6_RECVERR = 25  # linux/in6.h; the socket module lacks it
@@ -107,7 +111,10 @@ def route_type(address: Address) -> RouteType | None:
     route = _route(address)
     if route is None:
         return None
-    (number,) = struct.unpack_from("=7xB", route)
+    return _route_type(*struct.unpack_from("=7xB", route))
+
+
+def _route_type(number: int) -> RouteType:
     try:
         return RouteType(number)
     except ValueError:
@@ -124,18 +131,119 @@ def _route(address: Address, *attributes: tuple[int, bytes], source_bits: int = 
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     question = struct.pack("=BBB9x", family, address.max_prefixlen, source_bits)
     for kind, value in ((_RTA_DST, address.packed), *attributes):
-        question += struct.pack("=HH", 4 + len(value), kind) + value
-    head = struct.pack("=IHHII", 16 + len(question), _RTM_GETROUTE, _NLM_F_REQUEST, 0, 0)
+        question += _attribute(kind, value)
+    try:
+        return _ask(_RTM_GETROUTE, question)
+    except OSError as error:
+        if error.errno in _NO_ROUTE:
+            return None
+        raise
+
+
+def _ask(kind: int, question: bytes) -> bytes:
+    """Ask the kernel for one thing (rtnetlink(7)); return its answer's content.
+
+    Raises:
+        OSError: There is no such thing, or the kernel cannot tell now.
+    """
+    head = struct.pack("=IHHII", 16 + len(question), kind, _NLM_F_REQUEST, 0, 0)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as netlink:
         netlink.send(head + question)
-        answer = netlink.recv(4096)
-    (kind,) = struct.unpack_from("=4xH", answer)
-    if kind == _NLMSG_ERROR:  # a struct nlmsgerr
+        answer = netlink.recv(65536)
+    (answer_kind,) = struct.unpack_from("=4xH", answer)
+    if answer_kind == _NLMSG_ERROR:  # a struct nlmsgerr
         (error,) = struct.unpack_from("=i", answer, 16)
-        if -error in _NO_ROUTE:
-            return None
         raise OSError(-error, os.strerror(-error))
     return answer[16:]
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    """Return an attribute of a question (netlink(7), struct rtattr)."""
+    size = 4 + len(value)
+    return struct.pack("=HH", size, kind) + value + bytes(_aligned(size) - size)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The kernel's route for a TCP connection of this machine's.
+
+    Attributes:
+        type: What it does with its packets.
+        source: The address that they have; None if this machine has none for them.
+        next_hop: The router that they are sent to; None if the destination is on our link.
+        interface: The index of the interface that they leave by.
+    """
+
+    type: RouteType
+    source: Address | None
+    next_hop: Address | None
+    interface: int
+
+    def trouble(self) -> str | None:
+        """Say what is wrong with the first link that packets take, if something is.
+
+        Raises:
+            OSError: The kernel cannot tell now.
+        """
+        if self.type is not RouteType.UNICAST:
+            return None
+        if not _is_up(self.interface):
+            return "the link of this machine's route is down"
+        if self.next_hop and _is_silent(self.next_hop, self.interface):
+            return "the gateway of this machine's route does not answer"
+        return None
+
+
+def route_to(address: Address) -> Route | None:
+    """Ask the kernel for its route to ``address`` for TCP; None if it has none.
+
+    Rules may send other protocols elsewhere (``ip rule``, ``ipproto``).
+
+    Raises:
+        OSError: The kernel cannot tell now: no descriptor is left, say.
+    """
+    answer = _route(address, (_RTA_IP_PROTO, bytes([socket.IPPROTO_TCP])))
+    if answer is None:
+        return None
+    (number,) = struct.unpack_from("=7xB", answer)
+    if number in _LEADS_NOWHERE:
+        return None
+    attributes = dict(_attributes(answer[12:]))
+    source = attributes.get(_RTA_PREFSRC)
+    next_hop = next(_next_hops(answer[12:]), None)
+    (interface,) = struct.unpack("=I", attributes.get(_RTA_OIF, bytes(4)))
+    return Route(
+        _route_type(number),
+        parse_address(str(ip_address(source))) if source else None,
+        parse_address(str(ip_address(next_hop))) if next_hop else None,
+        interface,
+    )
+
+
+def _is_up(interface: int) -> bool:
+    """Whether an interface is on, and has a link (RTM_GETLINK; netdevice(7), IFF_RUNNING)."""
+    (flags,) = struct.unpack_from(
+        "=8xI", _ask(_RTM_GETLINK, struct.pack("=BxHiII", socket.AF_UNSPEC, 0, interface, 0, 0))
+    )
+    return bool(flags & _IFF_RUNNING)
+
+
+def _is_silent(neighbour: Address, interface: int) -> bool:
+    """Whether a neighbour does not answer this machine's ARP or neighbour solicitations.
+
+    So it is where it never did, or does no longer and is asked again (linux/neighbour.h). Who does
+    answer takes milliseconds for that.
+    """
+    family = socket.AF_INET if neighbour.version == 4 else socket.AF_INET6
+    question = struct.pack("=B3xiHBB", family, interface, 0, 0, 0)
+    try:
+        answer = _ask(_RTM_GETNEIGH, question + _attribute(_NDA_DST, neighbour.packed))
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EOPNOTSUPP, errno.EINVAL):  # Linux before 5.0
+            return False
+        raise
+    (state,) = struct.unpack_from("=8xH", answer)
+    return bool(state & (_NUD_INCOMPLETE | _NUD_PROBE | _NUD_FAILED))
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class Admission:
             RateLimited: The caller asks for too many ports, or too many are asked of the target.
             ClientDisconnect: The caller left, and the block was cancelled.
         """
-        self._targets.require_allowed(caller, target)
+        await self._targets.require_allowed(caller, target)
         if not request.client or request.client.host != str(target):
             # Not needed for the peer: this connection proves that there is a route.
             verify_local_binding(target)

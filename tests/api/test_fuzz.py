@@ -3,6 +3,7 @@
 ``FUZZ_EXAMPLES`` sets how many examples each test tries (``make fuzz``).
 """
 
+import asyncio
 import json
 import logging
 import os
@@ -114,7 +115,7 @@ def test_who_may_check_what(
     )
     rules = TargetRules(values, is_own=lambda _: own, is_gateway=lambda _: gateway)
     with nullcontext() if expected else pytest.raises(TargetNotAllowed):
-        rules.require_allowed(caller, target)
+        asyncio.run(rules.require_allowed(caller, target))
 
 
 def written_out(address: IPv4Address) -> list[str]:

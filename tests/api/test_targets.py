@@ -1,7 +1,9 @@
 """Which addresses may be checked: the special ranges, the rules one by one, the kernel's routes."""
 
+import asyncio
 import json
 import resource
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv6Address, ip_network
@@ -13,7 +15,6 @@ from port_checker.addresses import Address, Network, lies_in, parse_address, par
 from port_checker.api.targets import (
     TargetNotAllowed,
     TargetRules,
-    is_gateway,
     is_own_address,
     special_purpose,
     verify_local_binding,
@@ -110,6 +111,11 @@ def test_a_special_address_is_refused_and_named(address: str, kind: str) -> None
         assert refusal.startswith(f"{address} is {kind}. You may check your own address")
 
 
+def require(rules: TargetRules, caller: Address | None, target: Address) -> None:
+    """Require that a target is allowed, in a loop of its own."""
+    asyncio.run(rules.require_allowed(caller, target))
+
+
 def refused(
     target: str,
     *,
@@ -125,7 +131,7 @@ def refused(
         is_gateway=lambda address: str(address) == gateway,
     )
     try:
-        rules.require_allowed(parse_address(caller) if caller else None, parse_address(target))
+        require(rules, parse_address(caller) if caller else None, parse_address(target))
     except TargetNotAllowed as refusal:
         return str(refusal)
     return ""
@@ -163,7 +169,7 @@ def test_a_gateways_address_is_not_the_callers(
     rules = TargetRules(Settings(), is_gateway=lambda _: True)
     for _ in range(3):
         with pytest.raises(TargetNotAllowed):
-            rules.require_allowed(parse_address(address), parse_address(address))
+            require(rules, parse_address(address), parse_address(address))
     (warning,) = caplog.messages
     assert warning.startswith(f"Requests come from {address}, a gateway of this machine: a NAT ")
     assert "PORT_CHECKER_TRUSTED_PROXIES" in warning
@@ -178,8 +184,8 @@ def test_an_own_address_from_which_others_requests_come_is_not_the_callers(addre
         is_relay=lambda it: str(it) == address,
     )
     with pytest.raises(TargetNotAllowed, match="from which others' requests come as well"):
-        rules.require_allowed(parse_address(address), parse_address(address))
-    rules.require_allowed(parse_address("127.0.0.1"), parse_address("127.0.0.1"))
+        require(rules, parse_address(address), parse_address(address))
+    require(rules, parse_address("127.0.0.1"), parse_address("127.0.0.1"))
 
 
 @pytest.mark.parametrize("address", ["198.41.0.4", "127.0.0.1", "::1", "2001:4860:4860::8888"])
@@ -241,13 +247,13 @@ def test_the_kernel_is_asked_only_where_its_routes_matter() -> None:
         is_gateway=question("gateway"),
     )
     for caller, target in [(CALLER, CALLER), (CALLER, parse_address("10.1.2.3"))]:
-        rules.require_allowed(caller, target)
+        require(rules, caller, target)
     with pytest.raises(TargetNotAllowed):
-        rules.require_allowed(CALLER, parse_address("127.0.0.1"))
+        require(rules, CALLER, parse_address("127.0.0.1"))
     assert asked == []
     private = parse_address("192.168.0.1")
-    rules.require_allowed(CALLER, STRANGER)
-    rules.require_allowed(private, private)
+    require(rules, CALLER, STRANGER)
+    require(rules, private, private)
     assert asked == [("own", STRANGER), ("gateway", private)]
 
 
@@ -300,7 +306,7 @@ def no_descriptors() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@pytest.mark.parametrize("ask", [is_own_address, is_gateway, verify_local_binding])
+@pytest.mark.parametrize("ask", [is_own_address, verify_local_binding])
 def test_running_out_of_descriptors_is_the_checkers_failure(
     ask: Callable[[Address], object],
 ) -> None:
@@ -329,10 +335,72 @@ def binding(text):
 def test_without_a_route_there_is_no_local_binding() -> None:
     script = 'print(json.dumps([binding(text) for text in ("192.0.2.1", "2001:db8::1", "::1")]))'
     assert json.loads(in_namespace(PRELUDE + script)) == [
-        "no route to 192.0.2.1: Network is unreachable",
-        "no route to 2001:db8::1: Network is unreachable",
+        "this machine has no route to 192.0.2.1",
+        "this machine has no route to 2001:db8::1",
         None,
     ]
+
+
+@needs_root
+def test_a_route_of_another_protocol_says_nothing_of_tcp() -> None:
+    script = """
+targets = "192.0.2.1", "2001:db8:1::1", "198.51.100.9", "2001:db8:2::1"
+print(json.dumps([binding(text) for text in targets]))
+"""
+    told = in_namespace(
+        PRELUDE + script,
+        "ip link add one type veth peer name other",
+        "ip address add 203.0.113.5/24 dev one",
+        "ip address add 2001:db8::5/64 dev one nodad",
+        "ip link set one up",
+        "ip link set other up",
+        "ip route add default via 203.0.113.1",
+        "ip -6 route add default via 2001:db8::1",
+        "ip rule add to 192.0.2.0/24 ipproto udp prohibit",
+        "ip -6 rule add to 2001:db8:1::/48 ipproto udp prohibit",
+        "ip rule add to 198.51.100.0/24 ipproto tcp blackhole",
+        "ip -6 rule add to 2001:db8:2::/48 ipproto tcp unreachable",
+    )
+    no_route = "this machine has no route to "
+    assert json.loads(told) == [
+        *(None, None),
+        *(no_route + target for target in ("198.51.100.9", "2001:db8:2::1")),
+    ]
+
+
+@needs_root
+def test_a_source_address_that_does_not_reach_the_target_is_no_binding() -> None:
+    script = """
+targets = "192.0.2.1", "2001:db8:1::1", "169.254.9.9", "fe80::9", "127.0.0.1", "::1", "169.254.7.7"
+print(json.dumps([binding(text) for text in targets]))
+"""
+    told = in_namespace(
+        PRELUDE + script,
+        "ip link add one address 02:00:00:00:00:05 type veth peer name other",
+        "ip address add 169.254.7.7/16 dev one",
+        "sysctl -qw net.ipv6.conf.one.accept_dad=0",
+        "ip link set one up",
+        "ip link set other up",
+        "ip route add default dev one",
+        "ip -6 route add default via fe80::1 dev one",
+    )
+    ipv4, ipv6, *rest = json.loads(told)
+    only = "this machine has only the address "
+    assert ipv4 == f"{only}169.254.7.7 for 192.0.2.1, which does not reach it"
+    assert ipv6 == f"{only}fe80::ff:fe00:5 for 2001:db8:1::1, which does not reach it"
+    assert rest == [None] * 5
+
+
+@needs_root
+def test_a_machine_without_an_address_has_no_binding() -> None:
+    told = in_namespace(
+        PRELUDE + 'print(json.dumps(binding("192.0.2.1")))',
+        "ip address flush dev lo",
+        "ip link add one type veth peer name other",
+        "ip link set one up",
+        "ip route add default dev one",
+    )
+    assert json.loads(told) == "this machine has no address from which it could reach 192.0.2.1"
 
 
 @needs_root
@@ -354,7 +422,7 @@ print(json.dumps([*told, [binding(text) for text in near], binding("192.0.2.1")]
         "ip link set one up",
         "ip link set other up",
     )
-    unreachable = "no route to 192.0.2.1: Network is unreachable"
+    unreachable = "this machine has no route to 192.0.2.1"
     assert json.loads(told) == [ours, [None] * 6, unreachable]
 
 
@@ -384,6 +452,44 @@ print(json.dumps(own(
     assert json.loads(told) == ["192.0.2.5", "2001:db8:1::5"]
 
 
+def test_the_event_loop_goes_on_while_the_routes_are_looked_through() -> None:
+    private = parse_address("192.168.0.1")
+    looked, went_on = threading.Event(), threading.Event()
+
+    def is_gateway(_: Address) -> bool:
+        looked.set()
+        return not went_on.wait(60)
+
+    async def run() -> None:
+        rules = TargetRules(Settings(), is_gateway=is_gateway)
+        check = asyncio.create_task(rules.require_allowed(private, private))
+        while not looked.is_set():
+            await asyncio.sleep(0.001)
+        went_on.set()
+        await check
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("trouble", "words"),
+    [
+        (OSError(24, "Too many open files"), "Too many open files"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("can't start new thread"), "can't start new thread"),
+    ],
+)
+def test_routes_that_cannot_be_looked_through_are_the_checkers_failure(
+    trouble: Exception, words: str
+) -> None:
+    def fail(_: Address) -> bool:
+        raise trouble
+
+    private = parse_address("192.168.0.1")
+    with pytest.raises(CheckFailed, match=words):
+        require(TargetRules(Settings(), is_gateway=fail), private, private)
+
+
 @needs_root
 def test_the_next_hops_of_routes_are_gateways() -> None:
     """Of both IP versions, in every table, of several at once, of IPv4 through IPv6."""
@@ -393,8 +499,8 @@ def test_the_next_hops_of_routes_are_gateways() -> None:
     ]
     others = ["198.51.100.6", "198.51.100.7", "127.0.0.1", "2001:db8::6", "2001:db8::7", "10.1.0.0"]
     script = f"""
-from port_checker.api.targets import is_gateway
-print(json.dumps([it for it in {gateways + others} if is_gateway(parse_address(it))]))
+from port_checker.linux import is_next_hop
+print(json.dumps([it for it in {gateways + others} if is_next_hop(parse_address(it))]))
 """
     told = in_namespace(
         PRELUDE + script,
