@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 _INTERRUPTED = 130
 
@@ -15,6 +16,12 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _end)
+
+    # It is run every few seconds, so it does without the libraries that read a command line.
+    if sys.argv[1:2] == ["health"] and len(sys.argv) <= 3 and not sys.argv[-1].startswith("-"):
+        from port_checker.server.health import run
+
+        sys.exit(run(*sys.argv[2:]))
 
     from port_checker.cli import app
 

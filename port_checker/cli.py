@@ -102,7 +102,8 @@ def health(
         str | None,
         typer.Argument(
             metavar="URL",
-            help="URL of the service; by default, the one with these settings on this machine.",
+            help="URL of the service, or unix:/path; by default, of the one that these settings "
+            "start on this machine.",
             show_default=False,
         ),
     ] = None,
@@ -111,17 +112,10 @@ def health(
 
     Exit status: 0 it is, 1 it is not, 2 wrong usage or a wrong setting.
     """
-    from port_checker.server.health import Unhealthy, local_url, require_healthy
-    from port_checker.settings import SettingsError, load_settings
+    # __main__.py does the same without typer, which takes most of the time.
+    from port_checker.server.health import run
 
-    try:
-        require_healthy(local_url(load_settings()) if url is None else url)
-    except Unhealthy as error:
-        sys.stderr.write(f"port-checker: {error}\n")
-        raise typer.Exit(1) from None
-    except (SettingsError, ValueError) as error:
-        sys.stderr.write(f"port-checker: {error}\n")
-        raise typer.Exit(2) from None
+    raise typer.Exit(run(url))
 
 
 @app.command()

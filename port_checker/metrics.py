@@ -88,7 +88,7 @@ FAMILIES: Final = (
     ),
     _counter("errors", "Error responses, by code.", "code", ErrorCode),
     _counter("receive_deadlines", "Connections closed because a request did not arrive in time."),
-    _counter("log_lines_dropped", "Log lines that nobody read fast enough."),
+    _counter("log_lines_dropped", "Log lines that could not be written, or not fast enough."),
     DURATION,
     Family("ports_in_flight", "Ports under check."),
     Family("ports_in_flight_limit", "Ports that may be under check at once."),

@@ -1,6 +1,7 @@
 """The settings: read from the environment and ``.env``, and validated."""
 
 import difflib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -54,7 +55,12 @@ _CLIENT_VARIABLE = "PORT_CHECKER_URL"
 _LONGEST_SHOWN = 80  # characters of a wrong value, so that the message stays one line
 
 
-class SettingsError(Exception):
+# How a host begins that is a Unix socket, and how long the path after it may be (unix(7)).
+UNIX = "unix:"
+_LONGEST_SOCKET_PATH = 107
+
+
+class SettingsError(ValueError):
     """A setting is wrong; the message is one line for the operator."""
 
 
@@ -167,7 +173,7 @@ class Settings(BaseModel):
     host: str = _setting(
         "PORT_CHECKER_HOST",
         "0.0.0.0",  # noqa: S104  # a public service listens everywhere
-        "an IP address to listen on, such as 0.0.0.0 or ::, or localhost",
+        "an IP address to listen on, such as 0.0.0.0 or ::, localhost, or unix:/path",
     )
     port: int = _setting(
         "PORT_CHECKER_PORT", 9000, "a port to listen on, from 1 to 65535", ge=1, le=65535
@@ -259,7 +265,11 @@ class Settings(BaseModel):
     @field_validator("host")
     @classmethod
     def _check_host(cls, host: str) -> str:
-        if host != "localhost":
+        if host.startswith(UNIX):
+            path = host.removeprefix(UNIX)
+            if not path.startswith("/") or len(os.fsencode(path)) > _LONGEST_SOCKET_PATH:
+                raise ValueError
+        elif host != "localhost":
             ip_address(host)
         return host
 
@@ -304,7 +314,8 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _check_metrics_are_not_public(self) -> Self:
-        if self.metrics and self.metrics.port == self.port:
+        is_tcp = not self.host.startswith(UNIX)
+        if is_tcp and self.metrics and self.metrics.port == self.port:
             raise PydanticCustomError(
                 "wrong",
                 _wrong(
@@ -354,8 +365,8 @@ def load_settings() -> Settings:
         SettingsError: A value is wrong, or ``.env`` cannot be read.
     """
     try:
-        _check_env_file()
-        return _Environment()
+        # mypy sees the fields alone, and not what BaseSettings takes besides.
+        return _Environment(_env_file=_checked_env_file())  # type: ignore[call-arg]
     except ValidationError as error:
         raise SettingsError("; ".join(map(_explain, error.errors()))) from None
     except OSError as error:
@@ -364,8 +375,8 @@ def load_settings() -> Settings:
         raise SettingsError(f"{ENV_FILE} cannot be read: {error}") from None
 
 
-def _check_env_file() -> None:
-    """Refuse what python-dotenv passes over in silence, or with a warning.
+def _checked_env_file() -> Path | None:
+    """Return ``.env``, if it is there; refuse what python-dotenv passes over in silence.
 
     Raises:
         OSError: ``.env`` cannot be read: it is a directory, say, or a symbolic link to nothing.
@@ -373,12 +384,10 @@ def _check_env_file() -> None:
         SettingsError: A line cannot be parsed, or names one of our variables without a value.
     """
     try:
-        file = ENV_FILE.open(encoding="utf-8-sig")
-    except FileNotFoundError:
-        if ENV_FILE.is_symlink():
-            raise
-        return
-    with file:
+        ENV_FILE.lstat()
+    except (FileNotFoundError, PermissionError):  # of the directory: it may not be searched
+        return None
+    with ENV_FILE.open(encoding="utf-8-sig") as file:
         bindings = list(parse_stream(file))
     for binding in bindings:
         # The line itself may hold a password, so its number has to do.
@@ -394,6 +403,7 @@ def _check_env_file() -> None:
             raise SettingsError(
                 f"{ENV_FILE} line {line} has no value: it must be {name and name[0]}=value"
             )
+    return ENV_FILE
 
 
 def _explain(error: ErrorDetails) -> str:

@@ -1,6 +1,8 @@
 """Every setting: what it may be, where it is read, and what the operator is told if it is wrong."""
 
 import os
+import subprocess
+import sys
 from datetime import timedelta
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
@@ -17,7 +19,7 @@ from port_checker.settings import (
     load_settings,
     unknown_names,
 )
-from tests.support.namespace import ROOT
+from tests.support.namespace import ROOT, needs_root
 
 DEFAULTS = {
     "PORT_CHECKER_HOST": ("host", "0.0.0.0"),  # noqa: S104  # compared, not bound
@@ -51,7 +53,10 @@ NETWORKS = (IPv4Network("10.0.0.0/8"), IPv4Network("192.0.2.7/32"), IPv6Network(
 @pytest.mark.parametrize(
     ("variable", "text", "value"),
     [
-        *[("PORT_CHECKER_HOST", host, host) for host in ("127.0.0.1", "::", "localhost")],
+        *[
+            ("PORT_CHECKER_HOST", host, host)
+            for host in ("127.0.0.1", "::", "localhost", "unix:/run/x.sock")
+        ],
         ("PORT_CHECKER_PORT", "1", 1),
         ("PORT_CHECKER_PORT", "65535", 65535),
         ("PORT_CHECKER_DEBUG", "true", True),
@@ -123,9 +128,10 @@ BAD_RATES = [*NO_RATES.split(), "", " ", "30 per minute", "30 / minute", "30/min
 RATE = "a whole number per second, minute or hour, such as {}, or off"
 ALLOWED: dict[str, tuple[str, list[str]]] = {
     "PORT_CHECKER_HOST": (
-        "an IP address to listen on, such as 0.0.0.0 or ::, or localhost",
+        "an IP address to listen on, such as 0.0.0.0 or ::, localhost, or unix:/path",
         [
             *["", " ", "*", "provider.example", "LOCALHOST", "127.0.0.1:9000", "[::]", " 0.0.0.0"],
+            *["unix:", "unix:x.sock", f"unix:/{107 * 'x'}"],
             *["0.0.0.0/0", "127.1", "01.2.3.4", "0", "256.0.0.1", "x" * 5000, "\U0001f600"],
         ],
     ),
@@ -461,3 +467,15 @@ def test_what_was_set_too_low_for_a_full_request_is_an_error(
     with pytest.raises(SettingsError) as error:
         load_settings()
     assert str(error.value).startswith(f"{variable}='{value}' is wrong: it must be {allowed}")
+
+
+@needs_root
+def test_a_working_directory_that_may_not_be_searched_has_no_settings_file(tmp_path: Path) -> None:
+    """``sudo -u`` leaves the program in the folder of somebody else."""
+    (tmp_path / ".env").write_text("PORT_CHECKER_PORT=1\n")
+    code = "from port_checker.settings import *; print(load_settings().port, unknown_names({}))"
+    tmp_path.chmod(0)
+    # As root, but without root's right to pass by permissions.
+    words = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "9000 {}\n"

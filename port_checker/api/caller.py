@@ -44,6 +44,9 @@ _NAMELESS_PATIENCE = 10
 _IPV4_NOT_OF_HOSTS = networks("0.0.0.0/8,224.0.0.0/3")
 _IPV6_OF_HOSTS = networks("::1,64:ff9b::/96,64:ff9b:1::/48,2000::/3,fc00::/7,fe80::/10")
 
+# A peer on a Unix socket is on this machine.
+_UNIX_PEER = parse_address("127.0.0.1")
+
 # Addresses of this machine from which others' requests came; it has few.
 _MAX_RELAYS = 256
 
@@ -77,21 +80,21 @@ class UnknownCaller(Exception):
 
 _WARNINGS = {
     Unknown.NOT_FORWARDED: (
-        "The proxy at %s, listed in PORT_CHECKER_TRUSTED_PROXIES, does not forward its callers' "
-        "addresses. Configure it to set X-Forwarded-For."
+        "The proxy at %s does not forward its callers' addresses. "
+        "Configure it to set X-Forwarded-For."
     ),
     Unknown.NAMELESS: (
-        "The proxy at %s, listed in PORT_CHECKER_TRUSTED_PROXIES, never forwards an address: "
+        "The proxy at %s never forwards an address: "
         "X-Forwarded-For ends in %r. All callers are unknown. Have whatever is in front of it tell "
         "it their addresses (the PROXY protocol, say)."
     ),
     Unknown.NO_ADDRESS: (
-        "The proxy at %s, listed in PORT_CHECKER_TRUSTED_PROXIES, forwards what is no address: "
+        "The proxy at %s forwards what is no address: "
         "X-Forwarded-For ends in %r. Its callers are unknown. Configure it to append the address "
         "of its client, alone."
     ),
     Unknown.IMPOSSIBLE: (
-        "The proxy at %s, listed in PORT_CHECKER_TRUSTED_PROXIES, forwards %s, which cannot be the "
+        "The proxy at %s forwards %s, which cannot be the "
         "address of a caller beyond it. Such callers are unknown. Configure it to set "
         "X-Forwarded-For to the address of its client."
     ),
@@ -132,19 +135,21 @@ class CallerResolver:
                 host = value
             elif name in _TRACES or name.startswith(_TRACE_PREFIXES):
                 has_trace = True
+        is_unix = _is_on_unix_socket(connection)
         try:
-            address = parse_host(peer or "")
+            address = _UNIX_PEER if is_unix else parse_host(peer or "")
         except ValueError:
             return None
-        if not lies_in(address, self._trusted_proxies):
+        if not is_unix and not lies_in(address, self._trusted_proxies):
             self._note_relay(address, bool(forwarded_for) or has_trace, host)
             return address
-        if not (forwarded_for or has_trace):
+        if not (forwarded_for or has_trace or is_unix):
             return address  # a program on the proxy's machine
         try:
             caller = forwarded_caller(address, forwarded_for, self._trusted_proxies, self._is_own)
         except UnknownCaller as unknown:
-            self._note(unknown, address)
+            listed = f"{address}, listed in PORT_CHECKER_TRUSTED_PROXIES,"
+            self._note(unknown, "a Unix socket" if is_unix else listed)
             return None
         self._has_read_address = True
         return caller
@@ -153,7 +158,7 @@ class CallerResolver:
         """Whether others' requests have come from this address, which is this machine's own."""
         return address in self._relays
 
-    def _note(self, unknown: UnknownCaller, proxy: Address) -> None:
+    def _note(self, unknown: UnknownCaller, proxy: str) -> None:
         """Warn of a proxy that does not forward its callers' addresses, once for each reason."""
         why = unknown.why
         if why in (Unknown.ONLY_PROXIES, Unknown.NO_ADDRESS_BEFORE):
@@ -195,6 +200,16 @@ class CallerResolver:
                 "proxy there set X-Forwarded-For and add it to PORT_CHECKER_TRUSTED_PROXIES.",
                 peer,
             )
+
+
+def _is_on_unix_socket(connection: HTTPConnection) -> bool:
+    """Whether the peer is a program on this machine that has no address: a proxy, which is trusted.
+
+    A Unix socket has no port (ASGI's specification). The peer of a TCP connection has no address,
+    either, if that was reset by now; but our end of it has one.
+    """
+    server = connection.scope.get("server")
+    return bool(not connection.scope.get("client") and server and server[1] is None)
 
 
 def forwarded_caller(

@@ -9,7 +9,12 @@ import select
 import sys
 import threading
 import time
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from itertools import accumulate, islice
 from typing import Any
+
+from colorlog import ColoredFormatter
 
 from port_checker.server.systemd import stderr_is_the_journal
 
@@ -25,7 +30,6 @@ _COLLECT = 0.02
 # Seconds that the end of the process waits for lines to be written.
 FLUSH_PATIENCE = 2.0
 
-_TIME = "%Y-%m-%d %H:%M:%S"
 _PLAIN = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _COLOURED = "%(asctime)s %(log_color)s%(levelname)s%(reset)s %(name)s: %(message)s"
 _JOURNAL = "%(levelname)s %(name)s: %(message)s"  # which has the time of each line itself
@@ -78,8 +82,22 @@ def _formatter() -> dict[str, Any]:
         return {"class": "port_checker.server.logs.JournalFormatter", "format": _JOURNAL}
     on_terminal = sys.stderr is not None and sys.stderr.isatty()  # None if it was closed
     if on_terminal and not os.environ.get("NO_COLOR"):  # https://no-color.org
-        return {"()": "colorlog.ColoredFormatter", "fmt": _COLOURED, "datefmt": _TIME}
-    return {"format": _PLAIN, "datefmt": _TIME}
+        return {"()": "port_checker.server.logs.ColouredFormatter", "fmt": _COLOURED}
+    return {"class": "port_checker.server.logs.PlainFormatter", "format": _PLAIN}
+
+
+class PlainFormatter(logging.Formatter):
+    """Begins each line with the time and its offset from UTC, as RFC 3339 has it."""
+
+    def formatTime(self, record: logging.LogRecord, _: str | None = None) -> str:  # noqa: N802  # logging's
+        """Return the local time of a record."""
+        return (
+            datetime.fromtimestamp(record.created, UTC).astimezone().isoformat(timespec="seconds")
+        )
+
+
+class ColouredFormatter(PlainFormatter, ColoredFormatter):
+    """The same, with the level in colour."""
 
 
 class JournalFormatter(logging.Formatter):
@@ -98,20 +116,21 @@ class JournalFormatter(logging.Formatter):
 class BackgroundHandler(logging.Handler):
     """Formats and writes records to stderr in a thread, so that a stalled reader stalls nobody.
 
-    Records that do not fit the queue are dropped; once lines can be written again, one of them
-    says how many. Closing the handler writes what is queued, for ``FLUSH_PATIENCE`` at most.
+    Records that do not fit the queue are dropped, and so are lines that cannot be written as a
+    whole (the disk is full, say); once lines can be written again, one of them says how many.
+    Closing the handler writes what is queued, for ``FLUSH_PATIENCE`` at most.
 
     The standard library's QueueHandler formats in the caller's thread, and its QueueListener wakes
     up for each record and waits without limit at the end.
 
-    Attributes:
-        dropped: Records dropped so far.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.dropped = 0
-        self._told = 0  # of those dropped
+        self._overflow = 0  # records that did not fit the queue; counted by those who log
+        self._unwritten = 0  # lines that could not be written; counted by the writer
+        self._reported = 0  # of both
+        self._is_torn = False  # the line that was written last
         self._queue: queue.SimpleQueue[logging.LogRecord | None] = queue.SimpleQueue()
         # The file descriptor rather than sys.stderr, whose lock a thread that is stuck in write()
         # would hold when the interpreter ends, which is fatal to it.
@@ -119,12 +138,17 @@ class BackgroundHandler(logging.Handler):
         self._writer = threading.Thread(target=self._write_lines, name="log", daemon=True)
         self._writer.start()
 
+    @property
+    def dropped(self) -> int:
+        """How many lines were dropped so far."""
+        return self._overflow + self._unwritten
+
     def emit(self, record: logging.LogRecord) -> None:
         """Queue a record, or drop it."""
         if self._queue.qsize() < QUEUE_SIZE:
             self._queue.put(record)
         else:
-            self.dropped += 1
+            self._overflow += 1
 
     def close(self) -> None:
         """Write what is queued, and end the thread."""
@@ -140,10 +164,12 @@ class BackgroundHandler(logging.Handler):
             records += [self._queue.get() for _ in range(self._queue.qsize())]
             is_open = None not in records
             lines = [self._line(record) for record in records if record]
-            self._write(lines)
-            if (dropped := self.dropped) > self._told:
-                self._write([self._line(_dropped_record(dropped - self._told))])
-                self._told = dropped
+            self._unwritten += self._write(lines)
+            dropped = self.dropped
+            if dropped > self._reported:
+                report = self._line(_dropped_record(dropped - self._reported))
+                if self._write([report]) == 0:
+                    self._reported = dropped
 
     def _line(self, record: logging.LogRecord) -> bytes:
         try:
@@ -152,27 +178,45 @@ class BackgroundHandler(logging.Handler):
             self.handleError(record)
             return b""
 
-    def _write(self, lines: list[bytes]) -> None:
+    def _write(self, lines: Iterable[bytes]) -> int:
         """Write lines, several in one call but never more than a pipe takes in one piece.
 
         Worker processes share the pipe, and would write into each other's lines.
-        """
-        pending = b""
-        for line in lines:
-            if pending and len(pending) + len(line) > select.PIPE_BUF:
-                self._write_bytes(pending)
-                pending = b""
-            pending += line
-        self._write_bytes(pending)
 
-    def _write_bytes(self, data: bytes) -> None:
-        # stderr may be closed, or its reader gone; there is nobody to tell then.
-        with contextlib.suppress(OSError):
-            while data and self._descriptor is not None:
+        Returns:
+            How many lines could not be written as a whole.
+        """
+        failed = size = 0
+        batch: list[bytes] = []
+        for line in lines:
+            if batch and size + len(line) > select.PIPE_BUF:
+                failed += self._write_batch(batch)
+                batch, size = [], 0
+            batch.append(line)
+            size += len(line)
+        return failed + self._write_batch(batch)
+
+    def _write_batch(self, lines: Sequence[bytes]) -> int:
+        # A line of which a part was written does not go on with the next one.
+        data = b"\n" * self._is_torn + b"".join(lines)
+        unwritten = self._write_bytes(data)
+        written = data[: len(data) - unwritten]
+        if written:
+            self._is_torn = not written.endswith(b"\n")
+        remaining = accumulate(map(len, reversed(lines)), initial=0)
+        return sum(size < unwritten for size in islice(remaining, len(lines)))
+
+    def _write_bytes(self, data: bytes) -> int:
+        """Write to stderr; return how many bytes could not be written."""
+        if self._descriptor is None:
+            return 0  # it was closed: nobody wants to read them
+        with contextlib.suppress(OSError):  # the disk is full, or the reader is gone
+            while data:
                 try:
                     data = data[os.write(self._descriptor, data) :]
                 except BlockingIOError:  # whoever shares stderr made it non-blocking
                     select.select([], [self._descriptor], [])
+        return len(data)
 
 
 def log_uncaught(_: object, error: BaseException | None, __: object = None) -> None:
@@ -191,5 +235,5 @@ def dropped_lines() -> int:
 
 
 def _dropped_record(count: int) -> logging.LogRecord:
-    message = "%d log lines were dropped: nobody read them fast enough"
+    message = "%d log lines were dropped: they could not be written, or not fast enough"
     return logging.LogRecord(__name__, logging.WARNING, __file__, 0, message, (count,), None)

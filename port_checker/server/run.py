@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import errno
 import functools
 import logging
 import math
 import os
 import resource
 import socket
+import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -40,6 +42,7 @@ from port_checker.server.workers import (
 from port_checker.settings import (
     CLIENT_PATIENCE,
     IN_PROCESS,
+    UNIX,
     Endpoint,
     Rate,
     Settings,
@@ -113,7 +116,7 @@ class Service:
         listeners, listeners_stay = passed or [self._listen()], bool(passed)
         totals = Totals()
         self._expose(totals)
-        _log_start(self._settings, listeners[0])
+        _log_start(self._settings, listeners)
         heartbeat = systemd.Heartbeat(StatusLine(totals).text)
         if self._settings.workers == 1:
             metrics = Metrics()
@@ -122,6 +125,9 @@ class Service:
         elif not self._supervise(totals, listeners, heartbeat, listeners_stay=listeners_stay):
             logger.critical("No worker could start; see the lines above for why")
             return False
+        if not listeners_stay and self._settings.host.startswith(UNIX):
+            with contextlib.suppress(OSError):
+                os.unlink(self._settings.host.removeprefix(UNIX))
         logger.info("Stopped")
         return True
 
@@ -137,7 +143,8 @@ class Service:
         try:
             return listen(host, port)
         except OSError as error:
-            raise CannotStart(f"cannot listen on {host} port {port}: {error.strerror}") from None
+            address = host if host.startswith(UNIX) else f"{host} port {port}"
+            raise CannotStart(f"cannot listen on {address}: {error.strerror}") from None
 
     def _expose(self, totals: Totals) -> None:
         endpoint = self._settings.metrics
@@ -308,14 +315,26 @@ def _stop_patience(settings: Settings) -> int:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket; on ``::`` it accepts IPv4 connections as well.
+    """Return a listening socket.
+
+    Args:
+        host: ``unix:/path``, or an address. On ``::`` it accepts IPv4 connections as well, and only
+            those where the kernel has no IPv6.
+        port: Not used on a Unix socket.
 
     Raises:
         OSError: The address is in use, is not this machine's, or is not permitted.
     """
+    if host.startswith(UNIX):
+        return _listen_on_path(host.removeprefix(UNIX))
     address = "127.0.0.1" if host == "localhost" else host
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        if address == "::" and error.errno == errno.EAFNOSUPPORT:
+            return listen("0.0.0.0", port)  # noqa: S104  # as asked
+        raise
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # Accepted connections inherit it.
@@ -328,6 +347,32 @@ def listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+def _listen_on_path(path: str) -> socket.socket:
+    """Listen on a Unix socket, to which everybody may connect who may search its folder.
+
+    One that a process has left behind is replaced.
+    """
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        if _is_left_behind(path):
+            os.unlink(path)
+        listener.bind(path)
+        os.chmod(path, 0o666)  # noqa: S103  # nginx has a user of its own, as this service does
+        listener.listen(_BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _is_left_behind(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.setblocking(False)  # where the backlog is full, somebody listens
+        return client.connect_ex(path) == errno.ECONNREFUSED and stat.S_ISSOCK(
+            os.stat(path).st_mode
+        )
 
 
 def fit_descriptor_limit(settings: Settings, limit: int) -> Settings:
@@ -388,16 +433,11 @@ def _warn_of_unknown_names() -> None:
         logger.warning("%s is not a setting; %s", name, advice)
 
 
-def _log_start(settings: Settings, listener: socket.socket) -> None:
-    host, port, *_ = listener.getsockname()
-    anywhere = host in ("0.0.0.0", "::")  # noqa: S104  # compared, not bound
-    url = f"http://{Endpoint('localhost' if anywhere else host, port)}"
+def _log_start(settings: Settings, listeners: Sequence[socket.socket]) -> None:
     logger.info(
-        "Listening on %s, page at %s/, docs at %s/docs; processes: %d, "
+        "Listening on %s; processes: %d, "
         "ports in flight in each: %d; limits: %s requests per caller, %s ports per target; %s",
-        Endpoint(host, port),
-        url,
-        url,
+        ", ".join(map(_describe, listeners)),
         settings.workers,
         settings.max_in_flight,
         settings.caller_rate_limit or "unlimited",
@@ -412,6 +452,17 @@ def _log_start(settings: Settings, listener: socket.socket) -> None:
         )
     if advice := connection_tracking_advice(settings, connection_tracking()):
         logger.warning(advice)
+
+
+def _describe(listener: socket.socket) -> str:
+    """Return where a socket listens, and the page's URL, where it has one."""
+    name = listener.getsockname()
+    if listener.family == socket.AF_UNIX:  # systemd may pass one with an abstract name: bytes
+        return f"{UNIX}{name if isinstance(name, str) else '@' + name[1:].decode(errors='replace')}"
+    host, port, *_ = name
+    anywhere = host in ("0.0.0.0", "::")  # noqa: S104  # compared, not bound
+    url = f"http://{Endpoint('localhost' if anywhere else host, port)}"
+    return f"{Endpoint(host, port)}, page at {url}/, docs at {url}/docs"
 
 
 def _longest_check(settings: Settings) -> str:

@@ -310,3 +310,35 @@ def test_other_addresses_and_trusted_proxies_are_no_relays(
         callers.resolve(request(peer, ("host", "checker.example")))
         assert not callers.is_relay(parse_address(peer))
     assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("server", "forwarded_for", "caller"),
+    [
+        (["/run/port-checker.sock", None], "203.0.113.7", "203.0.113.7"),
+        (["/run/port-checker.sock", None], "127.0.0.2", "127.0.0.2"),  # on this machine, as it is
+        (["/run/port-checker.sock", None], "unknown", None),
+        # The peer of a TCP connection that has been reset, and of who knows what.
+        (["127.0.0.1", 9000], "203.0.113.7", None),
+        (None, "203.0.113.7", None),
+    ],
+)
+def test_a_peer_without_an_address_is_trusted_on_a_unix_socket_alone(
+    server: list[str | int | None] | None, forwarded_for: str, caller: str | None
+) -> None:
+    connection = request(None, ("x-forwarded-for", forwarded_for))
+    connection.scope["server"] = server
+    resolved = CallerResolver((), is_own=is_own).resolve(connection)
+    assert resolved == (parse_address(caller) if caller else None)
+
+
+def test_a_proxy_on_a_unix_socket_that_forwards_no_address_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    connection = request(None)
+    connection.scope["server"] = ["/run/port-checker.sock", None]
+    callers = CallerResolver((), is_own=is_own)
+    for _ in range(2):
+        assert callers.resolve(connection) is None
+    (message,) = caplog.messages
+    assert message.startswith("The proxy at a Unix socket does not forward its callers' addresses.")

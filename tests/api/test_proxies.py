@@ -16,7 +16,8 @@ import pytest
 from tests.support.http import HEALTH, read_answer
 from tests.support.loopback import open_port
 from tests.support.proxies import haproxy, needs_proxies, nginx
-from tests.support.service import serve
+from tests.support.service import passing, program, serve
+from tests.support.waiting import wait_until
 
 pytestmark = needs_proxies
 
@@ -82,6 +83,28 @@ def test_the_caller_is_the_client_of_nginx_whatever_that_claims(tmp_path: Path) 
                     own = ACCESSIBLE if port == proxied else "TARGET_NOT_ALLOWED"
                     assert check(client, OUTSIDE, opened) == own, headers
                     assert check(client, "127.0.0.1", opened) == "TARGET_NOT_ALLOWED", headers
+
+
+@pytest.mark.parametrize("by", ["the service", "systemd"])
+def test_an_nginx_on_a_unix_socket_is_trusted(by: str, tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    command = passing(f"socket.AF_UNIX, {str(path)!r}") if by == "systemd" else []
+    host = "192.0.2.7" if by == "systemd" else f"unix:{path}"  # the first cannot be bound
+    with (
+        program(
+            *command, ready=False, PORT_CHECKER_TRUSTED_PROXIES="", PORT_CHECKER_HOST=host
+        ) as running,
+        open_port(OUTSIDE) as opened,
+    ):
+        wait_until(path.exists, "its socket")
+        with nginx(tmp_path, path, FORWARDS) as port:
+            for headers in FORGED:
+                with outsider(port, headers=headers) as client:
+                    assert ip(client) == OUTSIDE, headers
+                    assert check(client, OUTSIDE, opened) == ACCESSIBLE, headers
+                    assert check(client, "127.0.0.1", opened) == "TARGET_NOT_ALLOWED", headers
+        assert running.stop() == 0
+    assert f"Listening on unix:{path};" in running.lines[0]
 
 
 def test_a_limit_is_each_clients_own(tmp_path: Path) -> None:

@@ -3,12 +3,17 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from port_checker.server.health import DEFAULT_HOST, DEFAULT_PORT
+from port_checker.settings import Settings
 from tests.support.loopback import refused_port
+from tests.support.namespace import in_namespace, needs_root
 from tests.support.scripted import scripted
 from tests.support.service import program
+from tests.support.waiting import wait_until
 
 
 def health(*words: str, **environment: str) -> tuple[int, str]:
@@ -37,7 +42,7 @@ def test_a_service_that_is_not_there() -> None:
     with refused_port() as port:
         status, said = health(f"http://127.0.0.1:{port}")
     assert status == 1
-    assert said.startswith(f"port-checker: http://127.0.0.1:{port}/health does not answer: ")
+    assert said.startswith(f"port-checker: http://127.0.0.1:{port} does not answer: ")
     assert "refused" in said
 
 
@@ -45,8 +50,63 @@ def test_a_server_that_is_none_of_ours() -> None:
     with scripted() as server:
         assert health(server.url) == (
             1,
-            f"port-checker: {server.url}/health does not answer: HTTP Error 404: Not Found\n",
+            f"port-checker: {server.url} answers 404 Not Found\n",
         )
+
+
+def test_the_service_of_a_settings_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with program() as running:
+        (tmp_path / ".env").write_text(f"PORT_CHECKER_PORT={running.port}\n")
+        assert health() == (0, "")
+
+
+def test_a_service_on_a_unix_socket(tmp_path: Path) -> None:
+    host = f"unix:{tmp_path}/socket"
+    with program(ready=False, PORT_CHECKER_HOST=host) as running:
+        wait_until(lambda: health(host) == (0, ""), "the program to answer")
+        assert health(PORT_CHECKER_HOST=host) == (0, "")
+        assert running.stop() == 0
+    status, message = health(host)
+    assert status == 1
+    assert message.startswith(f"port-checker: {host} does not answer: ")
+
+
+IPV6_IS_OFF = """
+from tests.server.test_health import health
+from tests.support.service import program
+
+with program(PORT_CHECKER_HOST="::", PORT_CHECKER_PORT="9000") as running:
+    print(health(PORT_CHECKER_HOST="::", PORT_CHECKER_PORT="9000"))
+"""
+
+
+@needs_root
+def test_a_service_on_all_addresses_where_ipv6_is_switched_off() -> None:
+    off = "echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6"
+    assert in_namespace(IPV6_IS_OFF, off) == "(0, '')\n"
+
+
+def test_a_wrong_setting_is_one_line() -> None:
+    status, message = health(PORT_CHECKER_PORT="99999")
+    wrong = "PORT_CHECKER_PORT='99999' is wrong: it must be a port to listen on, from 1 to 65535"
+    assert (status, message) == (2, f"port-checker: {wrong}\n")
+
+
+def test_the_defaults_are_those_of_the_settings() -> None:
+    assert Settings(host=DEFAULT_HOST, port=int(DEFAULT_PORT)) == Settings()
+
+
+def test_it_loads_no_library() -> None:
+    script = "import sys; sys.argv[1:] = ['health', 'http://127.0.0.1:1']\n"
+    script += "from port_checker.__main__ import main\n"
+    script += "try: main()\nexcept SystemExit: print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "port_checker" in loaded
+    assert not {"typer", "click", "rich", "pydantic", "dotenv", "asyncio"} & loaded
 
 
 def test_what_is_no_url_is_wrong_usage() -> None:

@@ -5,9 +5,10 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 from port_checker.server.logs import QUEUE_SIZE, JournalFormatter
-from tests.support.namespace import ROOT
+from tests.support.namespace import ROOT, needs_root
 
 # Logs at each level to one of our loggers, uvicorn's two and another library's.
 SCRIPT = """
@@ -23,7 +24,9 @@ for logger in loggers:
 """
 ALL_LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ([A-Z]+) ([a-z_.]+): 3 of 100 ports")
+LINE = re.compile(
+    r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d ([A-Z]+) ([a-z_.]+): 3 of 100 ports"
+)
 
 
 def logged(
@@ -99,7 +102,7 @@ def test_each_level_has_its_colour_on_a_terminal() -> None:
         assert LINE.fullmatch(COLOUR.sub("", line)), line
         # The level alone is coloured.
         match = re.fullmatch(
-            r"[-\d]+ [:\d]+ (\x1b\[[0-9;]+m)([A-Z]+)\x1b\[0m [^\x1b]+(\x1b\[0m)?", line
+            r"[-+:T\d]+ (\x1b\[[0-9;]+m)([A-Z]+)\x1b\[0m [^\x1b]+(\x1b\[0m)?", line
         )
         assert match, line
         colours.setdefault(match[2], set()).add(match[1])
@@ -193,3 +196,58 @@ def test_a_stalled_reader_does_not_hold_up_the_end() -> None:
         assert process.stdin
         process.stdin.close()
         assert process.wait(timeout=60) == 0
+
+
+# Logs to a full disk, and again when there is room.
+FULL_DISK = """
+import logging, os, sys, time
+from port_checker.server.logs import dropped_lines, set_up_logging
+
+filler = sys.argv[1]
+with open(filler, "wb", buffering=0) as file:
+    try:
+        while file.write(bytes(4096)):
+            pass
+    except OSError:
+        pass
+    file.truncate(os.path.getsize(filler) - 8192)  # two pages, for some lines
+set_up_logging(debug=False)
+logger = logging.getLogger("port_checker")
+for number in range(500):
+    logger.info("line %d", number)
+while not dropped_lines():
+    time.sleep(0.01)
+os.unlink(filler)
+for number in range(500, 1000):
+    logger.info("line %d", number)
+"""
+
+
+@needs_root
+def test_a_full_disk_loses_lines_which_are_counted_and_tears_none(tmp_path: Path) -> None:
+    mount = f"mount -t tmpfs -o size=64k none {tmp_path}; cd {ROOT}"
+    run = f'{sys.executable} -c "$0" {tmp_path}/filler 2>{tmp_path}/log; cat {tmp_path}/log'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-euc", f"{mount}; {run}", FULL_DISK],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    kinds = [
+        re.sub(
+            r"^\S+ (INFO port_checker: line|WARNING \S+:) ([0-9]+)( log lines .*)?$", r"\2\3", line
+        )
+        for line in done.stdout.splitlines()
+    ]
+    written = [int(kind) for kind in kinds if kind.isdecimal()]
+    lost = [int(kind.split()[0]) for kind in kinds if " log lines were dropped: they" in kind]
+    assert len(written) + sum(lost) == 1000
+    assert 0 < sum(lost) < 500
+    # What was torn stands in a line of its own, and there is not more than one.
+    assert len(kinds) - len(written) - len(lost) <= 1
+
+
+def test_times_have_their_offset() -> None:
+    (first, *_) = logged(TZ="XYZ-05:30")
+    assert first.split()[0].endswith("+05:30")

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ import httpx
 import pytest
 
 from port_checker.linux import ConnectionTracking
+from port_checker.server import health
 from port_checker.server.run import (
     connection_tracking_advice,
     fit_descriptor_limit,
@@ -25,7 +27,7 @@ from port_checker.server.run import (
 from port_checker.settings import Rate, Settings
 from tests.support.loopback import free_port, full_backlog, open_listener, open_port
 from tests.support.namespace import ROOT
-from tests.support.service import ask, program
+from tests.support.service import Program, ask, program
 from tests.support.waiting import wait_until
 
 
@@ -233,6 +235,57 @@ def test_one_ipv6_address_does_not() -> None:
 def test_localhost_is_an_address_to_listen_on() -> None:
     with listen("localhost", 0) as listener:
         assert listener.getsockname()[0] == "127.0.0.1"
+
+
+def test_all_addresses_are_those_of_ipv4_where_the_kernel_has_no_ipv6() -> None:
+    with program(PORT_CHECKER_HOST="::", refused_calls=["socket of IPv6"]) as running:
+        assert running.stop() == 0
+    assert f" Listening on 0.0.0.0:{running.port}, page at http://localhost:" in running.lines[0]
+
+
+def unix_program(path: Path, workers: str = "1") -> AbstractContextManager[Program]:
+    return program(ready=False, PORT_CHECKER_HOST=f"unix:{path}", PORT_CHECKER_WORKERS=workers)
+
+
+def answers_on(path: Path) -> bool:
+    return health.run(f"unix:{path}") == 0
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_unix_socket_for_a_proxy_of_another_user(workers: str, tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with unix_program(path, workers) as running:
+        wait_until(lambda: answers_on(path), "the program to answer")
+        assert path.stat().st_mode & 0o777 == 0o666
+        assert running.stop() == 0
+    assert f" Listening on unix:{path}; processes: {workers}," in running.lines[0]
+    assert not path.exists()
+
+
+def test_a_unix_socket_that_was_left_behind_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+    with unix_program(path) as running:
+        wait_until(lambda: answers_on(path), "the program to answer")
+        assert running.stop() == 0
+
+
+@pytest.mark.parametrize("kind", ["socket", "file"])
+def test_a_path_that_is_taken_is_left_alone(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as listener:
+        if kind == "socket":
+            listener.bind(str(path))
+            listener.listen()
+        else:
+            path.touch()
+        with unix_program(path) as running:
+            assert running.wait() == 1
+    assert running.lines == [
+        f"port-checker: cannot listen on unix:{path}: Address already in use\n"
+    ]
+    assert path.exists()
 
 
 def test_the_descriptor_limit_is_raised_and_bounds_the_ports_in_flight() -> None:

@@ -3,7 +3,6 @@
 import re
 import signal
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 
 from port_checker.server import systemd
 from tests.support.loopback import free_port
-from tests.support.service import Program, program
+from tests.support.service import Program, passing, program
 
 
 class Manager:
@@ -68,15 +67,8 @@ def test_it_tells_when_it_is_ready_that_it_lives_and_that_it_stops(
 
 def test_a_socket_that_systemd_passes_is_listened_on() -> None:
     port = free_port()
-    passing = (
-        f"s = socket.create_server(('127.0.0.1', {port}));"
-        "os.dup2(s.fileno(), 3); os.set_inheritable(3, True);"
-        "os.environ |= {'LISTEN_FDS': '1', 'LISTEN_PID': str(os.getpid())};"
-        "os.execv(sys.executable, [sys.executable, '-m', 'port_checker'])"
-    )
-    command = [sys.executable, "-c", f"import os, socket, sys; {passing}"]
     with program(
-        *command,
+        *passing(f"socket.AF_INET, ('127.0.0.1', {port})"),
         PORT_CHECKER_HOST="192.0.2.7",  # which cannot be bound
         PORT_CHECKER_PORT=str(port),
         PORT_CHECKER_WORKERS="2",

@@ -42,7 +42,7 @@ http {{
     server {{
         listen {host}:{port};
         location {prefix} {{
-            proxy_pass http://127.0.0.1:{upstream}{upstream_path};
+            proxy_pass http://{upstream}{upstream_path};
             {directives}
         }}
     }}
@@ -68,16 +68,16 @@ backend service
 @contextmanager
 def nginx(
     directory: Path,
-    upstream: int,
+    upstream: int | Path,
     *directives: str,
     host: str = "127.0.0.1",
     prefix: str = "",
 ) -> Iterator[int]:
-    """Run nginx in front of a port of 127.0.0.1.
+    """Run nginx in front of a port of 127.0.0.1, or a Unix socket.
 
     Args:
         directory: For its files.
-        upstream: The port.
+        upstream: The port, or the path.
         directives: For its ``location``, besides ``proxy_pass``.
         host: The address that it listens on.
         prefix: The path that it serves and takes off, such as ``/portcheck/``; else it serves all
@@ -94,7 +94,7 @@ def nginx(
         _NGINX_CONFIGURATION.format(
             host=host,
             port=port,
-            upstream=upstream,
+            upstream=f"unix:{upstream}:" if isinstance(upstream, Path) else f"127.0.0.1:{upstream}",
             prefix=prefix or "/",
             upstream_path="/" if prefix else "",
             directives=" ".join(directives),

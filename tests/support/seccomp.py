@@ -4,20 +4,37 @@ import ctypes
 import errno
 import os
 import platform
+import socket
 import struct
 
 # By architecture; asm/unistd.h. The C library's setrlimit() calls prlimit64, as getrlimit() does.
 _NUMBERS = {
-    "x86_64": {"memfd_create": 319, "prlimit64": 302, "setrlimit": 302, "fallocate": 285},
-    "aarch64": {"memfd_create": 279, "prlimit64": 261, "setrlimit": 261, "fallocate": 47},
+    "x86_64": {
+        "fallocate": 285,
+        "memfd_create": 319,
+        "prlimit64": 302,
+        "setrlimit": 302,
+        "socket of IPv6": 41,
+    },
+    "aarch64": {
+        "fallocate": 47,
+        "memfd_create": 279,
+        "prlimit64": 261,
+        "setrlimit": 261,
+        "socket of IPv6": 198,
+    },
 }[platform.machine()]
 
-# Which argument must not be 0 for a call to be refused: its place in struct seccomp_data.
-_CONDITIONS = {"setrlimit": 32}  # the third, a pointer to the new limit
+# When a call is refused that is not always, and with EPERM: the place of an argument in struct
+# seccomp_data, a number, whether the argument must be that number, and the error.
+_CASES = {
+    "setrlimit": (32, 0, False, errno.EPERM),  # the third, a pointer to the new limit
+    "socket of IPv6": (16, socket.AF_INET6, True, errno.EAFNOSUPPORT),
+}
 
 # linux/prctl.h, linux/seccomp.h
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2
-_ALLOW, _REFUSE = 0x7FFF0000, 0x00050000 | errno.EPERM
+_ALLOW, _REFUSE = 0x7FFF0000, 0x00050000
 _NUMBER = 0  # the call's, in struct seccomp_data
 
 # linux/bpf_common.h: load a word, skip the next instruction if it is not this number, return.
@@ -25,12 +42,17 @@ _LOAD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
 
 
 def refuse(*calls: str) -> None:
-    """Have these system calls fail with EPERM, in this process and all that it starts."""
+    """Have these system calls fail, in this process and all that it starts."""
     instructions = []
     for call in calls:
-        refusal = [(_RETURN, 0, 0, _REFUSE)]
-        if argument := _CONDITIONS.get(call):
-            refusal[:0] = [(_LOAD, 0, 0, argument), (_JUMP_IF_EQUAL, 1, 0, 0)]
+        refusal = [(_RETURN, 0, 0, _REFUSE | errno.EPERM)]
+        if call in _CASES:
+            argument, number, equal, error = _CASES[call]
+            refusal = [
+                (_LOAD, 0, 0, argument),
+                (_JUMP_IF_EQUAL, 0 if equal else 1, 1 if equal else 0, number),
+                (_RETURN, 0, 0, _REFUSE | error),
+            ]
         instructions += [(_LOAD, 0, 0, _NUMBER), (_JUMP_IF_EQUAL, 0, len(refusal), _NUMBERS[call])]
         instructions += refusal
     instructions.append((_RETURN, 0, 0, _ALLOW))

@@ -130,7 +130,7 @@ def program(
         refused_calls: System calls that fail with EPERM.
         environment: Variables that are added.
     """
-    port = int(environment.get("PORT_CHECKER_PORT", free_port()))
+    port = int(environment.get("PORT_CHECKER_PORT") or free_port())
     bounds = {"PORT_CHECKER_HOST": "127.0.0.1", "PORT_CHECKER_PORT": str(port), **environment}
 
     def prepare() -> None:
@@ -159,6 +159,22 @@ def program(
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             running.wait()
+
+
+def passing(address: str) -> list[str]:
+    """The command that starts the program with a listening socket, as systemd does.
+
+    Args:
+        address: Python's expressions for the socket's family and address.
+    """
+    family, _, name = address.partition(", ")
+    code = (
+        f"import os, socket, sys; s = socket.socket({family}); s.bind({name}); s.listen();"
+        "os.dup2(s.fileno(), 3); os.set_inheritable(3, True);"
+        "os.environ |= {'LISTEN_FDS': '1', 'LISTEN_PID': str(os.getpid())};"
+        "os.execv(sys.executable, [sys.executable, '-m', 'port_checker'])"
+    )
+    return [sys.executable, "-c", code]
 
 
 def ask(client: httpx.Client, *ports: int) -> httpx.Response:
