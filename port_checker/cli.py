@@ -159,6 +159,12 @@ def check(
         ),
     ] = False,
     ipv6: Annotated[bool, typer.Option("-6", "--ipv6", help="Check over IPv6.")] = False,
+    every_server: Annotated[
+        bool,
+        typer.Option(
+            "--all", help="Every server that answers must reach a port; by default, one is enough."
+        ),
+    ] = False,
     as_json: Annotated[
         bool,
         typer.Option("--json", help="Print one JSON document; with -4 -6, a list of two."),
@@ -200,6 +206,14 @@ def check(
     all_good = all(
         report.reachable == report.total and all(endpoint.valid for endpoint in report.tls)
         for report in reports
+    ) and not (
+        every_server
+        and any(
+            not verdict.accessible
+            for report in reports
+            for port in report.ports
+            for verdict in port.answers.values()
+        )
     )
     raise typer.Exit(_ALL_REACHABLE if all_good else _SOME_UNREACHABLE)
 

@@ -232,7 +232,7 @@ def test_the_address_that_is_given() -> None:
     with scripted(ip=Answer(b"", 404)) as server:
         done = check(server.url, "--ip", "127.0.0.5", str(free_port()))
     assert server.addresses == ["127.0.0.5"]
-    assert done.out.endswith("1 of 1 ports of 127.0.0.5 are reachable over IPv4.\n")
+    assert done.out.endswith("1 of 1 port of 127.0.0.5 is reachable over IPv4.\n")
 
 
 def test_ports_and_ranges_in_any_order() -> None:
@@ -301,8 +301,8 @@ def test_both_families_one_after_the_other() -> None:
         words = ["check", "--server", urls[0], "--server", urls[1], "-4", "-6", str(port)]
         done, as_json = run(*words), run(*words, "--json")
     assert [line for line in done.out.splitlines() if line.startswith("1 of 1")] == [
-        "1 of 1 ports of 127.0.0.1 are reachable over IPv4.",
-        "1 of 1 ports of ::1 are reachable over IPv6.",
+        "1 of 1 port of 127.0.0.1 is reachable over IPv4.",
+        "1 of 1 port of ::1 is reachable over IPv6.",
     ]
     assert f"{urls[1]}: has no IPv4 address." in done.out
     assert f"{urls[0]}: has no IPv6 address." in done.out
@@ -358,7 +358,7 @@ def test_a_reader_that_has_left_changes_nothing(words: list[str]) -> None:
 def test_streams_that_are_closed_are_not_needed() -> None:
     done = check_in_a_shell("<&- 2>&-")
     assert done.status == 0
-    assert "1 of 1 ports" in done.out
+    assert "1 of 1 port" in done.out
 
 
 def test_without_descriptors_it_says_so() -> None:

@@ -86,6 +86,7 @@ class Capture:
         self._sock = sock
         self._attempts: dict[tuple[Address, int], Attempt] = {}
         self._begun: dict[tuple[Address, int, int], int] = {}  # peer, its port, number: our port
+        self._numbers: dict[int, tuple[Address, int]] = {}  # the peer, and our port
         self._lost = False
 
     @classmethod
@@ -165,20 +166,23 @@ class Capture:
             elif len(self._begun) < _MAX_RECORDED:
                 self.clock += 1
                 self._begun[begun] = to_port
+                self._numbers[number] = source, to_port
                 attempt = self._attempts.get((source, to_port)) or Attempt(destination, interface)
                 self._attempts[source, to_port] = replace(attempt, last=self.clock)
             else:
                 self._lost = True
-        elif outgoing and flags == _SYN:  # one of others that is passed on keeps its number
-            port = self._begun.get((source, from_port, number))
-            self._update(source, port, passed_to=destination)
+        elif outgoing and flags == _SYN:
+            # One of others that is passed on keeps its number, whatever is translated.
+            if number in self._numbers:
+                self._update(*self._numbers[number], passed_to=destination)
         elif outgoing and flags & _SYN:
             self._update(destination, from_port, answered=True)
         elif outgoing:
             self._update(destination, from_port, refused=True)
 
-    def _update(self, peer: Address, port: int | None, **changes: Any) -> None:
-        if port is not None and (attempt := self._attempts.get((peer, port))):
+    def _update(self, peer: Address, port: int, **changes: Any) -> None:
+        attempt = self._attempts.get((peer, port))
+        if attempt and changes.get("passed_to") != attempt.address:
             self._attempts[peer, port] = replace(attempt, **changes)
 
 

@@ -126,7 +126,8 @@ class Report:
     """The result of ``verify``.
 
     Attributes:
-        ip: The address that was checked; None if no server could tell it.
+        ip: The address that was checked, at which the ports are reachable; None if no server could
+            tell it, or if different ports are reachable at different ones (see ``servers``).
         servers: One for each server, in the order given.
         ports: One for each port, in the order given.
         notes: What is true of all of them, in sentences.
@@ -148,6 +149,21 @@ class Report:
     def __post_init__(self) -> None:
         object.__setattr__(self, "reachable", sum(port.reachable for port in self.ports))
         object.__setattr__(self, "total", len(self.ports))
+
+
+def reached_at(servers: Iterable[ServerReport], ports: Sequence[PortReport]) -> dict[str, set[int]]:
+    """Return the ports that were reached at each address that was checked."""
+    reached: dict[str, set[int]] = {server.ip: set() for server in servers if server.ip}
+    for server in servers:
+        if server.ip:
+            reached[server.ip] |= {
+                port.port
+                for port in ports
+                if port.reachable
+                and server.url in port.answers
+                and port.answers[server.url].accessible
+            }
+    return reached
 
 
 class Router(StrEnum):

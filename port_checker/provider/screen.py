@@ -19,7 +19,14 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from port_checker.provider.remote import MAX_PORTS_PER_REQUEST
-from port_checker.provider.report import PortPair, PortReport, Report, TlsReport, port_ranges
+from port_checker.provider.report import (
+    PortPair,
+    PortReport,
+    Report,
+    TlsReport,
+    port_ranges,
+    reached_at,
+)
 
 # A narrower terminal has no room for four columns.
 _MIN_TABLE_WIDTH = 64
@@ -155,6 +162,14 @@ def _notes(report: Report) -> Iterator[str]:
         elif server.error and not in_rows:
             yield f"{server.url}: {server.error}."
     yield from report.notes
-    whose = report.ip or "this machine"
+    at_each = reached_at(report.servers, report.ports)
+    if len(at_each) < 2:
+        yield _total(report, report.reachable, report.ip or "this machine")
+    for ip, reached in at_each.items() if len(at_each) > 1 else ():
+        yield _total(report, len(reached), ip)
+
+
+def _total(report: Report, reachable: int, whose: str) -> str:
+    port, verb = ("port", "is") if report.total == 1 else ("ports", "are")
     over = f"over IPv{report.family}"
-    yield f"{report.reachable} of {report.total} ports of {whose} are reachable {over}."
+    return f"{reachable} of {report.total} {port} of {whose} {verb} reachable {over}."

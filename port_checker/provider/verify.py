@@ -44,6 +44,7 @@ from port_checker.provider.report import (
     TlsReport,
     judge,
     port_pairs,
+    reached_at,
 )
 from port_checker.provider.second_look import ask_in_groups, looks_limited, trace_forwards
 
@@ -128,9 +129,10 @@ async def verify(
                 half_open = half_open_ports({pair.inner for pair in part})
                 contacts = await check.identify(contacts, answers)
                 answers, passed = await check.ask_in_groups(contacts, answers)
-                seen = check.seen(contacts)  # before tracing, when crossed forwards show anew
+                counted = _counted(contacts)
+                seen = check.seen(counted)  # before tracing, when crossed forwards show anew
                 arrivals = await check.trace(
-                    contacts, answers, seen, suspicious=len(parts) == 1, limited=passed > 0
+                    counted, answers, seen, suspicious=len(parts) == 1, limited=passed > 0
                 )
                 reports += check.judge(contacts, answers, seen, half_open, arrivals)
                 retried += passed
@@ -138,10 +140,10 @@ async def verify(
     if not reports:
         contacts = await _introduce(contacts, family, on_progress)
     endpoint_reports = [await _check_tls(contacts, pair) for pair in endpoints]
-    ip = next((contact.address for contact in contacts if contact.address), address)
+    server_reports = [_server_report(contact) for contact in contacts]
     return Report(
-        ip=str(ip) if ip else None,
-        servers=[_server_report(contact) for contact in contacts],
+        ip=_address_of(server_reports, reports),
+        servers=server_reports,
         ports=reports,
         notes=list(notes(contacts, reports, retried)),
         family=family,
@@ -217,6 +219,16 @@ async def _check_tls(contacts: Sequence[Contact], pair: PortPair) -> TlsReport:
         own_address=bool(ip and is_own(ip)),
         ip=str(ip),
     )
+
+
+def _address_of(servers: Sequence[ServerReport], ports: Sequence[PortReport]) -> str | None:
+    """Return the address of which the results are true: at which all that is reachable was reached.
+
+    None if no server knows an address, or if different ports were reached at different ones.
+    """
+    reachable = {port.port for port in ports if port.reachable}
+    at_each = reached_at(servers, ports)
+    return next((ip for ip, reached in at_each.items() if reached == reachable), None)
 
 
 def _server_report(contact: Contact) -> ServerReport:
@@ -356,13 +368,13 @@ class _Check:
         arrivals: Mapping[int, int] | None,
     ) -> list[PortReport]:
         """Judge each port by all that is known."""
+        counted = _counted(contacts)
         capture = self.witness.capture
         attempts = {}
         if capture:
-            attempts = capture.attempts(partial(_is_servers, contacts), self.start[1])
+            attempts = capture.attempts(partial(_is_servers, counted), self.start[1])
         captured = bool(capture and capture.is_complete() and not has_xdp_program())
-        half_open_here = self.seen(contacts, half_open)
-        outside = {c.url for c in contacts if c.nearness is Nearness.OUTSIDE}
+        half_open_here = self.seen(counted, half_open)
         reason = "; ".join(f"{c.url}: {c.error}" for c in contacts if c.error)
         is_server_here = any(c.nearness is Nearness.HERE for c in contacts)
         elsewhere = {} if is_server_here else self._elsewhere(answers, attempts)
@@ -391,7 +403,7 @@ class _Check:
                 captured=captured and not self._unknown(contacts, came.get(pair.inner, set())),
                 wrong_way=self._wrong_way(contacts, attempt),
                 answers=verdicts,
-                counted=(outside & verdicts.keys()) or None,
+                counted={contact.url for contact in counted},
                 arrives_at=arrives_at,
                 unused=pair.outer in elsewhere and attempts[elsewhere[pair.outer]].refused,
                 holders=listeners.holders.get(pair.inner, ()),
@@ -399,7 +411,7 @@ class _Check:
                 excluded=any(pair.outer in answer.excluded for answer in answers.values()),
                 reason=reason or "no server was asked",
             )
-            contact = next((c for c in contacts if c.url in verdicts), None)
+            contact = next((c for c in counted if c.url in verdicts), None)
             reports.append(judge(observed, self._place(contact)))
         return reports
 
@@ -477,6 +489,12 @@ class _Check:
             self.waits.late_connections,
             ignored=lambda peer: is_own(peer) and not _is_servers(contacts, peer),
         )
+
+
+def _counted(contacts: Sequence[Contact]) -> list[Contact]:
+    """Return those servers whose verdicts count: those outside, if one of them checks anything."""
+    outside = [c for c in contacts if c.nearness is Nearness.OUTSIDE and c.asked]
+    return outside or list(contacts)
 
 
 def _is_servers(contacts: Sequence[Contact], peer: Address) -> bool:

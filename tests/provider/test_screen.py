@@ -136,7 +136,7 @@ def test_a_narrow_terminal_loses_nothing(encoding: str) -> None:
             [
                 f"50800: bound; answered by another machine ({URL}: accessible, "
                 f"{OTHER}: Connection refused). {advice.ANSWERED_ELSEWHERE}",
-                "0 of 1 ports of 203.0.113.7 are reachable over IPv4.",
+                "0 of 1 port of 203.0.113.7 is reachable over IPv4.",
             ],
         ),
         (
@@ -157,7 +157,7 @@ def test_a_narrow_terminal_loses_nothing(encoding: str) -> None:
             [
                 f"50800: bound; not checked. "
                 f"{advice.NOT_CHECKED.format(reason=f'{URL} [red]waits[/red] :warning:')}",
-                "0 of 1 ports of this machine are reachable over IPv4.",
+                "0 of 1 port of this machine is reachable over IPv4.",
             ],
         ),
         (
@@ -180,7 +180,7 @@ def test_a_narrow_terminal_loses_nothing(encoding: str) -> None:
             [
                 "50800: bound; reachable.",
                 f"{OTHER}: cannot be reached: Connection refused.",
-                "1 of 1 ports of 203.0.113.7 are reachable over IPv4.",
+                "1 of 1 port of 203.0.113.7 is reachable over IPv4.",
             ],
         ),
     ],

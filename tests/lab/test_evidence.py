@@ -1,0 +1,377 @@
+"""Whose connection it was, which address it was, whose fault it is: in each, the owner is told so.
+
+Situations in which others connect meanwhile, in which the kernel drops or passes on what arrives,
+and in which servers are not where they seem to be.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from port_checker import advice
+from tests.lab import network
+from tests.lab.network import Lab, end
+from tests.lab.test_provider import (
+    ONE_COMMAND,
+    QUICK,
+    check,
+    quick_lab,
+    results,
+    url_of,
+    word,
+)
+
+__all__ = ["quick_lab"]  # a fixture
+
+TRAFFIC = str(Path(__file__).parent / "traffic.py")
+OWN = {4: network.PROVIDER_BEHIND_NAT, 6: network.PROVIDER[6]}
+LOOPBACK = {4: "127.0.0.1", 6: "::1"}
+BOTH = pytest.mark.parametrize("version", [4, 6])
+# Nothing gets to the provider's machine: what is said of that behind a router, and without one.
+NOT_HERE = {4: advice.NOT_FORWARDED, 6: advice.NETWORK_FIREWALL}
+LOST = {4: advice.NOTHING_ARRIVED, 6: advice.NETWORK_FIREWALL}
+
+
+@contextlib.contextmanager
+def traffic(lab: Lab, name: str, *words: object) -> Iterator[None]:
+    """Have somebody do something meanwhile."""
+    process = lab.popen(name, sys.executable, TRAFFIC, *map(str, words))
+    try:
+        yield
+    finally:
+        end(process)
+
+
+def monitor(lab: Lab, name: str, host: str, ports: range, kind: str = "connect") -> Any:
+    return traffic(lab, name, kind, host, ports[0], ports[-1], 0.3)
+
+
+def advised(report: Any) -> set[str | None]:
+    return {port["advice"] for port in report["ports"]}
+
+
+def only(chain: str, lab: Lab, name: str, rule: str) -> None:
+    lab.run(name, "nft", "add", "rule", "inet", "lab", chain, *rule.split())
+
+
+# Anybody's connection
+
+
+@BOTH
+@pytest.mark.parametrize("count", [1, 10])
+@pytest.mark.parametrize("where", ["loopback", "own address", "neighbour"])
+def test_others_connections_are_not_the_servers(
+    quick_lab: Lab, version: int, count: int, where: str
+) -> None:
+    """The router forwards to a machine that answers; a monitor or a scanner connects here."""
+    ports = quick_lab.take(count)
+    quick_lab.listen("router", ports)
+    quick_lab._rule("router", "prerouting", f"iif internet tcp dport {word(ports)} redirect")
+    host = LOOPBACK[version] if where == "loopback" else OWN[version]
+    machine = "neighbour" if where == "neighbour" else "provider"
+    with monitor(quick_lab, machine, host, ports):
+        report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, version))
+    assert (report["reachable"], advised(report)) == (0, {advice.ANSWERED_ELSEWHERE})
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["connect", "half-open"])
+@pytest.mark.parametrize("machine", ["neighbour", "third"])
+def test_others_connections_do_not_prove_that_replies_get_lost(
+    quick_lab: Lab, version: int, kind: str, machine: str
+) -> None:
+    ports = quick_lab.take(5)
+    quick_lab.forward(ports)
+    source = f"ip saddr {network.CHECKER[4]}" if version == 4 else "ip6 saddr 2a00:1::/64"
+    quick_lab._rule("internet", "forward", f"{source} tcp dport {word(ports)} drop")
+    host = network.PROVIDER[version] if machine == "third" else OWN[version]
+    with monitor(quick_lab, machine, host, ports, kind):
+        report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, version))
+    assert (report["reachable"], advised(report)) == (0, {LOST[version]})
+
+
+def test_a_monitor_and_no_forward(quick_lab: Lab) -> None:
+    ports = quick_lab.take(3)
+    with monitor(quick_lab, "provider", "127.0.0.1", ports):
+        report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, 4))
+    assert (report["reachable"], advised(report)) == (0, {advice.NOT_FORWARDED})
+
+
+# Where a server connects from
+
+
+@pytest.mark.parametrize("count", [1, 10])
+def test_a_server_that_connects_from_another_address(quick_lab: Lab, count: int) -> None:
+    """Its peer is learnt, and the neighbour's and the monitor's is not."""
+    ports = quick_lab.take(count)
+    quick_lab.forward(ports)
+    rule = f"ip daddr {network.PROVIDER[4]} tcp dport {word(ports)} snat ip to 60.0.1.3"
+    translate(quick_lab, "checker", rule)
+    with monitor(quick_lab, "provider", "127.0.0.1", ports):
+        report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, 4))
+    assert (report["reachable"], report["notes"]) == (count, [])
+
+
+def translate(lab: Lab, name: str, rule: str) -> None:
+    """Translate sources of what leaves a namespace."""
+    table = "table inet nat {\nchain out { type nat hook postrouting priority srcnat; }\n}"
+    lab.run(name, "nft", "-f", "-", stdin=table)
+    lab.run(name, "nft", "add", "rule", "inet", "nat", "out", *rule.split())
+
+
+@pytest.mark.parametrize("count", [1, 10])
+def test_a_router_that_hides_who_connects(quick_lab: Lab, count: int) -> None:
+    ports = quick_lab.take(count)
+    quick_lab.forward(ports)
+    hide = f"oifname provider tcp dport {word(ports)} masquerade"
+    quick_lab._rule("router", "postrouting", hide)
+    report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, 4))
+    assert (report["reachable"], report["notes"]) == (count, [])
+
+
+# Ports in use
+
+
+@pytest.mark.parametrize("who", ["neighbour", "nobody"])
+def test_a_program_that_cannot_have_answered(quick_lab: Lab, who: str) -> None:
+    ports = quick_lab.take(4)
+    loopback, other_family, bound, everywhere = ports
+    if who == "neighbour":
+        quick_lab.listen("neighbour", ports)
+    quick_lab.forward(ports, network.NEIGHBOUR)
+
+    def hold() -> list[socket.socket]:
+        held = socket.socket()
+        held.bind(("", bound))
+        only_ipv6 = socket.create_server(("::", other_family), family=socket.AF_INET6)
+        on_loopback = socket.create_server(("127.0.0.1", loopback))
+        return [held, only_ipv6, on_loopback, socket.create_server(("", everywhere))]
+
+    held = quick_lab.submit("provider", hold).result()
+    try:
+        report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, 4))
+    finally:
+        for sock in held:
+            sock.close()
+    answered = who == "neighbour"
+    assert results(report) == {
+        loopback: (False, advice.IN_USE_LOCALLY.format(addresses="127.0.0.1")),
+        other_family: (False, advice.IN_USE_OTHER_FAMILY.format(family="IPv4")),
+        bound: (False, advice.IN_USE_NOT_LISTENING),
+        everywhere: (False, advice.ANSWERED_ELSEWHERE if answered else advice.NOT_FORWARDED),
+    }
+
+
+# Servers that are not outside
+
+
+def nothing_about_the_world(report: Any) -> bool:
+    return any("says nothing about the world" in note for note in report["notes"])
+
+
+@pytest.mark.parametrize("way", ["private", "hairpin"])
+def test_a_server_behind_the_same_router(quick_lab: Lab, way: str) -> None:
+    """It is given the public address, and the router loops that back."""
+    ports, port = quick_lab.take(10), quick_lab.take(1)
+    quick_lab.serve("neighbour", **{**QUICK, "PORT_CHECKER_PORT": str(port[0])})
+    for forwarded, to in ((ports, network.PROVIDER_BEHIND_NAT), (port, network.NEIGHBOUR[4])):
+        public = f"ip daddr {network.ROUTER[4]} tcp dport {word(forwarded)} dnat ip to {to}"
+        quick_lab._rule("router", "prerouting", public)
+    host = network.NEIGHBOUR[4] if way == "private" else network.ROUTER[4]
+    server = f"http://{host}:{port[0]}"
+    report = check(quick_lab, "provider", word(ports), "--ip", network.ROUTER[4], server=server)
+    assert nothing_about_the_world(report)
+
+
+@BOTH
+def test_a_server_in_the_same_network(quick_lab: Lab, version: int) -> None:
+    quick_lab.serve("internet", **QUICK)
+    host = {4: "60.0.3.1", 6: "2a00:3::1"}
+    report = check(quick_lab, "third", word(quick_lab.take(3)), server=url_of(host, version))
+    assert report["reachable"] == 3
+    assert nothing_about_the_world(report)
+
+
+def run(lab: Lab, machine: str, *words: str) -> tuple[int, Any]:
+    """Run the program; return its exit status and its document."""
+    program = lab.popen(machine, *ONE_COMMAND, *words, env={**os.environ}, output=subprocess.PIPE)
+    output, _ = program.communicate(timeout=120)
+    return program.returncode, json.loads(output)
+
+
+def test_what_a_server_nearby_reaches_is_not_reached_by_the_world(quick_lab: Lab) -> None:
+    ports, port = quick_lab.take(5), quick_lab.take(1)
+    quick_lab.serve("internet", **{**QUICK, "PORT_CHECKER_PORT": str(port[0])})
+    quick_lab.filter("internet", "forward", ports, "drop")
+    outside, nearby = url_of(network.CHECKER, 4), f"http://60.0.3.1:{port[0]}"
+    status, report = run(quick_lab, "third", word(ports), "--server", nearby, "--server", outside)
+    assert (status, report["reachable"]) == (1, 0)
+    assert advised(report) == {advice.NETWORK_FIREWALL}
+    assert nothing_about_the_world(report)
+
+
+def test_servers_that_disagree(quick_lab: Lab) -> None:
+    ports, port = quick_lab.take(6), quick_lab.take(1)
+    quick_lab.forward(ports)
+    quick_lab.serve("third", **{**QUICK, "PORT_CHECKER_PORT": str(port[0])})
+    source = f"ip saddr {network.THIRD[4]} tcp dport {word(ports[:3])}"
+    quick_lab._rule("internet", "forward", f"{source} reject with tcp reset")
+    one, other = url_of(network.CHECKER, 4), f"http://{network.THIRD[4]}:{port[0]}"
+    words = [word(ports), "--server", one, "--server", other]
+    status, report = run(quick_lab, "provider", *words)
+    assert (status, report["reachable"]) == (0, 6)
+    (note,) = report["notes"]
+    assert other in note
+    assert word(ports[:3]) in note
+    assert "cannot reach" in note
+    status, report = run(quick_lab, "provider", *words, "--all")
+    assert status == 1
+
+
+# Advice about the right device
+
+
+@BOTH
+def test_a_firewall_that_allows_the_ports_is_not_blamed_for_background_packets(
+    quick_lab: Lab, version: int
+) -> None:
+    """It denies everything else, and a LAN is noisy: the router does not forward."""
+    ports = quick_lab.take(10)
+    deny = f"tcp dport {word(ports)} accept"
+    for rule in ("ct state established,related accept", deny):
+        only("input", quick_lab, "provider", rule)
+    only("input", quick_lab, "provider", "meta l4proto udp drop")
+    if version == 6:
+        quick_lab.filter("router", "forward", ports, "reject with tcp reset", 6)
+    with traffic(quick_lab, "router", "noise", "192.168.1.1"):
+        report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, version))
+    assert advised(report) == {NOT_HERE[version]}
+
+
+@BOTH
+def test_each_port_has_its_own_cause(quick_lab: Lab, version: int) -> None:
+    ports = quick_lab.take(35)
+    dropped, lost, good = ports[:20], ports[20:30], ports[30:]
+    quick_lab.forward(dropped)
+    quick_lab.forward(good)
+    quick_lab.filter("provider", "input", dropped, "drop")
+    quick_lab.filter("router", "forward", lost, "drop")
+    report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, version))
+    expected = {4: advice.NOT_FORWARDED, 6: advice.NETWORK_FIREWALL}[version]
+    assert results(report) == (
+        dict.fromkeys(dropped, (False, advice.OWN_FIREWALL))
+        | dict.fromkeys(lost, (False, expected))
+        | dict.fromkeys(good, (True, None))
+    )
+    assert report["notes"] == []
+
+
+def test_the_reverse_path_filter(quick_lab: Lab) -> None:
+    """Replies to the server would leave by another interface, as a VPN's routes make them."""
+    ports = quick_lab.take(5)
+    quick_lab.forward(ports)
+    rule = f"ip daddr {network.PROVIDER[4]} tcp dport {word(ports)} snat ip to 60.0.1.3"
+    translate(quick_lab, "checker", rule)
+    vpn = "link add wg7 type veth peer wg8\nlink set wg7 up\nlink set wg8 up\n"
+    vpn += "route add 60.0.1.3/32 dev wg7"
+    quick_lab.run("provider", "ip", "-batch", "-", stdin=vpn)
+    setting = Path("/proc/sys/net/ipv4/conf/router/rp_filter")
+    quick_lab.submit("provider", setting.write_text, "1").result()
+    try:
+        report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, 4))
+    finally:
+        quick_lab.submit("provider", setting.write_text, "0").result()
+        quick_lab.run("provider", "ip", "link", "delete", "wg7")
+    assert advised(report) == {advice.REVERSE_PATH.format(interface="router", other="wg7")}
+    assert report["notes"] == []
+
+
+@BOTH
+def test_packets_that_are_dropped_before_they_are_counted(quick_lab: Lab, version: int) -> None:
+    ports = quick_lab.take(5)
+    quick_lab.forward(ports)
+    table = "table netdev lab {\nchain in { type filter hook ingress device router priority 0; }\n}"
+    quick_lab.run("provider", "nft", "-f", "-", stdin=table)
+    drop = f"tcp dport {word(ports)} drop"
+    quick_lab.run("provider", "nft", "add", "rule", "netdev", "lab", "in", *drop.split())
+    try:
+        report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, version))
+    finally:
+        quick_lab.run("provider", "nft", "delete", "table", "netdev", "lab")
+    assert advised(report) == {advice.OWN_FIREWALL}
+
+
+@BOTH
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_forward_to_a_port_that_nobody_listens_on(
+    quick_lab: Lab, version: int, count: int
+) -> None:
+    ports, wrong = quick_lab.take(count), quick_lab.take(count)
+    quick_lab.cross(ports, wrong[0] - ports[0])
+    report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, version))
+    assert [port["advice"] for port in report["ports"]] == [
+        advice.ARRIVES_UNUSED.format(port=port) for port in wrong
+    ]
+
+
+@BOTH
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_container_that_takes_the_ports(quick_lab: Lab, version: int, answers: bool) -> None:
+    """Its host passes connections on before a listener sees them."""
+    ports = quick_lab.take(5)
+    quick_lab.forward(ports)
+    if answers:
+        quick_lab.listen("neighbour", ports)
+    family = "ip6" if version == 6 else "ip"
+    chains = (
+        "table inet nat {\nchain in { type nat hook prerouting priority dstnat; }\n"
+        "chain out { type nat hook postrouting priority srcnat; }\n}"
+    )
+    quick_lab.run("provider", "nft", "-f", "-", stdin=chains)
+    to = network.NEIGHBOUR[version]
+    rule = f"tcp dport {word(ports)} dnat {family} to {to}"
+    quick_lab.run("provider", "nft", "add", "rule", "inet", "nat", "in", *rule.split())
+    masquerade = f"{family} daddr {to} masquerade"
+    quick_lab.run("provider", "nft", "add", "rule", "inet", "nat", "out", *masquerade.split())
+    forwarding = ["net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"]
+    for name in forwarding:
+        quick_lab.submit("provider", Path("/proc/sys", name).write_text, "1").result()
+    try:
+        report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, version))
+    finally:
+        for name in forwarding:
+            quick_lab.submit("provider", Path("/proc/sys", name).write_text, "0").result()
+        quick_lab.run("provider", "nft", "delete", "table", "inet", "nat")
+    assert (report["reachable"], advised(report)) == (0, {advice.PASSED_ON.format(address=to)})
+
+
+@BOTH
+def test_replies_that_this_machine_keeps_back(quick_lab: Lab, version: int) -> None:
+    ports = quick_lab.take(5)
+    quick_lab.forward(ports)
+    only("output", quick_lab, "provider", f"tcp sport {word(ports)} drop")
+    report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, version))
+    assert (advised(report), report["notes"]) == ({advice.WAY_BACK}, [])
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_an_address_of_the_other_family_than_the_servers(quick_lab: Lab, count: int) -> None:
+    ports = quick_lab.take(count)
+    quick_lab.forward(ports)
+    for arrange, expected in (None, None), ("drop", advice.OWN_FIREWALL):
+        if arrange:
+            quick_lab.filter("provider", "input", ports, arrange)
+        words = [word(ports), "--ip", network.PROVIDER[4]]
+        report = check(quick_lab, "provider", *words, server=url_of(network.CHECKER, 6))
+        if expected and count == 1:  # it stays unclear who came: nothing is said for certain
+            assert advised(report) == {advice.TIMED_OUT}
+        else:
+            assert advised(report) == {expected}
