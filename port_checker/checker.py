@@ -7,6 +7,7 @@ from typing import Final, Self
 
 from port_checker.addresses import Address
 from port_checker.connect import TIMED_OUT, OpenConnectionPacer, Verdict, attempt
+from port_checker.errors import ErrorCode, ServiceError
 from port_checker.tls import TlsClient, TlsVerdict
 
 # Ports in flight that the callers of one network may have, in shares of one caller.
@@ -23,8 +24,8 @@ _STRANGERS: Final = "strangers"
 TLS_CHECKS_PER_CALLER: Final = 16
 
 
-class NoRoom(Exception):
-    """A check would put more ports in flight than it may; the message is a sentence that says so.
+class NoRoom(ServiceError):
+    """A check would put more ports in flight than it may.
 
     Attributes:
         asked: Ports that the refused check asked for.
@@ -32,25 +33,38 @@ class NoRoom(Exception):
         retry_after: Whole seconds after which there may be room.
     """
 
+    retry_after: int
+
     def __init__(
         self, asked: int, limit: int, whose: str, retry_after: int, room: str = ""
     ) -> None:
         if asked > limit:
-            message = f"This service checks at most {limit} ports {whose}".rstrip() + " at once."
+            text = f"This service checks at most {limit} ports {whose}".rstrip() + " at once."
         else:
-            message = f"Too many checks {whose}".rstrip() + f" are running{room}."
-        super().__init__(message)
+            text = f"Too many checks {whose}".rstrip() + f" are running{room}."
+        super().__init__(text)
         self.asked = asked
         self.limit = limit
         self.retry_after = retry_after
+
+    @property
+    def message(self) -> str:
+        """What went wrong and what to do, for people."""
+        if self.asked > self.limit:
+            return f"{self} Send fewer per request."
+        return super().message
 
 
 class CallerOverLimit(NoRoom):
     """The caller, or its network, would have more than its share in flight."""
 
+    code = ErrorCode.RATE_LIMITED
+
 
 class Overloaded(NoRoom):
     """All callers together would have more ports in flight than there may be."""
+
+    code = ErrorCode.OVERLOADED
 
 
 def max_for_others(max_in_flight: int) -> int:

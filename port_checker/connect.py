@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from port_checker.addresses import Address, parse_host
+from port_checker.errors import ErrorCode, ServiceError
 from port_checker.linux import could_not_retransmit, report_icmp_errors, take_icmp_error
 
 # Seconds until the kernel forgets a connection that we closed, if the target does not acknowledge
@@ -58,16 +59,31 @@ class Verdict:
         return self.kind is VerdictKind.OPEN
 
 
-class CheckFailed(Exception):
+class CheckFailed(ServiceError):
     """The checker itself could not do its work, so nothing is known about the target.
 
     Attributes:
         ports: The ports to which this machine cannot connect, if it is about these alone.
     """
 
-    def __init__(self, message: str, ports: Sequence[int] = ()) -> None:
-        super().__init__(message)
+    code = ErrorCode.CHECK_FAILED
+
+    def __init__(self, reason: str, ports: Sequence[int] = ()) -> None:
+        super().__init__(reason)
         self.ports = list(ports)
+
+    @property
+    def message(self) -> str:
+        """What went wrong and what to do, for people."""
+        if self.ports:
+            return (
+                f"This service cannot connect to some of these ports ({self}). That says nothing "
+                "about them, nor about the others. Leave them out, or try again later."
+            )
+        return (
+            f"This service failed to check ({self}). That says nothing about your ports. "
+            "Try again later."
+        )
 
 
 class _Forbidden(Exception):

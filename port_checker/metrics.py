@@ -17,7 +17,7 @@ from enum import StrEnum
 from typing import Final, NamedTuple, Protocol
 
 from port_checker.connect import VerdictKind
-from port_checker.schemas import ErrorCode
+from port_checker.errors import ErrorCode
 from port_checker.tls import TlsVerdictKind
 
 

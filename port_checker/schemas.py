@@ -5,7 +5,6 @@ import re
 from codecs import BOM_UTF8
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from ipaddress import IPv6Address
 from typing import Annotated, Final, Literal, Self, TypeVar
 
@@ -31,6 +30,8 @@ from port_checker.connect import (
     Verdict,
     VerdictKind,
 )
+from port_checker.errors import ErrorCode as ErrorCode  # clients look for it here
+from port_checker.errors import ServiceError
 from port_checker.tls import TlsVerdict, TlsVerdictKind
 
 MAX_PORT: Final = 65535
@@ -58,25 +59,7 @@ _DNS_NAME_SCHEMA: Final[JsonDict] = {
 _RequestT = TypeVar("_RequestT", bound=BaseModel)
 
 
-class ErrorCode(StrEnum):
-    """What went wrong, for programs."""
-
-    INVALID_IP = "INVALID_IP"
-    INVALID_PORT = "INVALID_PORT"
-    TOO_MANY_PORTS = "TOO_MANY_PORTS"
-    INVALID_REQUEST = "INVALID_REQUEST"
-    TARGET_NOT_ALLOWED = "TARGET_NOT_ALLOWED"
-    CROSS_ORIGIN = "CROSS_ORIGIN"
-    RATE_LIMITED = "RATE_LIMITED"
-    REQUEST_TOO_LARGE = "REQUEST_TOO_LARGE"
-    OVERLOADED = "OVERLOADED"
-    CHECK_FAILED = "CHECK_FAILED"
-    NOT_FOUND = "NOT_FOUND"
-    METHOD_NOT_ALLOWED = "METHOD_NOT_ALLOWED"
-    INTERNAL_ERROR = "INTERNAL_ERROR"
-
-
-class InvalidRequest(Exception):
+class InvalidRequest(ServiceError):
     """A body that is not a valid request.
 
     Args:

@@ -1,6 +1,6 @@
 """Error responses: which status each code has, and the handlers that turn exceptions into them."""
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request, Response
@@ -11,14 +11,9 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from port_checker.api.caller import CallerResolver
-from port_checker.api.limits import RateLimited
-from port_checker.api.origin import CrossOrigin
 from port_checker.api.records import RefusalLog
-from port_checker.api.targets import TargetNotAllowed
-from port_checker.checker import CallerOverLimit, NoRoom
-from port_checker.connect import CheckFailed
+from port_checker.errors import ErrorCode, ServiceError
 from port_checker.metrics import Metrics
-from port_checker.schemas import ErrorCode, InvalidRequest
 
 # Nothing that is answered may be kept by a proxy's cache and given to somebody else.
 NO_STORE = {"Cache-Control": "no-store"}
@@ -39,146 +34,64 @@ STATUS = {
     ErrorCode.INTERNAL_ERROR: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
 
-# Codes of which each one is logged: the request was turned away. The others mean a wrong URL, or
-# have a log line of their own.
-_REFUSALS = STATUS.keys() - {
-    ErrorCode.NOT_FOUND,
-    ErrorCode.METHOD_NOT_ALLOWED,
-    ErrorCode.CHECK_FAILED,
-    ErrorCode.INTERNAL_ERROR,
-}
 
+class ApiError(ServiceError):
+    """A request that is answered with an error which has no class of its own."""
 
-class ApiError(Exception):
-    """A request that is answered with an error.
-
-    Args:
-        code: The error code; it decides the HTTP status.
-        message: A sentence that tells the caller what to do.
-        headers: Additional HTTP headers of the response.
-        ports: The ports that it is about, if it is about certain ports alone.
-    """
-
-    def __init__(
-        self,
-        code: ErrorCode,
-        message: str,
-        headers: Mapping[str, str] | None = None,
-        ports: Sequence[int] = (),
-    ) -> None:
-        super().__init__(message)
+    def __init__(self, code: ErrorCode, text: str) -> None:
+        super().__init__(text)
         self.code = code
-        self.message = message
-        self.headers = headers
-        self.ports = ports
-
-
-def to_api_error(error: Exception) -> ApiError:
-    """Return the error response for ``error``; one for a bug gives no details away."""
-    match error:
-        case ApiError():
-            return error
-        case InvalidRequest():
-            return ApiError(error.code, str(error))
-        case TargetNotAllowed():
-            return ApiError(ErrorCode.TARGET_NOT_ALLOWED, str(error))
-        case CrossOrigin():
-            return ApiError(ErrorCode.CROSS_ORIGIN, str(error))
-        case RateLimited():
-            return ApiError(
-                ErrorCode.RATE_LIMITED,
-                f"{error} Try again in {error.retry_after} s.",
-                {"Retry-After": str(error.retry_after)},
-            )
-        case NoRoom():
-            is_too_large = error.asked > error.limit
-            advice = (
-                "Send fewer per request."
-                if is_too_large
-                else f"Try again in {error.retry_after} s."
-            )
-            return ApiError(
-                ErrorCode.RATE_LIMITED
-                if isinstance(error, CallerOverLimit)
-                else ErrorCode.OVERLOADED,
-                f"{error} {advice}",
-                {"Retry-After": str(error.retry_after)},
-            )
-        case CheckFailed(ports=[_, *_]):
-            return ApiError(
-                ErrorCode.CHECK_FAILED,
-                f"This service cannot connect to some of these ports ({error}). That says nothing "
-                "about them, nor about the others. Leave them out, or try again later.",
-                ports=error.ports,
-            )
-        case CheckFailed():
-            return ApiError(
-                ErrorCode.CHECK_FAILED,
-                f"This service failed to check ({error}). That says nothing about your ports. "
-                "Try again later.",
-            )
-        case ClientDisconnect():
-            return ApiError(ErrorCode.INVALID_REQUEST, "The body is incomplete.")
-        case HTTPException(status_code=HTTPStatus.NOT_FOUND):
-            return ApiError(ErrorCode.NOT_FOUND, "Not found. See /docs.")
-        case HTTPException(status_code=HTTPStatus.METHOD_NOT_ALLOWED):
-            return ApiError(
-                ErrorCode.METHOD_NOT_ALLOWED, "Method not allowed. See /docs.", error.headers
-            )
-        case _:
-            return ApiError(
-                ErrorCode.INTERNAL_ERROR,
-                "Internal error; it has been logged.",
-                {"Connection": "close"},  # uvicorn closes it after logging the traceback
-            )
 
 
 def answer_errors(
     app: FastAPI, callers: CallerResolver, metrics: Metrics
-) -> Callable[[Request, Exception], Awaitable[JSONResponse]]:
+) -> Callable[[Request, Exception], Awaitable[Response]]:
     """Have every exception in ``app`` answered, counted, and, if it is a refusal, logged.
 
     Returns:
-        What does that.
+        The handler of ``ServiceError``, for middleware.
     """
     refusals = RefusalLog()
 
-    async def answer(request: Request, error: Exception) -> JSONResponse:
-        told = to_api_error(error)
-        metrics.count("errors", told.code)
-        if told.code in _REFUSALS and not isinstance(error, ClientDisconnect):
-            refusals.add(callers.resolve(request), told.code)
-        detail: dict[str, object] = {"code": told.code, "message": told.message}
-        if told.ports:
-            detail["ports"] = told.ports
+    def respond(error: ServiceError, **headers: str) -> JSONResponse:
+        metrics.count("errors", error.code)
+        detail: dict[str, object] = {"code": error.code, "message": error.message}
+        if error.ports:
+            detail["ports"] = error.ports
+        if error.retry_after:
+            headers["Retry-After"] = str(error.retry_after)
         return JSONResponse(
-            {"detail": detail},
-            status_code=STATUS[told.code],
-            headers={**NO_STORE, **(told.headers or {})},
+            {"detail": detail}, status_code=STATUS[error.code], headers={**NO_STORE, **headers}
         )
 
+    async def answer(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ServiceError)  # noqa: S101  # so are the following
+        if error.code is not ErrorCode.CHECK_FAILED:  # which has a log line of its own
+            refusals.add(callers.resolve(request), error.code)
+        return respond(error)
+
+    async def answer_incomplete_body(_: Request, __: Exception) -> Response:
+        return respond(ApiError(ErrorCode.INVALID_REQUEST, "The body is incomplete."))
+
     async def answer_http_exception(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)  # noqa: S101  # that is what it is added for
+        assert isinstance(error, HTTPException)  # noqa: S101
         if not _tells_that_no_route_fits(error):
             return await http_exception_handler(request, error)
-        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-            allowed = ", ".join(_allowed_methods(request, error))
-            error = HTTPException(error.status_code, headers={"Allow": allowed})
-        return await answer(request, error)
+        if error.status_code == HTTPStatus.NOT_FOUND:
+            return respond(ApiError(ErrorCode.NOT_FOUND, "Not found. See /docs."))
+        return respond(
+            ApiError(ErrorCode.METHOD_NOT_ALLOWED, "Method not allowed. See /docs."),
+            Allow=", ".join(_allowed_methods(request, error)),
+        )
 
+    async def answer_bug(_: Request, __: Exception) -> Response:
+        bug = ApiError(ErrorCode.INTERNAL_ERROR, "Internal error; it has been logged.")
+        return respond(bug, Connection="close")  # uvicorn closes it after logging the traceback
+
+    app.add_exception_handler(ServiceError, answer)
+    app.add_exception_handler(ClientDisconnect, answer_incomplete_body)
     app.add_exception_handler(HTTPException, answer_http_exception)
-    for error in (
-        ApiError,
-        InvalidRequest,
-        TargetNotAllowed,
-        CrossOrigin,
-        RateLimited,
-        NoRoom,
-        CheckFailed,
-        ClientDisconnect,
-        Exception,  # a bug: uvicorn logs its traceback
-    ):
-        app.add_exception_handler(error, answer)
+    app.add_exception_handler(Exception, answer_bug)
     return answer
 
 

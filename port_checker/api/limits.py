@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from port_checker.addresses import Address, have_one_subscriber, site, subscriber
 from port_checker.api.gcra import Charge, MemoryStore
+from port_checker.errors import ErrorCode, ServiceError
 from port_checker.settings import IN_PROCESS, Rate
 
 if TYPE_CHECKING:
@@ -20,15 +21,18 @@ MAX_KEYS: Final = 150_000
 _SITE_RATES: Final = 10  # times the rates of one caller, for an IPv6 /48
 
 
-class RateLimited(Exception):
+class RateLimited(ServiceError):
     """A limit was reached.
 
     Attributes:
         retry_after: Whole seconds, at least 1, after which the same request would be let through.
     """
 
-    def __init__(self, message: str, retry_after: float) -> None:
-        super().__init__(message)
+    code = ErrorCode.RATE_LIMITED
+    retry_after: int
+
+    def __init__(self, text: str, retry_after: float) -> None:
+        super().__init__(text)
         self.retry_after = max(1, math.ceil(retry_after))
 
 

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from port_checker.addresses import Address, parse_address, parse_host
+from port_checker.errors import ErrorCode, ServiceError
 
 _CROSS_SITE = (b"cross-site", b"same-site")
 _SAME_ORIGIN = (b"same-origin", b"none")  # "none": typed in, or opened from a bookmark
@@ -31,8 +32,10 @@ _HOST_NOT_PASSED_ON = (
 )
 
 
-class CrossOrigin(Exception):
+class CrossOrigin(ServiceError):
     """Another site's page makes this request from its visitor's browser."""
+
+    code = ErrorCode.CROSS_ORIGIN
 
 
 def local_names(hosts: Path = Path("/etc/hosts")) -> set[str]:

@@ -19,12 +19,9 @@ from typing import Final, Self
 from starlette.requests import ClientDisconnect
 
 from port_checker.addresses import Address, subscriber
-from port_checker.api.limits import RateLimited
-from port_checker.api.targets import TargetNotAllowed
-from port_checker.checker import NoRoom
 from port_checker.connect import CheckFailed
+from port_checker.errors import ErrorCode, ServiceError
 from port_checker.metrics import CheckOutcome, Metrics
-from port_checker.schemas import ErrorCode
 
 # Callers and codes whose last line is remembered: 2 MB (measured).
 MAX_REMEMBERED: Final = 10_000
@@ -71,12 +68,12 @@ class CheckRecord:
             case None:
                 self._metrics.time_check(time.perf_counter() - self._started)
                 self._end(logging.INFO, CheckOutcome.COMPLETED, self.result and f" {self.result}")
-            case TargetNotAllowed() | RateLimited() | NoRoom():
-                pass  # a refusal
             case ClientDisconnect() | asyncio.CancelledError():
                 self._end(logging.INFO, CheckOutcome.CANCELLED)
             case CheckFailed():
                 self._end(logging.ERROR, CheckOutcome.FAILED, f' reason="{error}"')
+            case ServiceError():
+                pass  # a refusal
             case _:
                 self._end(logging.ERROR, CheckOutcome.BUG)
 

@@ -11,14 +11,17 @@ from ipaddress import IPv4Network, IPv6Address, IPv6Network
 
 from port_checker.addresses import Address, Network, lies_in
 from port_checker.connect import CheckFailed, own_failures
+from port_checker.errors import ErrorCode, ServiceError
 from port_checker.linux import RouteType, is_next_hop, route_to, route_type
 from port_checker.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 
-class TargetNotAllowed(Exception):
+class TargetNotAllowed(ServiceError):
     """The caller may not have this target checked."""
+
+    code = ErrorCode.TARGET_NOT_ALLOWED
 
 
 _LINK_LOCAL = "a link-local address"
