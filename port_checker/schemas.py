@@ -457,7 +457,7 @@ ERROR_EXAMPLES: Final = {
     ErrorCode.RATE_LIMITED: "You ask too often. Try again in 2 s.",
     ErrorCode.OVERLOADED: "Too many checks are running. Try again in 5 s.",
     ErrorCode.CHECK_FAILED: (
-        "This service failed to check (no route to 2600::7: Network is unreachable). That says "
+        "This service failed to check (this machine has no route to 2600::7). That says "
         "nothing about your ports. Try again later."
     ),
 }
