@@ -89,6 +89,13 @@ FAMILIES: Final = (
     _counter("errors", "Error responses, by code.", "code", ErrorCode),
     _counter("receive_deadlines", "Connections closed because a request did not arrive in time."),
     _counter("log_lines_dropped", "Log lines that could not be written, or not fast enough."),
+    _counter(
+        "connections_closed",
+        "Connections closed because there were too many: a new one of an address that has its "
+        "share, or one that waited for its client and made way for another.",
+        "reason",
+        ("over_share", "made_way"),
+    ),
     DURATION,
     Family("ports_in_flight", "Ports under check."),
     Family("ports_in_flight_limit", "Ports that may be under check at once."),

@@ -8,9 +8,10 @@ import signal
 import socket
 import struct
 import subprocess
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from resource import RLIMIT_NOFILE, prlimit
 
@@ -281,3 +282,14 @@ def test_a_redis_that_cannot_be_reached_is_seen() -> None:
         store = f"redis://127.0.0.1:{port}"
         with measured(PORT_CHECKER_RATE_LIMIT_STORE=store) as (_, scraper):
             assert scraper["port_checker_rate_limit_store_up"] == 0
+
+
+def test_idle_clients_keep_no_scraper_out_and_few_threads() -> None:
+    port = free_port()
+    before = threading.active_count()
+    expose(Totals(), "127.0.0.1", port)
+    with ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), 60))
+        assert httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=60).status_code == 200
+        assert threading.active_count() <= before + 1 + 8

@@ -1,9 +1,10 @@
-"""Who has how many of a process's connections, and which one makes way for another."""
+"""Who has how many of a process's connections, how much room, and how much of the event loop."""
 
+import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
-from port_checker.addresses import Address, Network, lies_in, subscriber
+from port_checker.addresses import Address, Network, lies_in, site, subscriber
 from port_checker.metrics import Metrics
 from port_checker.schemas import ErrorCode
 
@@ -11,54 +12,202 @@ from port_checker.schemas import ErrorCode
 # its first byte. A client that stops reading its answer has as long.
 DEADLINE = 10.0
 
-# An IPv4 address, or an IPv6 /64, may have one in so many of all connections.
+# An IPv4 address, or an IPv6 /64, has a share of all connections: one in so many, at most so many.
 _SHARE = 10
+_MAX_SHARE = 256
+
+# Bytes of requests that have not arrived in full, or wait for their turn: of such an address, and
+# of all. The longest request has 80 KiB.
+_MAX_HELD = 2 * 1024 * 1024
+_MAX_HELD_BY_ALL = 64 * 1024 * 1024
+
+# An IPv6 /48, which one site may have, counts as so many addresses (RFC 6177).
+_SITE = 2
+
+# Bytes of requests that are read for one address in one turn of the event loop. Trusted proxies
+# have so much together, since many callers are behind them.
+_PER_TURN = 8 * 1024
+_PER_TURN_OF_PROXIES = 128 * 1024
+
+# A request costs time besides its bytes, as much as so many: a new connection does, too.
+MIN_COST = 1024
 
 # Takes the caller's address, None if it is unknown, and the code of the refusal.
 LogRefusal = Callable[[Address | None, ErrorCode], object]
 
 
-class Connection(Protocol):
-    """A connection that can be closed in favour of another."""
+class WorkQueue:
+    """What one address wants done: a bounded amount in each turn of the event loop, in order.
 
-    def make_way(self) -> None:
-        """Close the connection, and leave its groups."""
+    Args:
+        per_turn: The amount.
+    """
+
+    def __init__(self, per_turn: int) -> None:
+        self._per_turn = per_turn
+        self._left = per_turn
+        self._turn = 0.0
+        self._deferred: deque[Callable[[], object]] = deque()
+        self._is_scheduled = False
+
+    def may_start(
+        self, cost: int, loop: asyncio.AbstractEventLoop, resume: Callable[[], object]
+    ) -> bool:
+        """Return whether there is time for some work in this turn.
+
+        Args:
+            cost: How much work it is.
+            loop: The event loop.
+            resume: If there is none, it is called in a later turn, to ask again.
+        """
+        now = loop.time()  # uvloop's clock stands still within a turn
+        if now != self._turn and not self._deferred:
+            self._turn = now
+            self._left = self._per_turn
+        if self._left > 0:
+            self._left -= cost
+            return True
+        self._deferred.append(resume)
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            loop.call_soon(self._begin_turn, loop)
+        return False
+
+    def _begin_turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._left = self._per_turn
+        while self._deferred and self._left > 0:
+            self._deferred.popleft()()
+        self._is_scheduled = bool(self._deferred)
+        if self._is_scheduled:
+            loop.call_soon(self._begin_turn, loop)
 
 
 class ConnectionGroup:
-    """Connections with a common limit.
+    """Connections with common limits.
 
     Args:
         limit: How many there may be.
+        max_held: Bytes that they may hold of requests that are not complete or not begun.
+        work: What they want done, if it is bounded for this group.
         when_empty: Called when the last one has left.
 
     Attributes:
-        waiting: Those that wait for their client, the longest first: for a request or the rest of
-            one, or for the client to read its answer.
+        waiting: Those that wait for their client, the longest first, and since when: for a request
+            or the rest of one, or for the client to read its answer.
+        size: How many there are.
+        held: Bytes that they hold.
     """
 
-    def __init__(self, limit: int, when_empty: Callable[[], object] = lambda: None) -> None:
-        self.waiting: dict[Connection, None] = {}
-        self._limit = limit
-        self._size = 0
+    def __init__(
+        self,
+        limit: int,
+        max_held: int,
+        work: WorkQueue,
+        when_empty: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.waiting: dict[Place, float] = {}
+        self.size = 0
+        self.held = 0
+        self.limit = limit
+        self.work = work
+        self._max_held = max_held
         self._when_empty = when_empty
 
-    def add(self) -> None:
-        """Count a new connection."""
-        self._size += 1
-
     def make_room(self) -> bool:
-        """Return whether the limit is kept, if need be by closing a connection that waits."""
-        if self._size > self._limit and self.waiting:
+        """Return whether the limits are kept, if need be by closing connections that wait."""
+        while self.waiting and not self._is_within_limits():
             next(iter(self.waiting)).make_way()
-        return self._size <= self._limit
+        return self._is_within_limits()
 
-    def remove(self, connection: Connection) -> None:
-        """Forget a connection."""
-        self.waiting.pop(connection, None)
-        self._size -= 1
-        if not self._size:
+    def make_room_of_idle(self, before: float) -> bool:
+        """Return whether one more may come, if need be in place of one that waits since then."""
+        if self.size >= self.limit and self.waiting:
+            place, since = next(iter(self.waiting.items()))
+            if since < before:
+                place.make_way()
+        return self.size < self.limit
+
+    def remove(self) -> None:
+        """Forget one that has left."""
+        self.size -= 1
+        if not self.size:
             self._when_empty()
+
+    def _is_within_limits(self) -> bool:
+        return self.size <= self.limit and self.held <= self._max_held
+
+
+class Place:
+    """What one connection takes up. A new one waits for its client.
+
+    Args:
+        address: Of its client, if that has one.
+        groups: Those that it belongs to.
+        close: Closes the connection, and returns whether its client loses a request by that.
+        limits: Told when it makes way.
+        now: The event loop's time.
+
+    Attributes:
+        address: The same.
+        close: The same; whoever takes the connection over replaces it.
+        work: What its address wants done.
+        is_taken: Whether it has been neither refused nor given up.
+        held: Bytes that the connection holds.
+    """
+
+    def __init__(
+        self,
+        address: Address | None,
+        groups: Sequence[ConnectionGroup],
+        close: Callable[[], bool],
+        limits: "ConnectionLimits",
+        now: float,
+    ) -> None:
+        self.address = address
+        self.close = close
+        self.work = groups[-1].work
+        self.is_taken = True
+        self._groups = groups
+        self._limits = limits
+        self.held = 0
+        for group in groups:
+            group.size += 1
+        self.is_taken = all(group.make_room() for group in groups)
+        if self.is_taken:
+            self.wait(now)
+
+    def wait(self, now: float) -> None:
+        """Note that the connection waits for its client from now on, unless it does already."""
+        for group in self._groups:
+            group.waiting.setdefault(self, now)
+
+    def stop_waiting(self) -> None:
+        """Note that it does not."""
+        for group in self._groups:
+            group.waiting.pop(self, None)
+
+    def hold(self, size: int) -> bool:
+        """Note how many bytes it holds; return whether that is within the limits."""
+        growth, self.held = size - self.held, size
+        for group in self._groups:
+            group.held += growth
+        return growth <= 0 or all(group.make_room() for group in self._groups)
+
+    def make_way(self) -> None:
+        """Close the connection in favour of another."""
+        self.leave()
+        self._limits.metrics.count("connections_closed", "made_way")
+        if self.close():
+            self._limits.log_refusal(self.address, ErrorCode.OVERLOADED)
+
+    def leave(self) -> None:
+        """Give the place up."""
+        self.is_taken = False
+        self.stop_waiting()
+        self.hold(0)
+        for group in self._groups:
+            group.remove()
+        self._groups = ()
 
 
 class ConnectionLimits:
@@ -67,9 +216,9 @@ class ConnectionLimits:
     Args:
         max_connections: Open connections, in one process.
         deadline: Seconds for a request to arrive, and for a client that does not read its answer.
-        trusted_proxies: Addresses without a limit of their own. All others have one: a tenth of the
-            connections, for an IPv4 address or an IPv6 /64.
-        metrics: Where refusals and missed deadlines are counted; None if nowhere.
+        trusted_proxies: Addresses without a limit of their own. All others have one: an IPv4
+            address or an IPv6 /64 a tenth of the connections and 256, an IPv6 /48 twice that.
+        metrics: Where closed connections and missed deadlines are counted; None if nowhere.
         log_refusal: Logs what the application does not get to see: who was refused, and why.
 
     Attributes:
@@ -89,21 +238,47 @@ class ConnectionLimits:
         self.is_stopping = False
         self.log_refusal = log_refusal
         self._trusted_proxies = trusted_proxies
-        self._all = ConnectionGroup(max_connections)
-        self._max_per_subscriber = max(1, max_connections // _SHARE)
-        self._by_subscriber: dict[str, ConnectionGroup] = {}
+        self._all = ConnectionGroup(
+            max_connections, _MAX_HELD_BY_ALL, WorkQueue(_PER_TURN_OF_PROXIES)
+        )
+        self._share = max(1, min(max_connections // _SHARE, _MAX_SHARE))
+        self._groups: dict[str, ConnectionGroup] = {}
 
-    def groups_of(self, address: Address | None) -> list[ConnectionGroup]:
-        """Return the groups of connections that one from this address belongs to.
+    def admit(self, address: Address | None, now: float, close: Callable[[], bool]) -> Place | None:
+        """Return the place of a new connection, or None if it shall be closed at once.
+
+        An address that has all of its share gets no more, unless one of its connections is idle,
+        which makes way. When all connections are too many, the one that has waited for its client
+        for the longest makes way.
 
         Args:
             address: Of its other end, if that has one.
+            now: The event loop's time.
+            close: Closes the connection, and returns whether its client loses a request by that.
         """
         if address is None or lies_in(address, self._trusted_proxies):
-            return [self._all]
-        key = subscriber(address)
-        if key not in self._by_subscriber:
-            self._by_subscriber[key] = ConnectionGroup(
-                self._max_per_subscriber, when_empty=lambda: self._by_subscriber.pop(key)
+            return Place(address, (self._all,), close, self, now)
+        shares = [(subscriber(address), 1)]
+        if network := site(address):
+            shares.append((network, _SITE))
+        # One that waits for longer than this owes nothing: it is kept for the next request.
+        idle_since = now - self.deadline
+        for key, _ in shares:
+            group = self._groups.get(key)
+            if group and not group.make_room_of_idle(idle_since):
+                self.metrics.count("connections_closed", "over_share")
+                self.log_refusal(address, ErrorCode.OVERLOADED)
+                return None
+        groups = (self._all, *(self._group(*share) for share in shares))
+        return Place(address, groups, close, self, now)
+
+    def _group(self, key: str, shares: int) -> ConnectionGroup:
+        group = self._groups.get(key)
+        if group is None:
+            group = self._groups[key] = ConnectionGroup(
+                shares * self._share,
+                shares * _MAX_HELD,
+                WorkQueue(shares * _PER_TURN),
+                when_empty=lambda: self._groups.pop(key, None),
             )
-        return [self._by_subscriber[key], self._all]
+        return group

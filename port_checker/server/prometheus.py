@@ -1,5 +1,6 @@
 """The metrics as Prometheus reads them: over HTTP, on an address of their own."""
 
+import contextlib
 import functools
 import logging
 import os
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication
 
 _PREFIX: Final = "port_checker_"
+
+# Connections, and so threads, at once: scrapers are one or two.
+_MAX_CONNECTIONS = 8
+
 _CPU_SECONDS: Final = "process_cpu_seconds"
 _START_TIME: Final = "process_start_time_seconds"
 
@@ -55,14 +60,17 @@ def expose(totals: Totals, address: str, port: int) -> None:
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = 60  # seconds for which a thread waits for somebody who sends or reads nothing
+    timeout = 10  # seconds for which a thread waits for somebody who sends or reads nothing
 
     def log_message(self, *_: object) -> None:
         """Log no scrape."""
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """What prometheus_client's own server does, without tracebacks on stderr and without DNS."""
+    """What prometheus_client's own server does, without tracebacks on stderr, and without DNS.
+
+    It has few threads: the connection that has been there for the longest makes way for another.
+    """
 
     daemon_threads = True
 
@@ -70,6 +78,8 @@ class _Server(ThreadingMixIn, WSGIServer):
         self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
         super().__init__((address, port), _Handler)
         self.set_app(functools.partial(_answer, make_wsgi_app(registry)))
+        self._connections: dict[socket.socket, None] = {}
+        self._has_room = threading.Semaphore(_MAX_CONNECTIONS)
 
     def server_bind(self) -> None:
         """Bind. HTTPServer would ask DNS for the name of the address, too."""
@@ -77,6 +87,30 @@ class _Server(ThreadingMixIn, WSGIServer):
         host, self.server_port = self.server_address[:2]
         self.server_name = str(host)
         self.setup_environ()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread, once there is room for one."""
+        if not self._has_room.acquire(blocking=False):
+            with contextlib.suppress(OSError, StopIteration):  # it is about to end by itself
+                next(iter(self._connections.copy())).shutdown(socket.SHUT_RDWR)
+            self._has_room.acquire()
+        self._connections[request] = None
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no more threads
+            self._forget(request)
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer, and leave room for the next one."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._forget(request)
+
+    def _forget(self, request: socket.socket) -> None:
+        del self._connections[request]
+        self._has_room.release()
 
     def handle_error(self, *_: object) -> None:
         """Log a bug. A connection that was reset is none."""

@@ -12,6 +12,7 @@ import socket
 import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -28,6 +29,7 @@ from port_checker.linux import (
 from port_checker.metrics import Metrics, StatusLine, Totals
 from port_checker.server import systemd
 from port_checker.server.connections import ConnectionLimits, LogRefusal
+from port_checker.server.listener import Listener
 from port_checker.server.logs import dropped_lines, log_uncaught, set_up_logging
 from port_checker.server.protocol import BoundedProtocol
 from port_checker.server.signals import stop_on_signals
@@ -202,8 +204,8 @@ class Service:
             heartbeat.beat()
 
         make_app = functools.partial(self._make_app, self._settings, metrics)
-        config = server_config(self._settings, make_app, limits)
-        server = Server(config, beat, heartbeat.stop, listeners_stay=listeners_stay)
+        config = server_config(self._settings, make_app)
+        server = Server(config, limits, beat, heartbeat.stop, listeners_stay=listeners_stay)
         metrics.watch("connections", lambda: len(server.server_state.connections))
         metrics.watch("connections_limit", lambda: most)
         metrics.watch("event_loop_lag_seconds", lambda: server.lag)
@@ -212,10 +214,11 @@ class Service:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which gives signs of life.
+    """uvicorn's server, with listeners of our own, and signs of life.
 
     Args:
         config: uvicorn's configuration.
+        limits: Of the connections.
         on_beat: Called when the server is ready, and every second from then on, by the event loop.
         on_stop: Called when it begins to stop.
         listeners_stay: Whether the listening sockets stay open elsewhere, for the next process:
@@ -228,12 +231,14 @@ class Server(uvicorn.Server):
     def __init__(
         self,
         config: Config,
+        limits: ConnectionLimits,
         on_beat: Callable[[], None] = lambda: None,
         on_stop: Callable[[], None] = lambda: None,
         *,
         listeners_stay: bool = False,
     ) -> None:
         super().__init__(config)
+        self._limits = limits
         self._listeners_stay = listeners_stay
         self.lag = 0.0
         self._on_beat = on_beat
@@ -251,8 +256,20 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to serve."""
-        await super().startup(sockets)
+        await super().startup([])
         loop = asyncio.get_running_loop()
+        make_connection = functools.partial(
+            BoundedProtocol,
+            self._limits,
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+            _loop=loop,
+        )
+        listeners = [
+            Listener(listening, self._limits, make_connection, loop) for listening in sockets or []
+        ]
+        self.servers = cast(list[asyncio.Server], listeners)  # uvicorn only closes them
         self._keep_beating(loop, loop.time())
 
     def _keep_beating(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
@@ -279,21 +296,17 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def server_config(
-    settings: Settings, make_app: Callable[[], ASGIApp], limits: ConnectionLimits
-) -> Config:
+def server_config(settings: Settings, make_app: Callable[[], ASGIApp]) -> Config:
     """Return uvicorn's configuration.
 
     Args:
         settings: The operator's settings.
         make_app: Called once.
-        limits: Of the connections.
     """
     return Config(
         make_app,
         factory=True,
-        # uvicorn calls it as it would call the class.
-        http=functools.partial(BoundedProtocol, limits),  # type: ignore[arg-type]
+        http=BoundedProtocol,
         loop="uvloop",
         ws="none",
         lifespan="on",

@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import socket
+import struct
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 import pytest
@@ -13,8 +15,10 @@ from port_checker.checker import Checker
 from port_checker.connect import Verdict
 from port_checker.server.connections import ConnectionLimits
 from port_checker.settings import Settings
-from tests.support.http import HEALTH, check_of
+from tests.support.http import HEALTH, check_of, connected
 from tests.support.manual import Client, ManualLoop
+from tests.support.service import serve
+from tests.support.waiting import wait_until
 
 
 class EndlessChecker(Checker):
@@ -57,6 +61,25 @@ def test_a_check_is_cancelled_when_its_caller_disconnects(
     client.leave()
     assert (checker.running, checker.cancelled) == (0, 1)
     assert not [record for record in caplog.records if record.exc_info]
+
+
+@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize("size", [20_000, 300_000, 5_000_000])
+def test_a_caller_that_leaves_is_noticed_whatever_it_has_sent_behind_its_request(
+    size: int, resets: bool
+) -> None:
+    checker = EndlessChecker()
+    with serve(create_app(Settings(), checker=checker)) as client:
+        with connected(client) as sock:
+            sock.sendall(check_of(80))
+            wait_until(lambda: checker.running, "the check")
+            sock.setblocking(False)
+            with suppress(BlockingIOError):  # what neither end has room for stays unsent
+                sent = sock.send(HEALTH * (size // len(HEALTH)))
+                assert sent > 16 * 1024
+            if resets:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        wait_until(lambda: checker.cancelled, "the end of the check")
 
 
 @pytest.mark.parametrize("caller_leaves", [False, True])

@@ -318,7 +318,9 @@ def requests_of(port: int) -> list[bytes]:
         get(b"/health"),
         get(b"/ip", b"X-Forwarded-For: 203.0.113.7, 127.0.0.1"),
         get(b"/nothing?a=%00&b"),
-        get(b"/health", b"Content-Length: 3") + b"abc",
+        get(b"/health", b"Expect: 100-continue", b"X-Long: " + b"a" * 10_000),
+        get(b"http://localhost/health"),
+        get(b"*", method=b"OPTIONS"),
         get(b"/check-ports"),
         get(b"/health", method=b"DELETE"),
         get(b"/openapi.json", method=b"HEAD"),
@@ -402,6 +404,13 @@ HEADER_LINES = [
     b"Transfer-Encoding: chunked\r\n\r\nffffffffffffffffff\r\n",
     b"Transfer-Encoding: chunked\r\n\r\n-1\r\n",
     b"Expect: 100-continue",
+    b"Content-Length: 3\r\n\r\nabc",
+    b"Host: a b",
+    b"Transfer-Encoding: gzip, chunked",
+    b"Transfer-Encoding: chunked\r\n\r\n" + b"1;a=b\r\n{\r\n" * 500,
+    b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"X: y\r\n" * 1000,
+    b"Accept-Encoding: " + b"a," * 4000,
+    b"\r\n".join([b"X: y"] * 120),
     b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13",
     b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings",
     b" folded",
@@ -431,7 +440,20 @@ def test_garbage_is_answered_with_an_error_or_closed(
             st.builds(
                 lambda target, version: b"GET %b %b\r\nHost: x\r\n\r\n" % (target, version),
                 st.binary(max_size=20)
-                | st.sampled_from([b"*", b"//", b"http://[", b"/%", b"/\xff"]),
+                | st.sampled_from(
+                    [
+                        b"*",
+                        b"//",
+                        b"http://[",
+                        b"/%",
+                        b"/\xff",
+                        b"http://x",
+                        b"http://x?",
+                        b"HTTP://a@x/",
+                        b"x:80",
+                        b"/" + b"%c3%a9" * 400,
+                    ]
+                ),
                 st.sampled_from(
                     [b"HTTP/1.1", b"HTTP/1.0", b"HTTP/2.0", b"HTTP/0.9", b"HTTP/9", b""]
                 ),

@@ -9,6 +9,7 @@ from typing import Any, TypeVarTuple
 from uvicorn import Config
 from uvicorn.server import ServerState
 
+from port_checker.addresses import parse_host
 from port_checker.server.connections import ConnectionLimits
 from port_checker.server.protocol import BoundedProtocol
 
@@ -67,8 +68,11 @@ class Client(asyncio.Transport):
     Attributes:
         received: What it has read so far.
         reads: Whether it reads what it is sent.
+        keeps_open: Whether it closes the connection no sooner than the server.
+        has_eof: Whether the server has said that it sends no more.
         is_closed: Whether the server has let go of the connection.
         is_aborted: Whether that was without waiting for the client to read the rest.
+        is_admitted: Whether the server has accepted the connection.
     """
 
     def __init__(
@@ -78,11 +82,13 @@ class Client(asyncio.Transport):
         app: Any,
         *,
         state: ServerState | None = None,
-        address: str = "127.0.0.1",
+        address: str | None = "127.0.0.1",
     ) -> None:
         super().__init__()
         self.received = b""
         self.reads = True
+        self.keeps_open = False
+        self.has_eof = False
         self.is_closed = self.is_aborted = False
         self._loop = loop
         self._address = address
@@ -100,10 +106,20 @@ class Client(asyncio.Transport):
             log_config=None,
             proxy_headers=False,
         )
-        self.protocol = BoundedProtocol(
-            limits, config=config, server_state=state or ServerState(), app_state={}, _loop=loop
-        )
-        self.protocol.connection_made(self)
+        place = limits.admit(parse_host(address) if address else None, loop.time(), lambda: True)
+        self.is_admitted = place is not None
+        if place:
+            self.protocol = BoundedProtocol(
+                limits,
+                place,
+                config=config,
+                server_state=state or ServerState(),
+                app_state={},
+                _loop=loop,
+            )
+            self.protocol.connection_made(self)
+        else:
+            self.is_closed = self._is_closing = True
 
     # What the client does
 
@@ -111,7 +127,8 @@ class Client(asyncio.Transport):
         """Send a segment; let the event loop go round so many times after it."""
         self._unsent += data
         self._deliver()
-        self._loop.settle(turns)
+        if turns:
+            self._loop.settle(turns)
 
     def read(self) -> None:
         """Read everything, from now on."""
@@ -170,6 +187,10 @@ class Client(asyncio.Transport):
         self._server_reads = True
         self._loop.call_soon(self._deliver)
 
+    def write_eof(self) -> None:
+        self.has_eof = True
+        self._loop.call_soon(self._read_eof)
+
     def close(self) -> None:
         self._is_closing = True
         self._lose_if_done()
@@ -185,6 +206,12 @@ class Client(asyncio.Transport):
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         return {"peername": (self._address, 1), "sockname": ("127.0.0.1", 2)}.get(name, default)
+
+    def _read_eof(self) -> None:
+        """Close the connection, as a client does that has read its last answer."""
+        if not (self.keeps_open or self._is_closing):
+            self.protocol.eof_received()
+            self.close()
 
     def _deliver(self) -> None:
         if self._server_reads and self._unsent and not self._is_closing:

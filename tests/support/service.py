@@ -14,18 +14,25 @@ from typing import Any
 
 import httpx
 from fastapi import FastAPI
-from uvicorn import Server
 
 from port_checker.api.app import create_app
 from port_checker.api.records import RefusalLog
 from port_checker.server.connections import ConnectionLimits
-from port_checker.server.run import listen, server_config
+from port_checker.server.run import Server, listen, server_config
 from port_checker.settings import Settings
 from tests.support.http import client_of
 from tests.support.loopback import free_port
 from tests.support.processes import end_with_parent
 from tests.support.seccomp import refuse
 from tests.support.waiting import wait_until
+
+
+class ThreadServer(Server):
+    """A server in a thread, which may not handle signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
 
 @contextlib.contextmanager
@@ -52,7 +59,7 @@ def serve(
         limits = limits or ConnectionLimits(
             1000, trusted_proxies=settings.trusted_proxies, log_refusal=RefusalLog().add
         )
-        server = Server(server_config(settings, make_app, limits))
+        server = ThreadServer(server_config(settings, make_app), limits)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
