@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Final, Self
 
 from port_checker.addresses import Address
-from port_checker.connect import TIMED_OUT, OpenConnectionPacer, Verdict, attempt
+from port_checker.connect import TIMED_OUT, OnVerdict, OpenConnectionPacer, Verdict, attempt
 from port_checker.errors import ErrorCode, ServiceError
 from port_checker.tls import TlsClient, TlsVerdict
 
@@ -226,7 +226,11 @@ class Checker:
         return Reservation(self._in_flight, holders, ports)
 
     async def check(
-        self, target: Address, ports: Sequence[int], room: Reservation
+        self,
+        target: Address,
+        ports: Sequence[int],
+        room: Reservation,
+        on_final: OnVerdict | None = None,
     ) -> dict[int, Verdict]:
         """Find out which of ``ports`` accept connections.
 
@@ -238,6 +242,8 @@ class Checker:
             target: The address that the ports are on.
             ports: TCP ports, each at most once.
             room: The room for them. Ports that succeed give theirs back before the check ends.
+            on_final: Called once for each port, as soon as nothing can change its verdict but that
+                the check fails; it must not raise.
 
         Returns:
             A verdict for each port, in the order of ``ports``. If all attempts of a port failed,
@@ -248,10 +254,17 @@ class Checker:
         """
         verdicts: dict[int, Verdict] = {}
         failed = list(ports)
+
+        def on_verdict(port: int, verdict: Verdict) -> None:
+            if on_final and (verdict.accessible or round_ == self._retries - 1):
+                on_final(port, verdicts.get(port, verdict) if verdict is TIMED_OUT else verdict)
+
         for round_ in range(self._retries):
             if round_:
                 await self._sleep(self._retry_delay)
-            latest = await attempt(target, failed, self._timeout, self._pacer)
+            latest = await attempt(
+                target, failed, self._timeout, self._pacer, on_verdict if on_final else None
+            )
             for port, verdict in latest.items():
                 # Routers answer some attempts and are silent at others, as they limit ICMP.
                 if verdict is not TIMED_OUT or port not in verdicts:

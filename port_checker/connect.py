@@ -11,7 +11,7 @@ import os
 import select
 import socket
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -191,8 +191,16 @@ class OpenConnectionPacer:
             loop.call_soon(self._begin_turn, loop)
 
 
+# Takes a port and what was found out about it.
+OnVerdict = Callable[[int, Verdict], object]
+
+
 async def attempt(
-    target: Address, ports: Sequence[int], timeout: float, pacer: OpenConnectionPacer
+    target: Address,
+    ports: Sequence[int],
+    timeout: float,
+    pacer: OpenConnectionPacer,
+    on_verdict: OnVerdict | None = None,
 ) -> dict[int, Verdict]:
     """Try each of ``ports`` once, all at the same time.
 
@@ -204,6 +212,7 @@ async def attempt(
         ports: TCP ports, each at most once.
         timeout: Seconds that an attempt may last.
         pacer: Shared by all rounds of the event loop.
+        on_verdict: Called with each verdict as soon as there is one; it must not raise.
 
     Returns:
         A verdict for each port, in no particular order.
@@ -213,7 +222,7 @@ async def attempt(
             not connect to some of the ports, and names them all.
     """
     with own_failures("could not connect"):
-        round_ = _Round(target)
+        round_ = _Round(target, on_verdict)
         try:
             await round_.run(ports, timeout, pacer)
         finally:
@@ -278,10 +287,17 @@ class _Round:
     and closing the round cannot forget a callback. A closed socket leaves its epoll by itself.
     """
 
-    def __init__(self, target: Address, *, keep_connected: bool = False) -> None:
+    def __init__(
+        self,
+        target: Address,
+        on_verdict: OnVerdict | None = None,
+        *,
+        keep_connected: bool = False,
+    ) -> None:
         self.verdicts: dict[int, Verdict] = {}
         self.forbidden: dict[int, str] = {}  # why this machine cannot connect, by port
         self.connected: dict[int, socket.SocketType] = {}  # by port; empty unless they are kept
+        self._on_verdict = on_verdict
         self._keep_connected = keep_connected
         self._target = target
         self._is_here: bool | None = None  # whether the target is this machine, once it is known
@@ -339,6 +355,8 @@ class _Round:
                 if not verdict:
                     continue
                 self.verdicts[port] = verdict
+                if self._on_verdict:
+                    self._on_verdict(port, verdict)
             del self._waiting[descriptor]
             if self.verdicts.get(port) is not OPEN:
                 sock.close()
@@ -380,7 +398,9 @@ class _Round:
         for _ in range(count):
             _, (sock, port) = self._waiting.popitem()
             try:
-                self.verdicts[port] = self._verdict_at_timeout(sock)
+                verdict = self.verdicts[port] = self._verdict_at_timeout(sock)
+                if self._on_verdict:
+                    self._on_verdict(port, verdict)
             except _Forbidden as reason:
                 self.forbidden[port] = str(reason)
             finally:

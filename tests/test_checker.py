@@ -82,6 +82,27 @@ def test_an_open_port_is_tried_once() -> None:
             listener.accept()
 
 
+def test_each_verdict_is_told_once_when_it_is_final() -> None:
+    told: list[tuple[int, Verdict]] = []
+    events: list[object] = []
+
+    async def sleep(_: float) -> None:
+        events.append([*told])
+
+    async def check_and_tell(asked: list[int]) -> dict[int, Verdict]:
+        checker = make_checker(retries=2, timeout=0.1, sleep=sleep)
+        with checker.reserve(len(asked)) as room:
+            return await checker.check(
+                LOOPBACK, asked, room, lambda port, verdict: told.append((port, verdict))
+            )
+
+    with open_port() as opened, refused_port() as refused, silent_port() as silent:
+        verdicts = asyncio.run(check_and_tell([silent, refused, opened]))
+    assert events == [[(opened, OPEN)]]  # the others may change until their last attempt ends
+    assert told == [(opened, OPEN), (refused, REFUSED), (silent, TIMED_OUT)]
+    assert verdicts == dict(told)
+
+
 def test_a_check_without_room_is_refused_at_once() -> None:
     with ports(3, silent_port) as silent:
 
