@@ -43,7 +43,7 @@ _IP_SCHEMAS: Final[list[JsonDict]] = [
     {"type": "string", "format": "ipv6"},
 ]
 _IP_SCHEMA: Final[JsonDict] = {"anyOf": [*_IP_SCHEMAS]}
-_PORT_SCHEMA: Final[JsonDict] = {"type": "integer", "minimum": 1, "maximum": MAX_PORT}
+PORT_SCHEMA: Final[JsonDict] = {"type": "integer", "minimum": 1, "maximum": MAX_PORT}
 
 # RFC 1123 section 2.1. The last label begins with a letter, so that no name looks like an address.
 _DNS_NAME: Final = (
@@ -122,6 +122,24 @@ def _validate_ports(value: object, info: ValidationInfo) -> list[int]:
     return list(dict.fromkeys(value))
 
 
+def parse_port(text: str) -> int:
+    """Read a port in a URL.
+
+    Raises:
+        InvalidRequest: It is none.
+    """
+    if not re.fullmatch("[0-9]+", text):
+        raise InvalidRequest(
+            ErrorCode.INVALID_PORT, f"Port {_shown(text)} is not an integer (1-65535)."
+        )
+    port = text.lstrip("0")
+    if not port or len(port) > len(str(MAX_PORT)) or int(port) > MAX_PORT:
+        raise InvalidRequest(
+            ErrorCode.INVALID_PORT, f"Port {_shown(text)} is out of range (1-65535)."
+        )
+    return int(port)
+
+
 def _parse(model: type[_RequestT], body: bytes, context: Mapping[str, int]) -> _RequestT:
     try:
         document = from_json(body.removeprefix(BOM_UTF8), allow_inf_nan=False)
@@ -159,7 +177,7 @@ class CheckPortsRequest(BaseModel):
         WithJsonSchema(
             {
                 "type": "array",
-                "items": _PORT_SCHEMA,
+                "items": PORT_SCHEMA,
                 "minItems": 1,
             }
         ),
@@ -317,7 +335,7 @@ class CheckTlsRequest(BaseModel):
     port: Annotated[
         int,
         PlainValidator(_validate_port),
-        WithJsonSchema(_PORT_SCHEMA),
+        WithJsonSchema(PORT_SCHEMA),
         Field(description="The TCP port."),
     ]
 

@@ -77,10 +77,10 @@ def create_app(
     metrics.watch("ports_in_flight", lambda: checker.in_flight)
     metrics.watch("ports_in_flight_limit", lambda: settings.max_in_flight)
     metrics.watch("rate_limit_store_up", lambda: limits.store_is_available)
-    Api(settings, callers, limits, checker, metrics).add_routes(app)
+    answer = answer_errors(app, callers, metrics)
+    Api(settings, callers, limits, checker, metrics, answer).add_routes(app)
     extend_openapi(app, settings)
     add_pages(app, settings)
-    answer = answer_errors(app, callers, metrics)
     if settings.allowed_hosts:
         app.add_middleware(AllowedHosts, allowed=settings.allowed_hosts, refuse=answer)
     return app

@@ -5,7 +5,7 @@ from http import HTTPStatus
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exception_handlers import http_exception_handler
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
@@ -17,6 +17,9 @@ from port_checker.metrics import Metrics
 
 # Nothing that is answered may be kept by a proxy's cache and given to somebody else.
 NO_STORE = {"Cache-Control": "no-store"}
+
+# Of answers in text, which others get in JSON, and no browser shall take for anything else.
+TEXT_HEADERS = {**NO_STORE, "Vary": "Accept", "X-Content-Type-Options": "nosniff"}
 
 STATUS = {
     ErrorCode.INVALID_IP: HTTPStatus.UNPROCESSABLE_ENTITY,
@@ -53,46 +56,54 @@ def answer_errors(
     """
     refusals = RefusalLog()
 
-    def respond(error: ServiceError, **headers: str) -> JSONResponse:
+    def respond(request: Request, error: ServiceError, **headers: str) -> Response:
         metrics.count("errors", error.code)
         detail: dict[str, object] = {"code": error.code, "message": error.message}
         if error.ports:
             detail["ports"] = error.ports
         if error.retry_after:
             headers["Retry-After"] = str(error.retry_after)
-        return JSONResponse(
-            {"detail": detail}, status_code=STATUS[error.code], headers={**NO_STORE, **headers}
-        )
+        status = STATUS[error.code]
+        if getattr(request.state, "errors_in_text", False):
+            return PlainTextResponse(f"{error.message}\n", status, {**TEXT_HEADERS, **headers})
+        return JSONResponse({"detail": detail}, status, {**NO_STORE, **headers})
 
     async def answer(request: Request, error: Exception) -> Response:
         assert isinstance(error, ServiceError)  # noqa: S101  # so are the following
         if error.code is not ErrorCode.CHECK_FAILED:  # which has a log line of its own
             refusals.add(callers.resolve(request), error.code)
-        return respond(error)
+        return respond(request, error)
 
-    async def answer_incomplete_body(_: Request, __: Exception) -> Response:
-        return respond(ApiError(ErrorCode.INVALID_REQUEST, "The body is incomplete."))
+    async def answer_incomplete_body(request: Request, _: Exception) -> Response:
+        return respond(request, ApiError(ErrorCode.INVALID_REQUEST, "The body is incomplete."))
 
     async def answer_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101
         if not _tells_that_no_route_fits(error):
             return await http_exception_handler(request, error)
         if error.status_code == HTTPStatus.NOT_FOUND:
-            return respond(ApiError(ErrorCode.NOT_FOUND, "Not found. See /docs."))
+            return respond(request, ApiError(ErrorCode.NOT_FOUND, "Not found. See /docs."))
         return respond(
+            request,
             ApiError(ErrorCode.METHOD_NOT_ALLOWED, "Method not allowed. See /docs."),
             Allow=", ".join(_allowed_methods(request, error)),
         )
 
-    async def answer_bug(_: Request, __: Exception) -> Response:
+    async def answer_bug(request: Request, _: Exception) -> Response:
         bug = ApiError(ErrorCode.INTERNAL_ERROR, "Internal error; it has been logged.")
-        return respond(bug, Connection="close")  # uvicorn closes it after logging the traceback
+        # uvicorn closes the connection after logging the traceback.
+        return respond(request, bug, Connection="close")
 
     app.add_exception_handler(ServiceError, answer)
     app.add_exception_handler(ClientDisconnect, answer_incomplete_body)
     app.add_exception_handler(HTTPException, answer_http_exception)
     app.add_exception_handler(Exception, answer_bug)
     return answer
+
+
+def answer_errors_in_text(request: Request) -> None:
+    """Have each error of this request answered with its sentence alone."""
+    request.state.errors_in_text = True
 
 
 def _tells_that_no_route_fits(error: HTTPException) -> bool:

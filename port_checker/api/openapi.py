@@ -11,8 +11,41 @@ from fastapi import Depends, FastAPI
 from pydantic import BaseModel
 
 from port_checker.api.errors import STATUS
-from port_checker.schemas import CHECK_EXAMPLE, TLS_CHECK_EXAMPLE, ErrorCode, ErrorResponse
+from port_checker.schemas import (
+    CHECK_EXAMPLE,
+    PORT_SCHEMA,
+    TLS_CHECK_EXAMPLE,
+    CheckPortsResponse,
+    ErrorCode,
+    ErrorResponse,
+)
 from port_checker.settings import Settings
+
+# What /check-ports answers to those who accept it.
+DOCUMENTED_PROGRESS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {
+            "application/x-ndjson": {
+                "schema": {
+                    "type": "string",
+                    "description": "A line for each port as soon as its verdict is final, with "
+                    "`port`, `accessible` and `error`; the last line is what others get, or an "
+                    "error.",
+                }
+            }
+        }
+    }
+}
+
+PORT_PARAMETER = {"name": "port", "in": "path", "required": True, "schema": PORT_SCHEMA}
+
+# The errors of bodies.
+_OF_BODIES = {
+    ErrorCode.INVALID_IP,
+    ErrorCode.TOO_MANY_PORTS,
+    ErrorCode.INVALID_REQUEST,
+    ErrorCode.REQUEST_TOO_LARGE,
+}
 
 
 def documented_body(model: type[BaseModel]) -> Any:
@@ -48,6 +81,25 @@ def documented_errors(examples: Mapping[ErrorCode, str]) -> dict[int | str, dict
                 }
             }
     return answers
+
+
+def documented_answers_in_text(
+    examples: Mapping[ErrorCode, str],
+) -> dict[int | str, dict[str, Any]]:
+    """Return ``responses`` of a route that answers in text, or in JSON to those who accept it."""
+    messages = {code: message for code, message in examples.items() if code not in _OF_BODIES}
+    errors = documented_errors(messages)
+    for error in errors.values():
+        del error["model"]
+        error["content"]["application/json"]["schema"] = _reference(ErrorResponse)
+        # First, because it is what clients get that do not ask.
+        error["content"] = {"text/plain": {"schema": {"type": "string"}}, **error["content"]}
+    result = {"application/json": {"schema": _reference(CheckPortsResponse)}}
+    return {200: {"content": result}, **errors}
+
+
+def _reference(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
 
 
 def extend_openapi(app: FastAPI, settings: Settings) -> None:

@@ -1,23 +1,33 @@
 """The routes: each reads a request, passes it on, and builds the response."""
 
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any, cast
 
 from fastapi import FastAPI, Request, Response
+from fastapi.responses import PlainTextResponse
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
+from port_checker.addresses import Address
 from port_checker.api.admission import Admission
 from port_checker.api.caller import CallerResolver
-from port_checker.api.errors import NO_STORE, ApiError
+from port_checker.api.errors import NO_STORE, TEXT_HEADERS, ApiError, answer_errors_in_text
 from port_checker.api.limits import RateLimiter
-from port_checker.api.openapi import documented_body, documented_errors
+from port_checker.api.openapi import (
+    DOCUMENTED_PROGRESS,
+    PORT_PARAMETER,
+    documented_answers_in_text,
+    documented_body,
+    documented_errors,
+)
 from port_checker.api.origin import require_same_origin
+from port_checker.api.progress import NDJSON, Answer, ProgressResponse
 from port_checker.api.records import CheckRecord
-from port_checker.api.targets import TargetRules
+from port_checker.api.targets import TargetNotAllowed, TargetRules
 from port_checker.checker import Checker
+from port_checker.connect import OnVerdict
 from port_checker.metrics import Metrics
 from port_checker.schemas import (
     ERROR_EXAMPLES,
@@ -29,6 +39,7 @@ from port_checker.schemas import (
     CheckTlsResponse,
     ErrorCode,
     Health,
+    parse_port,
 )
 from port_checker.settings import Settings
 
@@ -46,6 +57,7 @@ class Api:
         limiter: The rate limits.
         checker: Connects to the ports.
         metrics: Where checks are counted.
+        answer: Returns the answer to an exception.
     """
 
     def __init__(
@@ -55,6 +67,7 @@ class Api:
         limiter: RateLimiter,
         checker: Checker,
         metrics: Metrics,
+        answer: Answer,
     ) -> None:
         self._settings = settings
         self._callers = callers
@@ -64,6 +77,7 @@ class Api:
             TargetRules(settings, is_relay=callers.is_relay), limiter, checker
         )
         self._metrics = metrics
+        self._answer = answer
 
     def add_routes(self, app: FastAPI) -> None:
         """Add the routes to ``app``."""
@@ -79,7 +93,7 @@ class Api:
             dependencies=[documented_body(CheckPortsRequest)],
             response_model=CheckPortsResponse,
             response_description="The result for each port",
-            responses=documented_errors(ERROR_EXAMPLES),
+            responses=documented_errors(ERROR_EXAMPLES) | DOCUMENTED_PROGRESS,
         )
         add(
             "/check-tls",
@@ -113,9 +127,22 @@ class Api:
             response_model=Health,
             response_description="The service is up",
         )
+        add(
+            "/port/{port}",
+            self.check_own_port,
+            methods=["GET"],
+            operation_id="check_own_port",
+            summary="Check a port of your own address",
+            tags=["checks"],
+            response_class=PlainTextResponse,
+            response_description='The port, and "reachable" or why it is not',
+            responses=documented_answers_in_text(ERROR_EXAMPLES),
+            openapi_extra={"parameters": [PORT_PARAMETER]},
+        )
         # As routes of their own, because the schema lists every method of a route.
         add("/health", self.health, methods=["HEAD"], include_in_schema=False)
         add("/ip", self.ip, methods=["HEAD"], include_in_schema=False)
+        add("/port/{port}", self.check_own_port, methods=["HEAD"], include_in_schema=False)
 
     async def check_ports(self, request: Request) -> Response:
         """Connect to all ports at once and report which of them accept connections.
@@ -128,18 +155,52 @@ class Api:
         # Before anything that costs more than this does.
         await self._limiter.pay_request(caller)
         asked = CheckPortsRequest.parse(await _read_body(request), self._settings.max_ports)
-        target, ports = asked.provider_ip, asked.ports
+        check = partial(self._check, request, caller, asked.provider_ip, asked.ports)
+        if _accepts(request, NDJSON):
+            return ProgressResponse(request, check, self._answer)
+        return _json_response((await check()).model_dump_json())
+
+    async def check_own_port(self, request: Request) -> Response:
+        """Connect to a port of the address that your request comes from.
+
+        The answer is a line of text for people: the port, and `reachable` or why it is not. So are
+        errors. Accept `application/json` for the answers of `POST /check-ports`.
+        """
+        wants_json = _accepts(request, "application/json")
+        if not wants_json:
+            answer_errors_in_text(request)
+        caller = self._callers.resolve(request)
+        require_same_origin(request, caller)
+        await self._limiter.pay_request(caller)
+        port = parse_port(request.path_params["port"])
+        if not caller:
+            raise TargetNotAllowed(
+                "This service cannot see your address. Send it to /check-ports instead."
+            )
+        answer = await self._check(request, caller, caller, [port])
+        if wants_json:
+            return _json_response(answer.model_dump_json(), {**NO_STORE, "Vary": "Accept"})
+        error = answer.results[str(port)].error
+        return PlainTextResponse(f"{port} {error or 'reachable'}\n", headers=TEXT_HEADERS)
+
+    async def _check(
+        self,
+        request: Request,
+        caller: Address | None,
+        target: Address,
+        ports: list[int],
+        on_final: OnVerdict | None = None,
+    ) -> CheckPortsResponse:
         with CheckRecord(caller, target, len(ports), self._metrics) as record:
             async with self._admission.admit(request, caller, target, len(ports)) as room:
-                verdicts = await self._checker.check(target, ports, room)
+                verdicts = await self._checker.check(target, ports, room, on_final)
             accessible = sum(verdict.accessible for verdict in verdicts.values())
             record.result = f"accessible={accessible}"
         self._metrics.count_ports(verdict.kind for verdict in verdicts.values())
-        answer = CheckPortsResponse.of(verdicts)
         if logger.isEnabledFor(logging.DEBUG):
             for port, verdict in verdicts.items():
-                logger.debug("%s port %d: %s", asked.provider_ip, port, verdict.error or "open")
-        return _json_response(answer.model_dump_json())
+                logger.debug("%s port %d: %s", target, port, verdict.error or "open")
+        return CheckPortsResponse.of(verdicts)
 
     async def check_tls(self, request: Request) -> Response:
         """Connect to a port, make a TLS handshake (1.2 or later), and verify the certificate.
@@ -172,8 +233,13 @@ class Api:
         return _json_response('{"status":"ok"}')
 
 
-def _json_response(body: str) -> Response:
-    return Response(body, media_type="application/json", headers=NO_STORE)
+def _accepts(request: Request, media_type: str) -> bool:
+    """Whether the caller asks for ``media_type`` by its name."""
+    return media_type in request.headers.get("accept", "").lower()
+
+
+def _json_response(body: str, headers: Mapping[str, str] = NO_STORE) -> Response:
+    return Response(body, media_type="application/json", headers=headers)
 
 
 class _PlainRoute(APIRoute):

@@ -25,7 +25,7 @@ from port_checker.api.app import create_app
 from port_checker.settings import Settings
 from tests.support.service import ask, serve
 
-OUR_PATHS = ["/check-ports", "/check-tls", "/ip", "/health"]
+OUR_PATHS = ["/check-ports", "/check-tls", "/ip", "/health", "/port/{port}"]
 
 
 class Item(BaseModel):
@@ -104,7 +104,7 @@ def test_middleware_sees_every_request(app: FastAPI) -> None:
         return response
 
     with serve(app) as client:
-        for path in [*OUR_PATHS, "/", "/docs", "/nothing"]:
+        for path in ["/check-ports", "/ip", "/health", "/port/0", "/", "/docs", "/nothing"]:
             assert client.get(path).headers["Marked"] == path
         assert ask(client, client.base_url.port or 0).json()["success"] is True
 

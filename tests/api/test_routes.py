@@ -505,7 +505,13 @@ def test_room_is_that_of_a_subscriber_and_its_network() -> None:
 
 def test_the_schema_documents_every_error(client: httpx.Client) -> None:
     schema = client.get("/openapi.json").json()
-    assert list(schema["paths"]) == ["/check-ports", "/check-tls", "/ip", "/health"]
+    assert list(schema["paths"]) == [
+        "/check-ports",
+        "/check-tls",
+        "/ip",
+        "/health",
+        "/port/{port}",
+    ]
     operation = schema["paths"]["/check-ports"]["post"]
     assert list(schema["paths"]["/health"]["get"]["responses"]) == ["200"]
     error = {"$ref": "#/components/schemas/ErrorResponse"}
