@@ -13,7 +13,7 @@ from port_checker.api.records import MAX_REMEMBERED, CheckRecord, RefusalLog
 from port_checker.api.targets import TargetNotAllowed
 from port_checker.checker import Checker, Overloaded
 from port_checker.connect import CheckFailed
-from port_checker.metrics import Metrics, Totals
+from port_checker.metrics import CheckOutcome, Metrics, Totals
 from port_checker.schemas import ErrorCode
 from port_checker.settings import Settings
 from tests.support.http import check_of, connected
@@ -69,15 +69,19 @@ def test_a_check_whose_caller_disconnects(caplog: pytest.LogCaptureFixture) -> N
     )
 
 
-@pytest.mark.parametrize(
-    ("error", "level", "outcome", "more"),
-    [
-        (CheckFailed("no route"), "ERROR", "failed", ' reason="no route"'),
-        (ClientDisconnect(), "INFO", "cancelled", ""),
-        (asyncio.CancelledError(), "INFO", "cancelled", ""),
-        (ZeroDivisionError(), "ERROR", "bug", ""),
-    ],
-)
+UNFINISHED: list[tuple[BaseException, str, str, str]] = [
+    (CheckFailed("no route"), "ERROR", "failed", ' reason="no route"'),
+    (ClientDisconnect(), "INFO", "cancelled", ""),
+    (asyncio.CancelledError(), "INFO", "cancelled", ""),
+    (ZeroDivisionError(), "ERROR", "bug", ""),
+]
+
+
+def test_the_log_has_the_words_of_the_metrics() -> None:
+    assert {"completed", *(outcome for _, _, outcome, _ in UNFINISHED)} == set(CheckOutcome)
+
+
+@pytest.mark.parametrize(("error", "level", "outcome", "more"), UNFINISHED)
 def test_a_check_that_does_not_complete(
     caplog: pytest.LogCaptureFixture,
     error: BaseException,
