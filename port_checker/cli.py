@@ -59,23 +59,42 @@ def start(
 
 
 @app.command()
-def serve() -> None:
+def serve(
+    check_settings: Annotated[
+        bool,
+        typer.Option(
+            "--check-settings", help="Say what is wrong with the settings; start nothing."
+        ),
+    ] = False,
+) -> None:
     """Start the server. Settings come from environment variables and .env.
 
     Exit status: 0 after a normal stop, 1 if it cannot start, 2 if a setting is wrong.
     """
     _raise_interrupts()
-    from port_checker.server.run import CannotStart
-    from port_checker.settings import SettingsError, load_settings
+    from port_checker.settings import SettingsError, load_settings, warnings_of_names
 
     try:
-        has_served = _service(load_settings()).run()
+        settings = load_settings()
+    except SettingsError as error:
+        sys.stderr.write(f"port-checker: {error}\n")
+        if not check_settings:
+            from port_checker.server.systemd import refuse_waiting
+
+            refuse_waiting()
+        raise typer.Exit(2) from None
+    if check_settings:
+        for warning in warnings_of_names(os.environ):
+            sys.stderr.write(f"port-checker: {warning}\n")
+        return
+
+    from port_checker.server.run import CannotStart
+
+    try:
+        has_served = _service(settings).run()
     except CannotStart as error:
         sys.stderr.write(f"port-checker: {error}\n")
         raise typer.Exit(1) from None
-    except SettingsError as error:
-        sys.stderr.write(f"port-checker: {error}\n")
-        raise typer.Exit(2) from None
     raise typer.Exit(0 if has_served else 1)
 
 

@@ -74,7 +74,10 @@ class InvalidRequest(ServiceError):
 
 def _shown(value: object) -> str:
     """The value as JSON, short enough for a message."""
-    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except ValueError:  # it has a number of more digits than PYTHONINTMAXSTRDIGITS allows
+        return "…"
     return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "…"
 
 

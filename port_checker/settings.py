@@ -446,3 +446,12 @@ def unknown_names(environment: Mapping[str, str]) -> dict[str, str | None]:
         for name in names
         if name.startswith(_PREFIXES) and name not in known
     }
+
+
+def warnings_of_names(environment: Mapping[str, str]) -> list[str]:
+    """Return a line about each variable that looks like a setting but is not."""
+    return [
+        f"{name} is not a setting; "
+        + (f"did you mean {nearest}?" if nearest else "see docs/settings.md for all settings.")
+        for name, nearest in unknown_names(environment).items()
+    ]

@@ -1,6 +1,8 @@
 """What a request may look like, which error each wrong one gets, and the response to the byte."""
 
 import json
+import subprocess
+import sys
 from codecs import BOM_UTF8
 
 import pytest
@@ -200,6 +202,30 @@ def test_numbers_that_python_does_not_print(digits: int) -> None:
     for body in (with_port("9" * digits), asking("9" * digits)):
         with pytest.raises(InvalidRequest):
             parse(body)
+
+
+# Each of these has a number that this Python parses, and may not print.
+FEW_DIGITS = """
+from port_checker.schemas import CheckPortsRequest, CheckTlsRequest, InvalidRequest
+
+def error(parse, *arguments):
+    try:
+        parse(*arguments)
+    except InvalidRequest as error:
+        print(error.code)
+
+number = b"1" * 1000
+for port in number, b"-" + number, b"[%s]" % number:
+    error(CheckPortsRequest.parse, b'{"provider_ip": "::1", "ports": [%s]}' % port, 1000)
+    error(CheckTlsRequest.parse, b'{"host": "::1", "port": %s}' % port)
+error(CheckPortsRequest.parse, b'{"provider_ip": %s, "ports": [1]}' % number, 1000)
+"""
+
+
+def test_numbers_that_python_is_told_not_to_print() -> None:
+    words = [sys.executable, "-X", "int_max_str_digits=640", "-c", FEW_DIGITS]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["INVALID_PORT"] * 6 + ["INVALID_IP"]
 
 
 def test_the_documented_errors() -> None:

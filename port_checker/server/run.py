@@ -48,7 +48,7 @@ from port_checker.settings import (
     Endpoint,
     Rate,
     Settings,
-    unknown_names,
+    warnings_of_names,
 )
 
 # Connections waiting for accept(). The kernel caps it at net.core.somaxconn.
@@ -109,7 +109,8 @@ class Service:
         Raises:
             CannotStart: It cannot listen, or there is no memory that it could share with workers.
         """
-        _warn_of_unknown_names()
+        for warning in warnings_of_names(os.environ):
+            logger.warning(warning)
         self._settings = fit_descriptor_limit(self._settings, raise_descriptor_limit())
         warn_of_small_shares(self._settings)
         if trouble := trust_trouble():
@@ -130,6 +131,8 @@ class Service:
         if not listeners_stay and self._settings.host.startswith(UNIX):
             with contextlib.suppress(OSError):
                 os.unlink(self._settings.host.removeprefix(UNIX))
+        for listener in listeners:
+            listener.close()
         logger.info("Stopped")
         return True
 
@@ -438,12 +441,6 @@ def max_connections(settings: Settings) -> int:
         return _MAX_CONNECTIONS
     left = limit - settings.max_in_flight - _RESERVED_DESCRIPTORS
     return min(_MAX_CONNECTIONS, max(1, left // 2))
-
-
-def _warn_of_unknown_names() -> None:
-    for name, nearest in unknown_names(os.environ).items():
-        advice = f"did you mean {nearest}?" if nearest else "see docs/settings.md for all settings."
-        logger.warning("%s is not a setting; %s", name, advice)
 
 
 def _log_start(settings: Settings, listeners: Sequence[socket.socket]) -> None:

@@ -7,9 +7,22 @@ import contextlib
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 
 _BEATS_OF_STATUS = 10
+
+# Connections that wait at a socket are no more than its backlog: of the socket unit, Backlog=.
+_MAX_WAITING = 4096
+
+# Seconds for all of those together to send their requests.
+_REFUSAL_PATIENCE = 1.0
+
+_REFUSAL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 60\r\n"
+    b"Connection: close\r\n\r\n"
+    b'{"detail":{"code":"OVERLOADED","message":"The service cannot start; try again later."}}'
+)
 
 _FIRST_PASSED = 3  # SD_LISTEN_FDS_START
 
@@ -58,6 +71,30 @@ def passed_sockets() -> list[socket.socket]:
         return []
     count = int(os.environ.get("LISTEN_FDS", "0"))
     return [socket.socket(fileno=_FIRST_PASSED + number) for number in range(count)]
+
+
+def refuse_waiting() -> None:
+    """Answer those who wait at the passed sockets that there is no service.
+
+    systemd would start it again for them, and again, although it cannot start.
+    """
+    clients: list[socket.socket] = []
+    for listener in passed_sockets():
+        listener.setblocking(False)
+        with listener, contextlib.suppress(OSError):
+            while len(clients) < _MAX_WAITING:
+                clients.append(listener.accept()[0])
+    for client in clients:
+        client.settimeout(0)
+        with contextlib.suppress(OSError):
+            client.sendall(_REFUSAL)
+            client.shutdown(socket.SHUT_WR)
+    # To close before they have sent their request would take the answer from them.
+    deadline = time.monotonic() + _REFUSAL_PATIENCE
+    for client in clients:
+        with client, contextlib.suppress(OSError):
+            client.settimeout(max(0.01, deadline - time.monotonic()))
+            client.recv(65_536)
 
 
 def stderr_is_the_journal() -> bool:

@@ -26,7 +26,7 @@ from port_checker.server.run import (
 )
 from port_checker.settings import Rate, Settings
 from tests.support.loopback import free_port, full_backlog, open_listener, open_port
-from tests.support.namespace import ROOT
+from tests.support.namespace import ROOT, needs_root
 from tests.support.service import Program, ask, program
 from tests.support.waiting import wait_until
 
@@ -36,6 +36,7 @@ from tests.support.waiting import wait_until
     [
         [sys.executable, "-m", "port_checker"],
         [sys.executable, str(ROOT / "run.py")],
+        [sys.executable, "-I", "-W", "error", "-m", "port_checker"],
         [str(Path(sys.executable).with_name("port-checker")), "serve"],
         [sys.executable, "-m", "uvicorn", "port_checker.main:app", "--port", "{port}"],
     ],
@@ -140,6 +141,68 @@ def test_a_busy_port_is_one_line() -> None:
     assert running.lines == [
         f"port-checker: cannot listen on 127.0.0.1 port {busy}: Address already in use\n"
     ]
+
+
+# Somebody whom the machine does not know, who has no home; with the right to read this checkout.
+NOBODY = "setpriv --reuid=61234 --regid=61234 --clear-groups"
+NOBODY += " --inh-caps=+dac_read_search --ambient-caps=+dac_read_search"
+
+
+@needs_root
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_an_unknown_user_on_a_root_that_is_read_only(workers: str) -> None:
+    serve = f"exec {NOBODY} {sys.executable} -I -W error -m port_checker"
+    words = ["unshare", "--mount", "sh", "-euc", f"mount -o remount,bind,ro /; {serve}"]
+    with (
+        program(*words, PORT_CHECKER_WORKERS=workers, HOME="/nowhere") as running,
+        running.client() as client,
+        open_port() as opened,
+    ):
+        assert ask(client, opened).json()["success"] is True
+        assert running.stop() == 0
+    assert "Warning:" not in "".join(running.lines)
+
+
+def test_workers_are_started_as_their_parent_was() -> None:
+    words = [sys.executable, "-I", "-W", "error", "-m", "port_checker"]
+    with program(*words, PORT_CHECKER_WORKERS="2") as running:
+        for worker in running.workers():
+            command = Path(f"/proc/{worker}/cmdline").read_text().split("\0")
+            assert command == [*words, "worker", ""]
+        assert running.stop() == 0
+    assert "Warning:" not in "".join(running.lines)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "status", "message"),
+    [
+        ("PORT_CHECKER_PORT", "80", 0, ""),
+        (
+            "PORT_CHECKER_PROT",
+            "80",
+            0,
+            "port-checker: PORT_CHECKER_PROT is not a setting; did you mean PORT_CHECKER_PORT?\n",
+        ),
+        (
+            "PORT_CHECK_TARGETS",
+            "all",
+            2,
+            "port-checker: PORT_CHECK_TARGETS='all' is wrong: it must be public or caller\n",
+        ),
+    ],
+)
+def test_settings_are_checked_and_nothing_is_started(
+    variable: str, value: str, status: int, message: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "port_checker", "serve", "--check-settings"],
+        env={**os.environ, variable: value},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", message)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,20 @@
 """What the program tells systemd, which is here a socket of the test's."""
 
+import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
+from port_checker.schemas import ErrorCode, ErrorResponse
 from port_checker.server import systemd
+from tests.support.http import HEALTH
 from tests.support.loopback import free_port
 from tests.support.service import Program, passing, program
 
@@ -76,6 +81,40 @@ def test_a_socket_that_systemd_passes_is_listened_on() -> None:
         assert is_healthy(running)
         assert running.stop() == 0
     assert f"Listening on 127.0.0.1:{port}," in running.lines[0]
+
+
+def test_a_wrong_setting_answers_those_who_wait_at_a_passed_socket() -> None:
+    """Else systemd would start the service again for them, and again."""
+    path = f"\0{__name__} {os.getpid()}"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        clients = [socket.socket(socket.AF_UNIX) for _ in range(3)]
+        with ExitStack() as stack:
+            for client in clients:
+                stack.enter_context(client)
+                client.settimeout(60)
+                client.connect(path)
+            clients[0].sendall(HEALTH)
+            environment = {**os.environ, "LISTEN_FDS": "1", "PORT_CHECKER_PORT": "0"}
+            done = subprocess.run(
+                ["sh", "-c", f"LISTEN_PID=$$ exec {sys.executable} -m port_checker"],
+                env=environment,
+                preexec_fn=lambda: os.dup2(listener.fileno(), 3),
+                pass_fds=[3],
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+            for client in clients:
+                head, _, body = client.recv(4096).partition(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 503 ")
+                assert ErrorResponse.model_validate_json(body).detail.code == ErrorCode.OVERLOADED
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
 
 
 def test_an_abstract_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
