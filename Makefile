@@ -1,9 +1,10 @@
 # Each target installs what it needs into .venv first; from the second time on it starts at once.
 #
 #   make run          start the service on port 9000
-#   make test         run all tests
+#   make test         run the tests; those that need chromium, npm or the packages of make lint
+#                     only where these are installed
 #   make test-lowest  run them on the lowest versions that pyproject.toml allows
-#   make cover        run them and list the lines they did not reach
+#   make cover        run all tests and list the lines they did not reach
 #   make lab          run only the tests in network namespaces; needs root, iproute2 and nftables
 #   make systemd-test  install the service in a Debian that systemd boots, and build the
 #                     container; needs root, debootstrap, systemd-container, podman and runc
@@ -28,7 +29,9 @@ DEBIAN_PACKAGES := systemd,systemd-sysv,dbus,python3,python3-venv,curl,iproute2,
 SOAK_MINUTES ?= 2
 BIN := $(VENV)/bin
 IN_PROCESSES = $(BIN)/pytest --numprocesses $(TEST_PROCESSES)
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
+# Most modules of what is installed are never imported: Python compiles the others when they are.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
+    --constraint $(CONSTRAINTS)
 
 .PHONY: run test test-lowest cover lab systemd-test fuzz lint bench soak pictures wheel clean
 .DELETE_ON_ERROR:
@@ -36,7 +39,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 run: $(VENV)/run.stamp
 	@$(BIN)/port-checker
 
-test: $(VENV)/dev.stamp
+test: $(VENV)/test.stamp
 	@$(IN_PROCESSES) $(PYTEST_FLAGS)
 
 # In a virtual environment of its own.
@@ -44,7 +47,7 @@ test-lowest:
 	@$(MAKE) --no-print-directory test VENV=$(VENV)-lowest CONSTRAINTS=$(VENV)-lowest/constraints.txt
 
 cover: $(VENV)/dev.stamp
-	@$(IN_PROCESSES) --cov --cov-report=term-missing
+	@$(IN_PROCESSES) --cov --cov-report=term-missing $(PYTEST_FLAGS)
 
 systemd-test: $(VENV)/dev.stamp $(DEBIAN)
 	@SYSTEMD_TEST_ROOT=$(DEBIAN) $(BIN)/pytest tests/systemd
@@ -57,7 +60,7 @@ $(DEBIAN):
 	@debootstrap --variant=minbase --include=$(DEBIAN_PACKAGES) bookworm $@.part >$@.log
 	@mv $@.part $@
 
-lab: $(VENV)/dev.stamp
+lab: $(VENV)/test.stamp
 	@$(BIN)/pytest tests/lab
 
 fuzz: $(VENV)/dev.stamp
@@ -97,7 +100,12 @@ $(VENV)/run.stamp: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@$(INSTALL) --editable .
 	@touch $@
 
+$(VENV)/test.stamp: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	@echo "Installing into $(VENV) ..."
+	@$(INSTALL) --editable '.[test]'
+	@touch $@ $(VENV)/run.stamp
+
 $(VENV)/dev.stamp: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo "Installing into $(VENV) ..."
 	@$(INSTALL) --editable '.[dev]'
-	@touch $@ $(VENV)/run.stamp
+	@touch $@ $(VENV)/test.stamp $(VENV)/run.stamp

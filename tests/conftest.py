@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import trustme
 
+from tests.support.packages import is_missing
 from tests.support.tls import trust
+
+collect_ignore = ["browser"] if is_missing("playwright") else []
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +28,11 @@ def authority(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> trustme.CA:
     authority = trustme.CA()
     trust(authority, monkeypatch, tmp_path)
     return authority
+
+
+def pytest_report_header() -> list[str]:
+    """Say what cannot even be skipped."""
+    return [f"tests/{name} is left out: playwright is in the extra dev" for name in collect_ignore]
 
 
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:

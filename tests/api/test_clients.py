@@ -18,8 +18,11 @@ import trustme
 from port_checker.api.app import create_app
 from port_checker.settings import Settings
 from tests.support.loopback import open_port, refused_port
+from tests.support.packages import needs
 from tests.support.service import serve
 from tests.support.tls import https
+
+pytestmark = needs("openapi_python_client")
 
 TYPESCRIPT = Path(__file__).parent / "typescript"
 
@@ -53,6 +56,12 @@ def generated(
     for name in [*sys.modules]:
         if name.partition(".")[0] == "generated":
             del sys.modules[name]
+
+
+def test_the_schema_is_valid(schema: Path) -> None:
+    from openapi_spec_validator import validate
+
+    validate(json.loads(schema.read_text()))
 
 
 def test_a_python_client_makes_both_checks(generated: ModuleType, authority: trustme.CA) -> None:

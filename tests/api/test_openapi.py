@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.namespace import loopback_alone, needs_root
+from tests.support.packages import needs
 from tests.support.service import program
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
@@ -47,6 +48,7 @@ QUICK: dict[str, Any] = {
 
 
 @needs_root
+@needs("schemathesis")
 def test_the_service_does_what_its_schema_says(tmp_path: Path) -> None:
     is_repeatable = os.environ.get("CI") == "true" and "FUZZ_EXAMPLES" not in os.environ
     options = [

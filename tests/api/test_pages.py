@@ -9,7 +9,6 @@ from typing import Any
 
 import httpx
 import pytest
-from openapi_spec_validator import validate
 
 import port_checker.api
 from port_checker import advice
@@ -162,9 +161,8 @@ def test_our_own_files_are_small() -> None:
     assert sum(path.stat().st_size for path in WEB.iterdir()) < 40_000
 
 
-def test_the_schema_is_valid_and_stands_beside_the_service(client: httpx.Client) -> None:
+def test_the_schema_stands_beside_the_service(client: httpx.Client) -> None:
     answer = client.get("/openapi.json").raise_for_status()
     assert answer.headers["Cache-Control"] == "no-store"
     schema: dict[str, Any] = answer.json()
-    validate(schema)
     assert schema["servers"] == [{"url": "."}]
