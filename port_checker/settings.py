@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,7 +11,7 @@ from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from dotenv import dotenv_values
 from dotenv.parser import parse_stream
@@ -36,21 +37,28 @@ CLIENT_PATIENCE = 30.0
 # The rate limit store that is not Redis.
 IN_PROCESS = "memory://"
 
+# How the URL of a Redis cluster begins.
+REDIS_CLUSTER = "redis+cluster://"
+
+_LOGIN = r"([^\s:@/?#\[\]]*:[^\s@/?#\[\]]+@)?"
+_HOST_AND_PORT = r"([\w.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]+)?"
 _REDIS_URL = re.compile(
-    r"rediss?://"
-    r"([^\s:@/?#\[\]]*:[^\s@/?#\[\]]+@)?"
-    r"([\w.-]+|\[[0-9A-Fa-f:.]+\])"
-    r"(:[0-9]+)?(/[0-9]*)?",
+    rf"redis(\+cluster)?://{_LOGIN}{_HOST_AND_PORT}(/[0-9]*)?"
+    rf"|rediss://{_LOGIN}{_HOST_AND_PORT}(/[0-9]*)?(\?ssl_ca_certs=(?P<authorities>[^\s&#]+))?"
+    rf"|unix://{_LOGIN}/[^\s?#]+(\?db=[0-9]+)?",
     re.ASCII,
 )
 
-_STORE_SCHEME = re.compile(r"(memory|rediss?)(:/*|$)", re.IGNORECASE)
+_STORE_SCHEME = re.compile(r"(memory|rediss?|redis\+cluster|unix)(:/*|$)", re.IGNORECASE)
 
 # How the names of our variables begin.
 _PREFIXES = ("PORT_CHECK_", "PORT_CHECKER_")
 
 # Not a setting of the server: `port-checker check` reads it.
 _CLIENT_VARIABLE = "PORT_CHECKER_URL"
+
+# The type of an error whose message is the whole line.
+_EXPLAINED = "explained"
 
 _LONGEST_SHOWN = 80  # characters of a wrong value, so that the message stays one line
 
@@ -196,7 +204,9 @@ class Settings(BaseModel):
     rate_limit_store: str = _setting(
         "PORT_CHECKER_RATE_LIMIT_STORE",
         IN_PROCESS,
-        "memory://, or redis:// or rediss:// with [[user]:password@]host[:port][/db]",
+        "memory://, or redis:// or rediss:// with [[user]:password@]host[:port][/db], where "
+        "?ssl_ca_certs=/file may follow on rediss://; redis+cluster:// with the same but /db; or "
+        "unix:// with [[user]:password@]/path[?db=N]",
         repr=False,  # it may hold a password, which error messages hide, too
     )
     metrics: _EndpointOrNone = _setting(
@@ -276,10 +286,22 @@ class Settings(BaseModel):
     @field_validator("rate_limit_store")
     @classmethod
     def _check_rate_limit_store(cls, store: str) -> str:
-        if store != IN_PROCESS and not (
-            _REDIS_URL.fullmatch(store) and urlsplit(store).port != 0  # ValueError from 65536
-        ):
+        if store == IN_PROCESS:
+            return store
+        match = _REDIS_URL.fullmatch(store)
+        if not match or urlsplit(store).port == 0:  # ValueError from 65536
+            if store != store.strip():  # a secret from a file ends with a newline, often
+                raise _wrong_store("it begins or ends with white space (a newline, say)")
             raise ValueError
+        if match["authorities"]:
+            file = unquote(match["authorities"])
+            try:
+                ssl.create_default_context(cafile=file)
+            except ssl.SSLError:
+                raise _wrong_store(f"ssl_ca_certs={file} has no certificate in it") from None
+            except OSError as error:
+                reason = error.strerror
+                raise _wrong_store(f"ssl_ca_certs={file} cannot be read: {reason}") from None
         return store
 
     @model_validator(mode="after")
@@ -407,7 +429,7 @@ def _checked_env_file() -> Path | None:
 
 
 def _explain(error: ErrorDetails) -> str:
-    if not error["loc"]:  # raised by a model validator, with a message of its own
+    if not error["loc"] or error["type"] == _EXPLAINED:  # it has a message of its own
         return error["msg"]
     variable = str(error["loc"][0])
     (field,) = (
@@ -419,6 +441,11 @@ def _explain(error: ErrorDetails) -> str:
         known = scheme[0] if scheme else ""
         value = known + "…" * (value != known)
     return _wrong(variable, value, field.description or "")
+
+
+def _wrong_store(reason: str) -> PydanticCustomError:
+    """Return an error about a URL of Redis, which does not show the URL: it may hold a password."""
+    return PydanticCustomError(_EXPLAINED, f"PORT_CHECKER_RATE_LIMIT_STORE is wrong: {reason}")
 
 
 def _wrong(variable: str, value: str, allowed: str) -> str:

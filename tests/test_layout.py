@@ -9,6 +9,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import fastapi_offline
+import redis.asyncio
 import uvicorn
 from dotenv.parser import Binding, parse_stream
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -125,3 +126,13 @@ def test_dotenv_parser_tells_what_settings_look_for() -> None:
     assert (bare.key, bare.value, bare.error) == ("B", None, False)
     assert (bare.original.string, bare.original.line) == ("\nB\n", 2)
     assert wrong.error
+
+
+def test_redis_connects_to_where_its_connections_say() -> None:
+    """Api's shared_limits puts addresses there that it has looked up itself, and a name for TLS."""
+    assert redis.asyncio.Connection(host="a", port=1)._connection_arguments() == {
+        "host": "a",
+        "port": 1,
+    }
+    assert {"ssl", "host"} <= {*redis.asyncio.SSLConnection(host="a")._connection_arguments()}
+    assert "_connection_arguments" in redis.asyncio.Connection._connect.__code__.co_names

@@ -154,7 +154,9 @@ ALLOWED: dict[str, tuple[str, list[str]]] = {
     ),
     "PORT_CHECKER_RATE_LIMIT": (RATE.format("300/minute"), BAD_RATES),
     "PORT_CHECKER_RATE_LIMIT_STORE": (
-        "memory://, or redis:// or rediss:// with [[user]:password@]host[:port][/db]",
+        "memory://, or redis:// or rediss:// with [[user]:password@]host[:port][/db], where "
+        "?ssl_ca_certs=/file may follow on rediss://; redis+cluster:// with the same but /db; or "
+        "unix:// with [[user]:password@]/path[?db=N]",
         ["memory", "memory:", "MEMORY://", "redis", "redis:", "redis://"],
     ),
     "PORT_CHECKER_METRICS": (
@@ -253,14 +255,15 @@ def test_several_bad_values_are_one_line_too(monkeypatch: pytest.MonkeyPatch) ->
         "redis://:s3cret@redis.example/zero",
         "redis://:s3cret@redis.example/0?db=1",
         "redis://redis.example?password=s3cret",
-        "redis://:s3cret@redis.example:6379\n",
         "redis://:s3cret @redis.example:6379",
         "redis://:s3cret@[2001:db8::7",
         "redis:\n//:s3cret@redis.example",
         "redis:s3cret@redis.example",
-        "redis+cluster://:s3cret@redis.example",
-        "unix://:s3cret@/run/redis.sock",
-        " redis://:s3cret@redis.example",
+        "redis+cluster://:s3cret@redis.example/zero",
+        "redis+cluster://:s3cret@",
+        "unix://:s3cret@run/redis.sock",
+        "unix://:s3cret@/run/redis.sock?db=one",
+        "rediss://:s3cret@redis.example?ssl_cert_reqs=none",
     ],
 )
 def test_the_password_of_a_wrong_store_is_not_shown(
@@ -271,6 +274,36 @@ def test_the_password_of_a_wrong_store_is_not_shown(
     assert told.startswith("PORT_CHECKER_RATE_LIMIT_STORE='")
     assert "…' is wrong: it must be memory://" in told
     assert "3c" not in told
+
+
+@pytest.mark.parametrize("store", ["redis://:s3cret@redis.example\n", " s3cret", "memory:// "])
+def test_white_space_around_the_store_is_said_for_what_it_is(
+    monkeypatch: pytest.MonkeyPatch, store: str
+) -> None:
+    monkeypatch.setenv("PORT_CHECKER_RATE_LIMIT_STORE", store)
+    assert complaint() == (
+        "PORT_CHECKER_RATE_LIMIT_STORE is wrong: it begins or ends with white space (a newline, "
+        "say)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        ("no certificate", "has no certificate in it"),
+    ],
+)
+def test_the_authority_of_the_store_must_be_readable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str | None, reason: str
+) -> None:
+    file = tmp_path / "ca.pem"
+    if content is not None:
+        file.write_text(content)
+    monkeypatch.setenv(
+        "PORT_CHECKER_RATE_LIMIT_STORE", f"rediss://:s3cret@redis.example?ssl_ca_certs={file}"
+    )
+    assert complaint() == (f"PORT_CHECKER_RATE_LIMIT_STORE is wrong: ssl_ca_certs={file} {reason}")
 
 
 def test_the_password_of_the_store_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:

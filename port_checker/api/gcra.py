@@ -22,7 +22,7 @@ class Charge(NamedTuple):
         key: Whose limit it is.
         interval: Seconds after which the limit gives one back.
         capacity: How many the limit lets through at once.
-        cost: How many this payment takes, at least 1.
+        cost: How many this payment takes; 0 asks and writes as a payment does, and takes nothing.
     """
 
     key: str
@@ -82,7 +82,9 @@ def _wait(early: float) -> float:
 
 # The same in Redis, by its clock, for any number of payments in one call. Of each payment, ARGV
 # has the number of its charges and, for each of these, interval, capacity and cost; KEYS has the
-# keys of all of them. The times are counted from 2025, so that they have digits to spare.
+# keys of all of them. The times are counted from 2025, so that they have digits to spare. Redis'
+# clock may go back, or a replica with another clock take over: no arrival can rightly lie further
+# ahead than the whole limit, so what does is taken for that.
 PAY_IN_REDIS: Final = f"""
 local time = redis.call("TIME")
 local now = time[1] - 1735689600 + time[2] / 1000000
@@ -96,7 +98,8 @@ while argument <= #ARGV do
     local interval, capacity, cost =
       tonumber(ARGV[argument]), tonumber(ARGV[argument + 1]), tonumber(ARGV[argument + 2])
     argument = argument + 3
-    local arrival = math.max(now, tonumber(redis.call("GET", key) or now)) + cost * interval
+    local kept = math.min(tonumber(redis.call("GET", key) or now), now + capacity * interval)
+    local arrival = math.max(now, kept) + cost * interval
     arrivals[charge] = arrival
     local early = arrival - now - capacity * interval
     if early > {_TOLERANCE} then
@@ -108,7 +111,7 @@ while argument <= #ARGV do
   end
   if not refused then
     for charge, arrival in ipairs(arrivals) do
-      redis.call("SET", KEYS[paid + charge], arrival, "EX", math.ceil(arrival - now))
+      redis.call("SET", KEYS[paid + charge], arrival, "EX", math.max(1, math.ceil(arrival - now)))
     end
   end
   paid = paid + charges

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 # (measured), so this bounds all of them to about 30 MiB.
 MAX_KEYS: Final = 150_000
 
+# How all keys begin. A Redis cluster keeps keys with the same word in braces on one node, which a
+# payment to several limits needs.
+_PREFIX: Final = "port-checker:{limits}:"
+
 _SITE_RATES: Final = 10  # times the rates of one caller, for an IPv6 /48
 
 
@@ -90,13 +94,20 @@ class RateLimiter:
     @contextlib.asynccontextmanager
     async def shared(self) -> AsyncIterator[None]:
         """Share the limits with other processes in the block, if the store is Redis."""
-        if self._url == IN_PROCESS:
+        limits = [
+            limit for limit in (self._requests, self._own, self._others, self._targets) if limit
+        ]
+        if self._url == IN_PROCESS or not limits:
             yield
             return
         # It imports redis, which is an extra.
         from port_checker.api.shared_limits import ANSWER_TIMEOUT, SharedStore
 
-        async with SharedStore(self._url, self._answer_timeout or ANSWER_TIMEOUT) as self._shared:
+        async with SharedStore(
+            self._url,
+            probe=[limit.charge("probe", 0) for limit in limits],
+            answer_timeout=self._answer_timeout or ANSWER_TIMEOUT,
+        ) as self._shared:
             try:
                 yield
             finally:
@@ -163,12 +174,16 @@ class _Limit(NamedTuple):
     interval: float
     capacity: int
 
+    def charge(self, key: str, cost: int) -> Charge:
+        """Return what a payment takes of it."""
+        return Charge(self.prefix + key, self.interval, self.capacity, cost)
+
 
 def _limit(name: str, rate: Rate | None, factor: int = 1) -> _Limit | None:
     if not rate:
         return None
     capacity = rate.count * factor
-    return _Limit(f"port-checker:{name}:", rate.period.total_seconds() / capacity, capacity)
+    return _Limit(f"{_PREFIX}{name}:", rate.period.total_seconds() / capacity, capacity)
 
 
 class _Payment:
@@ -180,7 +195,7 @@ class _Payment:
 
     def add(self, limit: _Limit | None, key: str, cost: int, refusal: str) -> None:
         if limit:
-            self.charges.append(Charge(limit.prefix + key, limit.interval, limit.capacity, cost))
+            self.charges.append(limit.charge(key, cost))
             self.refusals.append(refusal)
 
 

@@ -8,14 +8,35 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import AsyncIterator, Sequence
-from typing import Final, Self
+import re
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, Final, Self, cast
+from urllib.parse import urlsplit
 
-from redis.asyncio import Redis
+from redis.asyncio import Connection, ConnectionPool, Redis, RedisCluster, SSLConnection
+from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.commands.core import AsyncScript
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    ClusterCrossSlotError,
+    ClusterDownError,
+    MasterDownError,
+    MovedError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from port_checker.api.gcra import PAY_IN_REDIS, Charge
+from port_checker.resolver import Resolver
+from port_checker.settings import REDIS_CLUSTER
 
 # Seconds that a payment waits for Redis. A request pays at most twice and may wait for at most 0.1
 # seconds in all; each turn of the event loop may end a millisecond late.
@@ -31,9 +52,21 @@ _PROBE_INTERVAL: Final = 0.5  # seconds between attempts to reach Redis again
 # Payments that travel together, so that one call does not occupy Redis for long.
 _MOST_TOGETHER: Final = 100
 
-# Takes from a limit like a payment, so that a Redis which answers but refuses to write counts as
-# unavailable.
-_PROBE: Final = Charge("port-checker:probe", interval=0.001, capacity=1000, cost=1)
+# The code of an error, by its exception: redis-py takes it off the message.
+_CODES: Final[Mapping[type[RedisError], str]] = {
+    AuthenticationError: "WRONGPASS or NOAUTH: user or password is wrong",
+    BusyLoadingError: "LOADING",
+    ClusterCrossSlotError: "CROSSSLOT",
+    ClusterDownError: "CLUSTERDOWN",
+    MasterDownError: "MASTERDOWN",
+    MovedError: "MOVED: it is a cluster, whose URL begins with redis+cluster://",
+    NoPermissionError: "NOPERM",
+    OutOfMemoryError: "OOM",
+    ReadOnlyError: "READONLY",
+}
+
+# A payment is tried once: who fails is probed.
+_ONCE: Final = Retry(NoBackoff(), 0)
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +81,11 @@ class SharedStore:
     for one event loop; leaving it closes the connection.
 
     Args:
-        url: ``redis://`` or, with TLS, ``rediss://``.
+        url: ``redis://``, with TLS ``rediss://``, of a cluster ``redis+cluster://``, or of a Unix
+            socket ``unix://``.
+        probe: What to ask in order to find out whether payments can be made: charges of no cost to
+            the limits that payments are made to. After a payment that failed, it is that payment
+            which is asked again, at no cost.
         answer_timeout: Seconds that a payment waits.
         warning_interval: Seconds between warnings: a Redis that comes and goes is logged no more
             often.
@@ -58,13 +95,16 @@ class SharedStore:
     """
 
     def __init__(
-        self, url: str, answer_timeout: float = ANSWER_TIMEOUT, warning_interval: float = 60
+        self,
+        url: str,
+        probe: Sequence[Charge],
+        answer_timeout: float = ANSWER_TIMEOUT,
+        warning_interval: float = 60,
     ) -> None:
+        self._probe_payments: Sequence[Sequence[Charge]] = [probe]
         self._answer_timeout = answer_timeout
         self._warning_interval = warning_interval
-        # The timeout bounds the closing alone; all else is bounded as a whole.
-        self._redis = Redis.from_url(url, socket_connect_timeout=1, retry=Retry(NoBackoff(), 0))
-        self._script = self._redis.register_script(PAY_IN_REDIS)
+        self._client = _ClusterClient(url) if url.startswith(REDIS_CLUSTER) else _Client(url)
         self.is_available = False
         self._waiting: list[tuple[Sequence[Charge], _Answer]] = []
         self._sending: asyncio.Task[None] | None = None
@@ -124,6 +164,9 @@ class SharedStore:
                 async with _timeout(self._answer_timeout):
                     results = await self._ask([charges for charges, _ in together])
             except Exception:  # whatever goes wrong with Redis, checks go on
+                self._probe_payments = [
+                    [charge._replace(cost=0) for charge in charges] for charges, _ in together
+                ]
                 self._become_unavailable()
                 together += self._waiting  # nobody waits in vain
                 self._waiting.clear()
@@ -139,7 +182,7 @@ class SharedStore:
             arguments.append(len(charges))
             for charge in charges:
                 arguments += charge.interval, charge.capacity, charge.cost
-        waits = iter(await self._script(keys, arguments))
+        waits = iter(await self._client.run(keys, arguments))
         return [[float(next(waits)) for _ in charges] for charges in payments]
 
     def _become_unavailable(self) -> None:
@@ -163,7 +206,7 @@ class SharedStore:
                 if not has_warned and now() >= self._next_warning:
                     logger.warning(
                         "Redis is unavailable (%s): each process keeps its own limits meanwhile",
-                        _reason(error),
+                        self._client.reason(error),
                     )
                     has_warned = True
                     self._next_warning = now() + self._warning_interval
@@ -174,13 +217,137 @@ class SharedStore:
     async def _connect(self) -> None:
         """Connect and load the script, which a payment need not wait for; then ask like one."""
         async with _timeout(_CONNECT_TIMEOUT):
-            await self._ask([[_PROBE]])
+            await self._ask(self._probe_payments)
         async with _timeout(self._answer_timeout):
-            await self._ask([[_PROBE]])
+            await self._ask(self._probe_payments)
 
     async def _disconnect(self) -> None:
         with contextlib.suppress(Exception):  # closed or not, it is not used again
-            await self._redis.connection_pool.disconnect()
+            await self._client.disconnect()
+
+
+class _Client:
+    """A client of one Redis, which runs our script.
+
+    Args:
+        url: As for ``SharedStore``.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._resolver = Resolver()
+        self._host = urlsplit(url).hostname or ""
+        # The timeout bounds the closing alone; all else is bounded as a whole.
+        self._pool = ConnectionPool.from_url(url, socket_connect_timeout=1, retry=_ONCE)
+        if self._host:  # else it is a Unix socket
+            is_tls = self._pool.connection_class is SSLConnection
+            self._pool.connection_class = _TlsConnection if is_tls else _Connection
+            self._pool.connection_kwargs["resolver"] = self._resolver
+        self._script = AsyncScript(Redis(connection_pool=self._pool), PAY_IN_REDIS)
+
+    async def run(self, keys: Sequence[str], arguments: Sequence[float]) -> Sequence[Any]:
+        """Run the script."""
+        waits: Sequence[Any] = await self._script(keys, arguments)
+        return waits
+
+    async def disconnect(self) -> None:
+        """Close the connections."""
+        await self._pool.disconnect()
+
+    def reason(self, error: Exception) -> str:
+        """Say what went wrong, in the system's words or by Redis' code.
+
+        Never in Redis' own words: an error of its can quote what it was sent, and that may be the
+        password.
+        """
+        if self._resolver.is_looking_up(self._host):
+            return f"the look-up of {self._host} is not answered"
+        cause: BaseException | None = error
+        while cause:
+            if isinstance(cause, TimeoutError):
+                return "no answer in time"
+            if isinstance(cause, OSError) and cause.strerror:
+                return cause.strerror
+            for kind, code in _CODES.items():
+                if isinstance(cause, kind):
+                    return code
+            if isinstance(cause, ResponseError):
+                return _code(str(cause))
+            cause = cause.__cause__ or cause.__context__
+        return type(error).__name__
+
+
+class _ClusterClient(_Client):
+    """The same of a Redis cluster, whose nodes it learns from the one that the URL names."""
+
+    def __init__(self, url: str) -> None:
+        url = url.replace(REDIS_CLUSTER, "redis://")
+        super().__init__(url)
+        self._options = parse_url(url)
+        self._cluster: RedisCluster | None = None
+
+    async def run(self, keys: Sequence[str], arguments: Sequence[float]) -> Sequence[Any]:
+        """Run the script on the node that has the keys."""
+        if not self._cluster:
+            port = self._options.get("port", 6379)
+            nodes = [ClusterNode(host, port) for host in await self._resolver.resolve(self._host)]
+            self._cluster = RedisCluster(
+                startup_nodes=nodes,
+                username=self._options.get("username"),
+                password=self._options.get("password"),
+                socket_connect_timeout=1,
+                retry=_ONCE,
+            )
+            # It has all that a script needs of a client.
+            self._script = AsyncScript(cast(Redis, self._cluster), PAY_IN_REDIS)
+        return await super().run(keys, arguments)
+
+    async def disconnect(self) -> None:
+        """Close the connections. Which nodes there are is asked anew afterwards."""
+        if self._cluster:
+            await self._cluster.aclose()
+
+
+class _Connection(Connection):
+    """A connection to the first address of a host that takes it.
+
+    redis-py would have the event loop look the host up.
+    """
+
+    def __init__(self, *, resolver: Resolver, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._resolver = resolver
+        self._address = self.host
+
+    async def connect(self) -> None:
+        """Connect, if it is not connected.
+
+        Raises:
+            RedisError: No address takes the connection.
+            OSError: The host has no address.
+        """
+        if self.is_connected:
+            return
+        failure: Exception | None = None
+        for address in await self._resolver.resolve(self.host):
+            self._address = address
+            try:
+                await super().connect()  # type: ignore[no-untyped-call]  # it has no annotation
+            except RedisConnectionError as error:
+                failure = failure or error
+            else:
+                return
+        if failure:
+            raise failure
+
+    def _connection_arguments(self) -> Mapping[str, Any]:
+        return {**super()._connection_arguments(), "host": self._address}
+
+
+class _TlsConnection(_Connection, SSLConnection):
+    """The same with TLS: the certificate must be good for the host."""
+
+    def _connection_arguments(self) -> Mapping[str, Any]:
+        return {**super()._connection_arguments(), "server_hostname": self.host}
 
 
 @contextlib.asynccontextmanager
@@ -204,16 +371,9 @@ async def _timeout(seconds: float) -> AsyncIterator[None]:
             timer.cancel()
 
 
-def _reason(error: Exception) -> str:
-    """Say what went wrong in the system's words, or name the kind of error.
-
-    Never in Redis' own: an error of its can quote what it was sent, and that may be the password.
-    """
-    if isinstance(error, TimeoutError):
-        return "no answer in time"
-    cause: BaseException | None = error
-    while cause:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    return type(error).__name__
+def _code(message: str) -> str:
+    """Return the code with which a message of Redis begins, and no more of it."""
+    if message.startswith("unknown command"):
+        return "ERR unknown command"
+    match = re.match("[A-Z]{2,}", message)
+    return match[0] if match else "ERR"

@@ -1,0 +1,65 @@
+"""Host names to addresses, for those who cannot wait for a resolver that is silent.
+
+``getaddrinfo()`` blocks for as long as the system's resolver likes, and nothing interrupts it. The
+event loop runs it in threads that the end of the process waits for, and starts a look-up for each
+question. Here it runs in a thread that nobody waits for, and one serves all who ask meanwhile.
+"""
+
+import asyncio
+import contextlib
+import socket
+import threading
+
+
+class Resolver:
+    """Looks host names up, for one event loop."""
+
+    def __init__(self) -> None:
+        self._look_ups: dict[str, asyncio.Future[list[str] | OSError]] = {}
+
+    def is_looking_up(self, host: str) -> bool:
+        """Whether somebody has asked for ``host``, and the resolver has not answered."""
+        return host in self._look_ups and not self._look_ups[host].done()
+
+    async def resolve(self, host: str) -> list[str]:
+        """Return the addresses of ``host``, the preferred one first.
+
+        A caller that gives up leaves the look-up running: whoever asks next gets its result.
+
+        Args:
+            host: A host name, or an IP address, which needs no look-up.
+
+        Raises:
+            OSError: The name has no address, or the resolver failed (``socket.gaierror``).
+        """
+        if host not in self._look_ups:
+            self._look_ups[host] = self._start(host)
+        result = await asyncio.shield(self._look_ups[host])
+        self._look_ups.pop(host, None)
+        if isinstance(result, OSError):
+            raise result
+        return result
+
+    def _start(self, host: str) -> asyncio.Future[list[str] | OSError]:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[list[str] | OSError] = loop.create_future()
+
+        def set_result(result: list[str] | OSError) -> None:
+            if not future.done():
+                future.set_result(result)
+
+        def look_up() -> None:
+            result: list[str] | OSError
+            try:
+                found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+                result = list(dict.fromkeys(str(address[0]) for *_, address in found))
+            except OSError as error:
+                result = error
+            except UnicodeError:  # a label that is empty or too long
+                result = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+            with contextlib.suppress(RuntimeError):  # the loop has been closed
+                loop.call_soon_threadsafe(set_result, result)
+
+        # A daemon: the interpreter does not wait for it.
+        threading.Thread(target=look_up, name=f"look-up of {host}", daemon=True).start()
+        return future
