@@ -30,6 +30,7 @@ from datetime import datetime
 from typing import Any, Final, NoReturn
 
 from port_checker.handshake import Handshake, Trouble, handshake_failed, make_context
+from port_checker.linux import return_free_memory
 
 # Seconds of CPU for one handshake. A usual one takes 2 ms.
 BUDGET: Final = 0.5
@@ -46,6 +47,9 @@ _SLICE: Final = 0.02
 # that wait, the one that has waited for the longest makes way: an honest peer answers at once.
 _MOST_SLOW: Final = 64
 _MOST_WAITING: Final = 64
+
+# Handshakes; giving their memory back to the kernel takes 5 ms. One takes 44 KiB (both measured).
+_MEMORY_KEPT_FOR: Final = 100
 
 
 def encode(head: Mapping[str, object], data: bytes = b"") -> bytes:
@@ -110,6 +114,7 @@ class _Process:
         self._control = control
         self._context = make_context()
         self._kept: dict[int, _Kept] = {}
+        self._most_kept = 0  # since memory was last given back
         self._queue: deque[_Kept] = deque()  # those that need a fork
         self._running: list[_Fork] = []
         self._slow: deque[_Fork] = deque()  # stopped
@@ -176,6 +181,10 @@ class _Process:
 
     def _end(self, number: int) -> None:
         kept = self._kept.pop(number, None)
+        self._most_kept = max(self._most_kept, len(self._kept))
+        if len(self._kept) < self._most_kept - _MEMORY_KEPT_FOR:
+            self._most_kept = len(self._kept)
+            return_free_memory()
         if kept and kept.fork:
             kept.fork.send_signal(signal.SIGKILL)
         elif kept and kept in self._queue:

@@ -50,11 +50,11 @@ _MOST_RECEIVED = 128 * 1024
 # so on. A peer that sends its records one by one does not decide how many steps there are.
 _PAUSE = 0.01
 
-# The share of an attempt's time by which this machine may be slow before silence proves nothing.
-_OUR_SHARE = 0.1
-
-# Seconds that an attempt may take longer than its time, if the last step ends it.
+# Seconds by which an attempt may take longer than its time because this machine is slow.
 _GRACE = 0.5
+
+# The share of its time that a peer may lose by that before its silence proves nothing.
+_LOSS = 0.25
 
 # Seconds without a handshake after which the process is ended, with all the memory that it took.
 _IDLE = 60.0
@@ -190,20 +190,23 @@ class _Failed(Exception):
 
 
 class _Clock:
-    """Whose time an attempt takes: the peer's, or this machine's.
-
-    Attributes:
-        deadline: When the peer's time is over, by the event loop's clock.
-        end: When the attempt is over, whoever is slow.
-    """
+    """Whose time an attempt takes: the peer's, or this machine's. Times are the event loop's."""
 
     def __init__(self, timeout: float) -> None:
         self._loop = asyncio.get_running_loop()
         self._timeout = timeout
         self._started = self._loop.time()
         self._ours = 0.0
-        self.deadline = self._started + timeout
-        self.end = self.deadline + _GRACE
+
+    @property
+    def deadline(self) -> float:
+        """When the peer's time is over."""
+        return self._started + self._timeout + min(self._ours, _GRACE)
+
+    @property
+    def end(self) -> float:
+        """When the attempt is over, whoever is slow."""
+        return self._started + self._timeout + 2 * _GRACE
 
     @property
     def remaining(self) -> float:
@@ -223,10 +226,7 @@ class _Clock:
                 yield
         except TimeoutError:
             raise CheckFailed(TOO_BUSY) from None
-        passed = self._loop.time() - stopped
-        self._started += passed
-        self.deadline += passed
-        self.end += passed
+        self._started += self._loop.time() - stopped
 
     async def ours(self, work: Awaitable[_T]) -> _T:
         """Await what is not the peer's turn.
@@ -254,7 +254,7 @@ class _Clock:
             CheckFailed: This machine took too much of it, or noticed too late that it was over.
         """
         late = max(0.0, self._loop.time() - self.deadline)
-        if self._ours + late > self._timeout * _OUR_SHARE:
+        if self._ours - min(self._ours, _GRACE) + late > self._timeout * _LOSS:
             raise CheckFailed(TOO_BUSY)
 
 
@@ -315,14 +315,17 @@ class _Incoming:
                     self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, missing)
                     self._add(await loop.sock_recv(self._connection, _LARGEST_RECORD))
         except TimeoutError:
-            # It may have arrived before the timer was looked at.
-            with suppress(BlockingIOError):
-                self._add(self._connection.recv(_LARGEST_RECORD))
-            size = _complete(self._buffer)
-            if not size:
-                raise await self.timed_out() from None
+            pass
         except OSError as error:
             raise _connection_failure(error) from error
+        # More may have arrived, also before the timer was looked at. A step with all of it at once
+        # spares several.
+        with suppress(OSError, _Failed):
+            while len(self._buffer) < 2 * _LARGEST_RECORD:
+                self._add(self._connection.recv(_LARGEST_RECORD))
+        size = _complete(self._buffer)
+        if not size:
+            raise await self.timed_out()
         records = bytes(self._buffer[:size])
         del self._buffer[:size]
         return records

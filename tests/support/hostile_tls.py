@@ -81,12 +81,20 @@ def _receive_hello(connection: socket.socket) -> bytes:
 
 def showing_in_tls_1_2(certificates: Sequence[bytes]) -> Callable[[socket.socket], None]:
     """Answer a client's hello with a certificate message (RFC 5246), and wait for the end."""
+    chain = b"".join(_vector(3, certificate) for certificate in certificates)
+    return _answering_in_tls_1_2(_message(11, _vector(3, chain)))
 
+
+def stalling_in_tls_1_2(size: int) -> Callable[[socket.socket], None]:
+    """Send a certificate message of so many bytes, all but the last; then say nothing."""
+    return _answering_in_tls_1_2(_message(11, bytes(size))[:-1])
+
+
+def _answering_in_tls_1_2(message: bytes) -> Callable[[socket.socket], None]:
     def behave(connection: socket.socket) -> None:
         _receive_hello(connection)
         hello = _server_hello(b"", 0xC02F, b"\xff\1\0\1\0")  # renegotiation_info (RFC 5746)
-        chain = b"".join(_vector(3, certificate) for certificate in certificates)
-        for record in _records(hello + _message(11, _vector(3, chain))):
+        for record in _records(hello + message):
             connection.sendall(b"\x16\3\3" + _vector(2, record))
         wait_for_close(connection)
 
