@@ -295,6 +295,7 @@ class _Incoming:
         self._pacer = pacer
         self._buffer = bytearray()
         self._received = 0
+        self._ending: _Failed | CheckFailed | None = None  # why no more will arrive
 
     async def records(self, pause: float) -> bytes:
         """Return the records that have arrived when one has, after so many seconds.
@@ -304,32 +305,35 @@ class _Incoming:
             _Failed: The peer ended the connection, or did not send a record in its time.
         """
         loop = asyncio.get_running_loop()
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout_at(self._clock.deadline):
                 await asyncio.sleep(pause)
-                while not (size := _complete(self._buffer)):
+                while not (self._ending or _complete(self._buffer)):
                     # The kernel wakes us when all of it is there: a peer that sends byte by byte
                     # costs nothing.
                     missing = _missing(self._buffer)
                     self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, missing)
-                    self._add(await loop.sock_recv(self._connection, _LARGEST_RECORD))
-        except TimeoutError:
-            pass
-        except OSError as error:
-            raise _connection_failure(error) from error
+                    try:
+                        self._add(await loop.sock_recv(self._connection, _LARGEST_RECORD))
+                    except OSError as error:
+                        self._ending = _connection_failure(error)
         # More may have arrived, also before the timer was looked at. A step with all of it at once
         # spares several.
-        with suppress(OSError, _Failed):
-            while len(self._buffer) < 2 * _LARGEST_RECORD:
+        while not self._ending and len(self._buffer) < 2 * _LARGEST_RECORD:
+            try:
                 self._add(self._connection.recv(_LARGEST_RECORD))
+            except BlockingIOError:
+                break
+            except OSError as error:
+                self._ending = _connection_failure(error)
         size = _complete(self._buffer)
         if not size:
-            raise await self.timed_out()
+            raise self._ending or await self.timed_out()
         records = bytes(self._buffer[:size])
         del self._buffer[:size]
         return records
 
-    async def timed_out(self) -> _Failed:
+    async def timed_out(self) -> "_Failed":
         """Return the failure of a peer that took too long.
 
         Raises:
@@ -340,12 +344,13 @@ class _Incoming:
         return _Failed(handshake_failed("timed out", try_again=True))
 
     def _add(self, data: bytes) -> None:
-        if not data:
-            raise _Failed(handshake_failed("connection closed by peer", try_again=True))
-        self._received += len(data)
-        if self._received > _MOST_RECEIVED:
-            raise _Failed(handshake_failed(f"more than {_MOST_RECEIVED} bytes received"))
         self._buffer += data
+        self._received += len(data)
+        if not data:
+            self._ending = _Failed(handshake_failed("connection closed by peer", try_again=True))
+        elif self._received > _MOST_RECEIVED:
+            self._buffer.clear()
+            self._ending = _Failed(handshake_failed(f"more than {_MOST_RECEIVED} bytes received"))
 
 
 def _complete(data: bytearray) -> int:
