@@ -11,7 +11,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 # What a provider of the Golem network opens by default.
 _DEFAULT_PORTS = "50800-50899"
+
+# Seconds that the program has to end by itself when it is interrupted.
+_INTERRUPT_PATIENCE = 1.0
 
 _ALL_REACHABLE, _SOME_UNREACHABLE, _NO_SERVER, _INTERRUPTED = 0, 1, 3, 130
 
@@ -211,9 +215,10 @@ def check(
     raise_descriptor_limit()
     try:
         _raise_interrupts()
-        reports = [
-            _verify(pairs, endpoints, servers, ip, family, quiet=as_json) for family in families
-        ]
+        with _ended_by_interrupts():
+            reports = [
+                _verify(pairs, endpoints, servers, ip, family, quiet=as_json) for family in families
+            ]
         _print(reports, as_json)
     except KeyboardInterrupt:
         raise typer.Exit(_INTERRUPTED) from None
@@ -241,6 +246,35 @@ def _raise_interrupts() -> None:
     """Have an interrupt raised as ``KeyboardInterrupt`` from here on, not end the process."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def _ended_by_interrupts() -> Iterator[None]:
+    """End the program if it is interrupted in the block, and that has not ended a second later.
+
+    Python raises an interrupt between two of its own instructions, and OpenSSL may take minutes
+    over one handshake: a server can show certificates that are that much work.
+    """
+    has_ended = threading.Event()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def watch() -> None:
+        while number := os.read(reader, 1):
+            if number[0] == signal.SIGINT and not has_ended.wait(_INTERRUPT_PATIENCE):
+                if sys.stderr is not None and sys.stderr.isatty():
+                    os.write(sys.stderr.fileno(), b"\x1b[?25h\n")  # shows the cursor again
+                os._exit(_INTERRUPTED)
+        os.close(reader)
+
+    threading.Thread(target=watch, daemon=True).start()
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # gets signals at once
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        has_ended.set()
+        os.close(writer)
 
 
 def _verify(

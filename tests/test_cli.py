@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from typer.testing import CliRunner
 from port_checker import __version__, advice
 from port_checker.cli import app
 from port_checker.schemas import ErrorCode
+from tests.support.hostile_tls import showing_in_tls_1_3, slow_certificate
 from tests.support.loopback import free_port, free_ports, refused_port
 from tests.support.scripted import (
     REFUSED,
@@ -40,6 +42,7 @@ from tests.support.scripted import (
     verdicts,
 )
 from tests.support.service import program, serve
+from tests.support.tls import endpoint
 from tests.support.waiting import wait_until
 
 PORT_CHECKER = [sys.executable, "-m", "port_checker"]
@@ -362,7 +365,7 @@ def test_streams_that_are_closed_are_not_needed() -> None:
 
 
 def test_without_descriptors_it_says_so() -> None:
-    done = run("check", "--server", "http://127.0.0.1:1", "50800", files=(6, 6))
+    done = run("check", "--server", "http://127.0.0.1:1", "50800", files=(8, 8))
     said = "port-checker: cannot check anything: Too many open files\n"
     assert done == Done(3, "", said)
 
@@ -486,6 +489,39 @@ def test_an_interrupt_ends_it_quietly() -> None:
             done.set()
             process.kill()
     assert (process.returncode, output) == (130, b"")
+
+
+def test_an_interrupt_ends_it_while_it_reads_certificates_that_take_minutes() -> None:
+    shown = threading.Event()
+    show = showing_in_tls_1_3([slow_certificate(serial) for serial in range(1, 261)])
+
+    def behave(connection: socket.socket) -> None:
+        connection.recv(1, socket.MSG_PEEK)
+        shown.set()
+        show(connection)
+
+    with (
+        endpoint(behave) as port,
+        subprocess.Popen(
+            [*PORT_CHECKER, "check", "--server", f"https://localhost:{port}", str(free_port())],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            preexec_fn=prepare,
+        ) as process,
+    ):
+        try:
+            assert shown.wait(60)
+            wait_until(lambda: _cpu_seconds(process.pid) > 2, "the program to be busy with them")
+            process.send_signal(signal.SIGINT)
+            output, _ = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert (process.returncode, output) == (130, b"")
+
+
+def _cpu_seconds(process: int) -> float:
+    return time.clock_gettime(~process << 3 | 2)  # clock_getcpuclockid(3)
 
 
 @pytest.mark.parametrize("as_json", [False, True], ids=["table", "JSON"])
