@@ -463,6 +463,18 @@ def test_a_handshake_whose_process_is_killed_is_made_again(authority: trustme.CA
         check(port, waits=waits, retries=1)
 
 
+def test_the_process_ends_when_there_is_nothing_to_do(authority: trustme.CA) -> None:
+    async def run(port: int) -> None:
+        client, pacer = TlsClient(idle=0), OpenConnectionPacer()
+        for _ in range(2):
+            assert (await client.attempt(LOOPBACK, port, [LOOPBACK], 30, pacer)).valid
+            await asyncio.to_thread(wait_until, lambda: not handshake_processes())
+
+    gc.collect()
+    with https(authority.issue_cert("127.0.0.1")) as port:
+        asyncio.run(run(port))
+
+
 def test_a_process_that_is_stopped_is_the_checkers_failure(authority: trustme.CA) -> None:
     good = speaking_tls(server_context(authority.issue_cert("127.0.0.1")))
     with (
@@ -610,8 +622,9 @@ def test_cancellation_leaves_nothing(authority: trustme.CA) -> None:
             with pytest.raises(asyncio.CancelledError):
                 await task
             # The endpoint's side of the good one may still be open.
-            await asyncio.to_thread(wait_until, lambda: used() == before)
+            await asyncio.to_thread(wait_until, lambda: used() <= before)
 
+    gc.collect()  # what other tests have left, and would be counted
     # A listener that accepts nothing: the kernel makes the connection, and nobody speaks.
     with (
         https(authority.issue_cert("127.0.0.1")) as good,
