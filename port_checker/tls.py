@@ -59,7 +59,7 @@ _LOSS = 0.25
 # Seconds to wait for the process to start; it takes 0.1 s of CPU (measured).
 _START_PATIENCE = 5.0
 
-# By default; the process takes 15 MB, and gives all the memory back that handshakes took (measured).
+# By default. The process takes 15 MB, and its end gives back what handshakes took (measured).
 _IDLE = 60.0
 
 _PROGRAM = """
