@@ -58,6 +58,10 @@ IN_CLOUD = (
     "Nothing arrives at this machine: allow the port in your cloud's firewall (security group, "
     "network rules), then in this machine's own."
 )
+BANNED = (
+    "Earlier connections got through and this one did not: a defence against port scans seems to "
+    "have banned the server, as described below. Whether the port is open it does not show."
+)
 CALLER_HIDDEN = (
     "The address that was checked is probably not this machine's but that of a NAT in front of the "
     "server: give this machine's public address with --ip."
@@ -226,6 +230,12 @@ CONNECTION_LIMIT = (
     "{retried} of the ports answered only when a few were asked for at a time: a firewall or "
     "router limits how many new connections it lets in per second (OpenWrt: SYN-flood "
     "protection). Raise that limit."
+)
+SERVER_BANNED = (
+    "The first {reached} connections of {url} got through, and then no more did: it looks as if a "
+    "defence against port scans on this machine or your router (fail2ban, psad, lfd of CSF, "
+    "portsentry, a router's intrusion prevention) has banned {peer}. Exempt that address, wait "
+    "until the ban ends, and check again."
 )
 FORWARDS_CROSSED = (
     "Forwards are crossed: connections to {outer} arrive at {inner} of this machine. If that is "

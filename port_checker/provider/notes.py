@@ -1,7 +1,7 @@
 """The notes of a report: what is true of all ports, or of the servers."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network
 
 from port_checker import advice
@@ -12,12 +12,19 @@ from port_checker.provider.report import PortPair, PortReport, port_ranges
 _SHARED = IPv4Network("100.64.0.0/10")  # RFC 6598
 
 
-def notes(contacts: Sequence[Contact], ports: Sequence[PortReport], retried: int) -> Iterator[str]:
+def notes(
+    contacts: Sequence[Contact],
+    ports: Sequence[PortReport],
+    retried: int,
+    banned: Mapping[str, int],
+) -> Iterator[str]:
     """Yield the notes of a report.
 
     Args:
         contacts: The servers.
         ports: The results.
+        banned: The servers that seem to be banned as scanners, and how many of their connections
+            got through before.
         retried: How many ports answered only when a few were asked for at a time.
     """
     for contact in contacts:
@@ -30,6 +37,10 @@ def notes(contacts: Sequence[Contact], ports: Sequence[PortReport], retried: int
     yield from _notes_on_address(contacts, ports)
     if retried:
         yield advice.CONNECTION_LIMIT.format(retried=retried)
+    for url, reached in banned.items():
+        contact = next(contact for contact in contacts if contact.url == url)
+        peer = next(iter(contact.peers), contact.remote)
+        yield advice.SERVER_BANNED.format(url=url, reached=reached, peer=peer)
     wrong = [PortPair(port.port, port.arrives_at) for port in ports if port.arrives_at]
     if wrong:
         yield advice.FORWARDS_CROSSED.format(

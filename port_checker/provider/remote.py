@@ -1,6 +1,7 @@
 """One port checker: asking it, waiting for it, and explaining its failures."""
 
 import asyncio
+import errno
 import json
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from urllib.parse import urljoin
 from pydantic import BaseModel, ValidationError
 
 from port_checker.addresses import Address, parse_address
-from port_checker.connect import Verdict, VerdictKind
+from port_checker.connect import HOST_UNREACHABLE, REFUSED, TIMED_OUT, Verdict, VerdictKind
 from port_checker.provider.http_client import (
     HttpClient,
     HttpError,
@@ -24,7 +25,13 @@ from port_checker.provider.http_client import (
     without_password,
 )
 from port_checker.provider.report import TlsAnswer
-from port_checker.schemas import CallerAddress, CheckPortsResponse, CheckTlsResponse, ErrorCode
+from port_checker.schemas import (
+    CallerAddress,
+    CheckPortsResponse,
+    CheckTlsResponse,
+    ErrorCode,
+    PortResult,
+)
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -33,6 +40,14 @@ MAX_PORTS_PER_REQUEST = 1000
 # Bytes of an answer that are read: so many, and so many for each port. A verdict has about 70.
 _ANSWER_SIZE = 64 * 1024
 _VERDICT_SIZE = 256
+# What an older server's error number says about the port. Others are its own trouble: no files or
+# ports left, no route, a firewall of its own.
+_BY_ERRNO = {
+    errno.ECONNREFUSED: REFUSED,
+    errno.ETIMEDOUT: TIMED_OUT,
+    errno.EHOSTUNREACH: HOST_UNREACHABLE,
+    errno.ECONNRESET: Verdict(VerdictKind.OTHER, "Connection reset by peer"),
+}
 # What a server or a proxy before it answers when it may succeed later.
 _PASSING = {
     HTTPStatus.TOO_MANY_REQUESTS,
@@ -57,6 +72,7 @@ class Waits:
         late_connections: After an answer, for the connections that it reports: when the last
             packet of a handshake is lost, the next one follows after a retransmission timeout.
         between_groups: Between small groups of ports, when new connections are limited on the way.
+        ban: Before a server that seems to be banned as a scanner is asked again.
         quiet: About so long nothing is asked, to see who connects anyway.
         sleep: What to wait with.
     """
@@ -67,6 +83,7 @@ class Waits:
     patience: float = 120.0
     late_connections: float = 3.0
     between_groups: float = 2.0
+    ban: float = 15.0
     quiet: float = 1.0
     sleep: Callable[[float], Awaitable[None]] = field(default=asyncio.sleep, repr=False)
 
@@ -113,6 +130,7 @@ class Answers:
     Attributes:
         verdicts: Its verdict on each port that it checked.
         excluded: The ports that it may not connect to.
+        failures: Its own errors in place of a verdict, by port.
         error: Why it did not check all the others; None if it did.
         local: The address of this machine from which it was asked; None without an answer.
         remote: The address at which it was asked.
@@ -123,6 +141,7 @@ class Answers:
     error: str | None = None
     local: Address | None = None
     remote: Address | None = None
+    failures: Mapping[int, str] = field(default_factory=dict)
 
     def __or__(self, later: "Answers") -> "Answers":
         """Add later answers, which count where both have one."""
@@ -132,6 +151,7 @@ class Answers:
             later.error,
             later.local or self.local,
             later.remote or self.remote,
+            {**self.failures, **later.failures},
         )
 
 
@@ -194,7 +214,7 @@ class Server:
                 return answers | Answers(error=str(error))
             else:
                 self._patience = self._waits.patience
-                done = answers.verdicts.keys() | answers.excluded
+                done = answers.verdicts.keys() | answers.excluded | answers.failures.keys()
                 remaining = [port for port in remaining if port not in done]
         return answers
 
@@ -230,11 +250,14 @@ class Server:
             results = _parse(CheckPortsResponse, response, self.url).results
             if list(results) != [str(port) for port in ports]:
                 raise ServerError("reported on other ports than it was asked about")
-            verdicts = {
-                port: _printable(result.verdict)
-                for port, result in zip(ports, results.values(), strict=True)
-            }
-            return Answers(verdicts, frozenset(), None, *ends)
+            found = dict(zip(ports, map(_read_verdict, results.values()), strict=True))
+            return Answers(
+                {port: said for port, said in found.items() if isinstance(said, Verdict)},
+                frozenset(),
+                None,
+                *ends,
+                {port: said for port, said in found.items() if isinstance(said, str)},
+            )
         detail = _error_detail(response)
         if detail and detail.code == ErrorCode.TOO_MANY_PORTS and len(ports) > 1:
             raise _TooManyPorts
@@ -277,10 +300,19 @@ class Server:
                 raise _TooManyPorts
 
 
-def _printable(verdict: Verdict) -> Verdict:
-    if verdict.kind is VerdictKind.OTHER:  # the words of the others are ours
-        return Verdict(verdict.kind, printable(verdict.error or "no reason given"))
-    return verdict
+def _read_verdict(result: PortResult) -> Verdict | str:
+    """Read a verdict; or what the server says of its own trouble, which is none.
+
+    Older servers put the number of the system's error before its words.
+    """
+    verdict = result.verdict
+    if verdict.kind is not VerdictKind.OTHER:
+        return verdict
+    error = printable(verdict.error or "no reason given")
+    number = re.match(r"\[Errno ([0-9]{1,4})\]", error)
+    if not number:
+        return Verdict(VerdictKind.OTHER, error)
+    return _BY_ERRNO.get(int(number[1])) or error
 
 
 def _count(ports: Sequence[int]) -> str:

@@ -212,6 +212,7 @@ class Observation:
             arrive, if the kernel drops them for it.
         answers: The verdicts, by server.
         counted: The servers that say something about the world; by default all.
+        banned: Whether a server seems to be banned as a scanner.
         arrives_at: The other port of this machine at which its connections arrive.
         unused: Whether nobody listens there.
         holders: The sockets that have the port, if it is in use.
@@ -229,6 +230,7 @@ class Observation:
     wrong_way: str | None = None
     answers: dict[str, Verdict] = field(default_factory=dict)
     counted: Collection[str] | None = None
+    banned: bool = False
     arrives_at: int | None = None
     unused: bool = False
     holders: Sequence[TcpSocket] = ()
@@ -309,6 +311,8 @@ def _advise(observed: Observation, place: Place, kinds: Sequence[VerdictKind]) -
 def _advise_on_way(observed: Observation, place: Place, kind: VerdictKind) -> str:
     """Name what keeps connections from a port at which somebody listens."""
     attempt = observed.attempt
+    if observed.banned:
+        return advice_for.BANNED
     if attempt and attempt.answered:
         return advice_for.REPLIES_LOST
     if observed.seen or observed.half_open:

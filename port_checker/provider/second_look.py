@@ -8,8 +8,9 @@ listener sees is, in binary, the number of the port whose connections arrive at 
 import random
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
+from math import comb
 
-from port_checker.connect import Verdict, VerdictKind
+from port_checker.connect import Verdict
 from port_checker.provider.listeners import Listeners
 from port_checker.provider.origin import Contact
 from port_checker.provider.remote import Waits
@@ -17,11 +18,14 @@ from port_checker.provider.report import PortPair
 
 # Ports in a group that is asked for by itself when new connections are limited on the way. What
 # OpenWrt lets in at once is 50, and 25 more each second.
-_GROUP_SIZE = 40
+GROUP_SIZE = 40
 # How often forwards are traced that are still unclear.
 _ROUNDS = 3
 # So many ports that got through, and so many that did not, make a pattern.
 _MIN_PATTERN = 10
+# How probable the order of what got through may be by chance before a ban is suspected.
+_CHANCE = 1 / 400
+BANNED_GROUP_SIZE = 3
 # So many stretches of lost ports: a single one is a range that a firewall closes. Those that a
 # limit drops are scattered, since every second port is asked about first.
 _MIN_RUNS = 2
@@ -128,8 +132,24 @@ def looks_limited(
     return runs >= _MIN_RUNS
 
 
-async def ask_in_groups(contact: Contact, ports: Sequence[int], waits: Waits) -> dict[int, Verdict]:
-    """Ask about ports that timed out once more, in small groups.
+def looks_banned(order: Sequence[int], reached: Collection[int], lost: Collection[int]) -> bool:
+    """Whether the first ports got through, in the random order of asking, and then no more did.
+
+    Args:
+        order: The outer ports, in the order in which they were asked about.
+        reached: Those that got through.
+        lost: Those that did not.
+    """
+    first = [port for port in order if port in reached or port in lost][: len(reached)]
+    overtaken = sum(port in lost for port in first)  # they begin at once
+    as_good = (comb(len(reached), n) * comb(len(lost), n) for n in range(overtaken + 1))
+    return sum(as_good) < _CHANCE * comb(len(reached) + len(lost), len(reached))
+
+
+async def ask_in_groups(
+    contact: Contact, ports: Sequence[int], waits: Waits, *, size: int = GROUP_SIZE
+) -> dict[int, Verdict]:
+    """Ask about ports that got lost once more, in small groups.
 
     A first group, taken from all over, shows whether that helps.
 
@@ -139,15 +159,11 @@ async def ask_in_groups(contact: Contact, ports: Sequence[int], waits: Waits) ->
     remaining = random.sample(list(ports), len(ports))
     verdicts: dict[int, Verdict] = {}
     for _ in range(int(waits.patience / waits.between_groups)):
-        group, remaining = remaining[:_GROUP_SIZE], remaining[_GROUP_SIZE:]
+        group, remaining = remaining[:size], remaining[size:]
         await waits.sleep(waits.between_groups)
         answers = await contact.ask(group)
         verdicts |= answers.verdicts
-        lost = [
-            port
-            for port, verdict in answers.verdicts.items()
-            if verdict.kind is VerdictKind.TIMED_OUT
-        ]
+        lost = [port for port, verdict in answers.verdicts.items() if not verdict.accessible]
         remaining += lost
         if answers.error or not remaining or len(lost) > len(group) / 2:
             break

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -46,7 +47,13 @@ from port_checker.provider.report import (
     port_pairs,
     reached_at,
 )
-from port_checker.provider.second_look import ask_in_groups, looks_limited, trace_forwards
+from port_checker.provider.second_look import (
+    BANNED_GROUP_SIZE,
+    ask_in_groups,
+    looks_banned,
+    looks_limited,
+    trace_forwards,
+)
 
 # Descriptors kept for connections to servers, connections that listeners see, and the rest.
 _OTHER_DESCRIPTORS = 48 + MAX_HELD
@@ -113,7 +120,7 @@ async def verify(
         for url in urls
     ]
     reports: list[PortReport] = []
-    retried = 0
+    retried, banned = 0, dict[str, int]()
     parts = list(_in_parts(pairs, descriptors_left() - _OTHER_DESCRIPTORS))
     with ExitStack() as stack:
         capture = Capture.open()
@@ -128,13 +135,20 @@ async def verify(
                 contacts, answers = await check.ask(contacts)
                 half_open = half_open_ports({pair.inner for pair in part})
                 contacts = await check.identify(contacts, answers)
-                answers, passed = await check.ask_in_groups(contacts, answers)
+                answers, passed, banned_now = await check.ask_in_groups(contacts, answers)
+                banned |= banned_now
                 counted = _counted(contacts)
                 seen = check.seen(counted)  # before tracing, when crossed forwards show anew
                 arrivals = await check.trace(
-                    counted, answers, seen, suspicious=len(parts) == 1, limited=passed > 0
+                    counted,
+                    answers,
+                    seen,
+                    suspicious=len(parts) == 1,
+                    limited=passed > 0 or bool(banned_now),
                 )
-                reports += check.judge(contacts, answers, seen, half_open, arrivals)
+                reports += check.judge(
+                    contacts, answers, seen, half_open, arrivals, banned=bool(banned_now)
+                )
                 retried += passed
             on_checked(len(reports), len(pairs))
     if not reports:
@@ -145,7 +159,7 @@ async def verify(
         ip=_address_of(server_reports, reports),
         servers=server_reports,
         ports=reports,
-        notes=list(notes(contacts, reports, retried)),
+        notes=list(notes(contacts, reports, retried, banned)),
         family=family,
         tls=endpoint_reports,
     )
@@ -261,9 +275,9 @@ class _Check:
         pairs = [
             p for p in self.pairs if self.witness.listeners.local[p.inner] in ("bound", "in use")
         ]
-        # Every second one first: a limit on new connections lets in what comes first, so that what
-        # it drops is scattered, unlike a range that a firewall closes.
-        ports = [pair.outer for pair in (*pairs[::2], *pairs[1::2])]
+        # In random order: a limit on new connections, or a ban, lets in what comes first, so that
+        # what it drops is scattered, unlike a range that a firewall closes.
+        ports = [pair.outer for pair in random.sample(pairs, len(pairs))]
         answers = await asyncio.gather(*(contact.ask(ports) for contact in contacts))
         contacts = [
             contact.after(answer) for contact, answer in zip(contacts, answers, strict=True)
@@ -300,29 +314,57 @@ class _Check:
 
     async def ask_in_groups(
         self, contacts: Sequence[Contact], answers: Mapping[str, Answers]
-    ) -> tuple[Mapping[str, Answers], int]:
-        """Ask again in small groups where a limit on new connections shows.
+    ) -> tuple[Mapping[str, Answers], int, dict[str, int]]:
+        """Ask again in small groups where a limit on new connections shows, or a ban.
 
         Returns:
-            The answers with the new ones, and how many ports got through only then.
+            The answers with the new ones; how many ports got through only then; and, for each
+            server that seems to be banned as a scanner, how many of its connections got through.
         """
-        reached = {pair.outer for pair in self.pairs if _is_accessible(answers, pair)}
-        lost = [
-            pair.outer
-            for pair in self.pairs
-            if self._is_bound(pair)
-            # Also where a packet that was sent again arrived, too late for the server.
-            and {v.kind for v in _verdicts(answers, pair).values()} == {VerdictKind.TIMED_OUT}
-        ]
-        if not looks_limited(self.pairs, reached, set(lost)):
-            return answers, 0
-        contact = next(c for c in contacts if answers[c.url].verdicts.keys() & set(lost))
-        verdicts = await ask_in_groups(contact, lost, self.waits)
-        passed = sum(verdict.accessible for verdict in verdicts.values())
-        answers = {**answers, contact.url: answers[contact.url] | Answers(verdicts)}
+        passed, banned = 0, {}
+        answers = dict(answers)
+        reached_here = {pair.outer for pair in self.pairs if pair.inner in self.seen(contacts)}
+        for contact in contacts:
+            verdicts = answers[contact.url].verdicts
+            if contact.error and not verdicts:  # even its answer got lost
+                came = self.seen([contact], self.witness.seen(self.start)) & self._inner()
+                if came:
+                    banned[contact.url] = len(came & reached_here)
+                continue
+            lost = [pair.outer for pair in self.pairs if self._is_lost(answers, pair)]
+            lost = [port for port in lost if port in verdicts]
+            reached = {port for port, verdict in verdicts.items() if verdict.accessible}
+            timed_out = [p for p in lost if verdicts[p].kind is VerdictKind.TIMED_OUT]
+            is_banned = looks_banned([*verdicts], reached, lost)
+            if looks_limited(self.pairs, reached, timed_out):
+                later = await ask_in_groups(contact, timed_out, self.waits)
+            elif is_banned:
+                self.on_progress(f"asking {contact.url} again, about a few ports at a time")
+                later = await ask_in_groups(contact, lost, self.waits, size=BANNED_GROUP_SIZE)
+            else:
+                continue
+            through = sum(verdict.accessible for verdict in later.values())
+            # Ports that were reached are reached again, unless the server is banned.
+            sample = await contact.ask([*reached][:2]) if is_banned and not through else None
+            if sample and not any(v.accessible for v in sample.verdicts.values()):
+                await self.waits.sleep(self.waits.ban)
+                again = await ask_in_groups(contact, lost, self.waits, size=BANNED_GROUP_SIZE)
+                through = sum(verdict.accessible for verdict in again.values())
+                later |= again
+                banned[contact.url] = len(reached)
+            passed += through
+            answers[contact.url] |= Answers(later)
         if passed:
             await self._wait_until_seen(contacts, answers)
-        return answers, passed
+        return answers, passed, banned
+
+    def _inner(self) -> set[int]:
+        return {pair.inner for pair in self.pairs}
+
+    def _is_lost(self, answers: Mapping[str, Answers], pair: PortPair) -> bool:
+        """Whether no server reaches a port at which this machine listens."""
+        # Also where a packet that was sent again arrived, too late for the server.
+        return self._is_bound(pair) and not _is_accessible(answers, pair)
 
     async def trace(
         self,
@@ -366,6 +408,8 @@ class _Check:
         seen: set[int],
         half_open: Mapping[int, set[Address]],
         arrivals: Mapping[int, int] | None,
+        *,
+        banned: bool,
     ) -> list[PortReport]:
         """Judge each port by all that is known."""
         counted = _counted(contacts)
@@ -375,7 +419,7 @@ class _Check:
             attempts = capture.attempts(partial(_is_servers, counted), self.start[1])
         captured = bool(capture and capture.is_complete() and not has_xdp_program())
         half_open_here = self.seen(counted, half_open)
-        reason = "; ".join(f"{c.url}: {c.error}" for c in contacts if c.error)
+        errors = {c.url: c.error for c in contacts if c.error}
         is_server_here = any(c.nearness is Nearness.HERE for c in contacts)
         elsewhere = {} if is_server_here else self._elsewhere(answers, attempts)
         listeners = self.witness.listeners
@@ -405,11 +449,12 @@ class _Check:
                 answers=verdicts,
                 counted={contact.url for contact in counted},
                 arrives_at=arrives_at,
+                banned=banned,
                 unused=pair.outer in elsewhere and attempts[elsewhere[pair.outer]].refused,
                 holders=listeners.holders.get(pair.inner, ()),
                 other_family=pair.inner in listeners.other_family,
                 excluded=any(pair.outer in answer.excluded for answer in answers.values()),
-                reason=reason or "no server was asked",
+                reason=_join(errors | _failures(answers, pair)) or "no server was asked",
             )
             contact = next((c for c in counted if c.url in verdicts), None)
             reports.append(judge(observed, self._place(contact)))
@@ -499,6 +544,19 @@ def _counted(contacts: Sequence[Contact]) -> list[Contact]:
 
 def _is_servers(contacts: Sequence[Contact], peer: Address) -> bool:
     return any(contact.has_peer(peer) for contact in contacts)
+
+
+def _failures(answers: Mapping[str, Answers], pair: PortPair) -> dict[str, str]:
+    """Return those servers' own errors that stand in place of a verdict on a port."""
+    return {
+        url: f"could not connect itself ({answer.failures[pair.outer]})"
+        for url, answer in answers.items()
+        if pair.outer in answer.failures
+    }
+
+
+def _join(errors: Mapping[str, str]) -> str:
+    return "; ".join(f"{url}: {error}" for url, error in errors.items())
 
 
 def _reaches(answers: Answers, pair: PortPair) -> bool:

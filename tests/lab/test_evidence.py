@@ -375,3 +375,23 @@ def test_an_address_of_the_other_family_than_the_servers(quick_lab: Lab, count: 
             assert advised(report) == {advice.TIMED_OUT}
         else:
             assert advised(report) == {expected}
+
+
+@pytest.mark.parametrize(("machine", "chain"), [("provider", "input"), ("router", "forward")])
+@pytest.mark.parametrize("statement", ["drop", "reject with tcp reset"])
+@pytest.mark.parametrize("limit", [6, 20])
+def test_a_defence_against_scans(
+    quick_lab: Lab, machine: str, chain: str, statement: str, limit: int
+) -> None:
+    """It bans who begins so many connections; the conversation with the server may go on."""
+    ports = quick_lab.take(60)
+    quick_lab.forward(ports)
+    banned = f"tcp dport {word(ports)} ct state new"
+    count = f"numgen inc mod 100000 >= {limit} {statement}"
+    quick_lab._rule(machine, chain, f"{banned} {count}")
+    report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, 4))
+    assert 0 < report["reachable"] <= limit
+    assert advised(report) == {None, advice.BANNED}
+    (note,) = report["notes"]
+    assert "fail2ban" in note
+    assert f"The first {report['reachable']} connections" in note
