@@ -225,6 +225,10 @@ SHARED_ADDRESS_HERE = (
     "(CGNAT), so forwards cannot work: ask your internet provider for a public address, or use "
     "IPv6."
 )
+TEMPORARY_ADDRESS = (
+    "{ip} is a temporary address, which this machine gives up within hours or days (RFC 8981): let "
+    "the provider use a stable one ({stable}), and check that with --ip."
+)
 SERVERS_DISAGREE = "{url} cannot reach {ports} at {ip} ({error}), though another server can."
 CONNECTION_LIMIT = (
     "{retried} of the ports answered only when a few were asked for at a time: a firewall or "

@@ -29,6 +29,7 @@ _IFF_RUNNING = 0x40  # linux/if.h
 _RTM_GETADDR, _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 22, 1, 2, 8  # and linux/if_addr.h
 _IFA_F_TEMPORARY, _IFA_F_DEPRECATED = 0x01, 0x20
 _RTM_GETLINK, _IFLA_XDP, _IFLA_XDP_ATTACHED = 18, 43, 2  # and linux/if_link.h
+_IFLA_IFNAME, _IFLA_LINKINFO, _IFLA_INFO_KIND = 3, 18, 1
 _RTA_GATEWAY, _RTA_MULTIPATH, _RTA_VIA, _NLM_F_DUMP, _NLMSG_DONE = 5, 9, 18, 0x300, 3
 _NLA_TYPE_MASK = 0x3FFF
 
@@ -401,6 +402,20 @@ def own_addresses() -> list[OwnAddress]:
                 )
             )
     return found
+
+
+def interface_kind(name: str) -> str:
+    """Return the kernel's name for a virtual interface's kind (``veth``, ``tun``, ``wireguard``).
+
+    Empty for others, and where the kernel cannot tell.
+    """
+    with contextlib.suppress(OSError):
+        for message in _dump(_RTM_GETLINK, struct.pack("=B15x", socket.AF_UNSPEC)):
+            attributes = dict(_attributes(message[16:]))
+            if attributes.get(_IFLA_IFNAME, b"").rstrip(b"\0") == name.encode():
+                info = dict(_attributes(attributes.get(_IFLA_LINKINFO, b"")))
+                return info.get(_IFLA_INFO_KIND, b"").rstrip(b"\0").decode(errors="replace")
+    return ""
 
 
 def has_xdp_program() -> bool:

@@ -42,11 +42,13 @@ class HttpError(Exception):
     Args:
         message: The rest of a sentence whose subject is the server.
         passes: Whether it may succeed later.
+        timed_out: Whether nothing came in time.
     """
 
-    def __init__(self, message: str, *, passes: bool) -> None:
+    def __init__(self, message: str, *, passes: bool, timed_out: bool = False) -> None:
         super().__init__(message)
         self.passes = passes
+        self.timed_out = timed_out
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,7 @@ class HttpClient:
             finally:
                 writer.transport.abort()
         except TimeoutError:
-            raise HttpError("does not answer in time", passes=True) from None
+            raise HttpError("does not answer in time", passes=True, timed_out=True) from None
         except ssl.SSLCertVerificationError as error:
             raise HttpError(f"TLS failed: {error.verify_message}", passes=False) from None
         except ssl.SSLError as error:

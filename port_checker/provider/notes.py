@@ -5,11 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network
 
 from port_checker import advice
-from port_checker.linux import ephemeral_ports, reserved_ports
+from port_checker.linux import ephemeral_ports, own_addresses, reserved_ports
 from port_checker.provider.origin import Contact, Nearness, is_own
 from port_checker.provider.report import PortPair, PortReport, port_ranges
 
 _SHARED = IPv4Network("100.64.0.0/10")  # RFC 6598
+_DS_LITE = IPv4Network("192.0.0.0/29")  # RFC 7335
 
 
 def notes(
@@ -33,6 +34,7 @@ def notes(
     if len(set(addresses.values())) > 1:
         listed = ", ".join(f"{ip} ({url})" for url, ip in addresses.items())
         yield advice.ADDRESSES_DIFFER.format(addresses=listed)
+    yield from _temporary_addresses(contacts)
     yield from _disagreements(ports, addresses)
     yield from _notes_on_address(contacts, ports)
     if retried:
@@ -67,6 +69,21 @@ def _notes_on_server(contact: Contact) -> Iterator[str]:
             yield advice.SERVER_BEHIND_SAME_ROUTER.format(url=contact.url, remote=contact.remote)
 
 
+def _temporary_addresses(contacts: Sequence[Contact]) -> Iterator[str]:
+    """Name an address that this machine will not keep, and the one that it keeps."""
+    own = own_addresses()
+    checked = {contact.address for contact in contacts}
+    for found in own:
+        if found.temporary and found.address in checked:
+            lasting = [
+                str(other.address)
+                for other in own
+                if other.network == found.network and not (other.temporary or other.deprecated)
+            ]
+            stable = ", ".join(lasting) or "none that this machine has now"
+            yield advice.TEMPORARY_ADDRESS.format(ip=found.address, stable=stable)
+
+
 def _disagreements(ports: Sequence[PortReport], addresses: dict[str, str]) -> Iterator[str]:
     """Say of each server what it cannot reach, and another can."""
     unreached: defaultdict[tuple[str, str | None], list[PortPair]] = defaultdict(list)
@@ -92,7 +109,7 @@ def _notes_on_address(contacts: Sequence[Contact], ports: Sequence[PortReport]) 
     address, local = contact.address, contact.local
     if address.version == 6 or not address.is_global or is_own(address):
         return
-    if isinstance(local, IPv4Address) and local in _SHARED:
+    if isinstance(local, IPv4Address) and (local in _SHARED or local in _DS_LITE):
         yield advice.SHARED_ADDRESS_HERE.format(local=local)
     else:
         yield advice.SHARED_ADDRESS.format(ip=address)

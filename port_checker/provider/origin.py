@@ -10,7 +10,7 @@ the halves.
 import contextlib
 import random
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from functools import cached_property
@@ -109,11 +109,13 @@ class Contact:
             remote=answers.remote or self.remote,
         )
 
-    async def ask(self, ports: Sequence[int]) -> Answers:
+    async def ask(
+        self, ports: Sequence[int], is_connecting: Callable[[], bool] = lambda: False
+    ) -> Answers:
         """Ask about ports of the address, unless that has failed before."""
         if self.address is None or self.error:
             return Answers(error=self.error)
-        return await self.server.ask(self.address, ports)
+        return await self.server.ask(self.address, ports, is_connecting)
 
 
 def is_own(address: Address) -> bool:

@@ -197,17 +197,28 @@ class Server:
             raise ServerError(f"has nothing at {self.url}/ip: try {self.url.root}")
         return bool(_error_detail(response)) or b'"Not Found"' in response.body  # FastAPI's words
 
-    async def ask(self, address: Address, ports: Sequence[int]) -> Answers:
+    async def ask(
+        self,
+        address: Address,
+        ports: Sequence[int],
+        is_connecting: Callable[[], bool] = lambda: False,
+    ) -> Answers:
         """Ask about ports of an address, as many at once as the server takes.
 
         Its failure is part of the answers.
+
+        Args:
+            address: This machine's.
+            ports: The ports.
+            is_connecting: Whether the server has been seen to connect. Then silence is tried once
+                more only: a ban that cut it off would but begin anew.
         """
         answers = Answers()
         remaining, batch_size = list(ports), MAX_PORTS_PER_REQUEST
         while remaining:
             batch = remaining[:batch_size]
             try:
-                answers |= await self._check(address, batch)
+                answers |= await self._check(address, batch, is_connecting)
             except _TooManyPorts:
                 batch_size = (len(batch) + 1) // 2
             except ServerError as error:
@@ -239,12 +250,16 @@ class Server:
             answer.not_after and printable(answer.not_after),
         )
 
-    async def _check(self, address: Address, ports: list[int]) -> Answers:
+    async def _check(
+        self, address: Address, ports: list[int], is_connecting: Callable[[], bool]
+    ) -> Answers:
         """Have ports checked in one request; the answer is all verdicts, or ports to exclude."""
         self._on_progress(f"{self.url} is checking {_count(ports)}")
         document = json.dumps({"provider_ip": str(address), "ports": ports}).encode()
         size = _ANSWER_SIZE + _VERDICT_SIZE * len(ports)
-        response = await self._request("POST", "/check-ports", document, size, len(ports))
+        response = await self._request(
+            "POST", "/check-ports", document, size, len(ports), is_connecting
+        )
         ends = response.local, response.remote
         if response.status == HTTPStatus.OK:
             results = _parse(CheckPortsResponse, response, self.url).results
@@ -266,7 +281,13 @@ class Server:
         raise ServerError(_describe(response, self.url))
 
     async def _request(
-        self, method: str, path: str, body: bytes | None, max_size: int, ports: int = 1
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        max_size: int,
+        ports: int = 1,
+        is_connecting: Callable[[], bool] = lambda: False,
     ) -> Response:
         """Make a request, and make it again while what hinders it may pass.
 
@@ -274,14 +295,16 @@ class Server:
             ServerError: It does not pass, or not within our patience.
             _TooManyPorts: After a wait: the server would take fewer ports.
         """
-        pauses = iter(self._waits.pauses)
+        pauses, was_cut_off = iter(self._waits.pauses), False
         while True:
             retry_after = None
             started = asyncio.get_running_loop().time()
             try:
                 response = await self._http.request(self.url, method, path, body, max_size)
             except HttpError as error:
-                if not error.passes:
+                cut_off = error.timed_out and was_cut_off
+                was_cut_off = error.timed_out and is_connecting()
+                if not error.passes or cut_off:
                     raise ServerError(str(error)) from None
                 trouble, detail = str(error), None
                 self._patience -= asyncio.get_running_loop().time() - started

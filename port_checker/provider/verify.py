@@ -26,6 +26,7 @@ from port_checker.provider.http_client import HttpClient, LocalPorts, ServerUrl
 from port_checker.provider.listeners import MAX_HELD, Listeners
 from port_checker.provider.notes import notes
 from port_checker.provider.origin import Contact, Nearness, Witness, by_peer, is_own, learn_peers
+from port_checker.provider.place import router_of
 from port_checker.provider.remote import (
     MAX_PORTS_PER_REQUEST,
     Answers,
@@ -40,6 +41,7 @@ from port_checker.provider.report import (
     PortPair,
     PortReport,
     Report,
+    Router,
     ServerReport,
     TlsAnswer,
     TlsReport,
@@ -278,13 +280,18 @@ class _Check:
         # In random order: a limit on new connections, or a ban, lets in what comes first, so that
         # what it drops is scattered, unlike a range that a firewall closes.
         ports = [pair.outer for pair in random.sample(pairs, len(pairs))]
-        answers = await asyncio.gather(*(contact.ask(ports) for contact in contacts))
+        answers = await asyncio.gather(
+            *(contact.ask(ports, partial(self._is_connecting, contact)) for contact in contacts)
+        )
         contacts = [
             contact.after(answer) for contact, answer in zip(contacts, answers, strict=True)
         ]
         by_url = {contact.url: answer for contact, answer in zip(contacts, answers, strict=True)}
         await self._wait_until_seen(contacts, by_url)
         return contacts, by_url
+
+    def _is_connecting(self, contact: Contact) -> bool:
+        return bool(self.seen([contact], self.witness.seen(self.start)))
 
     async def identify(
         self, contacts: Sequence[Contact], answers: Mapping[str, Answers]
@@ -501,13 +508,16 @@ class _Check:
         if not contact or not address:
             return Place(family=self.family)
         own = is_own(address)
-        way = way_to(address)
+        remote = contact.remote
+        way = way_to(remote if remote and remote.version == self.family else address)
         local = contact.local if contact.local and contact.local.version == self.family else None
+        local = local or (way.source if way else None)
         return Place(
             own_address=own,
             caller_hidden=not (own or contact.given or address.is_global),
             family=self.family,
-            address=address if own else local or (way.source if way else None),
+            address=address if own else local,
+            router=router_of(way.interface, local) if way and not own else Router.ROUTER,
             interface=way.interface if way else "",
         )
 

@@ -7,6 +7,7 @@ and in which servers are not where they seem to be.
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -395,3 +396,54 @@ def test_a_defence_against_scans(
     (note,) = report["notes"]
     assert "fail2ban" in note
     assert f"The first {report['reachable']} connections" in note
+
+
+@pytest.mark.parametrize("count", [5])
+def test_a_defence_that_cuts_the_server_off(quick_lab: Lab, count: int) -> None:
+    """Its answer gets lost, too: that is not all that is said."""
+    ports = quick_lab.take(count + 5)
+    quick_lab.forward(ports)
+    table = (
+        f"table inet ban {{\nset banned {{ type ipv4_addr; flags dynamic; }}\n"
+        "chain in { type filter hook input priority -5;\nip saddr @banned drop\n"
+        f"tcp dport {word(ports)} ct state new numgen inc mod 100000 >= {count} "
+        "add @banned { ip saddr } drop\n}\n}"
+    )
+    quick_lab.run("provider", "nft", "-f", "-", stdin=table)
+    program = quick_lab.popen(
+        "provider",
+        sys.executable,
+        str(Path(__file__).parent / "impatient.py"),
+        word(ports),
+        url_of(network.CHECKER, 4),
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent.parent)},
+        output=subprocess.PIPE,
+    )
+    try:
+        output = program.communicate(timeout=120)[0].decode()
+    finally:
+        quick_lab.run("provider", "nft", "delete", "table", "inet", "ban")
+    assert output.startswith("0\n")
+    assert "fail2ban" in output
+    assert f"The first {count} connections" in output
+
+
+def test_a_temporary_address(quick_lab: Lab) -> None:
+    """It is good today, and gone tomorrow."""
+    ports = quick_lab.take(3)
+    add = ["ip", "address", "add", "2a00:3::7/64", "dev", "internet", "mngtmpaddr"]
+    setting = Path("/proc/sys/net/ipv6/conf/internet/use_tempaddr")
+    quick_lab.submit("third", setting.write_text, "2").result()
+    quick_lab.run("third", *add)
+    try:
+        listed = quick_lab.run("third", "ip", "-6", "address", "show", "temporary").stdout
+        (temporary,) = re.findall("inet6 (2a00:3:[0-9a-f:]+)/64", listed)
+        words = [word(ports), "--ip", temporary]
+        report = check(quick_lab, "third", *words, server=url_of(network.CHECKER, 6))
+    finally:
+        quick_lab.submit("third", setting.write_text, "0").result()
+        quick_lab.run("third", "ip", "address", "delete", "2a00:3::7/64", "dev", "internet")
+    assert report["reachable"] == 3
+    (note,) = report["notes"]
+    assert temporary in note
+    assert "2a00:3::2" in note
