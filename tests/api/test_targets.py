@@ -222,15 +222,6 @@ def test_allowed_networks_may_be_checked_by_anybody() -> None:
         assert refused(target, allowed_networks=networks, own="126.0.0.1")
 
 
-def test_mapped_addresses_are_ipv4_addresses() -> None:
-    assert not refused("::ffff:8.8.8.8")
-    assert refused("::ffff:10.1.2.3")
-    assert refused("::ffff:8.8.8.8", own="8.8.8.8")
-    assert refused("::ffff:8.8.8.8", denied_networks="8.8.8.0/24")
-    assert not refused("::ffff:10.1.2.3", caller="10.1.2.3")
-    assert not refused("10.1.2.3", caller="::ffff:10.1.2.3")
-
-
 def test_the_kernel_is_asked_only_where_its_routes_matter() -> None:
     asked: list[tuple[str, Address]] = []
 

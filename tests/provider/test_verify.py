@@ -16,7 +16,7 @@ from port_checker import advice
 from port_checker.provider import verify
 from port_checker.provider.listeners import Listeners
 from tests.support.loopback import free_port, free_ports, is_listened_on, open_listener
-from tests.support.namespace import ROOT, in_namespace, needs_root, needs_setpriv
+from tests.support.namespace import ROOT, loopback_alone, needs_root, needs_setpriv
 from tests.support.scripted import (
     REFUSED,
     TELLS_IP,
@@ -67,27 +67,22 @@ def test_a_program_keeps_its_port() -> None:
     assert (said.local, said.reachable, said.confirmed, said.advice) == ("in use", True, None, None)
 
 
-NOT_PERMITTED_SCRIPT = """
-import subprocess, sys
-program = '''
-from tests.support.scripted import check
-from tests.support.service import serve
-with serve(retries=1) as client:
-    report = check([80, 20000], str(client.base_url))
-for port in report.ports:
-    print(port.port, port.local, port.reachable, port.confirmed, bool(port.answers), port.advice)
-'''
-without = ["setpriv", "--bounding-set=-net_bind_service"]
-sys.exit(subprocess.run([*without, sys.executable, "-c", program]).returncode)
-"""
-
-
 @needs_root
 @needs_setpriv
 def test_a_port_that_one_may_not_listen_on() -> None:
-    forbidden, allowed = in_namespace(NOT_PERMITTED_SCRIPT).splitlines()
-    assert allowed == "20000 bound True True True None"
-    assert forbidden == f"80 not permitted False None False {advice.NOT_PERMITTED}"
+    program = [sys.executable, "-m", "tests.programs.check_ports_80_and_20000"]
+    with loopback_alone():
+        done = subprocess.run(
+            ["setpriv", "--bounding-set=-net_bind_service", *program],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    assert done.stdout.splitlines() == [
+        f"80 not permitted False None {advice.NOT_PERMITTED}",
+        "20000 bound True True None",
+    ]
 
 
 def test_a_connection_that_comes_after_the_answer_confirms() -> None:
@@ -111,27 +106,19 @@ def test_what_a_server_says_without_connecting_is_not_confirmed() -> None:
     assert said.advice == advice.ANSWERED_ELSEWHERE
 
 
-HALF_OPEN_SCRIPT = """
-from tests.support.scripted import check
-from tests.support.service import serve
-with serve(retries=1, timeout=0.3) as client:
-    report = check([20000, 20001], str(client.base_url))
-for port in report.ports:
-    print(port.port, port.reachable, port.error, "-", port.advice)
-"""
-
-
 @needs_root
 def test_lost_answers_of_the_kernel_point_at_the_way_back() -> None:
     lose = "tcp sport 20000 tcp flags '&' '(syn|ack)' == '(syn|ack)' drop"
-    lost, reached = in_namespace(
-        HALF_OPEN_SCRIPT,
+    setup = (
         "nft add table inet lost",
         "nft add chain inet lost output '{ type filter hook output priority 0; }'",
         f"nft add rule inet lost output {lose}",
-    ).splitlines()
-    assert lost == f"20000 False Connection timed out - {advice.WAY_BACK}"
-    assert reached == "20001 True None - None"
+    )
+    with loopback_alone(*setup), serve(retries=1, timeout=0.3) as client:
+        lost, reached = check([20000, 20001], str(client.base_url)).ports
+    assert (lost.reachable, lost.error) == (False, "Connection timed out")
+    assert lost.advice == advice.WAY_BACK
+    assert (reached.reachable, reached.error, reached.advice) == (True, None, None)
 
 
 # Several servers
@@ -362,14 +349,3 @@ def test_nothing_is_left_behind() -> None:
         urls = [server.url, babbler.url, stranger.url, server.url.replace("http:", "https:")]
         gc.collect()  # what earlier tests left
         asyncio.run(check_all(urls))
-
-
-def test_importing_it_loads_nothing_of_the_service() -> None:
-    script = (
-        "import sys, port_checker.provider; "
-        "print({'fastapi', 'starlette', 'uvicorn', 'redis'} & set(sys.modules))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "set()\n"
