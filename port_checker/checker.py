@@ -6,7 +6,15 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Final, Self
 
 from port_checker.addresses import Address
-from port_checker.connect import TIMED_OUT, OnVerdict, OpenConnectionPacer, Verdict, attempt
+from port_checker.connect import (
+    HELD_UP,
+    TIMED_OUT,
+    CheckFailed,
+    OnVerdict,
+    OpenConnectionPacer,
+    Verdict,
+    attempt,
+)
 from port_checker.errors import ErrorCode, ServiceError
 from port_checker.tls import TlsClient, TlsVerdict
 
@@ -269,11 +277,19 @@ class Checker:
                 # Routers answer some attempts and are silent at others, as they limit ICMP.
                 if verdict is not TIMED_OUT or port not in verdicts:
                     verdicts[port] = verdict
-            still_failed = [port for port in failed if not verdicts[port].accessible]
+            still_failed = [
+                port for port in failed if port not in verdicts or not verdicts[port].accessible
+            ]
             if not still_failed:
                 break
             room.release(len(failed) - len(still_failed))
             failed = still_failed
+        if len(verdicts) < len(ports):  # all attempts of some port proved nothing
+            raise CheckFailed(HELD_UP)
+        if on_final:
+            for port in failed:
+                if port not in latest:  # the last attempt proved nothing
+                    on_final(port, verdicts[port])
         return {port: verdicts[port] for port in ports}
 
     async def check_tls(

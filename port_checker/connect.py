@@ -12,13 +12,22 @@ import select
 import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 
 from port_checker.addresses import Address, parse_host
 from port_checker.errors import ErrorCode, ServiceError
-from port_checker.linux import could_not_retransmit, report_icmp_errors, take_icmp_error
+from port_checker.linux import (
+    Route,
+    RouteType,
+    answers_itself,
+    could_not_retransmit,
+    report_icmp_errors,
+    round_trip_time,
+    route_to,
+    take_icmp_error,
+)
 
 # Seconds until the kernel forgets a connection that we closed, if the target does not acknowledge
 # that or does not close its own end. By default it takes a minute and more (tcp(7),
@@ -29,6 +38,24 @@ _CLOSED_AFTER = 3
 # Connections opened, or given up, in one turn of the event loop. One costs about 30 µs to open and
 # close (measured), so everything else waits for about 2 ms at the most, however many there are.
 _OPENED_PER_TURN = 64
+
+
+# The loop is late by some milliseconds now and then. What is later than this is a hold-up; and
+# seconds of these, and the part of a timeout, from which on silence proves nothing.
+_HOLD_UP = 0.1
+_MOST_HELD_UP = 0.5
+_MOST_HELD_UP_PART = 0.25
+
+# Seconds in which something on this machine answers, however busy it is. Only of what has answered
+# within that time, it is worth to ask whether it is this machine: a look at all connections.
+_NEARBY = 0.02
+
+HELD_UP = "it was held up while it waited for answers"
+
+# Whoever accepts a connection to each address: a service mesh's sidecar, a transparent proxy.
+_ANSWERS_ITSELF = (
+    "something on this machine, a redirect of a proxy or a service mesh, answers in its place"
+)
 
 
 class VerdictKind(StrEnum):
@@ -118,6 +145,7 @@ OWN_TROUBLE = {
     errno.ENOMEM,
     errno.ENOBUFS,
     errno.EADDRNOTAVAIL,
+    errno.ENETDOWN,
 }
 
 # Errors of connect() that say that this machine may not connect to this port: a firewall, a
@@ -154,14 +182,58 @@ def own_failures(trouble: str) -> Iterator[None]:
         raise CheckFailed(f"{trouble}: {error}") from error
 
 
+class HoldUps:
+    """Measures for how long an event loop was held up while somebody waits in it.
+
+    A callback that takes long, or a pause of the process or of the whole machine: from within, all
+    look alike.
+    """
+
+    def __init__(self) -> None:
+        self._waiting = 0
+        self._seconds = 0.0
+        self._due: float | None = None  # when the loop is to call next
+
+    @contextmanager
+    def measured(self) -> Iterator[Callable[[], float]]:
+        """Measure while the block runs; yields what returns the seconds of hold-ups in it."""
+        loop = asyncio.get_running_loop()
+        self._waiting += 1
+        if self._due is None:
+            self._call_again(loop)
+        before = self._total(loop)
+        try:
+            yield lambda: self._total(loop) - before
+        finally:
+            self._waiting -= 1
+
+    def _total(self, loop: asyncio.AbstractEventLoop) -> float:
+        late = loop.time() - self._due if self._due else 0.0
+        return self._seconds + (late if late > _HOLD_UP else 0.0)
+
+    def _call_again(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._due = loop.time() + _HOLD_UP
+        loop.call_at(self._due, self._on_call, loop)
+
+    def _on_call(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._seconds = self._total(loop)
+        self._due = None
+        if self._waiting:
+            self._call_again(loop)
+
+
 class OpenConnectionPacer:
     """Spreads the opening of connections, and the end of attempts, over the turns of an event loop.
 
     All rounds share it, so that many which begin together do not hold up everything else. Those
     that wait are served in order.
+
+    Attributes:
+        hold_ups: Of the loop, while rounds wait for answers.
     """
 
     def __init__(self) -> None:
+        self.hold_ups = HoldUps()
         self._left = _OPENED_PER_TURN
         self._waiting: deque[tuple[asyncio.Future[int], int]] = deque()
 
@@ -215,11 +287,12 @@ async def attempt(
         on_verdict: Called with each verdict as soon as there is one; it must not raise.
 
     Returns:
-        A verdict for each port, in no particular order.
+        A verdict for each port, in no particular order; none for ports that were silent while this
+        process was held up, which proves nothing.
 
     Raises:
-        CheckFailed: The checker ran out of descriptors, memory, buffers or local ports; or it may
-            not connect to some of the ports, and names them all.
+        CheckFailed: The checker ran out of descriptors, memory, buffers or local ports; its own
+            network is down; or it cannot connect to some of the ports, and names them all.
     """
     with own_failures("could not connect"):
         round_ = _Round(target, on_verdict)
@@ -247,7 +320,9 @@ async def connect(
         try:
             await round_.run([port], timeout, pacer)
             if not (connected := round_.connected.pop(port, None)):
-                return round_.verdicts[port]
+                if verdict := round_.verdicts.get(port):
+                    return verdict
+                raise CheckFailed(HELD_UP)
             connection = socket.socket(fileno=connected.detach())
             connection.setblocking(False)
             return connection
@@ -258,25 +333,13 @@ async def connect(
 def close_for_good(connection: socket.SocketType) -> None:
     """Close a connection so that the kernel forgets it soon, too."""
     # The one is for a target that does not acknowledge our end of the connection (FIN-WAIT-1), the
-    # other for one that does not close its own (FIN-WAIT-2).
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _CLOSED_AFTER * 1000)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_LINGER2, _CLOSED_AFTER)
+    # other for one that does not close its own (FIN-WAIT-2). Without them it just takes longer.
+    try:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _CLOSED_AFTER * 1000)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_LINGER2, _CLOSED_AFTER)
+    except OSError:  # ENOPROTOOPT, say, of another kind of socket (Multipath TCP)
+        pass
     connection.close()
-
-
-def _is_rejected_here(sock: socket.SocketType, target: Address) -> bool:
-    """Whether this machine itself sent the ICMP error that ended an attempt.
-
-    That is the checker's fault, with two exceptions: a host on a link of ours that does not
-    answer, which this machine reports; and a target that is this machine.
-    """
-    error = take_icmp_error(sock)
-    if error is None:
-        return False
-    own = parse_host(sock.getsockname()[0])
-    if own == target or (error.sender.version, error.type, error.code) in _HOST_UNREACHABLE:
-        return False
-    return error.sender == own
 
 
 class _Round:
@@ -301,6 +364,10 @@ class _Round:
         self._keep_connected = keep_connected
         self._target = target
         self._is_here: bool | None = None  # whether the target is this machine, once it is known
+        self._nearby: list[tuple[socket.SocketType, int]] = []  # connected; to whom is not known
+        self._held_up = False  # while it waited
+        self._known_route: Route | None = None
+        self._is_network_fine = False
         self._host = str(target)
         self._family = socket.AF_INET if target.version == 4 else socket.AF_INET6
         self._waiting: dict[int, tuple[socket.SocketType, int]] = {}  # by descriptor
@@ -314,9 +381,12 @@ class _Round:
             self.open(ports[opened : opened + few])
             self.collect()
             opened += few
-        await self.wait(timeout)
+        await self.wait(timeout, pacer.hold_ups)
         while self.unanswered:
-            self.give_up(await pacer.take(self.unanswered))
+            granted = await pacer.take(self.unanswered)
+            # A loop that is held up comes to its timers before it looks at what has arrived.
+            self.collect()
+            self.give_up(min(granted, self.unanswered))
         if self.forbidden:
             reason = next(iter(self.forbidden.values()))
             raise CheckFailed(
@@ -332,7 +402,8 @@ class _Round:
             descriptor = sock.fileno()
             self._waiting[descriptor] = sock, port
             if self._family == socket.AF_INET6:
-                report_icmp_errors(sock)
+                with suppress(OSError):  # as in close_for_good()
+                    report_icmp_errors(sock)
             error = sock.connect_ex((self._host, port))
             if error in _FORBIDDEN:
                 self.forbidden[port] = os.strerror(error)
@@ -347,25 +418,60 @@ class _Round:
         """Collect the verdicts known so far: a loopback target's are when connect() returns."""
         for descriptor, events in self._epoll.poll(0):
             sock, port = self._waiting[descriptor]
+            verdict = None
             try:
                 verdict = self._verdict(sock, port, events)
+                if verdict is None:
+                    continue
+                may_be_here = verdict is OPEN and self._may_be_here(sock)
             except _Forbidden as reason:
                 self.forbidden[port] = str(reason)
-            else:
-                if not verdict:
-                    continue
-                self.verdicts[port] = verdict
-                if self._on_verdict:
-                    self._on_verdict(port, verdict)
             del self._waiting[descriptor]
-            if self.verdicts.get(port) is not OPEN:
+            if verdict is not OPEN:
+                if verdict:
+                    self._add(port, verdict)
                 sock.close()
-            elif self._keep_connected:
-                self.connected[port] = sock
+            elif may_be_here:
+                self._nearby.append((sock, port))
             else:
-                close_for_good(sock)
+                self._accept(sock, port)
+        if self._nearby:
+            self._accept_what_is_elsewhere()
 
-    async def wait(self, timeout: float) -> None:
+    def _add(self, port: int, verdict: Verdict) -> None:
+        self.verdicts[port] = verdict
+        if self._on_verdict:
+            self._on_verdict(port, verdict)
+
+    def _accept(self, sock: socket.SocketType, port: int) -> None:
+        self._add(port, OPEN)
+        if self._keep_connected:
+            self.connected[port] = sock
+        else:
+            close_for_good(sock)
+
+    def _may_be_here(self, sock: socket.SocketType) -> bool:
+        """Whether this machine may have answered, though the target is another one."""
+        if self._is_here or self._target.is_loopback or round_trip_time(sock) > _NEARBY:
+            return False
+        route = self._route()
+        return not route or route.type is not RouteType.LOCAL
+
+    def _accept_what_is_elsewhere(self) -> None:
+        """Forbid these ports, if it is this machine itself that answers such connections."""
+        source = parse_host(self._nearby[0][0].getsockname()[0])
+        is_answered_here = False
+        with suppress(OSError):  # not every kernel tells
+            is_answered_here = answers_itself(source, self._target)
+        while self._nearby:
+            sock, port = self._nearby.pop()
+            if is_answered_here:
+                self.forbidden[port] = _ANSWERS_ITSELF
+                sock.close()
+            else:
+                self._accept(sock, port)
+
+    async def wait(self, timeout: float, hold_ups: HoldUps) -> None:
         """Wait until each attempt has ended, at most ``timeout`` seconds."""
         if not self._waiting:
             return
@@ -382,11 +488,13 @@ class _Round:
 
         loop.add_reader(self._epoll.fileno(), on_events)
         timer = loop.call_later(timeout, _settle, ended)
-        try:
-            await ended
-        finally:
-            timer.cancel()
-            loop.remove_reader(self._epoll.fileno())
+        with hold_ups.measured() as held_up:
+            try:
+                await ended
+            finally:
+                timer.cancel()
+                loop.remove_reader(self._epoll.fileno())
+            self._held_up = held_up() > max(_MOST_HELD_UP, timeout * _MOST_HELD_UP_PART)
 
     @property
     def unanswered(self) -> int:
@@ -398,9 +506,9 @@ class _Round:
         for _ in range(count):
             _, (sock, port) = self._waiting.popitem()
             try:
-                verdict = self.verdicts[port] = self._verdict_at_timeout(sock)
-                if self._on_verdict:
-                    self._on_verdict(port, verdict)
+                verdict = self._verdict_at_timeout(sock)
+                if verdict is not TIMED_OUT or not self._held_up:
+                    self._add(port, verdict)
             except _Forbidden as reason:
                 self.forbidden[port] = str(reason)
             finally:
@@ -412,6 +520,8 @@ class _Round:
         for sock, _ in self._waiting.values():
             sock.close()
         self._waiting.clear()
+        for sock, _ in self._nearby:
+            sock.close()
         for sock in self.connected.values():
             close_for_good(sock)
 
@@ -437,10 +547,52 @@ class _Round:
         if error == errno.ETIMEDOUT:  # or the kernel gave up before we did (tcp_syn_retries)
             if could_not_retransmit(sock):
                 raise _Forbidden(_DROPPED)
+            if not self.verdicts:  # what has answered shows that the network is fine
+                self._require_network()
             return TIMED_OUT
-        if _is_rejected_here(sock, self._target):
-            raise _Forbidden("this machine's own firewall rejects what it sends")
+        self._require_other_sender(sock, error)
         return _VERDICTS.get(error) or Verdict(VerdictKind.OTHER, os.strerror(error))
+
+    def _require_other_sender(self, sock: socket.SocketType, error: int) -> None:
+        """Require that another machine sent the ICMP error that ended an attempt.
+
+        If this machine itself did, that is the checker's fault, with two exceptions: a host on a
+        link of ours that does not answer, which this machine reports; and a target that is this
+        machine.
+        """
+        icmp = take_icmp_error(sock)
+        if icmp is None:
+            # The kernel's own error, while it looked for a way; or it kept no record of another's.
+            if error in (errno.EHOSTUNREACH, errno.ENETUNREACH):
+                self._require_network()
+            return
+        own = parse_host(sock.getsockname()[0])
+        if own == self._target or icmp.sender != own:
+            return
+        if (own.version, icmp.type, icmp.code) not in _HOST_UNREACHABLE:
+            raise _Forbidden("this machine's own firewall rejects what it sends")
+        self._require_network()
+        if (route := self._route()) and route.next_hop:
+            raise CheckFailed("the gateway of this machine's route does not answer")
+
+    def _require_network(self) -> None:
+        """Require that packets to the target leave this machine, as far as its next hop.
+
+        Raises:
+            CheckFailed: They do not.
+        """
+        if self._is_network_fine:
+            return
+        self._known_route = None  # it may have changed
+        route = self._route()
+        trouble = route.trouble() if route else f"this machine has no route to {self._target}"
+        if trouble:
+            raise CheckFailed(trouble)
+        self._is_network_fine = True
+
+    def _route(self) -> Route | None:
+        self._known_route = self._known_route or route_to(self._target)
+        return self._known_route
 
     def _is_echo(self, sock: socket.SocketType, port: int) -> bool:
         """Whether the socket is connected to itself (a simultaneous open, RFC 9293 section 3.5).

@@ -37,6 +37,14 @@ _NLA_TYPE_MASK = 0x3FFF
 _LEADS_NOWHERE = {6, 7, 8, 9}  # RTN_BLACKHOLE, RTN_UNREACHABLE, RTN_PROHIBIT, RTN_THROW
 _NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL}
 
+# linux/sock_diag.h and linux/inet_diag.h
+_NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY = 4, 20
+_INET_DIAG_REQ_BYTECODE, _INET_DIAG_BC_D_COND = 1, 8
+# Sets of states (net/tcp_states.h): all but LISTEN and CLOSE; and those of a socket whose other end
+# is open: ESTABLISHED, SYN_RECV, FIN_WAIT1, FIN_WAIT2, NEW_SYN_RECV.
+_STATES = 0x1FFF & ~(1 << 10) & ~(1 << 7)
+_OPEN_STATES = 1 << 1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 12
+
 _IPV6_RECVERR = 25  # linux/in6.h; the socket module lacks it
 _ORIGIN_ICMP = 2  # linux/errqueue.h: SO_EE_ORIGIN_ICMP; ICMPv6 is the other one that we meet
 
@@ -311,15 +319,15 @@ def is_next_hop(address: Address) -> bool:
     )
 
 
-def _dump(kind: int, question: bytes) -> Iterator[bytes]:
-    """Ask the kernel for all that it has of a kind (rtnetlink(7)); yield each message's content.
+def _dump(kind: int, question: bytes, protocol: int = 0) -> Iterator[bytes]:
+    """Ask the kernel for all that it has of a kind (netlink(7)); yield each message's content.
 
     Raises:
         OSError: The kernel cannot tell now.
     """
     flags = _NLM_F_REQUEST | _NLM_F_DUMP
     head = struct.pack("=IHHII", 16 + len(question), kind, flags, 0, 0)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as netlink:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as netlink:
         netlink.send(head + question)
         while True:
             answer = netlink.recv(65536)
@@ -481,12 +489,79 @@ def could_not_retransmit(sock: socket.SocketType) -> bool:
     is 0 if the last of that was not (tcp_retransmit_skb()). It takes an attempt of more than a
     second, when the first SYN is sent again.
     """
-    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
+    info = _tcp_info(sock)
     (retrans,) = struct.unpack_from("=I", info, 36)
     (total_retrans,) = struct.unpack_from("=I", info, 100)
     # Once it is connected nothing is left to be sent again, whatever was before.
     is_connected = info[0] not in (TcpState.SYN_SENT, TcpState.CLOSE)
     return bool(total_retrans and not retrans) and not is_connected
+
+
+def round_trip_time(sock: socket.SocketType) -> float:
+    """Return the seconds that the kernel measured from a SYN to its answer; 0 if it did not."""
+    (microseconds,) = struct.unpack_from("=I", _tcp_info(sock), 68)
+    return float(microseconds / 1e6)
+
+
+def _tcp_info(sock: socket.SocketType) -> bytes:
+    """Return a socket's struct tcp_info (linux/tcp.h), zeros where the kernel tells less."""
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
+    except OSError:  # not of every kind of socket (Multipath TCP)
+        info = b""
+    return info.ljust(_TCP_INFO_SIZE, b"\0")
+
+
+def answers_itself(source: Address, target: Address) -> bool:
+    """Whether connections of this machine from ``source`` to ``target`` have their other end here.
+
+    A rule of the firewall may lead them here, wherever their sockets believe that they lead
+    (``redirect``, ``dnat`` and ``tproxy`` of nftables). Then this machine has an end of a
+    connection with itself, to which it has no other end, or it poses as the target. Ports tell
+    nothing: the rule may change them, so that two connections do not look alike.
+
+    Raises:
+        OSError: The kernel cannot tell.
+    """
+    ends = _ends_without_another(source, target)
+    # One that a program has closed meanwhile is gone when we look again.
+    return bool(ends) and not ends.isdisjoint(_ends_without_another(source, target))
+
+
+def _ends_without_another(source: Address, target: Address) -> set[tuple[Address, int, int]]:
+    ends = _connected_to(source, _OPEN_STATES)
+    others = {address: _connected_to(address, _STATES) for address, _, _ in ends}
+    return {
+        (address, port, remote_port)
+        for address, port, remote_port in ends
+        if address == target or (source, remote_port, port) not in others[address]
+    }
+
+
+def _connected_to(remote: Address, states: int) -> set[tuple[Address, int, int]]:
+    """Return this machine's TCP connections to an address: local address and port, remote port.
+
+    Of the network namespace that this process is in, whatever program has them, those included
+    that no program has accepted yet. The kernel looks through all its connections (sock_diag(7),
+    with a filter: linux/inet_diag.h).
+
+    Raises:
+        OSError: The kernel cannot tell.
+    """
+    found = set()
+    # The socket of an IPv4 connection may be an IPv6 one, which has the mapped address.
+    own_family = socket.AF_INET if remote.version == 4 else socket.AF_INET6
+    for family in {own_family, socket.AF_INET6}:
+        condition = struct.pack("=BBxxi", own_family, remote.max_prefixlen, -1) + remote.packed
+        size = 4 + len(condition)
+        is_remote_end = struct.pack("=BBH", _INET_DIAG_BC_D_COND, size, size + 4) + condition
+        question = struct.pack("=BBBxI48x", family, socket.IPPROTO_TCP, 0, states)
+        question += _attribute(_INET_DIAG_REQ_BYTECODE, is_remote_end)
+        for answer in _dump(_SOCK_DIAG_BY_FAMILY, question, _NETLINK_SOCK_DIAG):
+            packed = answer[8:12] if family == socket.AF_INET else answer[8:24]
+            port, remote_port = struct.unpack_from("!4xHH", answer)
+            found.add((parse_address(str(ip_address(packed))), port, remote_port))
+    return found
 
 
 @dataclass(frozen=True, slots=True)

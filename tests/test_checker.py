@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, suppress
 
@@ -16,7 +17,14 @@ from port_checker.checker import (
     max_for_caller,
 )
 from port_checker.connect import OPEN, REFUSED, TIMED_OUT, CheckFailed, Verdict
-from tests.support.loopback import open_listener, open_port, ports, refused_port, silent_port
+from tests.support.loopback import (
+    full_backlog,
+    open_listener,
+    open_port,
+    ports,
+    refused_port,
+    silent_port,
+)
 
 LOOPBACK = parse_address("127.0.0.1")
 
@@ -70,6 +78,43 @@ def test_a_failed_port_is_tried_that_often_with_the_delay_between(retries: int) 
     with refused_port() as refused:
         asyncio.run(check(make_checker(retries, sleep=sleep), LOOPBACK, [refused]))
     assert waits == [7] * (retries - 1)
+
+
+@pytest.mark.parametrize("retries", [1, 2])
+def test_a_round_that_proves_nothing_is_made_again_or_the_check_fails(retries: int) -> None:
+    """The loop is held up in the first round alone."""
+
+    async def run() -> dict[int, Verdict]:
+        asyncio.get_running_loop().call_later(0.1, time.sleep, 1.5)
+        return await check(make_checker(retries, timeout=1), LOOPBACK, [silent])
+
+    with silent_port() as silent:
+        if retries > 1:
+            assert asyncio.run(run()) == {silent: TIMED_OUT}
+        else:
+            with pytest.raises(CheckFailed, match="held up while it waited"):
+                asyncio.run(run())
+
+
+def test_a_verdict_before_a_round_that_proves_nothing_is_final() -> None:
+    with refused_port() as port:
+        pass
+    told = []
+    with ExitStack() as stack:
+
+        async def fall_silent(_: float) -> None:
+            stack.enter_context(full_backlog(port=port))
+            asyncio.get_running_loop().call_later(0.1, time.sleep, 1.5)
+
+        async def run() -> dict[int, Verdict]:
+            checker = make_checker(retries=2, timeout=1, sleep=fall_silent)
+            with checker.reserve(1) as room:
+                return await checker.check(
+                    LOOPBACK, [port], room, lambda *verdict: told.append(verdict)
+                )
+
+        assert asyncio.run(run()) == {port: REFUSED}
+    assert told == [(port, REFUSED)]
 
 
 def test_an_open_port_is_tried_once() -> None:

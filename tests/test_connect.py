@@ -4,12 +4,16 @@ import asyncio
 import os
 import resource
 import socket
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from port_checker.addresses import parse_address
 from port_checker.connect import (
@@ -17,9 +21,12 @@ from port_checker.connect import (
     REFUSED,
     TIMED_OUT,
     CheckFailed,
+    HoldUps,
     OpenConnectionPacer,
     Verdict,
     attempt,
+    connect,
+    own_failures,
 )
 from port_checker.linux import could_not_retransmit
 from tests.support.loopback import (
@@ -30,7 +37,7 @@ from tests.support.loopback import (
     refused_port,
     silent_port,
 )
-from tests.support.namespace import loopback_alone, needs_root
+from tests.support.namespace import ROOT, loopback_alone, needs_root
 from tests.support.waiting import wait_until
 
 LOOPBACK = parse_address("127.0.0.1")
@@ -341,3 +348,145 @@ def test_a_connection_made_by_the_second_packet_is_not_the_firewalls_fault() -> 
         socket.create_connection(listener.getsockname()) as client,
     ):
         assert not could_not_retransmit(client)
+
+
+# A loop that is held up, and a process that is stopped
+
+
+def held_up(seconds: float, meanwhile: Callable[[], object] = lambda: None) -> None:
+    """Hold up the event loop from 0.1 s on, for so long."""
+
+    def hold() -> None:
+        meanwhile()
+        time.sleep(seconds)
+
+    asyncio.get_running_loop().call_later(0.1, hold)
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_what_has_arrived_is_looked_at_before_an_attempt_is_given_up(
+    run: Callable[[Coroutine[None, None, dict[int, Verdict]]], dict[int, Verdict]],
+) -> None:
+    """The kernel sends the SYN again after a second, while the loop sleeps past the timeout."""
+
+    async def check(port: int, make_room: Callable[[], None]) -> dict[int, Verdict]:
+        held_up(2.5, make_room)
+        return await attempt(LOOPBACK, [port], 0.3, OpenConnectionPacer())
+
+    with full_backlog() as (port, make_room):
+        assert run(check(port, make_room)) == {port: OPEN}
+
+
+@pytest.mark.parametrize("hold_up", [1.5, 3.0])  # before the timeout ends, and past it
+def test_silence_while_the_loop_is_held_up_proves_nothing(hold_up: float) -> None:
+    async def check(pacer: OpenConnectionPacer, asked: Sequence[int]) -> dict[int, Verdict]:
+        held_up(hold_up)
+        return await attempt(LOOPBACK, asked, 2, pacer)
+
+    with silent_port() as silent, open_port() as opened, refused_port() as refused:
+        verdicts = asyncio.run(check(OpenConnectionPacer(), [silent, opened, refused]))
+        assert verdicts == {opened: OPEN, refused: REFUSED}
+
+        async def wait_once_more() -> dict[int, Verdict]:
+            pacer = OpenConnectionPacer()
+            await check(pacer, [silent])
+            return await attempt(LOOPBACK, [silent], 2, pacer)
+
+        assert asyncio.run(wait_once_more()) == {silent: TIMED_OUT}  # of this round alone
+        with pytest.raises(CheckFailed, match="it was held up while it waited for answers"):
+            asyncio.run(connect_while_held_up(silent, hold_up))
+
+
+async def connect_while_held_up(port: int, seconds: float) -> object:
+    held_up(seconds)
+    return await connect(LOOPBACK, port, 2, OpenConnectionPacer())
+
+
+def test_hold_ups_are_measured_and_small_delays_are_none() -> None:
+    async def measure(*sleeps: float) -> float:
+        hold_ups = HoldUps()
+        with hold_ups.measured() as seconds:
+            for sleep in sleeps:
+                time.sleep(sleep)
+                await asyncio.sleep(0)
+        before = seconds()
+        time.sleep(0.5)  # while nobody waits
+        await asyncio.sleep(0.3)
+        assert seconds() - before < 0.6
+        return before
+
+    assert asyncio.run(measure(0.05)) < 0.05
+    assert asyncio.run(measure(0.5, 0.5)) >= 0.7
+
+
+# What the kernel refuses
+
+REFUSED_CALL_SCRIPT = """
+import asyncio, sys
+from port_checker.addresses import parse_address
+from port_checker.connect import CheckFailed, OpenConnectionPacer, attempt
+from tests.support.loopback import open_port, refused_port, silent_port
+from tests.support.seccomp import refuse
+
+async def check(host, call):
+    with open_port(host) as opened, refused_port(host) as refused, silent_port(host) as silent:
+        ports = {opened: "open", refused: "refused", silent: "silent"}
+        refuse(call)
+        try:
+            verdicts = await attempt(parse_address(host), [*ports], 0.5, OpenConnectionPacer())
+        except CheckFailed as failure:
+            print(failure)
+        else:
+            print({ports[port]: verdict.kind.value for port, verdict in verdicts.items()})
+
+asyncio.run(check(*sys.argv[1:]))
+"""
+ALL_RIGHT = "{'open': 'accessible', 'refused': 'refused', 'silent': 'timed_out'}"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+@pytest.mark.parametrize(
+    ("call", "outcome"),
+    [
+        ("setsockopt", ALL_RIGHT),  # what is nice to have
+        *(
+            (call, "could not connect: Operation not permitted")
+            for call in (
+                *("epoll_create1", "socket", "epoll_ctl", "connect", "getsockopt"),
+                *("getsockname", "recvmsg"),
+            )
+        ),
+    ],
+)
+def test_a_call_that_is_refused_is_the_checkers_failure(host: str, call: str, outcome: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED_CALL_SCRIPT, host, call],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.stdout.strip(), done.stderr) == (outcome, "")
+
+
+@pytest.mark.parametrize(
+    ("trouble", "words"),
+    [
+        (OSError(12, "Cannot allocate memory"), "could not: Cannot allocate memory"),
+        (OSError("no number"), "could not: no number"),
+        (MemoryError(), "could not: out of memory"),
+        (RuntimeError("can't start new thread"), "could not: can't start new thread"),
+    ],
+)
+def test_what_cannot_be_had_is_the_checkers_failure_in_words(
+    trouble: Exception, words: str
+) -> None:
+    with pytest.raises(CheckFailed) as failure, own_failures("could not"):
+        raise trouble
+    assert str(failure.value) == words
+
+
+def test_other_errors_are_bugs() -> None:
+    with pytest.raises(RuntimeError, match="a bug"), own_failures("could not"):
+        raise RuntimeError("a bug")

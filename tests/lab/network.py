@@ -109,6 +109,7 @@ table inet lab {
 
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
 _SO_RCVBUFFORCE = 33  # asm-generic/socket.h; the socket module does not name it
+_IP_TRANSPARENT = 19  # linux/in.h; the same
 _ETH_P_ALL = 3  # linux/if_ether.h
 _TCP_RST = 0x04
 
@@ -324,9 +325,12 @@ class Lab:
         self.listen("router", range(proxy, proxy + 1))
         self._rule("router", "prerouting", f"iif internet {_dport(ports)} redirect to :{proxy}")
 
-    def listen(self, name: str, ports: range) -> None:
-        """Listen on ports; the kernel completes the handshakes of the backlog."""
-        self.submit(name, self._listen, ports).result()
+    def listen(self, name: str, ports: range, *, transparent: bool = False) -> None:
+        """Listen on ports; the kernel completes the handshakes of the backlog.
+
+        A transparent listener takes connections to other machines, if a firewall leads them there.
+        """
+        self.submit(name, self._listen, ports, transparent=transparent).result()
 
     def listen_once_refused(self, name: str, ports: range) -> Future[None]:
         """Listen on each of ports as soon as a refusal of it has left the machine.
@@ -385,13 +389,15 @@ class Lab:
         self.filter("router", "forward", ports, f"{new} {closed}")
         self.filter("router", "forward", ports, "tcp dport @closed drop")
 
-    def _listen(self, ports: Iterable[int]) -> None:
+    def _listen(self, ports: Iterable[int], *, transparent: bool = False) -> None:
         for port in ports:
-            self._stack.enter_context(
+            listener = self._stack.enter_context(
                 socket.create_server(
                     ("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096
                 )
             )
+            if transparent:
+                listener.setsockopt(socket.SOL_IP, _IP_TRANSPARENT, 1)
 
     def _rule(self, name: str, chain: str, rule: str) -> None:
         self.run(name, "nft", "add", "rule", "inet", "lab", chain, rule)

@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import socket
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -145,3 +146,38 @@ def test_running_out_of_descriptors() -> None:
     log = "".join(running.lines)
     assert "Traceback" not in log
     assert "Too many open files" in log
+
+
+def test_a_process_that_is_stopped_and_continued_blames_nobody() -> None:
+    """At one attempt, for longer than that may last: the kernel goes on meanwhile."""
+    settings: dict[str, Any] = {"PORT_CHECK_RETRIES": "1", "PORT_CHECK_TIMEOUT": "1"}
+    with (
+        full_backlog() as (late, make_room),
+        full_backlog() as (silent, _),
+        program(**NO_LIMITS, **settings) as running,
+        running.client() as one,
+        running.client() as other,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        assert ask(one, running.port).json()["success"] is True
+        pending = [pool.submit(ask, one, late), pool.submit(ask, other, silent)]
+        wait_until(lambda: connecting(late) and connecting(silent), "the attempts")
+        running.process.send_signal(signal.SIGSTOP)
+        make_room()
+        wait_until(lambda: not connecting(late), "the SYN that is sent again")
+        time.sleep(1.5)  # past the timeout
+        running.process.send_signal(signal.SIGCONT)
+        opened, failed = (answer.result() for answer in pending)
+        assert opened.json()["results"][str(late)] == {"accessible": True, "error": None}
+        assert failed.status_code == 503
+        assert failed.json()["detail"]["code"] == "CHECK_FAILED"
+        assert "held up" in failed.json()["detail"]["message"]
+
+
+def connecting(port: int) -> bool:
+    """Whether a connection to a port of 127.0.0.1 is under way that nobody has answered."""
+    with open("/proc/net/tcp") as table:
+        return any(
+            remote.endswith(f":{port:04X}") and state == "02"
+            for _, _, remote, state, *_ in map(str.split, table)
+        )

@@ -1,0 +1,165 @@
+"""The checker's own network must not be taken for the provider's: nothing here blames anybody."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from subprocess import CalledProcessError
+
+import pytest
+
+from tests.lab import network
+from tests.lab.network import Answer, Lab, end
+
+VERSIONS = 4, 6
+
+# Addresses behind a gateway that nobody has, and behind a link without a carrier.
+BEHIND_DEAD_GATEWAY = {4: "61.1.0.1", 6: "2b01::1"}
+DEAD_GATEWAY = {4: "60.0.1.77", 6: "2a00:1::77"}
+BEHIND_DEAD_LINK = {4: "61.2.0.1", 6: "2b02::1"}
+ON_DEAD_LINK = {4: "60.8.0.9", 6: "2a00:8::9"}
+DEAD_LINK = {4: "60.8.0.1/24", 6: "2a00:8::1/64"}
+
+NO_GATEWAY = "the gateway of this machine's route does not answer"
+LINK_DOWN = "the link of this machine's route is down"
+ANSWERS_ITSELF = "something on this machine, a redirect of a proxy or a service mesh, answers in "
+
+
+def open_ports(lab: Lab, count: int) -> range:
+    ports = lab.take(count)
+    lab.listen("provider", ports)
+    lab.forward(ports)
+    return ports
+
+
+def wrong(answers: list[tuple[Answer, str]]) -> list[str]:
+    """The answers that are not CHECK_FAILED for this reason."""
+    return [
+        f"{answer.status} {answer.body}"
+        for answer, reason in answers
+        if answer.code != "CHECK_FAILED" or reason not in answer.body["detail"]["message"]
+    ]
+
+
+def test_a_dead_gateway_of_ours_blames_nobody(lab: Lab) -> None:
+    for version, target in BEHIND_DEAD_GATEWAY.items():
+        lab.run("checker", "ip", "route", "add", target, "via", DEAD_GATEWAY[version])
+    pending = [
+        lab.ask("third", target, ports)
+        for target in BEHIND_DEAD_GATEWAY.values()
+        for ports in ([80], range(1, 101))
+    ]
+    assert not wrong([(answer.result(), NO_GATEWAY) for answer in pending])
+
+
+def test_a_dead_gateway_is_known_before_the_kernel_gives_it_up(lab: Lab) -> None:
+    """That takes the kernel three seconds, and an attempt may last shorter."""
+    impatient = {"PORT_CHECK_TIMEOUT": "1", "PORT_CHECK_RETRIES": "1"}
+    service = lab.serve("third", **impatient)
+    try:
+        for version, target in BEHIND_DEAD_GATEWAY.items():
+            gateway = DEAD_GATEWAY[version].replace("60.0.1", "60.0.3").replace("00:1:", "00:3:")
+            lab.run("third", "ip", "route", "add", target, "via", gateway)
+            answer = lab.ask("provider", target, [80], server=network.THIRD[version]).result()
+            assert not wrong([(answer, NO_GATEWAY)])
+    finally:
+        end(service)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_link_of_ours_without_a_carrier_blames_nobody(lab: Lab, version: int) -> None:
+    with suppress(CalledProcessError):  # it is there already
+        lab.run("checker", "ip", "link", "add", "dark", "type", "veth", "peer", "name", "unlit")
+        lab.run("checker", "ip", "link", "set", "dark", "up")
+    lab.run("checker", "ip", "address", "add", DEAD_LINK[version], "dev", "dark")
+    target = BEHIND_DEAD_LINK[version]
+    lab.run("checker", "ip", "route", "add", target, "via", ON_DEAD_LINK[version], "dev", "dark")
+    pending = [lab.ask("third", it, [80, 81]) for it in (target, ON_DEAD_LINK[version])]
+    assert not wrong([(answer.result(), LINK_DOWN) for answer in pending])
+
+
+def test_a_rule_for_another_protocol_says_nothing_of_tcp(lab: Lab) -> None:
+    opened = open_ports(lab, 3)
+    for version in VERSIONS:
+        rule = ("rule", "add", "to", network.PROVIDER[version], "ipproto", "udp", "prohibit")
+        lab.run("checker", "ip", f"-{version}", *rule)
+        answer = lab.ask("third", network.PROVIDER[version], opened).result()
+        lab.run("checker", "ip", f"-{version}", "rule", "delete", *rule[2:])
+        assert all(result["accessible"] for result in answer.body["results"].values())
+
+
+@contextmanager
+def redirected(lab: Lab, name: str, *rules: str) -> Iterator[None]:
+    """Have a machine's own connections answered by itself, as a sidecar's rules do."""
+    hook = "{ type nat hook output priority -100; }"
+    lab.run(name, "nft", "add", "table", "inet", "mesh")
+    lab.run(name, "nft", "add", "chain", "inet", "mesh", "output", hook)
+    try:
+        for rule in rules:
+            lab.run(name, "nft", "add", "rule", "inet", "mesh", "output", *rule.split())
+        yield
+    finally:
+        lab.run(name, "nft", "delete", "table", "inet", "mesh")
+
+
+@pytest.mark.parametrize(
+    "to",
+    [
+        "redirect to :{proxy}",
+        # To an address of this machine that is not loopback.
+        "dnat ip to 60.0.1.3:{proxy}",
+        "dnat ip6 to [2a00:1::3]:{proxy}",
+    ],
+)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_answers_in_the_targets_place_blames_and_clears_nobody(
+    lab: Lab, version: int, to: str
+) -> None:
+    if ("ip6" in to) != (version == 6) and "dnat" in to:
+        pytest.skip("of the other IP version")
+    opened, elsewhere, (proxy,) = open_ports(lab, 100), open_ports(lab, 100), lab.take(1)
+    lab.listen("checker", range(proxy, proxy + 1))
+    rule = f"tcp dport {opened[0]}-{opened[-1]} " + to.format(proxy=proxy)
+    with redirected(lab, "checker", rule):
+        pending = [
+            (target, asked, lab.ask("third", target, asked))
+            for target in (network.PROVIDER[version], network.SILENT[version])
+            for asked in (opened, [opened[0]])
+        ]
+        for _, asked, answer in pending:
+            assert not wrong([(answer.result(), ANSWERS_ITSELF)])
+            assert answer.result().body["detail"]["ports"] == [*asked]
+        # Ports that are not redirected have their verdicts, and those of this machine itself.
+        passing = lab.ask("third", network.PROVIDER[version], elsewhere).result()
+        itself = lab.ask("checker", network.CHECKER[version], [network.SERVICE_PORT]).result()
+    for answered in passing, itself:
+        assert all(result["accessible"] for result in answered.body["results"].values())
+    after = lab.ask("third", network.PROVIDER[version], opened).result()
+    assert all(result["accessible"] for result in after.body["results"].values())
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_transparent_proxy_that_poses_as_the_target(lab: Lab, version: int) -> None:
+    opened, (proxy,) = open_ports(lab, 3), lab.take(1)
+    lab.listen("checker", range(proxy, proxy + 1), transparent=True)
+    family, anywhere = ("ip", "0.0.0.0/0") if version == 4 else ("ip6", "::/0")
+    lab.run("checker", "ip", f"-{version}", "rule", "add", "fwmark", "7", "lookup", "77")
+    lab.run("checker", "ip", "route", "add", "local", anywhere, "dev", "lo", "table", "77")
+    match = f"meta nfproto ipv{version} tcp dport {opened[0]}-{opened[-1]}"
+    rules = f"""
+        table inet mesh {{
+            chain output {{
+                type route hook output priority mangle
+                {match} meta mark set 7
+            }}
+            chain prerouting {{
+                type filter hook prerouting priority mangle
+                {match} meta mark 7 tproxy {family} to :{proxy} accept
+            }}
+        }}
+    """
+    lab.run("checker", "nft", "-f", "-", stdin=rules)
+    try:
+        answer = lab.ask("third", network.PROVIDER[version], opened).result()
+    finally:
+        lab.run("checker", "nft", "delete", "table", "inet", "mesh")
+        lab.run("checker", "ip", f"-{version}", "rule", "delete", "fwmark", "7")
+    assert not wrong([(answer, ANSWERS_ITSELF)])
