@@ -18,6 +18,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from port_checker import advice
+from port_checker.api.accept import accepts
 from port_checker.api.errors import NO_STORE
 from port_checker.connect import VerdictKind
 from port_checker.schemas import PORT_VERDICTS, TLS_KINDS
@@ -146,7 +147,7 @@ def add_pages(app: FastAPI, settings: Settings) -> None:
         if not file:
             raise HTTPException(HTTPStatus.NOT_FOUND)
         headers = {**_FOR_EVER, "Content-Type": file.media_type}
-        if not _accepts_gzip(request.headers.get("accept-encoding", "")):
+        if not accepts(request, b"accept-encoding", "gzip", "*"):
             return Response(file.content, headers=headers)
         return Response(file.compressed, headers={**headers, "Content-Encoding": "gzip"})
 
@@ -164,12 +165,3 @@ def _fill_in(page: str, **values: str) -> str:
     values |= {name: f"static/{file.name}" for name, file in _static_files().items()}
     text = (_WEB / page).read_text(encoding="utf-8")
     return re.sub(r"\{\{([\w.-]+)\}\}", lambda match: values[match[1]], text)
-
-
-def _accepts_gzip(field: str) -> bool:
-    """Read ``Accept-Encoding`` (RFC 9110 section 12.5.3)."""
-    for coding in field.lower().split(","):
-        name, _, weight = coding.partition(";")
-        if name.strip() in ("gzip", "*"):
-            return not re.fullmatch(r"\s*q=0(\.0*)?\s*", weight)
-    return False

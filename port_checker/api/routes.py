@@ -11,6 +11,7 @@ from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
 from port_checker.addresses import Address
+from port_checker.api.accept import accepts
 from port_checker.api.admission import Admission
 from port_checker.api.caller import CallerResolver
 from port_checker.api.errors import NO_STORE, TEXT_HEADERS, ApiError, answer_errors_in_text
@@ -156,7 +157,7 @@ class Api:
         await self._limiter.pay_request(caller)
         asked = CheckPortsRequest.parse(await _read_body(request), self._settings.max_ports)
         check = partial(self._check, request, caller, asked.provider_ip, asked.ports)
-        if _accepts(request, NDJSON):
+        if accepts(request, b"accept", NDJSON):
             return ProgressResponse(request, check, self._answer)
         return _json_response((await check()).model_dump_json())
 
@@ -166,7 +167,7 @@ class Api:
         The answer is a line of text for people: the port, and `reachable` or why it is not. So are
         errors. Accept `application/json` for the answers of `POST /check-ports`.
         """
-        wants_json = _accepts(request, "application/json")
+        wants_json = accepts(request, b"accept", "application/json")
         if not wants_json:
             answer_errors_in_text(request)
         caller = self._callers.resolve(request)
@@ -231,11 +232,6 @@ class Api:
     async def health(self, _: Request) -> Response:
         """Answer at once, however busy the service is."""
         return _json_response('{"status":"ok"}')
-
-
-def _accepts(request: Request, media_type: str) -> bool:
-    """Whether the caller asks for ``media_type`` by its name."""
-    return media_type in request.headers.get("accept", "").lower()
 
 
 def _json_response(body: str, headers: Mapping[str, str] = NO_STORE) -> Response:

@@ -41,6 +41,24 @@ def test_the_same_in_json_is_the_answer_to_check_ports(client: httpx.Client) -> 
     assert answer.headers["Vary"] == "Accept"
 
 
+@pytest.mark.parametrize(
+    ("accept", "media_type"),
+    [
+        ("*/*", "text/plain"),
+        ("text/html, application/xhtml+xml;q=0.9, */*;q=0.8", "text/plain"),
+        ("application/json;q=0, */*", "text/plain"),
+        ("application/json-seq", "text/plain"),
+        ("text/plain;q=0.5, Application/JSON; q=0.9", "application/json"),
+    ],
+)
+def test_json_is_for_those_who_ask_for_it_by_name(
+    client: httpx.Client, accept: str, media_type: str
+) -> None:
+    for path in f"/port/{client.base_url.port}", "/port/0":
+        answer = client.get(path, headers={"Accept": accept})
+        assert answer.headers["Content-Type"].partition(";")[0] == media_type
+
+
 def test_the_address_is_the_callers(client: httpx.Client) -> None:
     with serve(host="::", retries=1) as service, open_port("::1") as port:
         assert service.get(f"/port/{port}").text == f"{port} reachable\n"
