@@ -52,7 +52,7 @@ def answer_errors(
     """Have every exception in ``app`` answered, counted, and, if it is a refusal, logged.
 
     Returns:
-        The handler of ``ServiceError``, for middleware.
+        The handler, for those who answer without raising.
     """
     refusals = RefusalLog()
 
@@ -69,7 +69,10 @@ def answer_errors(
         return JSONResponse({"detail": detail}, status, {**NO_STORE, **headers})
 
     async def answer(request: Request, error: Exception) -> Response:
-        assert isinstance(error, ServiceError)  # noqa: S101  # so are the following
+        if not isinstance(error, ServiceError):
+            bug = ApiError(ErrorCode.INTERNAL_ERROR, "Internal error; it has been logged.")
+            # uvicorn closes the connection after logging the traceback.
+            return respond(request, bug, Connection="close")
         if error.code is not ErrorCode.CHECK_FAILED:  # which has a log line of its own
             refusals.add(callers.resolve(request), error.code)
         return respond(request, error)
@@ -78,7 +81,7 @@ def answer_errors(
         return respond(request, ApiError(ErrorCode.INVALID_REQUEST, "The body is incomplete."))
 
     async def answer_http_exception(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)  # noqa: S101
+        assert isinstance(error, HTTPException)  # noqa: S101  # it is added for those alone
         if not _tells_that_no_route_fits(error):
             return await http_exception_handler(request, error)
         if error.status_code == HTTPStatus.NOT_FOUND:
@@ -89,15 +92,10 @@ def answer_errors(
             Allow=", ".join(_allowed_methods(request, error)),
         )
 
-    async def answer_bug(request: Request, _: Exception) -> Response:
-        bug = ApiError(ErrorCode.INTERNAL_ERROR, "Internal error; it has been logged.")
-        # uvicorn closes the connection after logging the traceback.
-        return respond(request, bug, Connection="close")
-
     app.add_exception_handler(ServiceError, answer)
     app.add_exception_handler(ClientDisconnect, answer_incomplete_body)
     app.add_exception_handler(HTTPException, answer_http_exception)
-    app.add_exception_handler(Exception, answer_bug)
+    app.add_exception_handler(Exception, answer)
     return answer
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import Awaitable, Callable
 
 from fastapi import Request, Response
@@ -21,7 +22,7 @@ ReportingCheck = Callable[[OnVerdict], Awaitable[CheckPortsResponse]]
 # Returns the answer to an exception.
 Answer = Callable[[Request, Exception], Awaitable[Response]]
 
-_BUG = b'{"detail":{"code":"INTERNAL_ERROR","message":"Internal error; it has been logged."}}'
+logger = logging.getLogger(__name__)
 
 
 class ProgressResponse(Response):
@@ -61,7 +62,7 @@ class ProgressResponse(Response):
             while await self._has_news.wait() and not check.done():
                 self._has_news.clear()
                 await self._send(send, more=True)
-            await self._add_last_line(check, send)
+            await self._add_last_line(check)
         finally:
             if check.cancel():  # this task was cancelled
                 await asyncio.wait([check])
@@ -72,22 +73,19 @@ class ProgressResponse(Response):
         self._unsent += json.dumps(line, separators=(",", ":")).encode() + b"\n"
         self._has_news.set()
 
-    async def _add_last_line(self, check: asyncio.Task[CheckPortsResponse], send: Send) -> None:
+    async def _add_last_line(self, check: asyncio.Task[CheckPortsResponse]) -> None:
         try:
             last = check.result().model_dump_json().encode()
-        except ServiceError as error:
-            if not self._has_started:
-                raise
-            last = bytes((await self._answer(self._request, error)).body)
         except ClientDisconnect:
             if not self._has_started:
                 raise
-            last = b""  # nobody reads it
-        except Exception:  # a bug, which is logged where it is raised to
-            if self._has_started:
-                self._unsent += _BUG + b"\n"
-                await self._send(send, more=False)
-            raise
+            return  # nobody reads it
+        except Exception as error:
+            if not self._has_started:
+                raise
+            if not isinstance(error, ServiceError):
+                logger.exception("A check was ended by a bug")
+            last = bytes((await self._answer(self._request, error)).body)
         self._unsent += last + b"\n"
 
     async def _send(self, send: Send, *, more: bool) -> None:
