@@ -13,8 +13,10 @@ import pytest
 from port_checker.addresses import Address
 from port_checker.api.app import create_app
 from port_checker.checker import Checker, Reservation
-from port_checker.connect import OPEN, CheckFailed, OnVerdict, Verdict
+from port_checker.connect import OPEN, CheckFailed, OnVerdict, Verdict, VerdictKind
+from port_checker.server.connections import ConnectionLimits
 from port_checker.settings import Settings
+from tests.support.http import connected
 from tests.support.loopback import open_port, ports, refused_port, silent_port
 from tests.support.service import serve
 from tests.support.waiting import wait_until
@@ -94,7 +96,7 @@ class HeldChecker(Checker):
     """
 
     def __init__(self, error: Exception | None = None) -> None:
-        super().__init__(retries=1, retry_delay=0, timeout=1, max_in_flight=10)
+        super().__init__(retries=1, retry_delay=0, timeout=1, max_in_flight=200)
         self.may_go_on = threading.Event()
         self._error = error
 
@@ -174,3 +176,37 @@ def test_the_check_of_a_caller_that_leaves_is_cancelled(caplog: pytest.LogCaptur
     told = [it.getMessage() for it in caplog.records if it.name.startswith("port_checker")]
     assert any("outcome=cancelled" in line for line in told)
     assert "Traceback" not in caplog.text
+
+
+class TalkativeChecker(HeldChecker):
+    """A checker whose verdicts are longer than what the system keeps for a client."""
+
+    async def check(
+        self,
+        target: Address,
+        ports: Any,
+        room: Reservation,
+        on_final: OnVerdict | None = None,
+    ) -> dict[int, Verdict]:
+        """Tell of all ports."""
+        assert on_final
+        for port in ports:
+            on_final(port, Verdict(VerdictKind.OTHER, "x" * 100_000))
+        return await super().check(target, ports, room)
+
+
+def test_a_caller_that_does_not_read_is_disconnected_and_its_check_cancelled() -> None:
+    checker = TalkativeChecker()
+    app = create_app(Settings(max_ports=200), checker=checker)
+    with (
+        serve(app, limits=ConnectionLimits(10, deadline=0.2)) as client,
+        connected(client) as caller,
+    ):
+        body = json.dumps(body_of([*range(1, 101)])).encode()
+        head = (
+            "POST /check-ports HTTP/1.1\r\nHost: localhost\r\nAccept: application/x-ndjson\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        caller.sendall(head.encode() + body)
+        wait_until(lambda: checker.in_flight, "the check to begin")
+        wait_until(lambda: not checker.in_flight, "the check to end")
