@@ -103,6 +103,28 @@ def serve(
 
 
 @app.command(hidden=True)
+def reload() -> None:
+    """Have the running service go on with the settings as they are now, in new processes.
+
+    It is what "systemctl reload" runs.
+
+    Exit status: 0 they serve, 1 the service goes on as before, 2 a setting is wrong.
+    """
+    from port_checker.server.reload import ReloadFailed, request_reload
+    from port_checker.settings import SettingsError, load_settings
+
+    try:
+        load_settings()
+        request_reload()
+    except SettingsError as error:
+        sys.stderr.write(f"port-checker: {error}\n")
+        raise typer.Exit(2) from None
+    except ReloadFailed as error:
+        sys.stderr.write(f"port-checker: {error}\n")
+        raise typer.Exit(1) from None
+
+
+@app.command(hidden=True)
 def worker() -> None:
     """Serve as one of the processes that "serve" starts."""
     from port_checker.server.workers import receive_assignment

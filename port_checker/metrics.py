@@ -195,14 +195,14 @@ class Totals:
         with self._lock:
             self._rows.append((process or os.getpid(), row))
 
-    def end(self, row: Row) -> None:
-        """Keep what a process has counted that has died."""
+    def end(self, row: Row, *, is_death: bool = True) -> None:
+        """Keep what a process has counted that has ended: by its death, or as it was told."""
         with self._lock:
             self._rows = [(process, other) for process, other in self._rows if other is not row]
             for slot, figure in enumerate(_FIGURES):
                 if figure.family.is_counter:
                     self._ended[slot] += row[slot]
-            self._deaths += 1
+            self._deaths += is_death
 
     def snapshot(self) -> Snapshot:
         """Put all figures together."""

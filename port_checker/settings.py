@@ -52,7 +52,7 @@ _REDIS_URL = re.compile(
 _STORE_SCHEME = re.compile(r"(memory|rediss?|redis\+cluster|unix)(:/*|$)", re.IGNORECASE)
 
 # How the names of our variables begin.
-_PREFIXES = ("PORT_CHECK_", "PORT_CHECKER_")
+PREFIXES = ("PORT_CHECK_", "PORT_CHECKER_")
 
 # Not a setting of the server: `port-checker check` reads it.
 _CLIENT_VARIABLE = "PORT_CHECKER_URL"
@@ -420,7 +420,7 @@ def _checked_env_file() -> Path | None:
                 f"{ENV_FILE} line {line} cannot be parsed: it must be NAME=value, "
                 "with every quote closed"
             )
-        if binding.key and binding.value is None and binding.key.startswith(_PREFIXES):
+        if binding.key and binding.value is None and binding.key.startswith(PREFIXES):
             name = re.match("[A-Z_]*", binding.key)
             raise SettingsError(
                 f"{ENV_FILE} line {line} has no value: it must be {name and name[0]}=value"
@@ -471,7 +471,7 @@ def unknown_names(environment: Mapping[str, str]) -> dict[str, str | None]:
     return {
         name: next(iter(difflib.get_close_matches(name, known, n=1)), None)
         for name in names
-        if name.startswith(_PREFIXES) and name not in known
+        if name.startswith(PREFIXES) and name not in known
     }
 
 

@@ -92,7 +92,7 @@ def test_uvicorn_protocol_is_the_one_that_server_protocol_extends() -> None:
         name
         for name, value in vars(BoundedProtocol).items()
         if inspect.isfunction(value) and not name.startswith("_")
-    } - {"drain", "make_way"}  # our own
+    } - {"drain", "leave", "make_way"}  # our own
     assert uses | overrides <= has
     of_cycle = {"keep_alive", "message_event", "more_body", "response_complete", "response_started"}
     assert of_cycle <= {*RequestResponseCycle.__init__.__code__.co_names}

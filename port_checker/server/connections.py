@@ -223,6 +223,8 @@ class ConnectionLimits:
 
     Attributes:
         is_stopping: Whether new requests are refused because the service is stopping.
+        is_leaving: Whether each connection is closed after one more answer, since another process
+            has taken over.
     """
 
     def __init__(
@@ -236,6 +238,7 @@ class ConnectionLimits:
         self.deadline = deadline
         self.metrics = metrics or Metrics()
         self.is_stopping = False
+        self.is_leaving = False
         self.log_refusal = log_refusal
         self._trusted_proxies = trusted_proxies
         self._all = ConnectionGroup(

@@ -349,7 +349,7 @@ class BoundedProtocol(HttpToolsProtocol):
         cycle.more_body = False
         cycle.message_event.set()
         if not cycle.response_started:
-            cycle.keep_alive = self._keeps_alive
+            cycle.keep_alive = self._keeps_alive and not self._limits.is_leaving
         self._message = Message()
         self._expires = math.inf
         if not self.flow.write_paused:
@@ -370,6 +370,11 @@ class BoundedProtocol(HttpToolsProtocol):
             self._parse()
         else:
             self._wait_for_client()
+
+    def leave(self) -> None:
+        """Close the connection after one more answer: the one that is being made, or the next."""
+        if self._is_answering():
+            self.cycle.keep_alive = False
 
     def drain(self) -> None:
         """Answer no more requests, but finish the one that is complete; others get an error."""

@@ -8,10 +8,12 @@ import logging
 import math
 import os
 import resource
+import signal
 import socket
 import stat
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import cast
 
 import uvicorn
@@ -32,6 +34,7 @@ from port_checker.server.connections import ConnectionLimits, LogRefusal
 from port_checker.server.listener import Listener
 from port_checker.server.logs import dropped_lines, log_uncaught, set_up_logging
 from port_checker.server.protocol import BoundedProtocol
+from port_checker.server.reload import ReloadRequest, ReloadRequests
 from port_checker.server.signals import stop_on_signals
 from port_checker.server.workers import (
     BEAT,
@@ -44,10 +47,13 @@ from port_checker.server.workers import (
 from port_checker.settings import (
     CLIENT_PATIENCE,
     IN_PROCESS,
+    PREFIXES,
     UNIX,
     Endpoint,
     Rate,
     Settings,
+    SettingsError,
+    load_settings,
     warnings_of_names,
 )
 
@@ -96,6 +102,9 @@ class Service:
         self._settings = settings
         self._make_app = make_app
         self._log_refusal = log_refusal
+        self._supervisor: Supervisor | None = None
+        self._request: ReloadRequest | None = None  # while it is being reloaded
+        self._before: tuple[Settings, dict[str, str]] = (settings, {})  # it was reloaded
         set_up_logging(debug=settings.debug)
         sys.excepthook = log_uncaught
         write_traceback_when_aborted()
@@ -116,32 +125,35 @@ class Service:
         if trouble := trust_trouble():
             logger.warning("/check-tls answers CHECK_FAILED: %s", trouble)
         passed = systemd.passed_sockets()
-        listeners, listeners_stay = passed or [self._listen()], bool(passed)
-        totals = Totals()
-        self._expose(totals)
-        _log_start(self._settings, listeners)
-        heartbeat = systemd.Heartbeat(StatusLine(totals).text)
-        if self._settings.workers == 1:
-            metrics = Metrics()
-            totals.add(metrics.row)
-            self._serve(metrics, listeners, heartbeat, listeners_stay=listeners_stay)
-        elif not self._supervise(totals, listeners, heartbeat, listeners_stay=listeners_stay):
-            logger.critical("No worker could start; see the lines above for why")
-            return False
-        if not listeners_stay and self._settings.host.startswith(UNIX):
+        self._listeners, self._listeners_stay = passed or [self._listen()], bool(passed)
+        self._totals = Totals()
+        self._expose()
+        _log_start(self._settings, self._listeners)
+        self._heartbeat = systemd.Heartbeat(StatusLine(self._totals).text)
+        with ReloadRequests() as self._requests:
+            if self._settings.workers == 1:
+                self._serve_alone()
+            else:
+                self._supervisor = self._make_supervisor()
+            if self._supervisor and not self._supervise(self._supervisor):
+                logger.critical("No worker could start; see the lines above for why")
+                return False
+        for listener in self._listeners:
+            listener.close()
+        if not passed and self._settings.host.startswith(UNIX):
             with contextlib.suppress(OSError):
                 os.unlink(self._settings.host.removeprefix(UNIX))
-        for listener in listeners:
-            listener.close()
         logger.info("Stopped")
         return True
 
     def run_worker(self, assignment: Assignment) -> None:
-        """Serve as one of several processes, until SIGTERM."""
+        """Serve as one of several processes, until SIGTERM, or until SIGUSR2 and others serve."""
         metrics = Metrics(shared_row(assignment.memory, assignment.slot))
-        listeners = [socket.socket(fileno=descriptor) for descriptor in assignment.listeners]
         heartbeat = systemd.Heartbeat()
-        self._serve(metrics, listeners, heartbeat, listeners_stay=assignment.listeners_stay)
+        self._listeners_stay = assignment.listeners_stay
+        server = self._server(metrics, heartbeat.beat, heartbeat.stop)
+        signal.signal(signal.SIGUSR2, server.leave)
+        server.run([socket.socket(fileno=descriptor) for descriptor in assignment.listeners])
 
     def _listen(self) -> socket.socket:
         host, port = self._settings.host, self._settings.port
@@ -151,49 +163,110 @@ class Service:
             address = host if host.startswith(UNIX) else f"{host} port {port}"
             raise CannotStart(f"cannot listen on {address}: {error.strerror}") from None
 
-    def _expose(self, totals: Totals) -> None:
+    def _expose(self) -> None:
         endpoint = self._settings.metrics
         if endpoint:
             from port_checker.server.prometheus import expose
 
             try:
-                expose(totals, endpoint.host, endpoint.port)
+                expose(self._totals, endpoint.host, endpoint.port)
             except OSError as error:
                 raise CannotStart(f"cannot serve metrics on {endpoint}: {error.strerror}") from None
 
-    def _supervise(
-        self,
-        totals: Totals,
-        listeners: Sequence[socket.socket],
-        heartbeat: systemd.Heartbeat,
-        *,
-        listeners_stay: bool,
-    ) -> bool:
+    def _serve_alone(self) -> None:
+        """Serve in this process, until it is told to stop, or until a reload has made workers."""
+        metrics = Metrics()
+        self._totals.add(metrics.row)
+
+        def beat() -> None:
+            self._heartbeat.beat()
+            self._reload()
+            if self._supervisor:
+                self._supervisor.look()
+                if self._supervisor.is_complete:
+                    server.leave()
+
+        server = self._server(metrics, beat, self._heartbeat.stop)
+        server.run(list(self._listeners))
+        if self._supervisor:
+            self._totals.end(metrics.row, is_death=False)
+            if server.is_told_to_stop:
+                self._supervisor.stop()
+
+    def _make_supervisor(self) -> Supervisor:
+        def beat() -> None:
+            self._heartbeat.beat()
+            self._reload()
+
         try:
-            supervisor = Supervisor(
+            return Supervisor(
                 own_command("worker"),
                 self._settings,
-                listeners,
-                totals,
-                listeners_stay=listeners_stay,
+                self._listeners,
+                self._totals,
+                listeners_stay=self._listeners_stay,
                 stop_patience=_stop_patience(self._settings) + 5,
-                on_beat=heartbeat.beat,
-                on_stop=heartbeat.stop,
+                on_beat=beat,
+                on_stop=self._heartbeat.stop,
             )
         except OSError as error:
             raise CannotStart(f"cannot share memory: {error.strerror}") from None
+
+    def _supervise(self, supervisor: Supervisor) -> bool:
         stop_on_signals(supervisor.stop)
         return supervisor.run()
 
-    def _serve(
-        self,
-        metrics: Metrics,
-        listeners: Sequence[socket.socket],
-        heartbeat: systemd.Heartbeat,
-        *,
-        listeners_stay: bool,
-    ) -> None:
-        """Serve in this process."""
+    def _reload(self) -> None:
+        """Begin to reload if that is asked for, or end it."""
+        if not self._request:
+            self._request = self._requests.next()
+            if self._request and (error := self._begin_reload(self._request)):
+                self._end_reload(error)
+        elif self._supervisor and self._supervisor.is_complete:
+            self._end_reload()
+        elif self._supervisor and self._supervisor.abandon_renewal():
+            self._end_reload("no worker can start; the log says why")
+        elif self._supervisor and self._supervisor.has_given_up:
+            self._supervisor.stop_workers()
+            self._supervisor = None
+            self._end_reload("no worker can start; the log says why")
+
+    def _begin_reload(self, request: ReloadRequest) -> str | None:
+        """Have others serve, with other settings; return why not, if they cannot."""
+        self._before = self._settings, _exchange_environment(request.environment)
+        try:
+            settings = load_settings()
+        except SettingsError as error:
+            return str(error)
+        for name in ("host", "port", "metrics"):
+            if getattr(settings, name) != getattr(self._settings, name):
+                logger.warning("Another %s is used only after a restart", name)
+        self._settings = fit_descriptor_limit(settings, descriptor_limit())
+        warn_of_small_shares(self._settings)
+        if self._supervisor:
+            self._supervisor.renew(self._settings, _stop_patience(self._settings) + 5)
+            return None
+        try:
+            self._supervisor = self._make_supervisor()
+        except CannotStart as error:
+            return str(error)
+        return None
+
+    def _end_reload(self, error: str | None = None) -> None:
+        if error:
+            self._settings, environment = self._before
+            _exchange_environment(environment)
+            logger.error("Not reloaded: %s", error)
+        else:
+            logger.info("Reloaded")
+        if self._request:
+            self._request.answer(error)
+        self._request = None
+
+    def _server(
+        self, metrics: Metrics, on_beat: Callable[[], None], on_stop: Callable[[], None]
+    ) -> "Server":
+        """Return the server of this process."""
         most = max_connections(self._settings)
         limits = ConnectionLimits(
             most,
@@ -204,16 +277,16 @@ class Service:
 
         def beat() -> None:
             metrics.sample()
-            heartbeat.beat()
+            on_beat()
 
         make_app = functools.partial(self._make_app, self._settings, metrics)
         config = server_config(self._settings, make_app)
-        server = Server(config, limits, beat, heartbeat.stop, listeners_stay=listeners_stay)
+        server = Server(config, limits, beat, on_stop, listeners_stay=self._listeners_stay)
         metrics.watch("connections", lambda: len(server.server_state.connections))
         metrics.watch("connections_limit", lambda: most)
         metrics.watch("event_loop_lag_seconds", lambda: server.lag)
         metrics.watch("log_lines_dropped", dropped_lines)
-        server.run(sockets=list(listeners))
+        return server
 
 
 class Server(uvicorn.Server):
@@ -229,6 +302,7 @@ class Server(uvicorn.Server):
 
     Attributes:
         lag: Seconds by which the event loop was late for the last of these calls.
+        is_told_to_stop: Whether a signal to stop has come.
     """
 
     def __init__(
@@ -243,6 +317,8 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._limits = limits
         self._listeners_stay = listeners_stay
+        self._is_leaving = False
+        self.is_told_to_stop = False
         self.lag = 0.0
         self._on_beat = on_beat
         self._on_stop = on_stop
@@ -256,6 +332,15 @@ class Server(uvicorn.Server):
         """
         stop_on_signals(self.handle_exit)
         yield
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop."""
+        self.is_told_to_stop = True
+        super().handle_exit(sig, frame)
+
+    def leave(self, *_: object) -> None:
+        """End when those who are connected have been answered: another process has taken over."""
+        self._is_leaving = self._limits.is_leaving = self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to serve."""
@@ -283,7 +368,10 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finish what is in progress, and refuse all other requests meanwhile."""
-        self._on_stop()
+        if self._is_leaving:
+            await self._wait_for_connections()
+        else:
+            self._on_stop()
         if self._listeners_stay:
             for server in self.servers:
                 server.close()
@@ -296,7 +384,20 @@ class Server(uvicorn.Server):
             await asyncio.sleep(_STOP_INTERVAL)
             patience -= _STOP_INTERVAL
         self.config.timeout_graceful_shutdown = math.ceil(patience) + 1
-        await super().shutdown(sockets)
+        # uvicorn closes the sockets. The parent of workers needs them, which this process may be.
+        await super().shutdown([] if self._is_leaving else sockets)
+
+    async def _wait_for_connections(self) -> None:
+        """Let those who are connected ask once more, while others accept connections."""
+        for listener in self.servers:
+            listener.close()
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, BoundedProtocol):
+                connection.leave()
+        patience: float = self.config.timeout_graceful_shutdown or 0
+        while self.server_state.connections and patience > 0 and not self.is_told_to_stop:
+            await asyncio.sleep(_STOP_INTERVAL)
+            patience -= _STOP_INTERVAL
 
 
 def server_config(settings: Settings, make_app: Callable[[], ASGIApp]) -> Config:
@@ -389,6 +490,15 @@ def _is_left_behind(path: str) -> bool:
         return client.connect_ex(path) == errno.ECONNREFUSED and stat.S_ISSOCK(
             os.stat(path).st_mode
         )
+
+
+def _exchange_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Set the variables that may be settings, and return those that there were."""
+    before = {name: value for name, value in os.environ.items() if name.startswith(PREFIXES)}
+    for name in before:
+        del os.environ[name]
+    os.environ.update(environment)
+    return before
 
 
 def fit_descriptor_limit(settings: Settings, limit: int) -> Settings:

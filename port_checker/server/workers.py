@@ -46,6 +46,9 @@ _MAX_PAUSE = 30.0
 # Failed starts in a row after which the program gives up, if no worker is serving.
 _START_ATTEMPTS = 3
 
+# Processes that there may be at a time: 64 workers, and those before them, which are leaving.
+_MAX_PROCESSES = 256
+
 # Notices that are read at one look at the workers, and bytes of each: anybody may send some.
 _MAX_NOTICES, _MAX_NOTICE = 1000, 4096
 
@@ -138,12 +141,42 @@ class Supervisor:
         self._patience = patience
         self._memory = _anonymous_file()
         # Not only a size: writing to memory that is not there would be fatal.
-        os.posix_fallocate(self._memory.fileno(), 0, settings.workers * ROW_SIZE * _NUMBER)
+        os.posix_fallocate(self._memory.fileno(), 0, _MAX_PROCESSES * ROW_SIZE * _NUMBER)
         self._notices = _Notices()
         self._workers: list[_Worker] = []
         self._failed_starts = 0  # in a row
         self._pause = 0.0  # seconds until workers are started again
         self._is_stopping = False
+        self._before: Settings | None = None  # while workers are being replaced by others
+        self._looked_at = time.monotonic()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all workers have come up, and those before them have been told to leave."""
+        serving = [worker for worker in self._workers if not worker.is_leaving]
+        return len(serving) == self._settings.workers and all(
+            worker.is_ready and worker.settings is self._settings for worker in serving
+        )
+
+    @property
+    def has_given_up(self) -> bool:
+        """Whether no worker serves, and none can be started."""
+        return self._failed_starts >= _START_ATTEMPTS and not any(
+            worker.is_ready for worker in self._workers
+        )
+
+    def renew(self, settings: Settings, stop_patience: float) -> None:
+        """Replace all workers, one after the other, by others with these settings."""
+        self._before, self._settings = self._settings, settings
+        self._stop_patience = max(self._stop_patience, stop_patience)
+        self._failed_starts, self._pause = 0, 0.0
+
+    def abandon_renewal(self) -> bool:
+        """Go back to the settings before if no worker starts; return whether that was so."""
+        if not self._before or self._failed_starts < _START_ATTEMPTS:
+            return False
+        self._settings, self._before = self._before, None
+        return True
 
     def stop(self, *_: object) -> None:
         """Have ``run`` stop the workers and return; it may be a signal's handler."""
@@ -155,35 +188,45 @@ class Supervisor:
         Returns:
             Whether they did serve; False if none could be started.
         """
-        before = time.monotonic()
-        is_complete = False
+        has_been_complete = False
         with self._memory, self._notices, _waiting_for(self._notices) as wait:
-            while not self._is_stopping and not self._has_given_up():
-                self._start_missing()
-                wait(BEAT)
-                self._receive_notices()
-                # What stops this process as well (SIGSTOP, a frozen container) is no worker's
-                # fault: one look counts for little, however long ago the last one was.
-                elapsed = min(time.monotonic() - before, 2 * BEAT)
-                before = time.monotonic()
-                self._pause -= elapsed
-                self._workers = [worker for worker in self._workers if self._look(worker, elapsed)]
-                ready = sum(worker.is_ready for worker in self._workers)
-                is_complete = is_complete or ready == self._settings.workers
-                if is_complete:
+            while not self._is_stopping and not self.has_given_up:
+                self.look()
+                has_been_complete = has_been_complete or self.is_complete
+                if has_been_complete:
                     self._on_beat()
-            has_served = not self._has_given_up()
+                wait(BEAT)
+            has_served = not self.has_given_up
             self._on_stop()
-            self._stop_workers()
+            self.stop_workers()
         return has_served
 
-    def _has_given_up(self) -> bool:
-        return self._failed_starts >= _START_ATTEMPTS and not any(
-            worker.is_ready for worker in self._workers
-        )
+    def look(self) -> None:
+        """Look after the workers: start those that are missing, and end those that are stuck."""
+        self._receive_notices()
+        # What stops this process as well (SIGSTOP, a frozen container) is no worker's fault: one
+        # look counts for little, however long ago the last one was.
+        now = time.monotonic()
+        elapsed = min(now - self._looked_at, 2 * BEAT)
+        self._looked_at = now
+        self._pause -= elapsed
+        self._workers = [worker for worker in self._workers if self._look(worker, elapsed)]
+        self._replace_outdated()
+        self._start_missing()
+
+    def _replace_outdated(self) -> None:
+        """Have those leave in whose place others are ready."""
+        serving = [worker for worker in self._workers if not worker.is_leaving]
+        outdated = [worker for worker in serving if worker.settings is not self._settings]
+        if not outdated:
+            self._before = None
+        ready = sum(worker.is_ready for worker in serving if worker not in outdated)
+        for worker in outdated[: max(0, len(outdated) + ready - self._settings.workers)]:
+            worker.is_leaving = True
+            worker.process.send_signal(signal.SIGUSR2)
 
     def _start_missing(self) -> None:
-        while len(self._workers) < self._settings.workers and self._pause <= 0:
+        while self._lacks_worker() and self._pause <= 0:
             try:
                 worker = self._start()
             except OSError as error:  # out of processes, descriptors or memory
@@ -194,9 +237,17 @@ class Supervisor:
                 self._totals.add(worker.row, worker.process.pid)
                 logger.debug("Worker %d started", worker.process.pid)
 
+    def _lacks_worker(self) -> bool:
+        serving = [worker for worker in self._workers if not worker.is_leaving]
+        current = [worker for worker in serving if worker.settings is self._settings]
+        is_renewing = len(current) < len(serving)
+        if is_renewing and not all(worker.is_ready for worker in current):
+            return False  # one after the other
+        return len(current) < self._settings.workers and len(self._workers) < _MAX_PROCESSES
+
     def _start(self) -> "_Worker":
         memory = self._memory.fileno()
-        slot = min({*range(self._settings.workers)} - {worker.slot for worker in self._workers})
+        slot = min({*range(_MAX_PROCESSES)} - {worker.slot for worker in self._workers})
         row = shared_row(memory, slot)
         for figure in range(ROW_SIZE):
             row[figure] = 0.0
@@ -214,7 +265,7 @@ class Supervisor:
                 env={**os.environ, "NOTIFY_SOCKET": self._notices.address},
                 process_group=0,  # Ctrl-C in a terminal is for the parent, which stops its workers
             )
-        return _Worker(process, slot, row)
+        return _Worker(process, self._settings, slot, row)
 
     def _count_failed_start(self) -> None:
         self._failed_starts += 1
@@ -233,14 +284,20 @@ class Supervisor:
         """Look after a worker; return whether it lives."""
         process = worker.process
         if process.poll() is not None:
-            self._totals.end(worker.row)
-            if worker.is_ready:
+            self._totals.end(worker.row, is_death=not worker.is_leaving)
+            if worker.is_leaving:
+                logger.debug("Worker %d has left", process.pid)
+            elif worker.is_ready:
                 logger.error("Worker %d %s; replacing it", process.pid, worker.ending())
             else:
                 self._count_failed_start()
                 logger.error("Worker %d %s while starting", process.pid, worker.ending())
             return False
         worker.silence += elapsed
+        if worker.is_leaving:
+            worker.leaving_for += elapsed
+            if worker.leaving_for > self._stop_patience:
+                process.kill()
         patience = self._patience if worker.is_ready else _START_PATIENCE
         if worker.silence > patience + _TRACEBACK_PATIENCE:
             process.kill()
@@ -250,7 +307,8 @@ class Supervisor:
             process.send_signal(signal.SIGABRT)
         return True
 
-    def _stop_workers(self) -> None:
+    def stop_workers(self) -> None:
+        """Stop the workers, and wait for them."""
         for worker in self._workers:
             worker.process.terminate()
         deadline = time.monotonic() + self._stop_patience
@@ -268,19 +326,27 @@ class _Worker:
 
     Attributes:
         process: It.
+        settings: Those that it was started with.
         slot: Where its row is in the shared memory.
         row: What it counts.
         silence: Seconds since its start, or its last sign of life.
         is_ready: Whether it has come up.
+        is_leaving: Whether it was told to end, since another one has taken its place.
+        leaving_for: Seconds since then.
         is_aborted: Whether it was sent a signal to write its traceback and end.
     """
 
-    def __init__(self, process: "subprocess.Popen[bytes]", slot: int, row: Row) -> None:
+    def __init__(
+        self, process: "subprocess.Popen[bytes]", settings: Settings, slot: int, row: Row
+    ) -> None:
         self.process = process
+        self.settings = settings
         self.slot = slot
         self.row = row
         self.silence = 0.0
         self.is_ready = False
+        self.is_leaving = False
+        self.leaving_for = 0.0
         self.is_aborted = False
 
     def ending(self) -> str:

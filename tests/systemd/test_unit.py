@@ -145,7 +145,8 @@ def test_it_can_write_nothing_and_sees_no_other_process(container: Container) ->
     temporary = f"/proc/{main_pid(container)}/root/tmp"
     writable = container.run(f"cat {temporary}/files").split()
     assert "/tmp" in writable  # noqa: S108
-    assert all(path.startswith(("/tmp", "/var/tmp")) for path in writable), writable  # noqa: S108
+    own = ("/tmp", "/var/tmp", "/run/golem-port-checker")  # noqa: S108
+    assert all(path.startswith(own) for path in writable), writable
     # Not even the service, whose user namespace is another one.
     assert set(container.run(f"cat {temporary}/seen").split()) == {"sh"}
 
@@ -277,6 +278,49 @@ def test_a_restart_refuses_nobody_where_systemd_listens(container: Container) ->
     assert json.loads(check)["message"] == "Successfully verified 1 out of 2 ports"
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_reload_refuses_nobody_and_reads_the_settings(container: Container, workers: int) -> None:
+    configure(container, PORT_CHECKER_WORKERS=workers)
+    before = main_pid(container)
+    body = json.dumps({"provider_ip": "127.0.0.1", "ports": [9000, 7466]})
+    settings = f"PORT_CHECKER_WORKERS={workers}\\nPORT_CHECK_MAX_PORTS=1\\n"
+    *answers, check = container.run(
+        f"{SILENT_PORT}\n"
+        f"curl -sS --data '{body}' localhost:9000/check-ports > /tmp/check & check=$!\n"
+        f"sleep 1; printf '{settings}' > /etc/golem/port-checker.env\n"
+        "systemctl reload golem-port-checker & reload=$!\n"
+        "for n in $(seq 100); do\n"
+        "  curl -sS localhost:9000/health > /tmp/health.$n 2>&1 & curls[$n]=$!\n"
+        "  sleep 0.1\n"
+        "done\n"
+        "wait $check ${curls[@]}; wait $reload; kill $silent\n"
+        "for n in $(seq 100); do cat /tmp/health.$n; echo; done; cat /tmp/check"
+    ).splitlines()[1:]
+    assert answers == ['{"status":"ok"}'] * 100
+    assert json.loads(check)["message"] == "Successfully verified 1 out of 2 ports"
+    assert main_pid(container) == before
+    refused = curl(container, "/check-ports", json.loads(body))
+    assert isinstance(refused, dict)
+    assert refused["detail"]["code"] == "TOO_MANY_PORTS"
+
+
+def test_a_reload_with_a_wrong_setting_leaves_the_service_as_it_is(container: Container) -> None:
+    before = main_pid(container)
+    mark = journal_mark(container)
+    container.run("mkdir -p /etc/golem; echo PORT_CHECK_TIMEOUT=soon > /etc/golem/port-checker.env")
+    assert container.try_to_run("systemctl reload golem-port-checker").status != 0
+    assert "PORT_CHECK_TIMEOUT='soon' is wrong" in "".join(journal_since(container, mark))
+    assert main_pid(container) == before
+    assert curl(container) == {"status": "ok"}
+
+
+def test_who_stops_the_process_does_not_stop_the_service(container: Container) -> None:
+    before = main_pid(container)
+    container.run(f"kill -TERM {before}")
+    wait_until(lambda: main_pid(container) not in ("0", before), "a new process")
+    wait_until(lambda: container.try_to_run("curl -sf localhost:9000/health").status == 0)
+
+
 def test_a_check_in_flight_is_finished_before_it_stops(container: Container) -> None:
     body = json.dumps({"provider_ip": "127.0.0.1", "ports": [9000, 7466]})
     answer = container.run(
@@ -291,7 +335,9 @@ def test_a_check_in_flight_is_finished_before_it_stops(container: Container) -> 
 
 def test_the_journal_has_priorities_and_one_time_a_line(container: Container) -> None:
     mark = journal_mark(container)
-    configure(container, PORT_CHECK_TIMOUT=3)
+    # With limits that every machine can track, or the start would warn of that.
+    small = {"PORT_CHECK_MAX_IN_FLIGHT": 1000, "PORT_CHECK_OWN_RATE_LIMIT": "500/minute"}
+    configure(container, PORT_CHECK_TIMOUT=3, PORT_CHECK_MAX_PORTS=100, **small)
     curl(container, "/check-ports", {"provider_ip": "127.0.0.1", "ports": [9000, 1]})
     curl(container, "/nothing")
     warnings = journal_since(container, mark, "-p warning")

@@ -1,0 +1,95 @@
+"""Reloading: ``port-checker reload`` has the running service go on with the settings as they are.
+
+They meet at a socket in the folder that systemd makes for the service (RuntimeDirectory=), which no
+other user may enter. systemd reads the files of EnvironmentFile= anew for ExecReload=, so the
+settings come from the environment of the program that asks.
+"""
+
+import contextlib
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Self
+
+from port_checker.settings import PREFIXES
+
+# Seconds that the program waits for new processes; systemd has TimeoutStartSec= for it.
+_PATIENCE = 300.0
+
+# Bytes of an environment, or of an answer.
+_MAX_MESSAGE = 128 * 1024
+
+
+class ReloadFailed(Exception):
+    """The service goes on as before; the message says why."""
+
+
+def request_reload() -> None:
+    """Have the running service go on with this process's settings; return when it does.
+
+    Raises:
+        ReloadFailed: There is no service, or it cannot.
+    """
+    path = _path()
+    if not path:
+        raise ReloadFailed("cannot reload: RUNTIME_DIRECTORY is not set; use systemctl reload")
+    environment = {name: value for name, value in os.environ.items() if name.startswith(PREFIXES)}
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as service:
+            service.settimeout(_PATIENCE)
+            service.connect(path)
+            service.send(json.dumps(environment).encode())
+            answer = json.loads(service.recv(_MAX_MESSAGE))
+    except (OSError, ValueError) as error:  # ValueError: it ended without an answer
+        raise ReloadFailed(f"cannot reload: {error}") from None
+    if answer is not None:
+        raise ReloadFailed(f"cannot reload: {answer}")
+
+
+class ReloadRequest:
+    """A program that waits for the service to have reloaded.
+
+    Attributes:
+        environment: The variables of that program that may be settings.
+    """
+
+    def __init__(self, program: socket.socket, environment: dict[str, str]) -> None:
+        self.environment = environment
+        self._program = program
+
+    def answer(self, error: str | None = None) -> None:
+        """Say how it ended: in error, or well."""
+        with self._program, contextlib.suppress(OSError):
+            self._program.send(json.dumps(error).encode())
+
+
+class ReloadRequests:
+    """Where the service is asked to reload; nowhere, if systemd has made no folder for it."""
+
+    def __init__(self) -> None:
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        if path := _path():
+            with contextlib.suppress(OSError):  # nobody can reload then
+                Path(path).unlink(missing_ok=True)
+                self._listener.bind(path)
+                self._listener.listen()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+
+    def next(self) -> ReloadRequest | None:
+        """Return a request that has arrived, if one has."""
+        with contextlib.suppress(OSError, ValueError):
+            program, _ = self._listener.accept()
+            program.settimeout(1)
+            return ReloadRequest(program, json.loads(program.recv(_MAX_MESSAGE)))
+        return None
+
+
+def _path() -> str | None:
+    directory = os.environ.get("RUNTIME_DIRECTORY")
+    return f"{directory}/reload" if directory else None
