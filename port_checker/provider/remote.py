@@ -368,6 +368,10 @@ def _error_detail(response: Response) -> _ErrorDetail | None:
         return None
 
 
+# What no shell takes apart, for people paste what they are told to give.
+_PASTABLE = re.compile(r"[A-Za-z0-9._~/:\[\]-]+")
+
+
 def _describe(response: Response, url: ServerUrl) -> str:
     """Describe an answer that is not the expected one."""
     if detail := _error_detail(response):
@@ -375,6 +379,8 @@ def _describe(response: Response, url: ServerUrl) -> str:
     if target := response.headers.get("location"):
         target = printable(without_password(urljoin(f"{url}/", target)))
         target = target.removesuffix("/check-ports").removesuffix("/ip")
+        if not _PASTABLE.fullmatch(target):
+            return "redirects to another URL: ask those who run it for it, and give that"
         return f"redirects to {target}: give that URL"
     status = f"HTTP status {response.status}"
     if reason := response.reason:

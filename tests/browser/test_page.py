@@ -389,6 +389,28 @@ def test_it_works_under_any_path_of_a_proxy(
 
 
 @needs_proxies
+@pytest.mark.parametrize(
+    "path", [";id;/..%2f", "$(id)/..%2f", "&id&/..%2f", "%60id%60/..%2f", "x'/..%2f"]
+)
+def test_nothing_is_offered_for_a_shell_that_it_would_take_apart(
+    url: str, visit: Visit, tmp_path: Path, path: str
+) -> None:
+    with (
+        nginx(
+            tmp_path, httpx.URL(url).port or 0, *AS_DOCUMENTED, host=ADDRESS, prefix="/p/"
+        ) as port,
+        open_port(ADDRESS) as opened,
+    ):
+        visitor = visit(f"http://{ADDRESS}:{port}/p/{path}/")
+        visitor.check(opened)
+        visitor.expect_status("1 of 1 port can be reached.")
+        command = "port-checker check 7466 50800-50899 --server URL"
+        expect(visitor.page.locator("#command")).to_have_text(command)
+        expect(visitor.page.get_by_role("button", name="Copy command")).to_be_hidden()
+        expect(visitor.page.locator("caption")).to_contain_text("by this service")
+
+
+@needs_proxies
 def test_the_result_can_be_copied_on_plain_http(url: str, visit: Visit, tmp_path: Path) -> None:
     with (
         nginx(tmp_path, httpx.URL(url).port or 0, *AS_DOCUMENTED, host=ADDRESS) as port,

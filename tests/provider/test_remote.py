@@ -476,7 +476,7 @@ def test_an_error_instead_of_the_address() -> None:
     [
         ("https://checker.example/check-ports", "https://checker.example"),
         ("/elsewhere/check-ports", "http://127.0.0.1:{port}/elsewhere"),
-        ("http://user:secret@checker.example/\x9b", "http://checker.example/?"),
+        ("http://user:secret@[2001:db8::7]:9000/~a/", "http://[2001:db8::7]:9000/~a/"),
     ],
 )
 def test_a_redirect_names_its_target(location: str, target: str) -> None:
@@ -484,6 +484,18 @@ def test_a_redirect_names_its_target(location: str, target: str) -> None:
         error = error_of(server.url)
         port = server.server_address[1]
     assert error == f"redirects to {target.format(port=port)}: give that URL"
+
+
+@pytest.mark.parametrize(
+    "taken_apart",
+    [*";&|<>()$`\\\"' *?#!{}^=%,+\x9b", "\u00e9", "$(id)", "&&id", ";id;/..%2f"],
+)
+def test_a_redirects_target_that_a_shell_would_take_apart_is_not_offered(taken_apart: str) -> None:
+    location = f"http://checker.example/{taken_apart}/check-ports"
+    with scripted(lambda _: Answer(b"", 301, {"Location": location})) as server:
+        assert error_of(server.url) == (
+            "redirects to another URL: ask those who run it for it, and give that"
+        )
 
 
 def test_the_url_of_a_page_of_the_server() -> None:

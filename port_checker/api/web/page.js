@@ -7,7 +7,10 @@ const { advice, reachable, validCertificate, longestCheck, maxPorts } = JSON.par
 );
 
 // The page may stand under any path: all that it asks for is beside it.
-const here = new URL(".", location.href).href.replace(/\/$/, "");
+const url = new URL(".", location.href).href.replace(/\/$/, "");
+// A link may lead here by a path or a name of its author's choice, and people paste what they copy into
+// a shell. So it holds nothing that a shell would take apart.
+const here = /^[A-Za-z0-9._~/:[\]-]+$/.test(url) ? url : null;
 
 const portsField = find("ports");
 const httpsPortField = find("https-port");
@@ -30,7 +33,7 @@ portsField.addEventListener("input", () => {
 httpsPortField.addEventListener("input", () => showFault(httpsPortField, ""));
 find("copy-results").addEventListener("click", (event) => copy(resultsAsText, event.target));
 find("copy-command").addEventListener("click", (event) => copy(find("command").textContent, event.target));
-find("copy-command").hidden = false;
+find("copy-command").hidden = !here;
 showCommand();
 findAddress().catch((error) => say(error.message, "failed"));
 
@@ -168,7 +171,7 @@ function adviceFor(error, address) {
 }
 
 function showResults(what, rows, summary) {
-  const caption = `${what}, checked ${new Date().toLocaleString()} by ${here}`;
+  const caption = `${what}, checked ${new Date().toLocaleString()} by ${here ?? "this service"}`;
   const lines = [];
   table.caption.textContent = caption;
   table.tBodies[0].replaceChildren();
@@ -221,6 +224,7 @@ function showFault(field, text) {
 
 /** Show the line for a command line that checks the same. */
 function showCommand() {
+  if (!here) return;
   let ports;
   try {
     ports = formatPorts(parsePorts(portsField.value)).replaceAll(",", "");
