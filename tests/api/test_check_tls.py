@@ -23,7 +23,7 @@ from port_checker.settings import Settings
 from tests.support.hostile_tls import showing_in_tls_1_3, slow_certificate
 from tests.support.http import check_tls_of, connected, read_answer
 from tests.support.loopback import open_port, ports, refused_port, silent_port
-from tests.support.namespace import in_namespace, needs_root
+from tests.support.namespace import loopback_alone, needs_root
 from tests.support.service import ask, program, serve
 from tests.support.tls import endpoint, https, wait_for_close
 from tests.support.waiting import wait_until
@@ -96,22 +96,21 @@ def test_the_documentation(client: httpx.Client) -> None:
 @needs_root
 def test_who_may_be_checked() -> None:
     """In a namespace: if one of them were not refused, nobody would be reached."""
-    script = """
-from tests.support.service import serve
-def check(headers={}, **asked):
-    print(client.post("/check-tls", json={"port": 443, **asked}, headers=headers).text)
-with serve(retries=1) as client:
-    for ip in ("::1", "10.0.0.1", "::ffff:10.0.0.1", "169.254.169.254", "192.168.1.100"):
-        check(host=ip)
-        check(host="localhost", expected_ip=ip)
-    for forwarded in ("unknown", "198.51.100.9"):
-        check({"x-forwarded-for": forwarded}, host="127.0.0.1")
-    check(host="2600::7")
-"""
-    *refused, unrouted = map(json.loads, in_namespace(script).splitlines())
-    assert [answer["detail"]["code"] for answer in refused] == ["TARGET_NOT_ALLOWED"] * 12
+
+    def ask(host: str, expected_ip: str | None = None, **headers: str) -> Any:
+        asked = {"host": host, "port": 443, "expected_ip": expected_ip}
+        return service.post("/check-tls", json=asked, headers=headers).json()["detail"]
+
+    with loopback_alone(), serve(retries=1) as service:
+        refused = []
+        for ip in ("::1", "10.0.0.1", "::ffff:10.0.0.1", "169.254.169.254", "192.168.1.100"):
+            refused += [ask(ip), ask("localhost", ip)]
+        for forwarded in ("unknown", "198.51.100.9"):
+            refused.append(ask("127.0.0.1", **{"x-forwarded-for": forwarded}))
+        unrouted = ask("2600::7")
+    assert [detail["code"] for detail in refused] == ["TARGET_NOT_ALLOWED"] * 12
     message = TLS_ERROR_EXAMPLES[ErrorCode.CHECK_FAILED]
-    assert unrouted == {"detail": {"code": "CHECK_FAILED", "message": message}}
+    assert unrouted == {"code": "CHECK_FAILED", "message": message}
 
 
 def test_another_sites_page_cannot_ask(client: httpx.Client) -> None:

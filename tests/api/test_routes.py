@@ -21,7 +21,7 @@ from port_checker.schemas import ERROR_EXAMPLES, CheckPortsResponse, ErrorCode
 from port_checker.settings import Settings
 from tests.support.http import HEALTH, check_of, connected, read_answer
 from tests.support.loopback import open_port, ports, refused_port, silent_port
-from tests.support.namespace import in_namespace, needs_root
+from tests.support.namespace import loopback_alone, needs_root
 from tests.support.service import serve
 from tests.support.waiting import wait_until
 
@@ -292,48 +292,29 @@ def test_ports_that_the_checker_may_not_connect_to_are_named() -> None:
 @needs_root
 def test_who_may_be_checked() -> None:
     """In a namespace: if one of them were not refused, nobody would be reached."""
-    script = """
-from tests.support.service import serve
-with serve(retries=1) as client:
-    for ip in ("::1", "10.0.0.1", "::ffff:10.0.0.1", "169.254.169.254", "fe80::1", "2002:a00:1::1"):
-        print(client.post("/check-ports", json={"provider_ip": ip, "ports": [80]}).text)
-    for forwarded in ("unknown", "198.51.100.9"):
-        answer = client.post(
-            "/check-ports",
-            json={"provider_ip": "127.0.0.1", "ports": [80]},
-            headers={"x-forwarded-for": forwarded},
-        )
-        print(answer.status_code, answer.text)
-    print(client.post("/check-ports", json={"provider_ip": "192.168.1.100", "ports": [80]}).text)
-    print(client.post("/check-ports", json={"provider_ip": "2600::7", "ports": [80]}).text)
-"""
-    *refused, private, unrouted = in_namespace(script).splitlines()
-    assert len(refused) == 8
-    for line in refused:
-        assert '"code":"TARGET_NOT_ALLOWED"' in line
-    for line, code in (private, ErrorCode.TARGET_NOT_ALLOWED), (unrouted, ErrorCode.CHECK_FAILED):
-        assert json.loads(line)["detail"] == {"code": code, "message": ERROR_EXAMPLES[code]}
+    wrong = ("::1", "10.0.0.1", "::ffff:10.0.0.1", "169.254.169.254", "fe80::1", "2002:a00:1::1")
+    with loopback_alone(), serve(retries=1) as client:
+        refused = [check(client, [80], ip) for ip in wrong]
+        refused += [
+            check(client, [80], headers={"x-forwarded-for": forwarded})
+            for forwarded in ("unknown", "198.51.100.9")
+        ]
+        private = check(client, [80], "192.168.1.100")
+        unrouted = check(client, [80], "2600::7")
+    assert [error_of(answer)[:2] for answer in refused] == [(403, "TARGET_NOT_ALLOWED")] * 8
+    for answer, code in (
+        (private, ErrorCode.TARGET_NOT_ALLOWED),
+        (unrouted, ErrorCode.CHECK_FAILED),
+    ):
+        assert answer.json()["detail"] == {"code": code, "message": ERROR_EXAMPLES[code]}
 
 
 @needs_root
 def test_addresses_that_are_not_the_callers_own() -> None:
     """A gateway's, link-local ones, and those that the operator forbids."""
-    script = """
-import logging
-from tests.support.service import serve
-logging.basicConfig(format="%(levelname)s %(message)s")
-with serve(retries=1, timeout=0.1, denied_networks="198.51.100.128/25,127.0.0.3") as client:
-    for ip in "198.51.100.1", "fd01::1", "169.254.7.7", "fe80::7", "198.51.100.200", "127.0.0.3":
-        headers = {"x-forwarded-for": ip}
-        body = {"provider_ip": ip, "ports": [80]}
-        print(ip, client.post("/check-ports", json=body, headers=headers).text)
-        assert client.get("/ip", headers=headers).json() == {"ip": ip}
-    body = {"provider_ip": "198.51.100.7", "ports": [80]}
-    answer = client.post("/check-ports", json=body, headers={"x-forwarded-for": "198.51.100.7"})
-    print(answer.json()["results"])
-"""
-    *refused, checked = in_namespace(
-        script + "import sys; sys.stderr = sys.stdout",
+    forbidden = ("198.51.100.200", "127.0.0.3")
+    gateways = ("198.51.100.1", "fd01::1")
+    network = (
         "ip link add one type veth peer name other",
         "ip address add 198.51.100.6/24 dev one",
         "ip address add fd01::6/64 dev one nodad",
@@ -341,11 +322,22 @@ with serve(retries=1, timeout=0.1, denied_networks="198.51.100.128/25,127.0.0.3"
         "ip link set other up",
         "ip route add default via 198.51.100.1",
         "ip -6 route add default via fd01::1",
-    ).splitlines()
-    assert len(refused) == 6
-    for line in refused:
-        assert '"code":"TARGET_NOT_ALLOWED"' in line, line
-    assert checked == "{'80': {'accessible': False, 'error': 'Connection timed out'}}"
+    )
+    denied = "198.51.100.128/25,127.0.0.3"
+    with (
+        loopback_alone(*network),
+        serve(retries=1, timeout=0.1, denied_networks=denied) as client,
+    ):
+        for ip in (*gateways, "169.254.7.7", "fe80::7", *forbidden):
+            headers = {"x-forwarded-for": ip}
+            answer = check(client, [80], ip, headers=headers)
+            assert error_of(answer)[:2] == (403, "TARGET_NOT_ALLOWED"), ip
+            assert client.get("/ip", headers=headers).json() == {"ip": ip}
+        own = "198.51.100.7"
+        answer = check(client, [80], own, headers={"x-forwarded-for": own})
+    assert answer.json()["results"] == {
+        "80": {"accessible": False, "error": "Connection timed out"}
+    }
 
 
 def test_only_trusted_proxies_forward_addresses() -> None:

@@ -1,7 +1,6 @@
 """Which addresses may be checked: the special ranges, the rules one by one, the kernel's routes."""
 
 import asyncio
-import json
 import resource
 import threading
 from collections.abc import Callable, Iterator
@@ -20,9 +19,10 @@ from port_checker.api.targets import (
     verify_local_binding,
 )
 from port_checker.connect import CheckFailed
+from port_checker.linux import is_next_hop
 from port_checker.schemas import ERROR_EXAMPLES, ErrorCode
 from port_checker.settings import Settings
-from tests.support.namespace import in_namespace, needs_root
+from tests.support.namespace import loopback_alone, needs_root
 
 CALLER = parse_address("198.41.0.4")
 STRANGER = parse_address("198.41.0.5")
@@ -305,27 +305,25 @@ def test_running_out_of_descriptors_is_the_checkers_failure(
         ask(parse_address("127.0.0.1"))
 
 
-PRELUDE = """
-import json
-from port_checker.addresses import parse_address
-from port_checker.connect import CheckFailed
-from port_checker.api.targets import is_own_address, verify_local_binding
-
-def own(*texts):
+def own(*texts: str) -> list[str]:
+    """Those that are this machine's."""
     return [text for text in texts if is_own_address(parse_address(text))]
 
-def binding(text):
+
+def binding(text: str) -> str | None:
+    """Why no local address reaches a target; None if one does."""
     try:
         verify_local_binding(parse_address(text))
     except CheckFailed as failure:
         return str(failure)
-"""
+    return None
 
 
 @needs_root
 def test_without_a_route_there_is_no_local_binding() -> None:
-    script = 'print(json.dumps([binding(text) for text in ("192.0.2.1", "2001:db8::1", "::1")]))'
-    assert json.loads(in_namespace(PRELUDE + script)) == [
+    with loopback_alone():
+        told = [binding(text) for text in ("192.0.2.1", "2001:db8::1", "::1")]
+    assert told == [
         "this machine has no route to 192.0.2.1",
         "this machine has no route to 2001:db8::1",
         None,
@@ -334,12 +332,8 @@ def test_without_a_route_there_is_no_local_binding() -> None:
 
 @needs_root
 def test_a_route_of_another_protocol_says_nothing_of_tcp() -> None:
-    script = """
-targets = "192.0.2.1", "2001:db8:1::1", "198.51.100.9", "2001:db8:2::1"
-print(json.dumps([binding(text) for text in targets]))
-"""
-    told = in_namespace(
-        PRELUDE + script,
+    targets = ("192.0.2.1", "2001:db8:1::1", "198.51.100.9", "2001:db8:2::1")
+    with loopback_alone(
         "ip link add one type veth peer name other",
         "ip address add 203.0.113.5/24 dev one",
         "ip address add 2001:db8::5/64 dev one nodad",
@@ -351,9 +345,10 @@ print(json.dumps([binding(text) for text in targets]))
         "ip -6 rule add to 2001:db8:1::/48 ipproto udp prohibit",
         "ip rule add to 198.51.100.0/24 ipproto tcp blackhole",
         "ip -6 rule add to 2001:db8:2::/48 ipproto tcp unreachable",
-    )
+    ):
+        told = list(map(binding, targets))
     no_route = "this machine has no route to "
-    assert json.loads(told) == [
+    assert told == [
         *(None, None),
         *(no_route + target for target in ("198.51.100.9", "2001:db8:2::1")),
     ]
@@ -361,21 +356,18 @@ print(json.dumps([binding(text) for text in targets]))
 
 @needs_root
 def test_a_source_address_that_does_not_reach_the_target_is_no_binding() -> None:
-    script = """
-targets = "192.0.2.1", "2001:db8:1::1", "169.254.9.9", "fe80::9", "127.0.0.1", "::1", "169.254.7.7"
-print(json.dumps([binding(text) for text in targets]))
-"""
-    told = in_namespace(
-        PRELUDE + script,
+    beyond = ("192.0.2.1", "2001:db8:1::1")
+    here = ("169.254.9.9", "fe80::9", "127.0.0.1", "::1", "169.254.7.7")
+    with loopback_alone(
+        "sysctl -qw net.ipv6.conf.default.accept_dad=0",  # addresses are ready at once
         "ip link add one address 02:00:00:00:00:05 type veth peer name other",
         "ip address add 169.254.7.7/16 dev one",
-        "sysctl -qw net.ipv6.conf.one.accept_dad=0",
         "ip link set one up",
         "ip link set other up",
         "ip route add default dev one",
         "ip -6 route add default via fe80::1 dev one",
-    )
-    ipv4, ipv6, *rest = json.loads(told)
+    ):
+        ipv4, ipv6, *rest = map(binding, (*beyond, *here))
     only = "this machine has only the address "
     assert ipv4 == f"{only}169.254.7.7 for 192.0.2.1, which does not reach it"
     assert ipv6 == f"{only}fe80::ff:fe00:5 for 2001:db8:1::1, which does not reach it"
@@ -384,27 +376,22 @@ print(json.dumps([binding(text) for text in targets]))
 
 @needs_root
 def test_a_machine_without_an_address_has_no_binding() -> None:
-    told = in_namespace(
-        PRELUDE + 'print(json.dumps(binding("192.0.2.1")))',
+    with loopback_alone(
         "ip address flush dev lo",
         "ip link add one type veth peer name other",
         "ip link set one up",
         "ip route add default dev one",
-    )
-    assert json.loads(told) == "this machine has no address from which it could reach 192.0.2.1"
+    ):
+        told = binding("192.0.2.1")
+    assert told == "this machine has no address from which it could reach 192.0.2.1"
 
 
 @needs_root
 def test_the_addresses_of_an_interface_are_ours() -> None:
     """The secondary ones, too, and no others of its networks."""
-    script = """
-near = "198.51.100.5 198.51.100.6 198.51.100.7 2001:db8::5 2001:db8::6 2001:db8::7".split()
-told = [own(*near, "198.51.100.255", "192.0.2.1", "2001:db8:1::1")]
-print(json.dumps([*told, [binding(text) for text in near], binding("192.0.2.1")]))
-"""
+    near = [f"{network}{host}" for network in ("198.51.100.", "2001:db8::") for host in (5, 6, 7)]
     ours = ["198.51.100.5", "198.51.100.6", "2001:db8::5", "2001:db8::6", "198.51.100.255"]
-    told = in_namespace(
-        PRELUDE + script,
+    with loopback_alone(
         "ip link add one type veth peer name other",
         "ip address add 198.51.100.5/24 dev one",
         "ip address add 198.51.100.6/24 dev one",
@@ -412,22 +399,20 @@ print(json.dumps([*told, [binding(text) for text in near], binding("192.0.2.1")]
         "ip address add 2001:db8::6/64 dev one nodad",
         "ip link set one up",
         "ip link set other up",
-    )
-    unreachable = "this machine has no route to 192.0.2.1"
-    assert json.loads(told) == [ours, [None] * 6, unreachable]
+    ):
+        assert own(*near, "198.51.100.255", "192.0.2.1", "2001:db8:1::1") == ours
+        assert list(map(binding, near)) == [None] * 6
+        assert binding("192.0.2.1") == "this machine has no route to 192.0.2.1"
 
 
 @needs_root
 def test_the_addresses_of_a_local_route_are_ours() -> None:
     """Those of routes that prohibit, or lead nowhere, are not."""
-    script = """
-print(json.dumps(own(
-    "192.0.2.5", "192.0.3.5", "198.51.100.1", "198.51.100.129", "203.0.113.1",
-    "2001:db8:1::5", "2001:db8:2::5", "2001:db8:3::5", "2001:db8:4::5", "2001:db8:5::5",
-)))
-"""
-    told = in_namespace(
-        PRELUDE + script,
+    addresses = [
+        *("192.0.2.5", "192.0.3.5", "198.51.100.1", "198.51.100.129", "203.0.113.1"),
+        *("2001:db8:1::5", "2001:db8:2::5", "2001:db8:3::5", "2001:db8:4::5", "2001:db8:5::5"),
+    ]
+    with loopback_alone(
         "ip address add 2001:db8::1/128 dev lo",
         "ip route add local 192.0.2.0/24 dev lo",
         "ip route add local 2001:db8:1::/64 dev lo",
@@ -439,8 +424,8 @@ print(json.dumps(own(
         "ip route add prohibit 2001:db8:3::/64",
         "ip route add blackhole 2001:db8:4::/64",
         "ip route add unreachable 2001:db8:5::/64",
-    )
-    assert json.loads(told) == ["192.0.2.5", "2001:db8:1::5"]
+    ):
+        assert own(*addresses) == ["192.0.2.5", "2001:db8:1::5"]
 
 
 def test_the_event_loop_goes_on_while_the_routes_are_looked_through() -> None:
@@ -489,12 +474,7 @@ def test_the_next_hops_of_routes_are_gateways() -> None:
         *("2001:db8::1", "2001:db8::2", "2001:db8::3", "2001:db8::4", "2001:db8::5"),
     ]
     others = ["198.51.100.6", "198.51.100.7", "127.0.0.1", "2001:db8::6", "2001:db8::7", "10.1.0.0"]
-    script = f"""
-from port_checker.linux import is_next_hop
-print(json.dumps([it for it in {gateways + others} if is_next_hop(parse_address(it))]))
-"""
-    told = in_namespace(
-        PRELUDE + script,
+    with loopback_alone(
         "ip link add one type veth peer name other",
         "ip address add 198.51.100.6/24 dev one",
         "ip address add 2001:db8::6/64 dev one nodad",
@@ -507,5 +487,6 @@ print(json.dumps([it for it in {gateways + others} if is_next_hop(parse_address(
         "ip route add 10.4.0.0/16 via inet6 2001:db8::5 dev one",
         "ip -6 route add default via 2001:db8::1",
         "ip -6 route add fd01::/16 nexthop via 2001:db8::2 nexthop via 2001:db8::3",
-    )
-    assert json.loads(told) == gateways
+    ):
+        told = [text for text in gateways + others if is_next_hop(parse_address(text))]
+    assert told == gateways
