@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 from port_checker import advice
 from port_checker.api.accept import accepts
 from port_checker.api.errors import NO_STORE
+from port_checker.api.wheel import Wheel, installed_wheel
 from port_checker.connect import VerdictKind
 from port_checker.schemas import PORT_VERDICTS, TLS_KINDS
 from port_checker.settings import Settings
@@ -75,6 +76,9 @@ _FOR_EVER = {
     "Cache-Control": "public, max-age=31536000, immutable",
     "Vary": "Accept-Encoding",
 }
+# A wheel's name has only its version.
+_REVALIDATED = {**_NOSNIFF, "Cache-Control": "no-cache"}
+_WHEEL_TYPE = "application/octet-stream"
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,8 @@ def add_pages(app: FastAPI, settings: Settings) -> None:
     # "<" could end the script element that holds it.
     page = _fill_in("page.html", data=json.dumps(data).replace("<", r"\u003c"))
     docs = _fill_in("docs.html")
-    links = json.dumps(_LINKS)
+    wheel = installed_wheel()
+    links = json.dumps({**_LINKS, **({"program": _program(wheel)} if wheel else {})})
     files = {file.name: file for file in _static_files().values()}
     vary = {"Vary": "Accept"}
 
@@ -143,7 +148,10 @@ def add_pages(app: FastAPI, settings: Settings) -> None:
         return Response(schema, media_type="application/json", headers=_NO_STORE)
 
     async def static(request: Request) -> Response:
-        file = files.get(request.path_params["name"])
+        name = request.path_params["name"]
+        if wheel and name == wheel.name:
+            return Response(wheel.content, media_type=_WHEEL_TYPE, headers=_REVALIDATED)
+        file = files.get(name)
         if not file:
             raise HTTPException(HTTPStatus.NOT_FOUND)
         headers = {**_FOR_EVER, "Content-Type": file.media_type}
@@ -158,6 +166,16 @@ def add_pages(app: FastAPI, settings: Settings) -> None:
         "/static/{name}": static,
     }.items():
         app.add_route(path, endpoint, methods=["GET"], include_in_schema=False)
+
+
+def _program(wheel: Wheel) -> dict[str, str]:
+    """Where the program is, and how to run it; URL stands for that of this service."""
+    path = f"static/{wheel.name}"
+    return {
+        "wheel": path,
+        "sha256": wheel.sha256,
+        "run": f"pipx run --spec URL/{path} port-checker check --server URL",
+    }
 
 
 def _fill_in(page: str, **values: str) -> str:

@@ -70,6 +70,7 @@ def test_programs_are_told_where_everything_is(client: httpx.Client, accept: str
     assert links.pop("name") == "Golem Port Checker"
     for name in "check_ports", "check_tls":
         assert client.post(links.pop(name)).status_code == 422
+    client.get(links.pop("program")["wheel"]).raise_for_status()
     assert set(links) == {"ip", "health", "docs", "openapi"}
     for link in links.values():
         client.get(link).raise_for_status()
