@@ -4,10 +4,17 @@ One constant for each situation, in full sentences; what stands in braces is fil
 shows them, and so may a page.
 """
 
+import re
 from typing import Final
 
 from port_checker.connect import VerdictKind
 from port_checker.tls import TlsVerdictKind
+
+
+def sentence(text: str) -> str:
+    """End a sentence that ends with others' words, which may have an end already."""
+    return re.sub(r"([.?!])[.]$", r"\1", text)
+
 
 # This machine listened, and no connection reached the listener.
 
@@ -132,6 +139,10 @@ IN_USE_NOT_LISTENING = (
     "A program on this machine holds the port but does not listen on it: start it properly, or end "
     "it."
 )
+IN_USE_BY_CONNECTION = (
+    "A connection that a program accepted before still holds the port, though nothing listens on "
+    "it any more: end it (ss -tnp 'sport = :{port}' shows whose it is), or wait until it ends."
+)
 OUTGOING_CONNECTION = (
     "An outgoing connection of this machine has taken the port, and the provider's software could "
     "not listen on it either: reserve the port as described below, and try again."
@@ -140,6 +151,15 @@ NOT_PERMITTED = (
     "You are not allowed to listen on this port: use ports from 1024 up, or run this as root "
     "(CAP_NET_BIND_SERVICE)."
 )
+NOT_PERMITTED_HERE = (
+    "You are not allowed to listen on this port: lower net.ipv4.ip_unprivileged_port_start to 1024 "
+    "(sysctl), or run this as root; where a sandbox forbids it, run this outside."
+)
+NO_FAMILY = (
+    "This machine has no {family}, or it is switched off: check over the other IP version, or "
+    "enable it (sysctl net.ipv6.conf.all.disable_ipv6)."
+)
+CHECK_RUNNING = "Another check of this machine is running on the port: wait until it has ended."
 FAILED = "This machine could not listen on the port: check whether it is out of files or memory."
 
 # No server told anything.

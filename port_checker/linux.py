@@ -575,6 +575,7 @@ class TcpSocket:
         queued: Of a listener, how many connections wait for its program to accept them.
         ipv6: Whether it is an IPv6 socket; one on ``::`` may take IPv4 connections, too.
         peer: The address of the other end, unspecified where there is none.
+        peer_port: The port of the other end, 0 where there is none.
     """
 
     address: Address
@@ -583,6 +584,7 @@ class TcpSocket:
     queued: int
     ipv6: bool
     peer: Address
+    peer_port: int = 0
 
 
 def tcp_sockets(ports: Container[int]) -> list[TcpSocket]:
@@ -599,10 +601,25 @@ def tcp_sockets(ports: Container[int]) -> list[TcpSocket]:
                 host, _, number = local.partition(":")
                 if (port := int(number, 16)) not in ports:
                     continue
-                address, peer = _kernels_address(host), _kernels_address(remote.partition(":")[0])
+                peer, _, peer_port = remote.partition(":")
                 queued = int(queues.partition(":")[2], 16)
-                sockets.append(TcpSocket(address, port, _tcp_state(state), queued, ipv6, peer))
+                sockets.append(
+                    TcpSocket(
+                        _kernels_address(host),
+                        port,
+                        _tcp_state(state),
+                        queued,
+                        ipv6,
+                        _kernels_address(peer),
+                        int(peer_port, 16),
+                    )
+                )
     return sockets
+
+
+def shows_sockets() -> bool:
+    """Whether this process may read the tables of sockets: in some sandboxes it may not."""
+    return os.access("/proc/net/tcp", os.R_OK)
 
 
 def _kernels_address(text: str) -> Address:

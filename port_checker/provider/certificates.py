@@ -29,7 +29,7 @@ def judge_tls(
     wrong = [answer for answer in answers.values() if not answer.valid]
     said = next(iter(wrong or answers.values()), None)
     if not said:
-        advice: str | None = advice_for.TLS_NOT_CHECKED.format(reason=reason)
+        advice: str | None = advice_for.sentence(advice_for.TLS_NOT_CHECKED.format(reason=reason))
     elif said.valid:
         advice = None
     else:

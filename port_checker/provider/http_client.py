@@ -15,9 +15,10 @@ import re
 import socket
 import ssl
 import struct
-from collections.abc import Collection, Mapping
+import threading
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
 import h11
@@ -26,6 +27,7 @@ from port_checker import __version__
 from port_checker.addresses import Address, parse_address
 from port_checker.linux import ephemeral_ports, reserved_ports
 
+AddressInfo = tuple[int, int, int, str, Any]  # as getaddrinfo() has it
 _FAMILIES = {None: socket.AF_UNSPEC, 4: socket.AF_INET, 6: socket.AF_INET6}
 _HOST_NAME = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?", re.IGNORECASE)
 # Characters of a server's text that are shown.
@@ -34,6 +36,8 @@ _MAX_TEXT_LENGTH = 300
 _BIND_ATTEMPTS = 50
 _PRIVILEGED = 1024
 _READ_SIZE = 65536
+# Seconds for a look-up. The C library asks each DNS server twice for 5 s (resolv.conf(5)).
+_LOOKUP_TIMEOUT = 10.0
 
 
 class HttpError(Exception):
@@ -208,10 +212,9 @@ class HttpClient:
 
     async def families(self, url: ServerUrl) -> set[int]:
         """Return the IP versions of which a server has addresses; none if that is unknown."""
-        loop = asyncio.get_running_loop()
         try:
-            found = await loop.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
-        except OSError:
+            found = await _look_up(url, None)
+        except (OSError, HttpError):
             return set()
         return {4 if family == socket.AF_INET else 6 for family, *_ in found}
 
@@ -241,7 +244,7 @@ class HttpClient:
             HttpError: There is no answer that makes sense.
         """
         try:
-            async with asyncio.timeout(self.connect_timeout):
+            async with asyncio.timeout(_LOOKUP_TIMEOUT + self.connect_timeout):
                 reader, writer = await self._open(url)
             try:
                 async with asyncio.timeout(self.answer_timeout):
@@ -277,11 +280,9 @@ class HttpClient:
         """Connect to the first of the server's addresses that answers."""
         loop = asyncio.get_running_loop()
         try:
-            found = await loop.getaddrinfo(
-                url.host, url.port, family=_FAMILIES[self.family], type=socket.SOCK_STREAM
-            )
+            found = await _look_up(url, self.family)
         except socket.gaierror as error:
-            if self.family and await self.families(url):
+            if self.family and error.errno != socket.EAI_AGAIN and await self.families(url):
                 raise HttpError(f"has no IPv{self.family} address", passes=False) from None
             passes = error.errno == socket.EAI_AGAIN
             raise HttpError(
@@ -306,6 +307,45 @@ class HttpClient:
             else:
                 return sock
         raise failures[0]
+
+
+async def _look_up(url: ServerUrl, family: int | None) -> Sequence[AddressInfo]:
+    """Look up a server's addresses in a thread that does not outlive the program.
+
+    Raises:
+        HttpError: There is no answer in time.
+        OSError: The name cannot be resolved.
+    """
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[Sequence[AddressInfo]] = loop.create_future()
+
+    def set_result(addresses: Sequence[AddressInfo], error: OSError | None) -> None:
+        if found.done():
+            return
+        if error:
+            found.set_exception(error)
+        else:
+            found.set_result(addresses)
+
+    def look_up() -> None:
+        addresses: Sequence[AddressInfo] = []
+        failure = None
+        try:
+            addresses = socket.getaddrinfo(
+                url.host, url.port, family=_FAMILIES[family], type=socket.SOCK_STREAM
+            )
+        except OSError as error:
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
+            loop.call_soon_threadsafe(set_result, addresses, failure)
+
+    threading.Thread(target=look_up, daemon=True).start()
+    try:
+        async with asyncio.timeout(_LOOKUP_TIMEOUT):
+            return await found
+    except TimeoutError:
+        message = "host name cannot be resolved: no DNS server answers"
+        raise HttpError(message, passes=False) from None
 
 
 def _head(url: ServerUrl, method: str, path: str, body: bytes | None) -> list[h11.Event]:

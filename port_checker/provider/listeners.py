@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from port_checker.addresses import Address, parse_host
-from port_checker.linux import TcpSocket, TcpState, tcp_sockets
+from port_checker.linux import TcpSocket, TcpState, ephemeral_ports, tcp_sockets
 from port_checker.provider.report import LocalBinding
 from port_checker.schemas import MAX_PORT
 
@@ -39,6 +39,8 @@ class Listeners:
         clock: How many connections have arrived.
         holders: Of the ports "in use", the sockets that have them.
         other_family: Those of them that programs have over the other family alone.
+        checked: Those that another check of the same family has.
+        errors: Why a listener could not be opened, by port; the system's number.
     """
 
     def __init__(self, ports: Iterable[int], ip_version: int) -> None:
@@ -47,6 +49,8 @@ class Listeners:
         self._arrivals: defaultdict[int, dict[Address, int]] = defaultdict(dict)
         self.holders: defaultdict[int, list[TcpSocket]] = defaultdict(list)
         self.other_family: set[int] = set()
+        self.checked: set[int] = set()
+        self.errors: dict[int, int] = {}
         self._ports = list(ports)
         self._ipv6 = ip_version == 6
         self._listeners: dict[int, socket.socket] = {}
@@ -57,6 +61,7 @@ class Listeners:
     async def __aenter__(self) -> Self:
         mark = _MARK.format(version=6 if self._ipv6 else 4)
         low, high = min(self._ports, default=0), max(self._ports, default=0)
+        others = self._checks(self._ipv6)
         self._mark.bind(f"\0{mark}{low}-{high}-{os.getpid()}-{id(self)}")
         listening = self._other_listeners()
         try:
@@ -68,6 +73,11 @@ class Listeners:
             await self.__aexit__()
             raise
         self._look_up_holders()
+        self.checked = {
+            port
+            for port, local in self.local.items()
+            if local == "in use" and any(low <= port <= high for low, high in others)
+        }
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -124,19 +134,20 @@ class Listeners:
         Unless a check of the other family is running: the listeners are its own.
         """
         found: defaultdict[int, list[TcpSocket]] = defaultdict(list)
-        checks = self._checks_of_other_family()
+        checks = self._checks(not self._ipv6)
         for sock in tcp_sockets(frozenset(self._ports)):
             is_other = sock.state is TcpState.LISTEN and sock.ipv6 != self._ipv6
             if is_other and not sock.address.is_loopback:
                 found[sock.port].append(sock)
         # A check may have begun or ended meanwhile: it is marked for as long as it listens.
-        for low, high in checks + self._checks_of_other_family():
+        for low, high in checks + self._checks(not self._ipv6):
             for port in [port for port in found if low <= port <= high]:
                 del found[port]
         return found
 
-    def _checks_of_other_family(self) -> list[tuple[int, int]]:
-        mark = f"@{_MARK.format(version=4 if self._ipv6 else 6)}([0-9]+)-([0-9]+)-"
+    def _checks(self, ipv6: bool) -> list[tuple[int, int]]:
+        """Return the lowest and highest port of each check of a family that is running."""
+        mark = f"@{_MARK.format(version=6 if ipv6 else 4)}([0-9]+)-([0-9]+)-"
         found = re.findall(mark, _read_text("/proc/net/unix"))
         return [(int(low), int(high)) for low, high in found]
 
@@ -145,6 +156,7 @@ class Listeners:
             listener = self._listen(port)
         except OSError as error:
             self.local[port] = _BINDINGS.get(error.errno or 0, "failed")
+            self.errors[port] = error.errno or 0
             return
         if others:
             listener.close()
@@ -178,7 +190,9 @@ class Listeners:
         for sock in tcp_sockets(in_use):
             self.holders[sock.port].append(sock)
         for port, sockets in self.holders.items():
-            if all(sock.state is not TcpState.LISTEN for sock in sockets):
+            if all(sock.state is not TcpState.LISTEN for sock in sockets) and any(
+                map(_is_outgoing, sockets)
+            ):
                 self.local[port] = "outgoing connection"
 
     def _on_connection(self, port: int) -> None:
@@ -202,6 +216,17 @@ class Listeners:
         asyncio.get_running_loop().remove_reader(connection)
         self._held.remove(connection)
         connection.close()
+
+
+def _is_outgoing(sock: TcpSocket) -> bool:
+    """Whether this machine began a connection, as far as that shows.
+
+    The end that accepted it has a port that was not taken from the ephemeral ones, or listens.
+    """
+    port = sock.peer_port
+    return port not in ephemeral_ports() or any(
+        other.state is TcpState.LISTEN for other in tcp_sockets({port})
+    )
 
 
 def _read_text(path: str) -> str:

@@ -104,6 +104,7 @@ class Contact:
         return replace(
             self,
             error=self.error or answers.error,
+            address=answers.address or self.address,
             asked=self.asked or bool(answers.verdicts or answers.excluded),
             local=answers.local or self.local,
             remote=answers.remote or self.remote,
@@ -115,7 +116,7 @@ class Contact:
         """Ask about ports of the address, unless that has failed before."""
         if self.address is None or self.error:
             return Answers(error=self.error)
-        return await self.server.ask(self.address, ports, is_connecting)
+        return await self.server.ask(self.address, ports, is_connecting, may_move=not self.given)
 
 
 def is_own(address: Address) -> bool:

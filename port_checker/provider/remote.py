@@ -1,6 +1,7 @@
 """One port checker: asking it, waiting for it, and explaining its failures."""
 
 import asyncio
+import contextlib
 import errno
 import json
 import re
@@ -10,7 +11,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import TypeVar
-from urllib.parse import urljoin
+from urllib.parse import urljoin, urlsplit
 
 from pydantic import BaseModel, ValidationError
 
@@ -33,6 +34,9 @@ from port_checker.schemas import (
     PortResult,
 )
 
+# How this service says whom it would check instead.
+_OWN_ADDRESS = re.compile(r"your own address, ([0-9A-Fa-f.:]+[0-9A-Fa-f])")
+
 _Model = TypeVar("_Model", bound=BaseModel)
 
 # Ports in one request: what a server with default settings accepts.
@@ -48,13 +52,25 @@ _BY_ERRNO = {
     errno.EHOSTUNREACH: HOST_UNREACHABLE,
     errno.ECONNRESET: Verdict(VerdictKind.OTHER, "Connection reset by peer"),
 }
+# How often a server is asked anew that saw this machine at another address than before.
+_MAX_MOVES = 6
 # What a server or a proxy before it answers when it may succeed later.
 _PASSING = {
     HTTPStatus.TOO_MANY_REQUESTS,
     HTTPStatus.BAD_GATEWAY,
     HTTPStatus.SERVICE_UNAVAILABLE,
     HTTPStatus.GATEWAY_TIMEOUT,
+    HTTPStatus.REQUEST_TIMEOUT,
+    HTTPStatus.TOO_EARLY,
+    499,  # nginx: its client left, which is a proxy here
+    *range(520, 531),  # Cloudflare's: the server before which it stands is away or broken
+    598,
+    599,  # proxies': a timeout while reading or connecting
 }
+# A server that has moved says so for good, or keeps the request's path; a network's login page does
+# neither.
+_MOVED = {HTTPStatus.MOVED_PERMANENTLY, HTTPStatus.PERMANENT_REDIRECT}
+_LOGIN_PAGE = "a login page of this network answers in its place: log in there, and try again"
 
 
 @dataclass(frozen=True)
@@ -96,6 +112,16 @@ class _TooManyPorts(Exception):
     """The server takes fewer ports at once."""
 
 
+class _OtherAddress(ServerError):
+    """The server refuses, since it saw this machine at another address this time."""
+
+    def __init__(self, message: str, seen: str | None) -> None:
+        super().__init__(message)
+        self.seen: Address | None = None
+        with contextlib.suppress(ValueError):
+            self.seen = parse_address(seen or "")
+
+
 class _ErrorDetail(BaseModel):
     """An error of a server, whose codes may be newer than ours."""
 
@@ -134,6 +160,7 @@ class Answers:
         error: Why it did not check all the others; None if it did.
         local: The address of this machine from which it was asked; None without an answer.
         remote: The address at which it was asked.
+        address: The address about which it was asked; None without an answer.
     """
 
     verdicts: Mapping[int, Verdict] = field(default_factory=dict)
@@ -142,6 +169,7 @@ class Answers:
     local: Address | None = None
     remote: Address | None = None
     failures: Mapping[int, str] = field(default_factory=dict)
+    address: Address | None = None
 
     def __or__(self, later: "Answers") -> "Answers":
         """Add later answers, which count where both have one."""
@@ -152,6 +180,7 @@ class Answers:
             later.local or self.local,
             later.remote or self.remote,
             {**self.failures, **later.failures},
+            later.address or self.address,
         )
 
 
@@ -202,6 +231,8 @@ class Server:
         address: Address,
         ports: Sequence[int],
         is_connecting: Callable[[], bool] = lambda: False,
+        *,
+        may_move: bool = False,
     ) -> Answers:
         """Ask about ports of an address, as many at once as the server takes.
 
@@ -212,18 +243,29 @@ class Server:
             ports: The ports.
             is_connecting: Whether the server has been seen to connect. Then silence is tried once
                 more only: a ban that cut it off would but begin anew.
+            may_move: Whether to ask about another address that the server names as this machine's.
         """
         answers = Answers()
-        remaining, batch_size = list(ports), MAX_PORTS_PER_REQUEST
+        remaining, batch_size, moves = list(ports), MAX_PORTS_PER_REQUEST, 0
         while remaining:
             batch = remaining[:batch_size]
             try:
                 answers |= await self._check(address, batch, is_connecting)
             except _TooManyPorts:
                 batch_size = (len(batch) + 1) // 2
+            except _OtherAddress as error:
+                # Where connections leave by several uplinks in turn, an address is right only now
+                # and then.
+                seen = error.seen if error.seen and error.seen.version == address.version else None
+                moves += 1
+                if not may_move or not seen or moves > _MAX_MOVES:
+                    return answers | Answers(error=str(error))
+                if not answers.verdicts:
+                    address = seen
             except ServerError as error:
                 return answers | Answers(error=str(error))
             else:
+                answers |= Answers(address=address)
                 self._patience = self._waits.patience
                 done = answers.verdicts.keys() | answers.excluded | answers.failures.keys()
                 remaining = [port for port in remaining if port not in done]
@@ -274,6 +316,9 @@ class Server:
                 {port: said for port, said in found.items() if isinstance(said, str)},
             )
         detail = _error_detail(response)
+        if detail and detail.code == ErrorCode.TARGET_NOT_ALLOWED:
+            seen = _OWN_ADDRESS.search(detail.message)
+            raise _OtherAddress(_describe(response, self.url), seen and seen[1])
         if detail and detail.code == ErrorCode.TOO_MANY_PORTS and len(ports) > 1:
             raise _TooManyPorts
         if detail and (excluded := frozenset(detail.ports or ()) & frozenset(ports)):
@@ -376,7 +421,11 @@ def _describe(response: Response, url: ServerUrl) -> str:
     """Describe an answer that is not the expected one."""
     if detail := _error_detail(response):
         return f"{printable(detail.message)} ({printable(detail.code)})"
+    if response.status == HTTPStatus.NETWORK_AUTHENTICATION_REQUIRED:
+        return f"cannot be reached: {_LOGIN_PAGE}"
     if target := response.headers.get("location"):
+        if response.status not in _MOVED and _is_elsewhere(urljoin(f"{url}/", target), url):
+            return f"cannot be reached: {_LOGIN_PAGE}"
         target = printable(without_password(urljoin(f"{url}/", target)))
         target = target.removesuffix("/check-ports").removesuffix("/ip")
         if not _PASTABLE.fullmatch(target):
@@ -390,3 +439,14 @@ def _describe(response: Response, url: ServerUrl) -> str:
     if response.status in _PASSING:
         return f"answer with {status}: it, or a proxy before it, is down or busy"
     return f"unexpected answer, {status}: is this a port checker?"
+
+
+def _is_elsewhere(target: str, url: ServerUrl) -> bool:
+    """Whether a redirect leads to something else than the API on another host."""
+    try:
+        parts = urlsplit(target)
+        host = parts.hostname or ""
+    except ValueError:
+        return True
+    moved = parts.path.endswith(("/ip", "/check-ports", "/check-tls"))
+    return host != url.host and not moved

@@ -1,5 +1,6 @@
 """The result for each port and the advice that follows from it."""
 
+import errno
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -14,6 +15,9 @@ from port_checker.schemas import MAX_PORT
 from port_checker.tls import TlsVerdictKind
 
 LocalBinding = Literal["bound", "in use", "outgoing connection", "not permitted", "failed"]
+
+
+_PRIVILEGED = 1024  # ports below are for root, unless ip_unprivileged_port_start says otherwise
 
 
 class PortPair(NamedTuple):
@@ -215,7 +219,9 @@ class Observation:
         banned: Whether a server seems to be banned as a scanner.
         arrives_at: The other port of this machine at which its connections arrive.
         unused: Whether nobody listens there.
-        holders: The sockets that have the port, if it is in use.
+        holders: The sockets that have the port, if it is in use; None if that cannot be known.
+        checked: Whether another check of this machine has the port.
+        bind_error: Why a listener could not be opened, by the system's number; 0 if it could.
         other_family: Whether the program that has it listens over the other IP version alone.
         excluded: Whether a server may not connect to it.
         reason: Why no server checked it.
@@ -233,7 +239,9 @@ class Observation:
     banned: bool = False
     arrives_at: int | None = None
     unused: bool = False
-    holders: Sequence[TcpSocket] = ()
+    holders: Sequence[TcpSocket] | None = ()
+    checked: bool = False
+    bind_error: int = 0
     other_family: bool = False
     excluded: bool = False
     reason: str = "there is no server"
@@ -265,11 +273,13 @@ def judge(observed: Observation, place: Place) -> PortReport:
 
 def _is_programs(observed: Observation, place: Place) -> bool:
     """Whether the program that has the port can have been the one that answered."""
-    if observed.local != "in use" or observed.other_family:
+    if observed.local != "in use" or observed.other_family or observed.checked:
         return False
     arrived = observed.attempt and not observed.attempt.passed_to
     if observed.captured and not arrived:
         return False
+    if observed.holders is None:
+        return True
     known = observed.attempt.address if observed.attempt else None
     if known is None and place.own_address:
         known = place.address
@@ -287,15 +297,19 @@ def _listens_at(sock: TcpSocket, address: Address | None) -> bool:
 def _advise(observed: Observation, place: Place, kinds: Sequence[VerdictKind]) -> str:
     match observed.local:
         case "not permitted":
-            return advice_for.NOT_PERMITTED
+            port = observed.ports.inner
+            is_low = port < _PRIVILEGED
+            return advice_for.NOT_PERMITTED if is_low else advice_for.NOT_PERMITTED_HERE
         case "failed":
-            return advice_for.FAILED
+            no_family = observed.bind_error in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+            family = f"IPv{place.family}"
+            return advice_for.NO_FAMILY.format(family=family) if no_family else advice_for.FAILED
         case "outgoing connection":
             return advice_for.OUTGOING_CONNECTION
     if not kinds:
         if observed.excluded:
             return advice_for.SERVER_CANNOT
-        return advice_for.NOT_CHECKED.format(reason=observed.reason)
+        return advice_for.sentence(advice_for.NOT_CHECKED.format(reason=observed.reason))
     if observed.arrives_at is not None:
         sentence = advice_for.ARRIVES_UNUSED if observed.unused else advice_for.CROSSED
         return sentence.format(port=observed.arrives_at)
@@ -345,16 +359,20 @@ def _advise_on_program(
     observed: Observation, place: Place, kinds: Sequence[VerdictKind]
 ) -> str | None:
     """Say what is wrong with the program that has a port; None if it is not to blame."""
-    listeners = [sock for sock in observed.holders if sock.state is TcpState.LISTEN]
-    if not listeners:
+    if observed.checked:
+        return advice_for.CHECK_RUNNING
+    listeners = [sock for sock in observed.holders or () if sock.state is TcpState.LISTEN]
+    if observed.holders and not listeners and observed.holders[0].peer_port:
+        return advice_for.IN_USE_BY_CONNECTION.format(port=observed.ports.inner)
+    if not listeners and observed.holders is not None:
         return advice_for.IN_USE_NOT_LISTENING
     if observed.other_family:
         return advice_for.IN_USE_OTHER_FAMILY.format(family=f"IPv{place.family}")
     address = observed.attempt.address if observed.attempt else place.address
-    if not any(_listens_at(sock, address) for sock in listeners):
+    if listeners and not any(_listens_at(sock, address) for sock in listeners):
         addresses = ", ".join(sorted({str(sock.address) for sock in listeners}))
         return advice_for.IN_USE_LOCALLY.format(addresses=addresses)
-    queued = max(sock.queued for sock in listeners)
+    queued = max((sock.queued for sock in listeners), default=0)
     if queued and VerdictKind.TIMED_OUT in kinds:
         return advice_for.IN_USE_NOT_ACCEPTING.format(queued=queued)
     if VerdictKind.OPEN in kinds or observed.captured:

@@ -18,6 +18,7 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
+from port_checker.advice import sentence
 from port_checker.provider.remote import MAX_PORTS_PER_REQUEST
 from port_checker.provider.report import (
     PortPair,
@@ -158,9 +159,9 @@ def _notes(report: Report) -> Iterator[str]:
     in_rows = any(not port.answers for port in report.ports)
     for server in report.servers:
         if server.error and server.asked:
-            yield f"{server.url} checked only some of the ports: {server.error}."
+            yield sentence(f"{server.url} checked only some of the ports: {server.error}.")
         elif server.error and not in_rows:
-            yield f"{server.url}: {server.error}."
+            yield sentence(f"{server.url}: {server.error}.")
     yield from report.notes
     at_each = reached_at(report.servers, report.ports)
     if len(at_each) < 2:

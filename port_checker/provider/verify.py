@@ -17,6 +17,7 @@ from port_checker.linux import (
     descriptors_left,
     half_open_ports,
     has_xdp_program,
+    shows_sockets,
     tcp_sockets,
     way_to,
 )
@@ -458,7 +459,9 @@ class _Check:
                 arrives_at=arrives_at,
                 banned=banned,
                 unused=pair.outer in elsewhere and attempts[elsewhere[pair.outer]].refused,
-                holders=listeners.holders.get(pair.inner, ()),
+                holders=listeners.holders.get(pair.inner, ()) if shows_sockets() else None,
+                checked=pair.inner in listeners.checked,
+                bind_error=listeners.errors.get(pair.inner, 0),
                 other_family=pair.inner in listeners.other_family,
                 excluded=any(pair.outer in answer.excluded for answer in answers.values()),
                 reason=_join(errors | _failures(answers, pair)) or "no server was asked",

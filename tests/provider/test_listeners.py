@@ -162,3 +162,24 @@ def test_checks_of_both_families_do_not_take_each_other_for_programs() -> None:
             assert one.local[port] == other.local[port] == "bound"
 
     asyncio.run(listen())
+
+
+def test_an_accepted_connection_of_a_closed_listener_is_no_outgoing_one() -> None:
+    with socket.socket() as listener, socket.socket() as client:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        client.connect(listener.getsockname())  # from an ephemeral port
+        port = listener.getsockname()[1]
+        with listener.accept()[0]:
+            listener.close()
+            assert local_binding(port) == "in use"
+
+
+def test_a_second_check_of_the_same_ports_says_so() -> None:
+    port = free_port()
+
+    async def listen() -> None:
+        async with Listeners([port], 4), Listeners([port], 4) as second:
+            assert (second.local[port], second.checked) == ("in use", {port})
+
+    asyncio.run(listen())

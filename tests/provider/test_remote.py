@@ -31,11 +31,13 @@ from tests.support.scripted import (
     ScriptedServer,
     accessible,
     check,
+    connect,
     connected,
     raw_server,
     refusal,
     running,
     scripted,
+    verdicts,
 )
 
 
@@ -48,7 +50,8 @@ def error_of(url: str, ip: str | None = "127.0.0.1") -> str:
     assert server.error.isprintable()
     (port,) = report.ports
     assert (port.reachable, port.error, port.answers) == (False, None, {})
-    assert port.advice == advice.NOT_CHECKED.format(reason=f"{server.url}: {server.error}")
+    expected = advice.NOT_CHECKED.format(reason=f"{server.url}: {server.error}")
+    assert port.advice == advice.sentence(expected)
     return server.error
 
 
@@ -126,6 +129,64 @@ def test_a_port_that_the_server_may_not_connect_to_costs_no_other_its_verdict() 
 def test_an_error_code_of_a_newer_server_is_shown_with_its_message(status: int) -> None:
     with scripted(lambda _: Answer({"detail": {"code": "NEW", "message": "A."}}, status)) as server:
         assert error_of(server.url) == "A. (NEW)"
+
+
+OWN_ERRORS = [
+    "[Errno 24] Too many open files",
+    "[Errno 101] Network is unreachable",
+    "[Errno 99] Cannot assign requested address",
+]
+
+
+@pytest.mark.parametrize("error", OWN_ERRORS)
+def test_an_older_servers_own_error_is_no_verdict(error: str) -> None:
+    ports = free_ports(2)
+
+    def check_one(asked: list[int]) -> Answer:
+        connect([ports[0]])
+        return verdicts({port: error if port == ports[1] else None for port in asked})
+
+    with scripted(check_one) as server:
+        good, bad = check(ports, server.url).ports
+    assert good.reachable
+    assert (bad.reachable, bad.error, bad.answers) == (False, None, {})
+    assert bad.advice == advice.NOT_CHECKED.format(
+        reason=f"{server.url}: could not connect itself ({error})"
+    )
+
+
+def test_an_older_servers_verdict_is_read_by_its_number() -> None:
+    error = "[Errno 111] Connect call failed ('127.0.0.1', 1)"
+    with scripted(lambda asked: verdicts(dict.fromkeys(asked, error))) as server:
+        (port,) = check(free_ports(1), server.url).ports
+    assert port.error == REFUSED
+
+
+@pytest.mark.parametrize("status", [408, 425, 499, 520, 530, 598])
+def test_what_proxies_say_while_a_server_is_away_passes(status: int) -> None:
+    slept: list[float] = []
+    with scripted(passing(Answer(b"", status), 1)) as server:
+        assert check(free_ports(1), server.url, slept=slept).reachable == 1
+    assert slept == [1]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [Answer(b"", 302, {"Location": "http://login.example/portal?x"}), Answer(b"<html>", 511)],
+)
+def test_a_login_page_is_no_new_address_of_the_server(answer: Answer) -> None:
+    with scripted(ip=answer) as server:
+        assert "a login page of this network" in error_of(server.url, ip=None)
+
+
+def test_a_server_that_sees_another_address_this_time_is_asked_about_that() -> None:
+    """Uplinks that are balanced by connection."""
+    refusal_of = "You may check your own address, 127.0.0.2."
+    answers = iter([refusal(ErrorCode.TARGET_NOT_ALLOWED, refusal_of)])
+    with scripted(lambda asked: next(answers, None) or connected(asked)) as server:
+        report = check(free_ports(1), server.url)
+    assert (report.reachable, report.ip) == (1, "127.0.0.2")
+    assert server.addresses == ["127.0.0.1", "127.0.0.2"]
 
 
 # What is waited for

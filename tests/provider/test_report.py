@@ -91,7 +91,7 @@ JUDGEMENTS: list[tuple[PortReport, bool, bool | None, str | None]] = [
         advice.IN_USE_OTHER_FAMILY.format(family="IPv4"),
     ),
     (judged(local="outgoing connection"), False, None, advice.OUTGOING_CONNECTION),
-    (judged(local="not permitted"), False, None, advice.NOT_PERMITTED),
+    (judged(local="not permitted"), False, None, advice.NOT_PERMITTED_HERE),
     (judged(local="failed"), False, None, advice.FAILED),
 ]
 

@@ -126,7 +126,7 @@ def test_a_narrow_terminal_loses_nothing(encoding: str) -> None:
                 family=6,
             ),
             [
-                f"50800: not permitted; not checked. {advice.NOT_PERMITTED}",
+                f"50800: not permitted; not checked. {advice.NOT_PERMITTED_HERE}",
                 "50801: in use; reachable.",
                 "1 of 2 ports of ::1 are reachable over IPv6.",
             ],
