@@ -418,23 +418,23 @@ class _Round:
         """Collect the verdicts known so far: a loopback target's are when connect() returns."""
         for descriptor, events in self._epoll.poll(0):
             sock, port = self._waiting[descriptor]
-            verdict = None
             try:
                 verdict = self._verdict(sock, port, events)
-                if verdict is None:
-                    continue
-                may_be_here = verdict is OPEN and self._may_be_here(sock)
             except _Forbidden as reason:
                 self.forbidden[port] = str(reason)
-            del self._waiting[descriptor]
-            if verdict is not OPEN:
-                if verdict:
-                    self._add(port, verdict)
                 sock.close()
-            elif may_be_here:
-                self._nearby.append((sock, port))
             else:
-                self._accept(sock, port)
+                if verdict is OPEN:
+                    if self._is_here or not self._may_be_here(sock):
+                        self._accept(sock, port)
+                    else:
+                        self._nearby.append((sock, port))
+                elif verdict:
+                    self._add(port, verdict)
+                    sock.close()
+                else:
+                    continue
+            del self._waiting[descriptor]
         if self._nearby:
             self._accept_what_is_elsewhere()
 
@@ -452,7 +452,7 @@ class _Round:
 
     def _may_be_here(self, sock: socket.SocketType) -> bool:
         """Whether this machine may have answered, though the target is another one."""
-        if self._is_here or self._target.is_loopback or round_trip_time(sock) > _NEARBY:
+        if self._target.is_loopback or round_trip_time(sock) > _NEARBY:
             return False
         route = self._route()
         return not route or route.type is not RouteType.LOCAL

@@ -213,3 +213,56 @@ def test_a_trailer_that_haproxy_forwards_names_nobody(tmp_path: Path) -> None:
             b"%x\r\n%b\r\n0\r\nX-Forwarded-For: %b\r\n\r\n" % (len(body), body, elsewhere.encode())
         )
         assert b"TARGET_NOT_ALLOWED" in read_answer(sock)[1]
+
+
+NAMED = (
+    "proxy_set_header Host {};"  # what nginx sends of itself, for an upstream block of that name
+)
+PAGE = {"Origin": "http://checker.example", "Host": "checker.example"}
+
+
+@pytest.mark.parametrize(
+    ("directives", "outcome"),
+    [
+        ((FORWARDS, NAMED.format("port_checker")), ACCESSIBLE),
+        ((FORWARDS, NAMED.format("$http_host")), ACCESSIBLE),
+        ((FORWARDS, NAMED.format("checker.internal")), "CROSS_ORIGIN"),
+        (
+            (
+                FORWARDS,
+                NAMED.format("checker.internal"),
+                "proxy_set_header X-Forwarded-Host $http_host;",
+            ),
+            ACCESSIBLE,
+        ),
+    ],
+)
+def test_the_own_page_behind_an_nginx_that_calls_the_service_by_another_name(
+    tmp_path: Path, directives: tuple[str, ...], outcome: str
+) -> None:
+    with (
+        serve(retries=1) as service,
+        nginx(tmp_path, service.base_url.port or 0, *directives) as port,
+        open_port(OUTSIDE) as opened,
+    ):
+        with outsider(port, headers=PAGE) as visitor:
+            assert check(visitor, OUTSIDE, opened) == outcome
+        with outsider(port, headers=PAGE | {"Origin": "http://other.example"}) as other:
+            named = "port_checker" in directives[1]  # which tells nothing of the browser's Host
+            assert check(other, OUTSIDE, opened) == (ACCESSIBLE if named else "CROSS_ORIGIN")
+
+
+def test_a_relay_on_this_machine_hides_its_callers_from_the_first_that_shows(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As the port handler of rootless podman is one: from an address of this machine's own."""
+    with serve(trusted_proxies="", retries=1) as service, open_port(OUTSIDE) as opened:
+        port = service.base_url.port or 0
+        with outsider(port) as local:
+            assert check(local, OUTSIDE, opened) == ACCESSIBLE
+            with outsider(port, headers={"Host": "203.0.113.1:9000"}) as stranger:
+                for _ in range(3):
+                    assert check(stranger, OUTSIDE, opened) == "TARGET_NOT_ALLOWED"
+            assert check(local, OUTSIDE, opened) == "TARGET_NOT_ALLOWED"
+    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1
