@@ -392,9 +392,9 @@ def load_settings() -> Settings:
     except ValidationError as error:
         raise SettingsError("; ".join(map(_explain, error.errors()))) from None
     except OSError as error:
-        raise SettingsError(f"{ENV_FILE} cannot be read: {error.strerror}") from None
+        raise SettingsError(f"{ENV_FILE.absolute()} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise SettingsError(f"{ENV_FILE} cannot be read: {error}") from None
+        raise SettingsError(f"{ENV_FILE.absolute()} cannot be read: {error}") from None
 
 
 def _checked_env_file() -> Path | None:
@@ -417,13 +417,14 @@ def _checked_env_file() -> Path | None:
         line = binding.original.line + binding.original.string.count("\n", 0, blank)
         if binding.error:
             raise SettingsError(
-                f"{ENV_FILE} line {line} cannot be parsed: it must be NAME=value, "
+                f"{ENV_FILE.absolute()} line {line} cannot be parsed: it must be NAME=value, "
                 "with every quote closed"
             )
         if binding.key and binding.value is None and binding.key.startswith(PREFIXES):
             name = re.match("[A-Z_]*", binding.key)
             raise SettingsError(
-                f"{ENV_FILE} line {line} has no value: it must be {name and name[0]}=value"
+                f"{ENV_FILE.absolute()} line {line} has no value: "
+                f"it must be {name and name[0]}=value"
             )
     return ENV_FILE
 

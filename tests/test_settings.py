@@ -216,6 +216,10 @@ def complaint() -> str:
     assert told.isprintable()
     assert len(told) < 1000
     told.encode()
+    if ".env" in told:
+        folder = f"{Path.cwd()}/"
+        assert told.startswith(folder)
+        return told.removeprefix(folder)
     return told
 
 

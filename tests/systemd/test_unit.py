@@ -314,6 +314,14 @@ def test_a_reload_with_a_wrong_setting_leaves_the_service_as_it_is(container: Co
     assert curl(container) == {"status": "ok"}
 
 
+def test_a_settings_file_in_the_root_folder_is_somebody_elses(container: Container) -> None:
+    container.run("echo no line of ours > /.env; chmod 600 /.env")
+    try:
+        container.run("systemctl restart golem-port-checker")
+    finally:
+        container.run("rm /.env")
+
+
 def test_who_stops_the_process_does_not_stop_the_service(container: Container) -> None:
     before = main_pid(container)
     container.run(f"kill -TERM {before}")
