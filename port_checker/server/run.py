@@ -126,25 +126,18 @@ class Service:
             logger.warning("/check-tls answers CHECK_FAILED: %s", trouble)
         passed = systemd.passed_sockets()
         self._listeners, self._listeners_stay = passed or [self._listen()], bool(passed)
-        self._totals = Totals()
-        self._expose()
-        _log_start(self._settings, self._listeners)
-        self._heartbeat = systemd.Heartbeat(StatusLine(self._totals).text)
-        with ReloadRequests() as self._requests:
-            if self._settings.workers == 1:
-                self._serve_alone()
-            else:
-                self._supervisor = self._make_supervisor()
-            if self._supervisor and not self._supervise(self._supervisor):
-                logger.critical("No worker could start; see the lines above for why")
-                return False
-        for listener in self._listeners:
-            listener.close()
+        with contextlib.ExitStack() as listening:
+            for listener in self._listeners:
+                listening.enter_context(listener)
+            has_served = self._serve()
         if not passed and self._settings.host.startswith(UNIX):
             with contextlib.suppress(OSError):
                 os.unlink(self._settings.host.removeprefix(UNIX))
-        logger.info("Stopped")
-        return True
+        if has_served:
+            logger.info("Stopped")
+        else:
+            logger.critical("No worker could start; see the lines above for why")
+        return has_served
 
     def run_worker(self, assignment: Assignment) -> None:
         """Serve as one of several processes, until SIGTERM, or until SIGUSR2 and others serve."""
@@ -172,6 +165,21 @@ class Service:
                 expose(self._totals, endpoint.host, endpoint.port)
             except OSError as error:
                 raise CannotStart(f"cannot serve metrics on {endpoint}: {error.strerror}") from None
+
+    def _serve(self) -> bool:
+        self._totals = Totals()
+        self._expose()
+        _log_start(self._settings, self._listeners)
+        self._heartbeat = systemd.Heartbeat(StatusLine(self._totals).text)
+        with ReloadRequests() as self._requests:
+            if self._settings.workers == 1:
+                self._serve_alone()
+            else:
+                self._supervisor = self._make_supervisor()
+            if not self._supervisor:
+                return True
+            stop_on_signals(self._supervisor.stop)
+            return self._supervisor.run()
 
     def _serve_alone(self) -> None:
         """Serve in this process, until it is told to stop, or until a reload has made workers."""
@@ -211,10 +219,6 @@ class Service:
             )
         except OSError as error:
             raise CannotStart(f"cannot share memory: {error.strerror}") from None
-
-    def _supervise(self, supervisor: Supervisor) -> bool:
-        stop_on_signals(supervisor.stop)
-        return supervisor.run()
 
     def _reload(self) -> None:
         """Begin to reload if that is asked for, or end it."""

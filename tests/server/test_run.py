@@ -387,7 +387,8 @@ def test_ports_in_flight_fit_the_descriptor_limit(limit: int, asked: int, fittin
 
 
 @pytest.mark.parametrize(
-    ("max_ports", "shares"), [(1000, []), (2500, []), (2501, ["others"]), (5000, ["others"])]
+    ("max_ports", "shares"),
+    [(1000, []), (2500, []), (2501, ["caller", "others"]), (5000, ["others"])],
 )
 def test_shares_below_a_full_request_are_warned_of(
     max_ports: int, shares: list[str], caplog: pytest.LogCaptureFixture
