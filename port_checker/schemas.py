@@ -35,6 +35,10 @@ from port_checker.errors import ServiceError
 from port_checker.tls import TlsVerdict, TlsVerdictKind
 
 MAX_PORT: Final = 65535
+
+# A request with this field is answered by this server alone, whoever sends it, so that servers that
+# ask each other do not go in circles.
+PERSPECTIVE_MARK: Final = "Port-Checker-Perspective"
 _LONGEST_SHOWN: Final = 40  # characters of a wrong value
 
 # The type stands in each alternative: generators of clients take no other for a string.

@@ -152,6 +152,26 @@ def _parse_endpoint(text: object) -> object:
     return Endpoint(str(ip_address(match[1] or match[2])), int(match[3]))
 
 
+_BASE_URL = re.compile(
+    r"https?://([\w.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[\w./~-]*)?", re.ASCII
+)
+
+# Each is asked at each check.
+_MOST_PERSPECTIVES = 16
+
+
+def _parse_base_urls(text: object) -> object:
+    if not isinstance(text, str):
+        return text
+    urls = [url.rstrip("/") for entry in text.split(",") if (url := entry.strip())]
+    if not all(_BASE_URL.fullmatch(url) and urlsplit(url).port != 0 for url in urls):
+        raise ValueError
+    if len(urls) > _MOST_PERSPECTIVES:
+        raise ValueError
+    return tuple(dict.fromkeys(urls))
+
+
+_BaseUrls = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_base_urls)]
 _Networks = Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_parse_networks)]
 _HostNames = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_host_names)]
 _EndpointOrNone = Annotated[Endpoint | None, NoDecode, BeforeValidator(_parse_endpoint)]
@@ -208,6 +228,15 @@ class Settings(BaseModel):
         "?ssl_ca_certs=/file may follow on rediss://; redis+cluster:// with the same but /db; or "
         "unix:// with [[user]:password@]/path[?db=N]",
         repr=False,  # it may hold a password, which error messages hide, too
+    )
+    perspectives: _BaseUrls = _setting(
+        "PORT_CHECKER_PERSPECTIVES",
+        (),
+        "base URLs of at most 16 other port checkers, such as "
+        "https://ams.checker.example,https://sgp.checker.example, or empty for none",
+    )
+    perspectives_mode: Literal["decide", "observe"] = _setting(
+        "PORT_CHECKER_PERSPECTIVES_MODE", "decide", "decide or observe"
     )
     metrics: _EndpointOrNone = _setting(
         "PORT_CHECKER_METRICS",

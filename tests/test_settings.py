@@ -33,6 +33,8 @@ DEFAULTS = {
     "PORT_CHECKER_ALLOWED_HOSTS": ("allowed_hosts", ()),
     "PORT_CHECKER_RATE_LIMIT": ("caller_rate_limit", Rate(300, timedelta(minutes=1))),
     "PORT_CHECKER_RATE_LIMIT_STORE": ("rate_limit_store", "memory://"),
+    "PORT_CHECKER_PERSPECTIVES": ("perspectives", ()),
+    "PORT_CHECKER_PERSPECTIVES_MODE": ("perspectives_mode", "decide"),
     "PORT_CHECKER_METRICS": ("metrics", None),
     "PORT_CHECK_RETRIES": ("retries", 3),
     "PORT_CHECK_RETRY_DELAY": ("retry_delay", 1.0),
@@ -84,6 +86,12 @@ NETWORKS = (IPv4Network("10.0.0.0/8"), IPv4Network("192.0.2.7/32"), IPv6Network(
                 "rediss://user:s3cret@redis.example:6380/0",
             )
         ],
+        (
+            "PORT_CHECKER_PERSPECTIVES",
+            "https://ams.example, http://[::1]:9000/checker/ ,https://ams.example/",
+            ("https://ams.example", "http://[::1]:9000/checker"),
+        ),
+        ("PORT_CHECKER_PERSPECTIVES_MODE", "observe", "observe"),
         ("PORT_CHECKER_METRICS", "false", None),
         ("PORT_CHECKER_METRICS", "", None),
         ("PORT_CHECKER_METRICS", "127.0.0.1:9464", Endpoint("127.0.0.1", 9464)),
@@ -159,6 +167,17 @@ ALLOWED: dict[str, tuple[str, list[str]]] = {
         "unix:// with [[user]:password@]/path[?db=N]",
         ["memory", "memory:", "MEMORY://", "redis", "redis:", "redis://"],
     ),
+    "PORT_CHECKER_PERSPECTIVES": (
+        "base URLs of at most 16 other port checkers, such as "
+        "https://ams.checker.example,https://sgp.checker.example, or empty for none",
+        [
+            *("ams.example", "ftp://ams.example", "https://", "https://ams.example:0"),
+            *("https://ams.example:65536", "https://user:password@ams.example"),
+            *("https://ams.example?a", "https://a b", "https://\u00e9.example"),
+            ",".join(f"https://{number}.example" for number in range(17)),
+        ],
+    ),
+    "PORT_CHECKER_PERSPECTIVES_MODE": ("decide or observe", ["", "Decide", "off"]),
     "PORT_CHECKER_METRICS": (
         "address:port, such as 127.0.0.1:9464 or [::1]:9464, or empty for no metrics",
         [

@@ -40,6 +40,7 @@ class Admission:
         target: Address,
         ports: int,
         *,
+        places: int = 1,
         is_tls: bool = False,
     ) -> AsyncIterator[Reservation]:
         """Run the block, which makes a check, or refuse it before it begins.
@@ -49,6 +50,7 @@ class Admission:
             caller: Who asks; None if unknown.
             target: The address to check.
             ports: How many ports to check on it.
+            places: From how many places; others' addresses take room and are paid for once each.
             is_tls: Whether there will be a TLS handshake.
 
         Yields:
@@ -66,11 +68,14 @@ class Admission:
             # Not needed for the peer: this connection proves that there is a route.
             verify_local_binding(target)
         # The room comes before the ports are paid for, so that refusals cost nothing.
+        is_own = have_one_subscriber(caller, target)
+        if not is_own:
+            ports *= places
         with self._checker.reserve(
             ports,
             caller=caller and subscriber(caller),
             network=caller and site(caller),
-            is_own=have_one_subscriber(caller, target),
+            is_own=is_own,
             is_tls=is_tls,
         ) as room:
             await self._limiter.pay_ports(caller, target, ports)

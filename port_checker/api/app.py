@@ -1,7 +1,8 @@
 """The ASGI application: its parts put together, and nothing else."""
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
@@ -16,6 +17,9 @@ from port_checker.api.routes import Api
 from port_checker.checker import Checker
 from port_checker.metrics import Metrics
 from port_checker.settings import Settings
+
+if TYPE_CHECKING:
+    from port_checker.api.perspectives import Perspectives
 
 
 def create_app(
@@ -43,10 +47,20 @@ def create_app(
         own=settings.own_rate_limit,
     )
 
+    perspectives: Perspectives | None = None
+    if settings.perspectives:
+        from port_checker.api import perspectives as other_places  # httpx takes a while to load
+
+        perspectives = other_places.Perspectives(
+            settings.perspectives,
+            settings.longest_check,
+            observes=settings.perspectives_mode == "observe",
+        )
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.openapi()  # makes the schema, which takes a while, before anybody waits for an answer
-        async with limits.shared():
+        async with limits.shared(), perspectives.connected() if perspectives else nullcontext():
             yield
 
     app = FastAPI(
@@ -78,7 +92,7 @@ def create_app(
     metrics.watch("ports_in_flight_limit", lambda: settings.max_in_flight)
     metrics.watch("rate_limit_store_up", lambda: limits.store_is_available)
     answer = answer_errors(app, callers, metrics)
-    Api(settings, callers, limits, checker, metrics, answer).add_routes(app)
+    Api(settings, callers, limits, checker, metrics, answer, perspectives).add_routes(app)
     extend_openapi(app, settings)
     add_pages(app, settings)
     if settings.allowed_hosts:

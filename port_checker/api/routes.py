@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
@@ -32,6 +32,7 @@ from port_checker.connect import OnVerdict
 from port_checker.metrics import Metrics
 from port_checker.schemas import (
     ERROR_EXAMPLES,
+    PERSPECTIVE_MARK,
     TLS_ERROR_EXAMPLES,
     CallerAddress,
     CheckPortsRequest,
@@ -43,6 +44,9 @@ from port_checker.schemas import (
     parse_port,
 )
 from port_checker.settings import Settings
+
+if TYPE_CHECKING:
+    from port_checker.api.perspectives import Perspectives
 
 MAX_BODY = 64 * 1024  # bytes
 
@@ -59,6 +63,7 @@ class Api:
         checker: Connects to the ports.
         metrics: Where checks are counted.
         answer: Returns the answer to an exception.
+        perspectives: The other places that checks are made from, if there are any.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class Api:
         checker: Checker,
         metrics: Metrics,
         answer: Answer,
+        perspectives: "Perspectives | None" = None,
     ) -> None:
         self._settings = settings
         self._callers = callers
@@ -79,6 +85,7 @@ class Api:
         )
         self._metrics = metrics
         self._answer = answer
+        self._perspectives = perspectives
 
     def add_routes(self, app: FastAPI) -> None:
         """Add the routes to ``app``."""
@@ -193,8 +200,16 @@ class Api:
         on_final: OnVerdict | None = None,
     ) -> CheckPortsResponse:
         with CheckRecord(caller, target, len(ports), self._metrics) as record:
-            async with self._admission.admit(request, caller, target, len(ports)) as room:
-                verdicts = await self._checker.check(target, ports, room, on_final)
+            others = self._perspectives_for(request)
+            places = others.places if others else 1
+            admitted = self._admission.admit(request, caller, target, len(ports), places=places)
+            async with admitted as room:
+                if others:
+                    tell = on_final if others.observes else None
+                    own = self._checker.check(target, ports, room, tell)
+                    verdicts = await others.check_ports(own, caller, target, ports, on_final)
+                else:
+                    verdicts = await self._checker.check(target, ports, room, on_final)
             accessible = sum(verdict.accessible for verdict in verdicts.values())
             record.result = f"accessible={accessible}"
         self._metrics.count_ports(verdict.kind for verdict in verdicts.values())
@@ -217,11 +232,22 @@ class Api:
         asked = CheckTlsRequest.parse(await _read_body(request))
         target = asked.target
         with CheckRecord(caller, target, 1, self._metrics) as record:
-            async with self._admission.admit(request, caller, target, 1, is_tls=True):
-                verdict = await self._checker.check_tls(target, asked.port, asked.expected)
+            others = self._perspectives_for(request)
+            places = others.places if others else 1
+            async with self._admission.admit(
+                request, caller, target, 1, places=places, is_tls=True
+            ):
+                own = self._checker.check_tls(target, asked.port, asked.expected)
+                verdict = await (others.check_tls(own, caller, asked) if others else own)
             record.result = f'tls="{verdict.error or "valid"}"'
         self._metrics.count("tls_checks", verdict.kind.outcome)
         return _json_response(CheckTlsResponse.of(asked, verdict).model_dump_json())
+
+    def _perspectives_for(self, request: Request) -> "Perspectives | None":
+        """Return the places to ask, besides this one; none if another server asks."""
+        if self._perspectives and PERSPECTIVE_MARK not in request.headers:
+            return self._perspectives
+        return None
 
     async def ip(self, request: Request) -> Response:
         """Return the address that your requests come from."""

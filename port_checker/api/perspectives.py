@@ -1,0 +1,482 @@
+"""The same check from other places, and the rule that makes one verdict of many.
+
+The other places are port checkers like this one, which trust it as a proxy: each is sent the
+caller's request with ``X-Forwarded-For``, and votes.
+"""
+
+import asyncio
+import contextlib
+import functools
+import logging
+import os
+import socket
+import ssl
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from datetime import datetime
+from http import HTTPStatus
+from typing import Any, Final, Generic, NamedTuple, TypeVar
+
+import httpx
+from pydantic import ValidationError
+
+from port_checker.addresses import Address, parse_host
+from port_checker.api.targets import special_purpose
+from port_checker.connect import CheckFailed, Verdict
+from port_checker.schemas import (
+    PERSPECTIVE_MARK,
+    CallerAddress,
+    CheckPortsResponse,
+    CheckTlsRequest,
+    CheckTlsResponse,
+    ErrorResponse,
+)
+from port_checker.tls import TlsVerdict, TlsVerdictKind
+
+_CONNECT_TIMEOUT: Final = 2.0  # seconds
+_MARGIN: Final = 1.0  # seconds that a place may take longer than a check
+
+# Bytes of an answer that are read: so many, and so many for each port.
+_ANSWER_SIZE: Final = 16 * 1024
+_VERDICT_SIZE: Final = 256
+
+# Checks whose votes are compared at once, where places are only observed.
+_MOST_COMPARED: Final = 1000
+
+_LOOK_INTERVAL: Final = 60.0  # seconds
+_FORWARDED_TEST_ADDRESS: Final = "192.0.2.1"  # of documentation (RFC 5737)
+
+logger = logging.getLogger(__name__)
+
+Vote = TypeVar("Vote", Verdict, TlsVerdict)
+
+
+# The rule
+
+
+def outcome(good: int, bad: int, places: int) -> bool | None:
+    """Decide from how many places could connect, and how many could not.
+
+    It follows the CA/Browser Forum's Baseline Requirements (section 3.2.2.9), but that a place in
+    trouble of its own has no vote.
+
+    Args:
+        good: Votes of those that could.
+        bad: Votes of those that could not.
+        places: How many places there are, those without a vote included.
+
+    Returns:
+        Whether it can be reached; None if too few have a vote.
+    """
+    votes = good + bad
+    if 2 * votes <= places:
+        return None
+    if votes <= 2:
+        return bad == 0
+    return bad <= (1 if votes <= 6 else 2)
+
+
+@functools.cache
+def is_settled(good: int, bad: int, pending: int, places: int) -> bool:
+    """Whether the outcome is the same whatever ``pending`` places say, or if they say nothing."""
+    outcomes = {
+        outcome(good + more_good, bad + more_bad, places)
+        for more_good in range(pending + 1)
+        for more_bad in range(pending + 1 - more_good)
+    }
+    return len(outcomes) == 1
+
+
+def is_good(vote: Verdict | TlsVerdict) -> bool:
+    """Whether a place could connect, and trusts what it found."""
+    return vote.valid if isinstance(vote, TlsVerdict) else vote.accessible
+
+
+def common_verdict(votes: Sequence[Vote], places: int) -> Vote | None:
+    """Make one verdict of several.
+
+    Args:
+        votes: This server's own first, if it has one.
+        places: How many places there are.
+
+    Returns:
+        The verdict; None if too few have a vote. Its error is what most of those say that could
+        not connect, and the first of them where they are level. A certificate is good until the
+        earliest time that a place says.
+    """
+    good = [vote for vote in votes if is_good(vote)]
+    bad = [vote for vote in votes if not is_good(vote)]
+    match outcome(len(good), len(bad), places):
+        case None:
+            return None
+        case True:
+            return min(good, key=_not_after)
+    errors = Counter(vote.error for vote in bad)
+    return max(bad, key=lambda vote: errors[vote.error])
+
+
+def _not_after(vote: Verdict | TlsVerdict) -> float:
+    is_known = isinstance(vote, TlsVerdict) and vote.not_after
+    return vote.not_after.timestamp() if is_known else float("inf")  # type: ignore[union-attr]
+
+
+class _Answer(NamedTuple):
+    status: int
+    body: bytes
+    peer: Address
+
+
+class NoVote(Exception):
+    """A place has no vote; the text says why."""
+
+
+class Ballot(Generic[Vote]):
+    """The votes of one check.
+
+    Args:
+        ports: What is voted on.
+        places: How many may vote; 0 is this server.
+        on_final: Called once with each port and its verdict, as soon as nothing can change it.
+
+    Attributes:
+        ports: As given.
+    """
+
+    def __init__(
+        self,
+        ports: Sequence[int],
+        places: int,
+        on_final: Callable[[int, Vote], object] | None = None,
+    ) -> None:
+        self.ports = ports
+        self._places = places
+        self._on_final: Callable[[int, Vote], object] | None = on_final
+        self._votes: dict[int, Mapping[int, Vote] | CheckFailed | NoVote] = {}
+        self._verdicts: dict[int, Vote | None] = {}  # those that are settled
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing can change any verdict."""
+        return len(self._verdicts) == len(self.ports)
+
+    def cast(self, place: int, votes: "Mapping[int, Vote] | CheckFailed | NoVote") -> None:
+        """Count the votes of a place, or that it has none and why."""
+        self._votes[place] = votes
+        pending = self._places - len(self._votes)
+        for port in self.ports:
+            if port in self._verdicts:
+                continue
+            cast = self._cast_on(port)
+            good = sum(map(is_good, cast))
+            if is_settled(good, len(cast) - good, pending, self._places):
+                verdict = self._verdicts[port] = common_verdict(cast, self._places)
+                if verdict and self._on_final:
+                    self._on_final(port, verdict)
+
+    def verdicts(self) -> dict[int, Vote]:
+        """Return the verdict on each port, once all are settled.
+
+        Raises:
+            CheckFailed: Too few places have a vote; on which ports, if others have a verdict.
+        """
+        verdicts = {port: verdict for port in self.ports if (verdict := self._verdicts[port])}
+        missing = [port for port in self.ports if port not in verdicts]
+        if missing:
+            reason = f"too few of {self._places} places could check"
+            if isinstance(own := self._votes.get(0), CheckFailed):
+                reason += f"; here: {own}"
+            raise CheckFailed(reason, missing if verdicts else ())
+        return verdicts
+
+    def _cast_on(self, port: int) -> list[Vote]:
+        return [
+            votes[port]
+            for _, votes in sorted(self._votes.items())
+            if not isinstance(votes, CheckFailed | NoVote)
+        ]
+
+
+# The places
+
+
+class Perspectives:
+    """The other places. An asynchronous context manager, which looks at them from time to time.
+
+    Args:
+        urls: Their base URLs.
+        longest_check: Seconds that a check takes at most.
+        observes: Whether votes are only compared with this server's verdict, which is the answer.
+        sleep: What to wait with between looks.
+
+    Attributes:
+        observes: As given.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        longest_check: float,
+        *,
+        observes: bool = False,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self.observes = observes
+        self._urls = urls
+        self._timeout = longest_check + _MARGIN
+        self._sleep = sleep
+        self._compared: set[asyncio.Task[None]] = set()
+        self._trouble: dict[str, str] = {}  # what has been warned of, by URL
+
+    @property
+    def places(self) -> int:
+        """How many places there are, this server included."""
+        return 1 + len(self._urls)
+
+    @contextlib.asynccontextmanager
+    async def connected(self) -> AsyncIterator[None]:
+        """Have places answer in the block."""
+        async with httpx.AsyncClient(
+            # Not certifi's authorities, but the system's and those of SSL_CERT_FILE.
+            verify=ssl.create_default_context(),
+            trust_env=False,
+            follow_redirects=False,
+            timeout=httpx.Timeout(self._timeout, connect=_CONNECT_TIMEOUT),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=100),
+            # Not compressed: what it takes to read an answer is bounded by its size.
+            headers={PERSPECTIVE_MARK: "1", "Accept-Encoding": "identity"},
+        ) as self._client:
+            looking = asyncio.create_task(self._look_again_and_again())
+            try:
+                yield
+            finally:
+                running = [looking, *self._compared]
+                for task in running:
+                    task.cancel()
+                await asyncio.gather(*running, return_exceptions=True)
+
+    async def check_ports(
+        self,
+        own: Awaitable[dict[int, Verdict]],
+        caller: Address | None,
+        target: Address,
+        ports: Sequence[int],
+        on_final: Callable[[int, Verdict], object] | None = None,
+    ) -> dict[int, Verdict]:
+        """Check ports here and at the other places.
+
+        Args:
+            own: Makes the check here.
+            caller: Who asks; None if unknown.
+            target: The address that the ports are on.
+            ports: TCP ports, each at most once.
+            on_final: Called once with each port and its verdict, as soon as nothing can change it.
+
+        Returns:
+            A verdict for each port.
+
+        Raises:
+            CheckFailed: There is no verdict on some ports.
+        """
+        body = {"provider_ip": str(target), "ports": list(ports)}
+
+        def read(answer: bytes) -> dict[int, Verdict]:
+            results = CheckPortsResponse.model_validate_json(answer).results
+            if list(results) != [str(port) for port in ports]:
+                raise ValueError
+            return {
+                port: result.verdict for port, result in zip(ports, results.values(), strict=True)
+            }
+
+        async def ask(url: str) -> dict[int, Verdict]:
+            size = _ANSWER_SIZE + _VERDICT_SIZE * len(ports)
+            return await self._ask(f"{url}/check-ports", body, caller, size, read)
+
+        return await self._decide(Ballot(ports, self.places, on_final), own, ask, target)
+
+    async def check_tls(
+        self, own: Awaitable[TlsVerdict], caller: Address | None, asked: CheckTlsRequest
+    ) -> TlsVerdict:
+        """Check a TLS endpoint here and at the other places, as ``check_ports`` does."""
+        body = {"host": str(asked.host), "port": asked.port}
+        if asked.expected_ip:
+            body["expected_ip"] = str(asked.expected_ip)
+        peer = CheckTlsResponse.of(asked, TlsVerdict(TlsVerdictKind.VALID)).peer
+
+        def read(answer: bytes) -> dict[int, TlsVerdict]:
+            result = CheckTlsResponse.model_validate_json(answer)
+            if result.peer != peer:
+                raise ValueError
+            until = datetime.fromisoformat(result.not_after) if result.not_after else None
+            if until and not until.tzinfo:
+                raise ValueError
+            return {asked.port: TlsVerdict(result.kind, result.error, until)}
+
+        async def ask(url: str) -> dict[int, TlsVerdict]:
+            return await self._ask(f"{url}/check-tls", body, caller, _ANSWER_SIZE, read)
+
+        async def check_here() -> dict[int, TlsVerdict]:
+            return {asked.port: await own}
+
+        ballot = Ballot[TlsVerdict]([asked.port], self.places)
+        return (await self._decide(ballot, check_here(), ask, asked.target))[asked.port]
+
+    async def _decide(
+        self,
+        ballot: Ballot[Vote],
+        own: Awaitable[dict[int, Vote]],
+        ask: Callable[[str], Awaitable[dict[int, Vote]]],
+        target: Address,
+    ) -> dict[int, Vote]:
+        if not self.observes:
+            return await self._poll(ballot, own, ask)
+        here = asyncio.ensure_future(own)
+        if len(self._compared) < _MOST_COMPARED:
+            comparison = asyncio.create_task(self._compare(ballot, here, ask, target))
+            self._compared.add(comparison)
+            comparison.add_done_callback(self._compared.discard)
+        return await here
+
+    async def _compare(
+        self,
+        ballot: Ballot[Vote],
+        here: asyncio.Future[dict[int, Vote]],
+        ask: Callable[[str], Awaitable[dict[int, Vote]]],
+        target: Address,
+    ) -> None:
+        """Log what the places together would have said otherwise than this server."""
+        said: list[dict[int, str]] = []
+        for verdicts in (asyncio.shield(here), self._poll(ballot, asyncio.shield(here), ask)):
+            try:
+                words = {
+                    port: "reachable" if is_good(vote) else vote.error or "not reachable"
+                    for port, vote in (await verdicts).items()
+                }
+            except CheckFailed:
+                words = {}
+            said.append(words)
+        alone, together = said
+        for port in ballot.ports:
+            one, other = alone.get(port, "CHECK_FAILED"), together.get(port, "CHECK_FAILED")
+            if one != other:
+                logger.info(
+                    "observed target=%s port=%d here=%r together=%r", target, port, one, other
+                )
+
+    async def _poll(
+        self,
+        ballot: Ballot[Vote],
+        own: Awaitable[dict[int, Vote]],
+        ask: Callable[[str], Awaitable[dict[int, Vote]]],
+    ) -> dict[int, Vote]:
+        """Have all places vote at once, until nothing can change a verdict."""
+        tasks = {asyncio.ensure_future(own): 0}
+        tasks |= {asyncio.ensure_future(ask(url)): n for n, url in enumerate(self._urls, 1)}
+        pending = set(tasks)
+        try:
+            while not ballot.is_settled:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    try:
+                        ballot.cast(tasks[task], task.result())
+                    except (CheckFailed, NoVote) as error:
+                        ballot.cast(tasks[task], error)
+        finally:
+            for task in pending:
+                task.cancel()
+            if pending:
+                await asyncio.gather(*pending, return_exceptions=True)
+        return ballot.verdicts()
+
+    async def _ask(
+        self,
+        url: str,
+        body: Mapping[str, Any],
+        caller: Address | None,
+        size: int,
+        read: Callable[[bytes], dict[int, Vote]],
+    ) -> dict[int, Vote]:
+        """Return the votes of a place.
+
+        Raises:
+            NoVote: It has none.
+        """
+        headers = {"X-Forwarded-For": str(caller) if caller else "unknown"}
+        try:
+            async with asyncio.timeout(self._timeout):
+                answer = await self._request("POST", url, size, json=body, headers=headers)
+        except TimeoutError:
+            raise NoVote("It does not answer in time.") from None
+        try:
+            if answer.status == HTTPStatus.OK:
+                return read(answer.body)
+            detail = ErrorResponse.model_validate_json(answer.body).detail
+        except (ValidationError, ValueError):
+            raise NoVote(f"Its answer is not understood (HTTP status {answer.status}).") from None
+        raise NoVote(f"{detail.code}.")
+
+    async def _request(self, method: str, url: str, size: int, **request: Any) -> _Answer:
+        answer = bytearray()
+        try:
+            async with self._client.stream(method, url, **request) as response:
+                async for data in response.aiter_raw():
+                    answer += data
+                    if len(answer) > size:
+                        raise NoVote("Its answer is too long.")
+                peer = response.extensions["network_stream"].get_extra_info("server_addr")
+                return _Answer(response.status_code, bytes(answer), parse_host(peer[0]))
+        except httpx.HTTPError as error:
+            raise NoVote(f"It cannot be reached ({_reason(error)}).") from None
+
+    async def _look_again_and_again(self) -> None:
+        while True:
+            await asyncio.gather(*map(self._look, self._urls))
+            await self._sleep(_LOOK_INTERVAL)
+
+    async def _look(self, url: str) -> None:
+        """Warn once of what is wrong with a place, and log when it is well again."""
+        try:
+            trouble = await self._trouble_of(url)
+        except NoVote as error:
+            trouble = str(error)
+        except TimeoutError:
+            trouble = "It does not answer in time."
+        if trouble == self._trouble.get(url, ""):
+            return
+        self._trouble[url] = trouble
+        if trouble:
+            logger.warning("The perspective %s: %s", url, trouble)
+        else:
+            logger.info("The perspective %s is well again", url)
+
+    async def _trouble_of(self, url: str) -> str:
+        headers = {"X-Forwarded-For": _FORWARDED_TEST_ADDRESS}
+        async with asyncio.timeout(self._timeout):
+            answer = await self._request("GET", f"{url}/ip", _ANSWER_SIZE, headers=headers)
+        try:
+            seen = CallerAddress.model_validate_json(answer.body).ip
+        except ValidationError:
+            return f"It does not answer as a port checker does (HTTP status {answer.status})."
+        if seen != _FORWARDED_TEST_ADDRESS:
+            return (
+                "It does not trust this server. Add this server's address to its "
+                "PORT_CHECKER_TRUSTED_PROXIES."
+            )
+        if url.startswith("http:") and not special_purpose(answer.peer):
+            return "It is asked in plain text over the internet. Use https."
+        return ""
+
+
+def _reason(error: httpx.HTTPError) -> str:
+    """Say what went wrong in the system's words, or name the kind of error."""
+    cause: BaseException | None = error
+    while cause:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return f"certificate verify failed: {cause.verify_message}"
+        if isinstance(cause, ssl.SSLError):
+            return f"TLS handshake failed: {cause.reason}"
+        if isinstance(cause, socket.gaierror):
+            return cause.strerror or "unknown name"
+        if isinstance(cause, OSError) and cause.errno:
+            return os.strerror(cause.errno)
+        cause = cause.__cause__ or cause.__context__
+    return "timed out" if isinstance(error, httpx.TimeoutException) else type(error).__name__
