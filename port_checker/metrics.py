@@ -196,7 +196,7 @@ class Totals:
             self._rows.append((process or os.getpid(), row))
 
     def end(self, row: Row, *, is_death: bool = True) -> None:
-        """Keep what a process has counted that has ended: by its death, or as it was told."""
+        """Keep what a process counted that has ended, whether it died or was stopped."""
         with self._lock:
             self._rows = [(process, other) for process, other in self._rows if other is not row]
             for slot, figure in enumerate(_FIGURES):

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import io
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -51,6 +52,13 @@ IMPORTS = {name: imports(list(ast.walk(ast.parse(text)))) for name, text in SOUR
 def room_of(module: str) -> str | None:
     """The room that a module is in; None on the ground floor."""
     return next((part for part in module.split(".") if part in ROOMS), None)
+
+
+def test_contributing_describes_every_module() -> None:
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    layout = text.partition("## Layout")[2].partition("\ntests/")[0]
+    described = set(re.findall(r"\b\w+[.]py\b", layout)) - {"test_layout.py"}
+    assert described == {path.name for path in PACKAGE.rglob("[!_]*.py")}
 
 
 def test_imports_have_no_circle() -> None:

@@ -188,7 +188,7 @@ def _is_same_host(origin: bytes, host: bytes | None) -> bool:
 def _is_same_host_to_browser(
     origin: bytes, host: bytes | None, forwarded_host: bytes | None
 ) -> bool:
-    """Whether the host that a browser asked for is that of the page, as far as a proxy tells."""
+    """Whether the browser asked for the host of the page, as far as a proxy passes that on."""
     if forwarded_host:  # by each proxy, the browser's first
         return _is_same_host(origin, forwarded_host.partition(b",")[0].strip(b" \t"))
     name = _host_name(host or b"")

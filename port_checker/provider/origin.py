@@ -1,4 +1,4 @@
-"""Whose connections are those of a server: evidence counts only where it comes from whom was asked.
+"""Which connections are a server's: only those of the server that was asked are evidence.
 
 A server connects, as a rule, from the address at which it is asked. Where it does not (a proxy is
 in front of it, a NAT before or behind it), its peer is learnt: the server is asked about random

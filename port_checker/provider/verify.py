@@ -239,7 +239,7 @@ async def _check_tls(contacts: Sequence[Contact], pair: PortPair) -> TlsReport:
 
 
 def _address_of(servers: Sequence[ServerReport], ports: Sequence[PortReport]) -> str | None:
-    """Return the address of which the results are true: at which all that is reachable was reached.
+    """Return the address that the results are true of: all reachable ports were reached at it.
 
     None if no server knows an address, or if different ports were reached at different ones.
     """
@@ -297,7 +297,7 @@ class _Check:
     async def identify(
         self, contacts: Sequence[Contact], answers: Mapping[str, Answers]
     ) -> list[Contact]:
-        """Learn from where those servers connect that were not seen at ports they asked about."""
+        """Find the addresses from which servers connect, where they are not known yet."""
         return [await self._identify(contact, answers[contact.url]) for contact in contacts]
 
     async def _identify(self, contact: Contact, answers: Answers) -> Contact:

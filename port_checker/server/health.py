@@ -50,7 +50,7 @@ def run(url: str | None = None) -> int:
 
 
 def _local_urls() -> list[str]:
-    """Return the URLs of which one is that of the service on this machine.
+    """Return the URLs at which the service on this machine may answer.
 
     Raises:
         ValueError: A setting is wrong.

@@ -222,8 +222,8 @@ class BackgroundHandler(logging.Handler):
 def log_uncaught(_: object, error: BaseException | None, __: object = None) -> None:
     """Log the exception that ends the process, as ``sys.excepthook``.
 
-    The interpreter would write it to stderr: in the journal, an entry for each line, all of them
-    informational.
+    The interpreter would write it to stderr, and the journal would make an informational entry of
+    each line.
     """
     logger.critical("Ended by a bug", exc_info=error)
 

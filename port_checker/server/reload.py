@@ -65,7 +65,7 @@ class ReloadRequest:
 
 
 class ReloadRequests:
-    """Where the service is asked to reload; nowhere, if systemd has made no folder for it."""
+    """The socket on which the service takes requests to reload, if systemd made a folder for it."""
 
     def __init__(self) -> None:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)

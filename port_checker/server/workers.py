@@ -79,7 +79,7 @@ class Assignment(NamedTuple):
 
 
 def receive_assignment() -> Assignment:
-    """Return what this worker is to do; from here on it ends with its parent, or when that says so.
+    """Return what this worker is to do. From here on it ends with its parent, or at its request.
 
     SIGTERM is the parent's word for it, also where the program was started with it ignored.
     """
