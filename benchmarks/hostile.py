@@ -1,15 +1,24 @@
-"""``python -m benchmarks.hostile [SECONDS]``: three hostile callers beside honest ones.
+"""``python -m benchmarks.hostile [SECONDS] [ATTACK ...]``: hostile callers beside honest ones.
 
 The service runs with its default settings in a network namespace of its own. Another one is the
 whole internet to it: its addresses look public, and no packet leaves the two. Needs root, ip of
 iproute2 and nft of nftables.
 
-The hostile callers ask as often as they can for as many ports as they may: silent ones of
-strangers, ports of the honest callers (to use up what may be asked of these), silent ones of their
-own. The third has an IPv6 /48 and asks from another /64 each time. The honest ones check 100 open
-ports of their own. Every answer to these that is not 200 is a failure.
+The honest callers check 100 open ports of their own, and one of them a single port again and again
+over a kept connection. Every answer to these that is not 200 is a failure. ``/health`` is asked for
+on new connections. Each attack takes place at the same time, from addresses of its own:
+
+- ``checks``: three callers ask as often as they can for as many ports as they may: silent ones of
+  strangers, ports of the honest callers (to use up what may be asked of these), silent ones of
+  their own. The third has an IPv6 /48 and asks from another /64 each time.
+- ``crowd``: 400 connections of one address ask for ``/health`` again and again, 3,000 only connect.
+- ``requests``: 490 connections of one address pipeline what costs most to read, at 28 Mbit/s.
+- ``heads``: ten addresses with 300 connections each that send all of a head but its end.
+
+``--python PATH`` attacks the service that is installed for that interpreter.
 """
 
+import argparse
 import asyncio
 import json
 import os
@@ -19,15 +28,18 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from ipaddress import IPv6Address
 from itertools import count
 from pathlib import Path
 from socket import create_server
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import uvloop
+
+from port_checker.linux import raise_descriptor_limit
 
 SECONDS = 120.0
 MAX_SECONDS = 600.0
@@ -39,6 +51,16 @@ HOSTILE_CONNECTIONS = 8  # of each hostile caller, one request after the other
 HOSTILE_PAUSE = 0.1  # seconds between these
 HOSTILE_PORTS = 1000
 HEALTH_EVERY = 0.02  # seconds
+SINGLE_EVERY = 0.25
+
+ASKING = 400
+CONNECTING = 3000
+PIPELINING = 490
+PIPELINED_BYTES = 3_500_000  # a second, together
+HEADS = 300  # of each of so many addresses:
+HEAD_ADDRESSES = 10
+RECONNECT_PAUSE = 1.0  # seconds
+SETTLED = 5.0  # seconds after the attack, when memory and descriptors must be back
 
 _SERVICE = {4: "60.0.0.2", 6: "2a00:1::2"}
 _PORT = 9000
@@ -113,46 +135,77 @@ def main() -> None:
     if "--inside" not in sys.argv:
         command = ["unshare", "--net", sys.executable, "-m", "benchmarks.hostile", "--inside"]
         sys.exit(subprocess.call([*command, *sys.argv[1:]]))
-    given = [word for word in sys.argv[1:] if not word.startswith("--")]
-    seconds = min(float(given[0]), MAX_SECONDS) if given else SECONDS
-    if "--health" in sys.argv:
-        uvloop.run(probe_health(seconds))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("seconds", type=float, nargs="?", default=SECONDS)
+    parser.add_argument("attacks", nargs="*", default=[*ATTACKS])
+    parser.add_argument("--inside", action="store_true")
+    parser.add_argument("--part", action="store_true")
+    parser.add_argument("--python", default=sys.executable)
+    given = parser.parse_args()
+    seconds = min(given.seconds, MAX_SECONDS)
+    if given.part:
+        uvloop.run(PARTS[given.attacks[0]](seconds))
     else:
-        sys.exit(uvloop.run(run(seconds)))
+        sys.exit(uvloop.run(run(seconds, given.attacks, given.python)))
 
 
-async def run(seconds: float) -> int:
+async def run(seconds: float, attacks: Sequence[str], python: str) -> int:
     """Return the exit status: 0 if every honest check was served."""
-    honest, health, hostile = Tally(), Tally(), [Tally(), Tally(), Tally()]
+    honest, single, health = Tally(), Tally(), Tally()
     load = os.getloadavg()[0]
-    async with service() as (log, pid), listeners():
+    async with service(python) as (log, pid), listeners():
+        before = state(pid)
         async with asyncio.TaskGroup() as group:
             until = time.monotonic() + seconds
-            group.create_task(watch_health(seconds, health))
+            group.create_task(watch("health", seconds, health))
+            group.create_task(watch("single", seconds, single))
             for number in range(HONEST):
                 address = f"60.1.0.{number + 1}"
                 group.create_task(check_honestly(until, address, honest))
-            for number, tally in enumerate(hostile):
-                for _ in range(HOSTILE_CONNECTIONS):
-                    group.create_task(attack(until, number, tally))
+            for attack in attacks:
+                group.create_task(run_part(attack, seconds))
+        largest = state(pid)
+        await asyncio.sleep(SETTLED)
+        after = state(pid)
         used, waited, _ = map(int, Path(f"/proc/{pid}/schedstat").read_text().split())
         errors = [line for line in log.read_text().splitlines() if "ERROR" in line]
         syns = {name: packets(name) for name in ("to_strangers", "to_honest")}
     print(f"{seconds:g} s, load {load:.1f} before and {os.getloadavg()[0]:.1f} after")
     print(f"service:   ran for {used / 1e9:.1f} s, waited {waited / 1e9:.1f} s for a processor")
+    print(
+        f"memory:    {before.resident} MiB before, {largest.peak} at most, {after.resident} after"
+    )
+    print(f"descriptors: {before.descriptors} before, {after.descriptors} after")
     print(f"honest:    {honest}")
-    for number, tally in enumerate(hostile):
-        print(f"hostile {number + 1}: {tally}")
-    print(f"/health:   {health}")
+    print(f"one port, kept connection: {single}")
+    print(f"/health, new connections:  {health}")
     for name, number in syns.items():
         print(f"SYNs {name.replace('_', ' ')}: {number}, {number / seconds:.0f} a second")
     print(f"errors in the service's log: {len(errors)}", *errors[:5], sep="\n")
-    return 0 if honest.outcomes.keys() == {"200"} else 1
+    return 0 if honest.outcomes.keys() == single.outcomes.keys() == {"200"} else 1
+
+
+class State(NamedTuple):
+    """What a process uses: memory in MiB, now and at most so far, and descriptors."""
+
+    resident: int
+    peak: int
+    descriptors: int
+
+
+def state(pid: int) -> State:
+    """Return what a process uses."""
+    status = dict(line.split(":") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    resident, peak = (int(status[name].split()[0]) // 1024 for name in ("VmRSS", "VmHWM"))
+    return State(resident, peak, len(os.listdir(f"/proc/{pid}/fd")))
 
 
 @asynccontextmanager
-async def service() -> AsyncIterator[tuple[Path, int]]:
+async def service(python: str) -> AsyncIterator[tuple[Path, int]]:
     """Build the network, and run the service in it.
+
+    Args:
+        python: The interpreter.
 
     Yields:
         Its log and process id.
@@ -161,7 +214,7 @@ async def service() -> AsyncIterator[tuple[Path, int]]:
     log = Path(directory.name, "log")
     # It starts once the network is there: when a line arrives.
     process = subprocess.Popen(
-        ["unshare", "--net", "sh", "-c", 'read line && exec "$0" -m port_checker', sys.executable],
+        ["unshare", "--net", "sh", "-c", 'read line && exec "$0" -P -m port_checker', python],
         env={**os.environ, "PORT_CHECKER_HOST": "::"},
         stdin=subprocess.PIPE,
         stderr=log.open("w"),
@@ -235,29 +288,54 @@ async def ask_health(tally: Tally) -> None:
     await ask("GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", "60.0.0.1", tally)
 
 
-async def watch_health(seconds: float, tally: Tally) -> None:
-    """Ask again and again, from a process that does nothing else: it must not wait for its turn."""
-    command = ["-m", "benchmarks.hostile", "--inside", "--health", str(seconds)]
+async def run_part(name: str, seconds: float) -> bytes:
+    """Do one of ``PARTS`` in a process that does nothing else; return what it prints."""
+    command = ["-m", "benchmarks.hostile", "--inside", "--part", str(seconds), name]
     process = await asyncio.create_subprocess_exec(
         sys.executable, *command, stdout=asyncio.subprocess.PIPE
     )
-    told, _ = await process.communicate()
-    for outcome, took in json.loads(told):
+    printed, _ = await process.communicate()
+    print(printed.decode() if name in ATTACKS else "", end="")
+    return printed
+
+
+async def watch(part: str, seconds: float, tally: Tally) -> None:
+    """Ask again and again, from a process of its own: it must not wait for its turn."""
+    for outcome, took in json.loads(await run_part(part, seconds)):
         tally.add(outcome, took)
 
 
 async def probe_health(seconds: float) -> None:
     """Print how each question ended, and how long it took."""
-    told: list[tuple[str, float]] = []
+    answers: list[tuple[str, float]] = []
     until = time.monotonic() + seconds
 
     async def ask_once() -> None:
         tally = Tally()
         await ask_health(tally)
-        told.append((next(iter(tally.outcomes)), tally.seconds[0]))
+        answers.append((next(iter(tally.outcomes)), tally.seconds[0]))
 
     await repeat(until, HEALTH_EVERY, ask_once)
-    print(json.dumps(told))
+    print(json.dumps(answers))
+
+
+async def probe_single(seconds: float) -> None:
+    """Print the same of checks of one port, over a kept connection."""
+    answers: list[tuple[str, float]] = []
+    until = time.monotonic() + seconds
+    address = f"60.1.0.{HONEST + 1}"
+    request = check_request(address, [HONEST_PORTS[0]]).replace("Connection: close\r\n", "")
+    reader, writer = await asyncio.open_connection(_SERVICE[4], _PORT, local_addr=(address, 0))
+
+    async def ask_once() -> None:
+        began = time.monotonic()
+        writer.write(request.encode())
+        head = await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0]))
+        answers.append((head[9:12].decode(), time.monotonic() - began))
+
+    await repeat(until, SINGLE_EVERY, ask_once)
+    print(json.dumps(answers))
 
 
 async def check_honestly(until: float, address: str, tally: Tally) -> None:
@@ -268,7 +346,103 @@ async def check_honestly(until: float, address: str, tally: Tally) -> None:
     await repeat(until, HONEST_EVERY, lambda: ask(request, address, tally, expected))
 
 
-async def attack(until: float, number: int, tally: Tally) -> None:
+async def attack_by_checks(seconds: float) -> None:
+    """Be the callers that ask for many ports."""
+    until = time.monotonic() + seconds
+    tallies = [Tally() for _ in range(3)]
+    async with asyncio.TaskGroup() as group:
+        for number, tally in enumerate(tallies):
+            for _ in range(HOSTILE_CONNECTIONS):
+                group.create_task(ask_for_much(until, number, tally))
+    for number, tally in enumerate(tallies):
+        print(f"checks {number + 1}:  {tally}")
+
+
+async def attack_by_crowd(seconds: float) -> None:
+    """Be the crowd that asks again and again, and the one that only connects."""
+    answers, connections = Counter[str](), Counter[str]()
+
+    async def ask_again(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            answers[(await reader.readuntil(b"}"))[9:12].decode()] += 1
+
+    async def only_connect(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+        connections["made"] += 1
+        await reader.read()
+
+    await crowd(
+        seconds, [("61.0.0.10", ask_again)] * ASKING + [("61.0.0.10", only_connect)] * CONNECTING
+    )
+    print(f"crowd:     answers {dict(answers)}, connections {dict(connections)}")
+
+
+async def attack_by_requests(seconds: float) -> None:
+    """Be the caller that pipelines what costs most."""
+    path = b"/" + b"%c3%a9" * 340
+    costly = [
+        b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % path,
+        b"GET / HTTP/1.1\r\nHost: x\r\nAccept-Encoding: %b\r\n\r\n" % (b"a," * 8000),
+        b"POST /check-ports HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n%b0\r\n\r\n"
+        % (b"1\r\n \r\n" * 650),
+        b"GET / HTTP/1.1\r\nHost: x\r\n%b\r\n" % (b"X-Forwarded-For: %b\r\n" % (b"1," * 70) * 97),
+        b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n" % (b"%c3%a9" * 11_000),  # over every bound
+    ]
+    sent = 0
+
+    async def pipeline(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        drain = asyncio.ensure_future(asyncio.wait([asyncio.ensure_future(reader.read())]))
+        while not drain.done():
+            batch = b"".join(secrets.choice(costly) for _ in range(3))
+            writer.write(batch)
+            sent += len(batch)
+            await writer.drain()
+            await asyncio.sleep(len(batch) * PIPELINING / PIPELINED_BYTES)
+
+    await crowd(seconds, [("61.0.0.11", pipeline)] * PIPELINING)
+    print(f"requests:  {sent / seconds * 8 / 1e6:.1f} Mbit/s")
+
+
+async def attack_by_heads(seconds: float) -> None:
+    """Be those who send no more than the beginning of a head."""
+    head = b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: %b\r\n" % (b"y" * 158) * 98
+
+    async def begin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(head)
+        await reader.read()
+
+    addresses = [f"61.0.1.{number + 1}" for number in range(HEAD_ADDRESSES)]
+    await crowd(seconds, [(address, begin) for address in addresses] * HEADS)
+
+
+Behaviour = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+async def crowd(seconds: float, members: Sequence[tuple[str, Behaviour]]) -> None:
+    """Have each member connect from its address and behave; and again when that ends."""
+
+    async def stay(address: str, behave: Behaviour) -> None:
+        await asyncio.sleep(secrets.randbelow(1000) / 1000 * RECONNECT_PAUSE)
+        while True:
+            with suppress(OSError, EOFError):
+                reader, writer = await asyncio.open_connection(
+                    _SERVICE[4], _PORT, local_addr=(address, 0)
+                )
+                try:
+                    await behave(reader, writer)
+                finally:
+                    writer.transport.abort()
+            await asyncio.sleep(RECONNECT_PAUSE)
+
+    raise_descriptor_limit()
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds), asyncio.TaskGroup() as group:
+            for address, behave in members:
+                group.create_task(stay(address, behave))
+
+
+async def ask_for_much(until: float, number: int, tally: Tally) -> None:
     """Ask for what hurts most, one request after the other."""
     silent = [*range(1, HOSTILE_PORTS + 1)]
     for turn in count(secrets.randbelow(3)):
@@ -311,6 +485,14 @@ async def ask(request: str, source: str, tally: Tally, expected: str = "") -> No
         outcome = type(error).__name__
     tally.add(outcome, time.monotonic() - began)
 
+
+ATTACKS = {
+    "checks": attack_by_checks,
+    "crowd": attack_by_crowd,
+    "requests": attack_by_requests,
+    "heads": attack_by_heads,
+}
+PARTS = {**ATTACKS, "health": probe_health, "single": probe_single}
 
 if __name__ == "__main__":
     main()

@@ -63,7 +63,9 @@ class Listener:
         self._loop.remove_reader(self._listening)
 
     async def wait_closed(self) -> None:
-        """Wait for nothing: it is closed at once."""
+        """Wait for the connections that are being made: uvloop would hang if it ended meanwhile."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
     def _accept(self) -> None:
         for _ in range(_BATCH):

@@ -68,7 +68,6 @@ _RETRY_AFTER = 10
 
 # What an HTTP/1 request begins with, after empty lines (RFC 9112 section 2.2).
 _REQUEST_LINE = re.compile(rb"[A-Z-]+ +[^ \r\n]+ +HTTP/\d\.\d\r\n")
-_BARE_LF = re.compile(rb"(?<!\r)\n")
 
 # A target in absolute form, without userinfo (RFC 9112 section 3.2.2, RFC 9110 section 4.2.4).
 _ABSOLUTE_TARGET = re.compile(rb"https?://([\w.~!$&'()*+,;=:%\[\]-]+)([/?].*)?", re.IGNORECASE)
@@ -185,8 +184,9 @@ class Message:
 
 def _may_become_head(data: bytes, start: int, searched: int) -> bool:
     """Whether an incomplete head looks like one, up to ``searched`` at least."""
-    if _BARE_LF.search(data, searched):
-        return False
+    line_ends = data.count(b"\r\n", max(start, searched - 1))
+    if data.count(b"\n", searched) != line_ends:
+        return False  # llhttp accepts no other line end than CRLF
     head = data[start:].lstrip(b"\r\n")
     if b"\n" in head:
         return bool(_REQUEST_LINE.match(head))
@@ -287,6 +287,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unparsed = b""
         self._place.leave()
         super().connection_lost(exc)
+        # Memory comes back at once, without the garbage collector.
+        self._client_transport.is_receiving = self._place.close = _nothing
 
     def pause_writing(self) -> None:
         """The client has not read everything: watch it."""
@@ -654,6 +656,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.abort()
 
 
+def _nothing() -> bool:
+    return False
+
+
 def _overloaded(message: str) -> _Refused:
     return _Refused(HTTPStatus.SERVICE_UNAVAILABLE, ErrorCode.OVERLOADED, message)
 
@@ -709,7 +715,7 @@ class ClientTransport:
     ) -> None:
         self._transport = transport
         self._loop = loop
-        self._is_receiving = is_receiving
+        self.is_receiving = is_receiving
         self.has_ended = False
         self._written: list[bytes] = []
 
@@ -728,7 +734,7 @@ class ClientTransport:
 
     def close(self) -> None:
         """Send what is written, and close, now or when the client does."""
-        if not self._is_receiving():
+        if not self.is_receiving():
             self.close_now()
         elif not self.is_closing():
             self.flush()
