@@ -367,6 +367,7 @@ class Server(uvicorn.Server):
     def _keep_beating(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
         self.lag = max(0.0, loop.time() - due)
         self._on_beat()
+        self._limits.return_memory()
         due = loop.time() + BEAT
         loop.call_at(due, self._keep_beating, loop, due)
 
