@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +95,12 @@ def run(*words: str, files: tuple[int, int] | None = None, **more: str) -> Done:
     )
     assert "Traceback" not in done.stderr, done.stderr
     return Done(done.returncode, done.stdout, done.stderr)
+
+
+def invoke(words: Sequence[str]) -> Done:
+    """Run the program in this process: for what it says without doing anything."""
+    result = CliRunner().invoke(app, words, prog_name="port-checker")
+    return Done(result.exit_code, result.stdout, result.stderr)
 
 
 def check(url: str, *words: str, **more: Any) -> Done:
@@ -271,8 +276,7 @@ WRONG = {
 def test_wrong_use_is_a_sentence(said: str) -> None:
     words = WRONG[said]
     server = [] if words is None else ["--server", "http://127.0.0.1:1"]
-    result = CliRunner().invoke(app, ["check", *server, *(words or ["50800"])])
-    done = Done(result.exit_code, result.stdout, result.stderr)
+    done = invoke(["check", *server, *(words or ["50800"])])
     assert said in done.complaint
     assert (done.status, done.out) == (2, "")
     assert ESCAPE not in done.err
@@ -629,8 +633,7 @@ def test_markup_in_a_message_is_only_text() -> None:
 
 def test_help_and_version() -> None:
     words = [["--help"], ["-h"], ["check", "--help"], ["serve", "--help"], ["--version"]]
-    with ThreadPoolExecutor(2) as pool:
-        overview, short, of_check, of_serve, version = pool.map(lambda some: run(*some), words)
+    overview, short, of_check, of_serve, version = map(invoke, words)
     for done in (overview, short, of_check, of_serve, version):
         assert (done.status, done.err) == (0, "")
         assert ESCAPE not in done.out

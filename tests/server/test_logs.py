@@ -10,18 +10,6 @@ from pathlib import Path
 from port_checker.server.logs import QUEUE_SIZE, JournalFormatter
 from tests.support.namespace import ROOT, needs_root
 
-# Logs at each level to one of our loggers, uvicorn's two and another library's.
-SCRIPT = """
-import logging, sys
-from port_checker.server.logs import set_up_logging
-
-names = ("port_checker.api.routes", "uvicorn.error", "uvicorn.access", "asyncio")
-loggers = [logging.getLogger(name) for name in names]
-set_up_logging(debug=sys.argv[1] == "debug")
-for logger in loggers:
-    for level in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
-        logger.log(getattr(logging, level), "%d of %s", 3, "100 ports")
-"""
 ALL_LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 LINE = re.compile(
@@ -47,7 +35,7 @@ def logged(
         if name not in ("NO_COLOR", "FORCE_COLOR", "TERM")
     }
     with subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, "debug" if debug else ""],
+        [sys.executable, "-m", "tests.programs.log_at_each_level", "debug" if debug else ""],
         cwd=ROOT,
         env={**inherited, "TERM": "xterm", **environment},
         stdout=subprocess.PIPE,
@@ -146,23 +134,10 @@ def test_no_colours_where_they_are_not_wanted() -> None:
 
 
 # Logs as many lines as it is told, says so, and logs one more when it is told to go on.
-FLOOD = """
-import logging, sys
-from port_checker.server.logs import set_up_logging
-
-set_up_logging(debug=False)
-logger = logging.getLogger("port_checker")
-for number in range(int(sys.argv[1])):
-    logger.info("line %d", number)
-print("logged", flush=True)
-sys.stdin.readline()
-"""
-
-
 def flood(lines: int) -> subprocess.Popen[str]:
     """Log to a pipe that nobody reads yet, until all is logged."""
     process = subprocess.Popen(
-        [sys.executable, "-c", FLOOD, str(lines)],
+        [sys.executable, "-m", "tests.programs.log_many_lines", str(lines)],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
