@@ -293,7 +293,11 @@ class Checker:
         return {port: verdicts[port] for port in ports}
 
     async def check_tls(
-        self, target: Address, port: int, expected: Sequence[Address | str]
+        self,
+        target: Address,
+        port: int,
+        expected: Sequence[Address | str],
+        caller: Hashable = None,
     ) -> TlsVerdict:
         """Find out whether a TLS endpoint has a certificate that is good for what is expected.
 
@@ -304,6 +308,7 @@ class Checker:
             target: The address that the port is on.
             port: A TCP port.
             expected: Addresses and at most one DNS name, as for ``TlsClient.attempt``.
+            caller: Who asks, as for ``reserve``.
 
         Returns:
             The verdict; if all attempts failed, that of the last one which was answered, if any.
@@ -315,7 +320,9 @@ class Checker:
         for round_ in range(self._retries):
             if round_:
                 await self._sleep(self._retry_delay)
-            latest = await self._tls.attempt(target, port, expected, self._timeout, self._pacer)
+            latest = await self._tls.attempt(
+                target, port, expected, self._timeout, self._pacer, str(caller)
+            )
             if not verdict or latest.error != TIMED_OUT.error:
                 verdict = latest
             if not verdict.try_again:

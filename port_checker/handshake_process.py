@@ -8,7 +8,7 @@ the end of a process. So ``tls`` starts a process that runs ``main``:
 - It keeps the handshakes that wait for their peers, and reads nothing of what those send.
 - When a peer has sent something, a fork takes the step. It has a copy of the handshake, so that its
   end harms no other one. The kernel ends it when the handshake has used up its CPU time.
-- A fork that works for long is slow. Slow forks run one at a time, in turns.
+- A fork that works for long is slow. Slow forks run one after the other.
 
 Messages in both directions are a line of JSON, and behind it what was received or is to be sent.
 """
@@ -22,7 +22,7 @@ import socket
 import ssl
 import time
 import traceback
-from collections import deque
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -35,12 +35,13 @@ from port_checker.linux import return_free_memory
 # Seconds of CPU for one handshake. A usual one takes 2 ms.
 BUDGET: Final = 0.5
 
-LARGEST_MESSAGE: Final = 64 * 1024  # bytes
+# Bytes. The kernel needs no more than single pages of memory for it (unix_dgram_sendmsg()).
+LARGEST_MESSAGE: Final = 80 * 1024
 
 TOO_BUSY: Final = "too busy for a TLS handshake"
 
 # Forks that run at once, and seconds of CPU after which one is slow.
-_AT_ONCE: Final = 4
+_AT_ONCE: Final = 8
 _SLICE: Final = 0.02
 
 # Slow forks, and forks that wait for their peer, at most. One takes about 1 MB (measured). Of those
@@ -48,8 +49,9 @@ _SLICE: Final = 0.02
 _MOST_SLOW: Final = 64
 _MOST_WAITING: Final = 64
 
-# Handshakes; giving their memory back to the kernel takes 5 ms. One takes 44 KiB (both measured).
-_MEMORY_KEPT_FOR: Final = 100
+# Handshakes at once after which free memory is given back to the kernel, when all have ended. That
+# takes 5 ms, and one handshake up to 144 KiB (measured).
+FEW: Final = 20
 
 
 def encode(head: Mapping[str, object], data: bytes = b"") -> bytes:
@@ -68,14 +70,16 @@ class _Kept:
 
     Attributes:
         number: By which the other end knows it.
+        caller: Who asked for it.
         handshake: As it was when it began; a fork goes on from there.
         received: What its peer has sent.
         cpu: Seconds that forks have used for it.
         fork: The one that goes on with it; None if it is nobody's turn, or the peer's.
     """
 
-    def __init__(self, number: int, handshake: Handshake) -> None:
+    def __init__(self, number: int, caller: str, handshake: Handshake) -> None:
         self.number = number
+        self.caller = caller
         self.handshake = handshake
         self.received = b""
         self.cpu = 0.0
@@ -115,9 +119,9 @@ class _Process:
         self._context = make_context()
         self._kept: dict[int, _Kept] = {}
         self._most_kept = 0  # since memory was last given back
-        self._queue: deque[_Kept] = deque()  # those that need a fork
+        self._queue: list[_Kept] = []  # those that need a fork
         self._running: list[_Fork] = []
-        self._slow: deque[_Fork] = deque()  # stopped
+        self._slow: list[_Fork] = []  # stopped
         self._slow_turn: _Fork | None = None  # the one slow fork that runs
         self._waiting: dict[_Fork, None] = {}  # for their peers, in this order
         self._next_slice = 0.0
@@ -135,8 +139,7 @@ class _Process:
                     self._hear(key.data)
                 elif not self._read_message():
                     return
-            while self._queue and len(self._running) < _AT_ONCE:
-                self._fork(self._queue.popleft())
+            self._start_forks()
             if time.monotonic() >= self._next_slice:
                 self._next_slice = time.monotonic() + _SLICE
                 self._begin_slice()
@@ -149,21 +152,22 @@ class _Process:
         number = head["number"]
         match head["do"]:
             case "begin":
-                self._begin(number, head["name"], head["addresses"])
+                self._begin(number, head["caller"], head["name"], head["addresses"])
             case "step":
                 self._step(number, data)
             case "end":
                 self._end(number)
         return True
 
-    def _begin(self, number: int, name: str | None, addresses: Sequence[str]) -> None:
+    def _begin(self, number: int, caller: str, name: str | None, addresses: Sequence[str]) -> None:
         try:
             handshake = Handshake(self._context, name, addresses)
             _, hello = handshake.step(b"")
         except (Trouble, MemoryError, ssl.SSLError) as error:
             self._reply(number, trouble=str(error) or "out of memory")
         else:
-            self._kept[number] = _Kept(number, handshake)
+            self._most_kept = max(self._most_kept, len(self._kept) + 1)
+            self._kept[number] = _Kept(number, caller, handshake)
             self._reply(number, hello)
 
     def _step(self, number: int, data: bytes) -> None:
@@ -181,9 +185,8 @@ class _Process:
 
     def _end(self, number: int) -> None:
         kept = self._kept.pop(number, None)
-        self._most_kept = max(self._most_kept, len(self._kept))
-        if len(self._kept) < self._most_kept - _MEMORY_KEPT_FOR:
-            self._most_kept = len(self._kept)
+        if not self._kept and self._most_kept > FEW:
+            self._most_kept = 0
             return_free_memory()
         if kept and kept.fork:
             kept.fork.send_signal(signal.SIGKILL)
@@ -296,8 +299,18 @@ class _Process:
         elif fork in self._slow:
             self._slow.remove(fork)
 
+    def _start_forks(self) -> None:
+        while self._queue:
+            forks = Counter(fork.kept.caller for fork in self._running)
+            kept = min(self._queue, key=lambda kept: forks[kept.caller])
+            # Half of them are for callers who have none, so that these need not wait for others.
+            if len(self._running) >= (_AT_ONCE // 2 if forks[kept.caller] else _AT_ONCE):
+                break
+            self._queue.remove(kept)
+            self._fork(kept)
+
     def _begin_slice(self) -> None:
-        """Stop the forks that are slow, and let the next one of these run."""
+        """Stop the forks that are slow, and let one of these run."""
         for fork in [fork for fork in self._running if fork.is_slow()]:
             fork.send_signal(signal.SIGSTOP)
             self._running.remove(fork)
@@ -305,12 +318,10 @@ class _Process:
             if len(self._slow) > _MOST_SLOW:
                 self._end(fork.kept.number)
                 self._reply(fork.kept.number, trouble=TOO_BUSY)
-        if self._slow_turn and self._slow:
-            self._slow_turn.send_signal(signal.SIGSTOP)
-            self._slow.append(self._slow_turn)
-            self._slow_turn = None
         if not self._slow_turn and self._slow:
-            self._slow_turn = self._slow.popleft()
+            forks = Counter(fork.kept.caller for fork in self._slow)
+            self._slow_turn = min(self._slow, key=lambda fork: forks[fork.kept.caller])
+            self._slow.remove(self._slow_turn)
             self._slow_turn.send_signal(signal.SIGCONT)
 
     def close(self) -> None:

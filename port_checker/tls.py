@@ -35,7 +35,8 @@ from port_checker.connect import (
     own_failures,
 )
 from port_checker.handshake import TlsVerdict, TlsVerdictKind, handshake_failed
-from port_checker.handshake_process import LARGEST_MESSAGE, TOO_BUSY, decode, encode
+from port_checker.handshake_process import FEW, LARGEST_MESSAGE, TOO_BUSY, decode, encode
+from port_checker.linux import return_free_memory
 
 __all__ = ["TlsClient", "TlsVerdict", "TlsVerdictKind"]
 
@@ -45,6 +46,9 @@ _LARGEST_RECORD = 16 * 1024 + 256
 # OpenSSL takes a chain of at most 100 KiB (SSL_CTX_set_max_cert_list), and all else in a handshake
 # is small. But it ignores requests to renegotiate during a handshake, however many come.
 _MOST_RECEIVED = 128 * 1024
+
+# Received bytes that a step is taken with: as much as goes into one message to the process.
+_MOST_IN_STEP = LARGEST_MESSAGE - 2 * _LARGEST_RECORD
 
 # Seconds to wait for more records after a step that led to nothing; the second time twice that, and
 # so on. A peer that sends its records one by one does not decide how many steps there are.
@@ -89,6 +93,7 @@ class TlsClient:
         self._idle = idle
         self._process: _HandshakeProcess | None = None
         self._under_way = 0
+        self._most_under_way = 0  # since there were none
         self._end_when_idle: asyncio.TimerHandle | None = None
 
     async def attempt(
@@ -98,6 +103,7 @@ class TlsClient:
         expected: Sequence[Address | str],
         timeout: float,
         pacer: OpenConnectionPacer,
+        caller: str = "",
     ) -> TlsVerdict:
         """Connect to a port, and shake hands.
 
@@ -113,6 +119,7 @@ class TlsClient:
                 (SNI), too. The subject's common name never counts (RFC 9525).
             timeout: Seconds that the attempt may last, connection and handshake together.
             pacer: Shared by all who open connections in the event loop.
+            caller: For whom; callers take turns where many handshakes are much work.
 
         Raises:
             CheckFailed: The checker's own trouble: as for a port, or no authority is trusted on
@@ -122,10 +129,10 @@ class TlsClient:
         try:
             with self._counted():
                 try:
-                    return await self._try(target, port, expected, clock, pacer)
+                    return await self._try(target, port, expected, clock, pacer, caller)
                 except _ProcessEnded:
                     clock.begin_again()
-                return await self._try(target, port, expected, clock, pacer)
+                return await self._try(target, port, expected, clock, pacer, caller)
         except _ProcessEnded:
             raise CheckFailed("the process that makes TLS handshakes was killed twice") from None
         except MemoryError:
@@ -138,6 +145,7 @@ class TlsClient:
         expected: Sequence[Address | str],
         clock: "_Clock",
         pacer: OpenConnectionPacer,
+        caller: str,
     ) -> TlsVerdict:
         connection = await connect(target, port, clock.remaining, pacer)
         if isinstance(connection, Verdict):
@@ -146,7 +154,8 @@ class TlsClient:
             return TlsVerdict(TlsVerdictKind.NO_CONNECTION, connection.error, try_again=True)
         try:
             process = await self._start(clock)
-            return await _shake_hands(process, connection, expected, clock, pacer)
+            with process.handshake(expected, caller) as handshake:
+                return await _shake_hands(handshake, connection, clock, pacer)
         except _Failed as failure:
             return failure.verdict
         finally:
@@ -156,6 +165,7 @@ class TlsClient:
     def _counted(self) -> Iterator[None]:
         """Keep the process while there are handshakes."""
         self._under_way += 1
+        self._most_under_way = max(self._most_under_way, self._under_way)
         if self._end_when_idle:
             self._end_when_idle.cancel()
         try:
@@ -163,6 +173,9 @@ class TlsClient:
         finally:
             self._under_way -= 1
             if not self._under_way:
+                if self._most_under_way > FEW:
+                    return_free_memory()
+                self._most_under_way = 0
                 loop = asyncio.get_running_loop()
                 self._end_when_idle = loop.call_later(self._idle, self._end)
 
@@ -263,30 +276,28 @@ class _Clock:
 
 
 async def _shake_hands(
-    process: "_HandshakeProcess",
+    handshake: "_Handshake",
     connection: socket.socket,
-    expected: Sequence[Address | str],
     clock: _Clock,
     pacer: OpenConnectionPacer,
 ) -> TlsVerdict:
     loop = asyncio.get_running_loop()
     incoming = _Incoming(connection, clock, pacer)
     fruitless = 0  # steps in a row that led to nothing
-    with process.handshake(expected) as handshake:
-        step = await clock.ours(handshake.begin())
-        while True:
-            try:
-                async with asyncio.timeout_at(clock.end):
-                    await loop.sock_sendall(connection, step.output)
-            except TimeoutError:
-                raise await incoming.timed_out() from None
-            except OSError as error:
-                raise _connection_failure(error) from error
-            if step.verdict:
-                return step.verdict
-            fruitless = 0 if step.output else fruitless + 1
-            records = await incoming.records(_PAUSE * fruitless)
-            step = await clock.ours(handshake.go_on(records))
+    step = await clock.ours(handshake.begin())
+    while True:
+        try:
+            async with asyncio.timeout_at(clock.end):
+                await loop.sock_sendall(connection, step.output)
+        except TimeoutError:
+            raise await incoming.timed_out() from None
+        except OSError as error:
+            raise _connection_failure(error) from error
+        if step.verdict:
+            return step.verdict
+        fruitless = 0 if step.output else fruitless + 1
+        records = await incoming.records(_PAUSE * fruitless)
+        step = await clock.ours(handshake.go_on(records))
 
 
 class _Incoming:
@@ -322,21 +333,28 @@ class _Incoming:
                         self._add(await loop.sock_recv(self._connection, _LARGEST_RECORD))
                     except OSError as error:
                         self._ending = _connection_failure(error)
-        # More may have arrived, also before the timer was looked at. A step with all of it at once
-        # spares several.
-        while not self._ending and len(self._buffer) < 2 * _LARGEST_RECORD:
-            try:
-                self._add(self._connection.recv(_LARGEST_RECORD))
-            except BlockingIOError:
-                break
-            except OSError as error:
-                self._ending = _connection_failure(error)
+        # More may have arrived, also before the timer was looked at; and a lot that arrives is
+        # followed by more. One step with all of it spares several.
+        while self._receive_all() > _LARGEST_RECORD:
+            await asyncio.sleep(_PAUSE)
         size = _complete(self._buffer)
         if not size:
             raise self._ending or await self.timed_out()
         records = bytes(self._buffer[:size])
         del self._buffer[:size]
         return records
+
+    def _receive_all(self) -> int:
+        """Receive what has arrived, as much as goes into one step; return how much it was."""
+        before = self._received
+        while not self._ending and len(self._buffer) < _MOST_IN_STEP:
+            try:
+                self._add(self._connection.recv(_LARGEST_RECORD))
+            except BlockingIOError:
+                break
+            except OSError as error:
+                self._ending = _connection_failure(error)
+        return self._received - before
 
     async def timed_out(self) -> "_Failed":
         """Return the failure of a peer that took too long.
@@ -441,9 +459,9 @@ class _HandshakeProcess:
         # Called at the end of the program, too, which waits for no handshake.
         self._kill = weakref.finalize(self, _kill, process, self._socket)
 
-    def handshake(self, expected: Sequence[Address | str]) -> "_Handshake":
+    def handshake(self, expected: Sequence[Address | str], caller: str) -> "_Handshake":
         """Return a handshake that can be begun."""
-        return _Handshake(self, next(self._numbers), expected)
+        return _Handshake(self, next(self._numbers), expected, caller)
 
     async def ask(self, number: int, message: bytes) -> _Step:
         """Send a message about a handshake, and return the answer."""
@@ -535,11 +553,16 @@ class _Handshake:
     """One handshake in that process; a context manager that gives it up."""
 
     def __init__(
-        self, process: _HandshakeProcess, number: int, expected: Sequence[Address | str]
+        self,
+        process: _HandshakeProcess,
+        number: int,
+        expected: Sequence[Address | str],
+        caller: str,
     ) -> None:
         self._process = process
         self._number = number
         self._expected = expected
+        self._caller = caller
 
     def __enter__(self) -> Self:
         return self
@@ -551,8 +574,8 @@ class _Handshake:
         """Return what to send to the peer first."""
         name = next((name for name in self._expected if isinstance(name, str)), None)
         addresses = [str(address) for address in self._expected if not isinstance(address, str)]
-        head = {"number": self._number, "do": "begin", "name": name, "addresses": addresses}
-        return await self._process.ask(self._number, encode(head))
+        head = {"do": "begin", "caller": self._caller, "name": name, "addresses": addresses}
+        return await self._process.ask(self._number, encode({"number": self._number, **head}))
 
     async def go_on(self, records: bytes) -> _Step:
         """Take a step with what the peer has sent."""

@@ -10,7 +10,7 @@ from fastapi.responses import PlainTextResponse
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
-from port_checker.addresses import Address
+from port_checker.addresses import Address, subscriber
 from port_checker.api.accept import accepts
 from port_checker.api.admission import Admission
 from port_checker.api.caller import CallerResolver
@@ -237,7 +237,9 @@ class Api:
             async with self._admission.admit(
                 request, caller, target, 1, places=places, is_tls=True
             ):
-                own = self._checker.check_tls(target, asked.port, asked.expected)
+                own = self._checker.check_tls(
+                    target, asked.port, asked.expected, caller and subscriber(caller)
+                )
                 verdict = await (others.check_tls(own, caller, asked) if others else own)
             record.result = f'tls="{verdict.error or "valid"}"'
         self._metrics.count("tls_checks", verdict.kind.outcome)

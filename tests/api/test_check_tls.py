@@ -181,6 +181,7 @@ def test_it_stops_without_waiting_for_certificates_that_take_minutes_to_read() -
     shown = threading.Event()
 
     def show(connection: socket.socket) -> None:
+        connection.recv(1, socket.MSG_PEEK)
         shown.set()
         hostile(connection)
 
