@@ -263,13 +263,13 @@ class CheckPortsResponse(BaseModel):
         accessible = 0
         results = {}
         previous = None
-        # Few objects, none of them validated: this is a hundredth of a check (measured).
+        # Few objects: this is a hundredth of what a check costs (measured).
         for port, verdict in verdicts.items():
             if verdict is not previous:  # most ports of a check end alike
                 previous, result = verdict, PortResult(verdict.accessible, verdict.error)
             accessible += result.accessible
             results[str(port)] = result
-        return cls.model_construct(
+        return cls(
             success=accessible > 0,
             results=results,
             message=f"Successfully verified {accessible} out of {len(verdicts)} ports",
