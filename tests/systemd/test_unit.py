@@ -329,6 +329,27 @@ def test_who_stops_the_process_does_not_stop_the_service(container: Container) -
     wait_until(lambda: container.try_to_run("curl -sf localhost:9000/health").status == 0)
 
 
+def test_a_wrong_setting_is_no_endless_loop_where_systemd_listens(container: Container) -> None:
+    container.run(
+        "cp /root/checkout/golem-port-checker.socket /etc/systemd/system/\n"
+        "systemctl daemon-reload; systemctl stop golem-port-checker\n"
+        "systemctl start golem-port-checker.socket\n"
+        "mkdir -p /etc/golem; echo PORT_CHECK_TIMEOUT=soon > /etc/golem/port-checker.env"
+    )
+    mark = journal_mark(container)
+    try:
+        answer = container.run("curl -sS -w ' %{http_code}' localhost:9000/health")
+        assert json.loads(answer.removesuffix(" 503"))["detail"]["code"] == "OVERLOADED"
+        time.sleep(5)  # for many starts
+        lines = [line for line in journal_since(container, mark) if "'soon' is wrong" in line]
+        assert len(lines) == 1
+    finally:
+        container.run(
+            "systemctl stop golem-port-checker.socket\n"
+            "rm /etc/systemd/system/golem-port-checker.socket; systemctl daemon-reload"
+        )
+
+
 def test_a_check_in_flight_is_finished_before_it_stops(container: Container) -> None:
     body = json.dumps({"provider_ip": "127.0.0.1", "ports": [9000, 7466]})
     answer = container.run(
