@@ -353,14 +353,24 @@ def test_a_connection_made_by_the_second_packet_is_not_the_firewalls_fault() -> 
 # A loop that is held up, and a process that is stopped
 
 
-def held_up(seconds: float, meanwhile: Callable[[], object] = lambda: None) -> None:
-    """Hold up the event loop from 0.1 s on, for so long."""
+@contextmanager
+def held_up(seconds: float, meanwhile: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Hold up the event loop from 0.1 s on, for so long.
+
+    It is something that arrives that does: after that uvloop comes to its timers first.
+    """
+    loop = asyncio.get_running_loop()
+    ours, others = socket.socketpair()
 
     def hold() -> None:
+        loop.remove_reader(ours)
         meanwhile()
         time.sleep(seconds)
 
-    asyncio.get_running_loop().call_later(0.1, hold)
+    with ours, others:
+        loop.add_reader(ours, hold)
+        loop.call_later(0.1, others.send, b"x")
+        yield
 
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
@@ -370,8 +380,8 @@ def test_what_has_arrived_is_looked_at_before_an_attempt_is_given_up(
     """The kernel sends the SYN again after a second, while the loop sleeps past the timeout."""
 
     async def check(port: int, make_room: Callable[[], None]) -> dict[int, Verdict]:
-        held_up(2.5, make_room)
-        return await attempt(LOOPBACK, [port], 0.3, OpenConnectionPacer())
+        with held_up(2.5, make_room):
+            return await attempt(LOOPBACK, [port], 0.3, OpenConnectionPacer())
 
     with full_backlog() as (port, make_room):
         assert run(check(port, make_room)) == {port: OPEN}
@@ -380,8 +390,8 @@ def test_what_has_arrived_is_looked_at_before_an_attempt_is_given_up(
 @pytest.mark.parametrize("hold_up", [1.5, 3.0])  # before the timeout ends, and past it
 def test_silence_while_the_loop_is_held_up_proves_nothing(hold_up: float) -> None:
     async def check(pacer: OpenConnectionPacer, asked: Sequence[int]) -> dict[int, Verdict]:
-        held_up(hold_up)
-        return await attempt(LOOPBACK, asked, 2, pacer)
+        with held_up(hold_up):
+            return await attempt(LOOPBACK, asked, 2, pacer)
 
     with silent_port() as silent, open_port() as opened, refused_port() as refused:
         verdicts = asyncio.run(check(OpenConnectionPacer(), [silent, opened, refused]))
@@ -398,8 +408,8 @@ def test_silence_while_the_loop_is_held_up_proves_nothing(hold_up: float) -> Non
 
 
 async def connect_while_held_up(port: int, seconds: float) -> object:
-    held_up(seconds)
-    return await connect(LOOPBACK, port, 2, OpenConnectionPacer())
+    with held_up(seconds):
+        return await connect(LOOPBACK, port, 2, OpenConnectionPacer())
 
 
 def test_hold_ups_are_measured_and_small_delays_are_none() -> None:

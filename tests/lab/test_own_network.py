@@ -76,6 +76,17 @@ def test_a_link_of_ours_without_a_carrier_blames_nobody(lab: Lab, version: int) 
     assert not wrong([(answer.result(), LINK_DOWN) for answer in pending])
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_link_local_source_blames_nobody(lab: Lab, version: int) -> None:
+    source = {4: "169.254.7.7", 6: "fe80::77"}[version]
+    target, gateway = {4: ("61.3.0.1", "60.0.1.1"), 6: ("2b03::1", "2a00:1::1")}[version]
+    lab.run("checker", "ip", "address", "add", source, "dev", "internet")
+    route = (target, "via", gateway, "dev", "internet", "src", source)
+    lab.run("checker", "ip", "route", "add", *route)
+    answer = lab.ask("third", target, [80]).result()
+    assert not wrong([(answer, f"this machine has only the address {source} for {target}")])
+
+
 def test_a_rule_for_another_protocol_says_nothing_of_tcp(lab: Lab) -> None:
     opened = open_ports(lab, 3)
     for version in VERSIONS:
