@@ -392,7 +392,7 @@ async def attack_by_requests(seconds: float) -> None:
 
     async def pipeline(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal sent
-        drain = asyncio.ensure_future(asyncio.wait([asyncio.ensure_future(reader.read())]))
+        drain = asyncio.create_task(read_to_the_end(reader))
         while not drain.done():
             batch = b"".join(secrets.choice(costly) for _ in range(3))
             writer.write(batch)
@@ -414,6 +414,12 @@ async def attack_by_heads(seconds: float) -> None:
 
     addresses = [f"61.0.1.{number + 1}" for number in range(HEAD_ADDRESSES)]
     await crowd(seconds, [(address, begin) for address in addresses] * HEADS)
+
+
+async def read_to_the_end(reader: asyncio.StreamReader) -> None:
+    """Read until the service closes the connection, however it does."""
+    with suppress(OSError):
+        await reader.read()
 
 
 Behaviour = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]

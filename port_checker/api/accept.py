@@ -4,6 +4,11 @@ import re
 
 from starlette.requests import HTTPConnection
 
+# How much is read of a field. Browsers send ten elements; a field that is as long as a request may
+# be would take some milliseconds.
+_MAX_ELEMENTS = 50
+_MAX_PARAMETERS = 10
+
 
 def accepts(connection: HTTPConnection, field: bytes, *names: str) -> bool:
     """Read a field as RFC 9110 section 12.5 has it.
@@ -18,8 +23,9 @@ def accepts(connection: HTTPConnection, field: bytes, *names: str) -> bool:
     """
     for name, value in connection.scope["headers"]:
         if name == field:
-            for element in value.decode("latin-1").lower().split(","):
-                listed, *parameters = element.split(";")
+            elements = value.decode("latin-1").lower().split(",", _MAX_ELEMENTS)
+            for element in elements[:_MAX_ELEMENTS]:
+                listed, *parameters = element.split(";", _MAX_PARAMETERS)
                 if listed.strip() in names:
                     return not any(re.fullmatch(r"\s*q=0(\.0*)?\s*", it) for it in parameters)
     return False
