@@ -49,6 +49,10 @@ _SLICE: Final = 0.02
 _MOST_SLOW: Final = 64
 _MOST_WAITING: Final = 64
 
+# Seconds without work after which the process ends by itself. The other end sees to it sooner,
+# unless its event loop is gone.
+_IDLE: Final = 90.0
+
 # Handshakes at once after which free memory is given back to the kernel, when all have ended. That
 # takes 5 ms, and one handshake up to 144 KiB (measured).
 FEW: Final = 20
@@ -134,7 +138,10 @@ class _Process:
         gc.freeze()
         while True:
             works = self._running or self._slow or self._slow_turn
-            for key, _ in self._selector.select(_SLICE if works else None):
+            events = self._selector.select(_SLICE if works else _IDLE)
+            if not (events or works or self._kept):
+                return
+            for key, _ in events:
                 if key.data:
                     self._hear(key.data)
                 elif not self._read_message():
