@@ -1,5 +1,6 @@
 """The Containerfile, built and run by podman on a Debian of our own."""
 
+import json
 import shutil
 import subprocess
 import tempfile
@@ -50,7 +51,9 @@ def test_the_image_serves_as_nobody_on_a_read_only_root(
     (context / "dist").mkdir(parents=True)
     for source in (ROOT / "Containerfile", ROOT / "constraints.txt"):
         shutil.copy(source, context)
-    shutil.copy(next(wheels.glob("golem_port_checker-*.whl")), context / "dist")
+    wheel = next(wheels.glob("golem_port_checker-*.whl"))
+    shutil.copy(wheel, context / "dist")
+    (context / "dist" / "golem_port_checker-0.0.1-py3-none-any.whl").touch()  # of an older build
     pip = tmp_path / "pip.conf"
     pip.write_text("[global]\nno-index = true\nfind-links = /wheels\n")
 
@@ -64,6 +67,13 @@ def test_the_image_serves_as_nobody_on_a_read_only_root(
         f"--build-arg BASE=localhost/debian --tag localhost/port-checker {context}"
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+    inspected = podman("inspect localhost/port-checker").stdout
+    (image,) = json.loads(inspected)
+    config = image["Config"]
+    assert config["StopSignal"] == "SIGTERM"
+    assert config["Labels"]["org.opencontainers.image.title"] == "golem-port-checker"
+    assert "PORT_CHECKER_HOST=::" in config["Env"]
 
     done = podman(
         f"run --detach --name checker --read-only --cap-drop all --network none {LIMITS} "
