@@ -270,6 +270,12 @@ RESERVE_PORTS = (
     "sysctl -w net.ipv4.ip_local_reserved_ports={ports} (and put it into /etc/sysctl.conf)."
 )
 
+READ_AS_FORWARD = (
+    "{word} is one port, {low}, that is forwarded to {high}. If you mean the ports from {low} to "
+    "{high}, write {low}-{high}."
+)
+READ_AS_LIST = "{word} is two ports, {low} and {high}. If you mean one, write {number}."
+
 # The advice that blames what is before this machine, where nothing got through to it.
 NOTHING_GOT_THROUGH = {NOT_FORWARDED, REFUSED, NOTHING_ARRIVED, TIMED_OUT, ROUTER_REJECTS}
 

@@ -9,11 +9,12 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -33,9 +34,9 @@ _INTERRUPT_PATIENCE = 1.0
 _ALL_REACHABLE, _SOME_UNREACHABLE, _NO_SERVER, _INTERRUPTED = 0, 1, 3, 130
 
 app = typer.Typer(
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",  # which puts the lines of a docstring's paragraph together
+    rich_markup_mode=None,  # whose frames cut examples and defaults off at 40 columns
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -51,7 +52,9 @@ def start(
     context: typer.Context,
     _: Annotated[
         bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+        typer.Option(
+            "--version", "-V", callback=_show_version, is_eager=True, help="Show the version."
+        ),
     ] = False,
 ) -> None:
     """Tells a provider which of its TCP ports the world can reach.
@@ -163,57 +166,81 @@ def health(
     raise typer.Exit(run(url))
 
 
+def _refuse_name(parameter: typer.CallbackParam, value: list[str] | None) -> None:
+    """Say what was meant by an option that there is not."""
+    if value:
+        meant = "--server" if parameter.name == "url" else "ports without an option"
+        raise typer.BadParameter(f"there is no such option: did you mean {meant}?")
+
+
+_Ports = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Ports and port ranges, such as 7466 50800-50899. Where your router forwards a "
+        "port to another one of this machine: outer:inner, such as 60800-60899:50800-50899.",
+        show_default=_DEFAULT_PORTS,
+    ),
+]
+_Servers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--server",
+        envvar="PORT_CHECKER_URL",
+        metavar="URL",
+        help="URL of a port checker to ask; may be repeated.",
+    ),
+]
+_Tls = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PORT",
+        help="Also check the certificate at this port, on which a program of this machine "
+        "serves TLS (HTTPS, say), such as 443 or 443:8443; may be repeated.",
+    ),
+]
+_Ip = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS", help="This machine's public address; by default, what the server sees."
+    ),
+]
+_Ipv4 = Annotated[
+    bool,
+    typer.Option(
+        "-4",
+        "--ipv4",
+        help="Check over IPv4; with -6, over both. By default, IPv4 "
+        "where a server can be reached over it, else IPv6.",
+    ),
+]
+_Ipv6 = Annotated[bool, typer.Option("-6", "--ipv6", help="Check over IPv6.")]
+_All = Annotated[
+    bool,
+    typer.Option(
+        "--all", help="Every server that answers must reach a port; by default, one is enough."
+    ),
+]
+_Url = Annotated[list[str] | None, typer.Option("--url", hidden=True, callback=_refuse_name)]
+_Port = Annotated[
+    list[str] | None, typer.Option("--port", "--ports", hidden=True, callback=_refuse_name)
+]
+
+
 @app.command()
 def check(
-    ports: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Ports and port ranges, such as 7466 50800-50899. Where your router forwards a "
-            "port to another one of this machine: outer:inner, such as 60800-60899:50800-50899.",
-            show_default=_DEFAULT_PORTS,
-        ),
-    ] = None,
-    servers: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--server",
-            envvar="PORT_CHECKER_URL",
-            metavar="URL",
-            help="URL of a port checker to ask; may be repeated.",
-        ),
-    ] = None,
-    tls: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PORT",
-            help="Also check the certificate at this port, on which a program of this machine "
-            "serves TLS (HTTPS, say), such as 443 or 443:8443; may be repeated.",
-        ),
-    ] = None,
-    ip: Annotated[
-        str | None,
-        typer.Option(help="This machine's public address; by default, what the server sees."),
-    ] = None,
-    ipv4: Annotated[
-        bool,
-        typer.Option(
-            "-4",
-            "--ipv4",
-            help="Check over IPv4; with -6, over both. By default, IPv4 "
-            "where a server can be reached over it, else IPv6.",
-        ),
-    ] = False,
-    ipv6: Annotated[bool, typer.Option("-6", "--ipv6", help="Check over IPv6.")] = False,
-    every_server: Annotated[
-        bool,
-        typer.Option(
-            "--all", help="Every server that answers must reach a port; by default, one is enough."
-        ),
-    ] = False,
+    ports: _Ports = None,
+    servers: _Servers = None,
+    tls: _Tls = None,
+    ip: _Ip = None,
+    ipv4: _Ipv4 = False,
+    ipv6: _Ipv6 = False,
+    every_server: _All = False,
     as_json: Annotated[
         bool,
         typer.Option("--json", help="Print one JSON document; with -4 -6, a list of two."),
     ] = False,
+    url: _Url = None,  # noqa: ARG001  # refused
+    port: _Port = None,  # noqa: ARG001  # refused
 ) -> None:
     """Check that the world can reach this machine on its ports.
 
@@ -223,6 +250,93 @@ def check(
     Exit status: 0 all ports are reachable and certificates valid, 1 some are not, 2 wrong usage,
     3 no server could check them, 130 interrupted.
     """
+    run = _prepare(ports, servers, tls, ip, ipv4, ipv6, quiet=as_json)
+    try:
+        _raise_signals()
+        with _ended_by_interrupts():
+            reports = run()
+        _print(reports, as_json)
+    except KeyboardInterrupt:
+        raise typer.Exit(_INTERRUPTED) from None
+    except _Ended as end:
+        _end_by(end.number)
+    except OSError as error:  # out of files or memory, say
+        typer.echo(f"port-checker: cannot check anything: {error.strerror or error}", err=True)
+        raise typer.Exit(_NO_SERVER) from None
+    raise typer.Exit(_status(reports, every_server))
+
+
+@app.command(name="watch")
+def watch_ports(
+    ports: _Ports = None,
+    servers: _Servers = None,
+    tls: _Tls = None,
+    ip: _Ip = None,
+    ipv4: _Ipv4 = False,
+    ipv6: _Ipv6 = False,
+    every_server: _All = False,
+    every: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", min=60, help="Seconds between checks, about; at least 60."),
+    ] = 600,
+    on_change: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COMMAND",
+            help="Run this at each change; the new report is on its stdin, as check --json has it.",
+        ),
+    ] = None,
+    url: _Url = None,  # noqa: ARG001  # refused
+    port: _Port = None,  # noqa: ARG001  # refused
+) -> None:
+    """Check again and again, and print only what changes: beside a running provider, say.
+
+    Each change is a line with its time. It runs until it is ended.
+
+    Exit status: after SIGTERM that of the last check (see check), 130 interrupted.
+    """
+    from port_checker.provider.watch import log, run_command, watch
+
+    run = _prepare(ports, servers, tls, ip, ipv4, ipv6, quiet=True)
+    command = shlex.split(on_change) if on_change else []
+    status = _NO_SERVER
+
+    def run_and_remember() -> "Sequence[Report]":
+        nonlocal status
+        reports = run()
+        status = _status(reports, every_server)
+        return reports
+
+    def tell(lines: Sequence[str], reports: "Sequence[Report]") -> None:
+        log(lines)
+        if command:
+            run_command(command, _document(reports))
+
+    try:
+        _raise_signals()
+        watch(run_and_remember, every, tell)
+    except KeyboardInterrupt:
+        raise typer.Exit(_INTERRUPTED) from None
+    except _Ended as end:
+        if end.number != signal.SIGTERM:
+            _end_by(end.number)
+        raise typer.Exit(status) from None
+    except OSError as error:
+        typer.echo(f"port-checker: cannot go on: {error.strerror or error}", err=True)
+        raise typer.Exit(_NO_SERVER) from None
+
+
+def _prepare(
+    ports: Sequence[str] | None,
+    servers: Sequence[str] | None,
+    tls: Sequence[str] | None,
+    ip: str | None,
+    ipv4: bool,
+    ipv6: bool,
+    *,
+    quiet: bool,
+) -> "Callable[[], list[Report]]":
+    """Read the arguments of a check; return what makes it."""
     from port_checker.linux import raise_descriptor_limit
 
     pairs = _parse_ports(ports or [_DEFAULT_PORTS], "PORTS")
@@ -235,39 +349,77 @@ def check(
     if ip is not None:
         _require_address(ip, families)
     raise_descriptor_limit()
-    try:
-        _raise_interrupts()
-        with _ended_by_interrupts():
-            reports = [
-                _verify(pairs, endpoints, servers, ip, family, quiet=as_json) for family in families
-            ]
-        _print(reports, as_json)
-    except KeyboardInterrupt:
-        raise typer.Exit(_INTERRUPTED) from None
-    except OSError as error:  # out of files or memory, say
-        typer.echo(f"port-checker: cannot check anything: {error.strerror or error}", err=True)
-        raise typer.Exit(_NO_SERVER) from None
+    hints = list(_hints(ports or []))
+
+    def run() -> "list[Report]":
+        reports = [
+            _verify(pairs, endpoints, servers, ip, family, quiet=quiet) for family in families
+        ]
+        return [dataclasses.replace(report, notes=[*report.notes, *hints]) for report in reports]
+
+    return run
+
+
+def _status(reports: "Sequence[Report]", every_server: bool) -> int:
+    """Return the exit status that reports make."""
+    ports = [port for report in reports for port in report.ports]
     if not any(server.asked for report in reports for server in report.servers):
-        raise typer.Exit(_NO_SERVER)
-    all_good = all(
-        report.reachable == report.total and all(endpoint.valid for endpoint in report.tls)
-        for report in reports
-    ) and not (
-        every_server
-        and any(
-            not verdict.accessible
-            for report in reports
-            for port in report.ports
-            for verdict in port.answers.values()
-        )
+        could_listen = any(port.local in ("bound", "in use") for port in ports)
+        return _NO_SERVER if could_listen or not ports else _SOME_UNREACHABLE
+    verdicts = [verdict for port in ports for verdict in port.answers.values()]
+    all_good = (
+        all(port.reachable for port in ports)
+        and all(endpoint.valid for report in reports for endpoint in report.tls)
+        and not (every_server and not all(verdict.accessible for verdict in verdicts))
     )
-    raise typer.Exit(_ALL_REACHABLE if all_good else _SOME_UNREACHABLE)
+    return _ALL_REACHABLE if all_good else _SOME_UNREACHABLE
+
+
+def _hints(words: Iterable[str]) -> Iterator[str]:
+    """Say what is read otherwise than it may be meant."""
+    from port_checker.advice import READ_AS_FORWARD, READ_AS_LIST
+
+    for word in words:
+        if match := re.fullmatch("([0-9]{1,5}):([0-9]{1,5})", word):
+            low, high = int(match[1]), int(match[2])
+            if low < high and low // 100 == high // 100:
+                yield READ_AS_FORWARD.format(word=word, low=low, high=high)
+        elif match := re.fullmatch("([1-9][0-9]?),([0-9]{3})", word):
+            low, high = int(match[1]), int(match[2])
+            yield READ_AS_LIST.format(word=word, low=low, high=high, number=f"{low}{match[2]}")
 
 
 def _raise_interrupts() -> None:
     """Have an interrupt raised as ``KeyboardInterrupt`` from here on, not end the process."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class _Ended(BaseException):
+    """A signal is to end the program, which restores the terminal's cursor first."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _raise_signals() -> None:
+    """Have signals that end the program raise exceptions from here on, unless they are ignored."""
+
+    def end(number: int, _: object) -> None:
+        raise _Ended(number)
+
+    _raise_interrupts()
+    for number in signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, end)
+
+
+def _end_by(number: int) -> NoReturn:
+    """End as the signal does by default."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    os._exit(128 + number)
 
 
 @contextlib.contextmanager
@@ -313,13 +465,22 @@ def _verify(
 
     check = functools.partial(verify, pairs, servers=servers, tls=endpoints, ip=ip, family=family)
     on_terminal = sys.stderr is not None and sys.stderr.isatty()  # None if it was closed
-    if quiet or not on_terminal:
+    if not on_terminal:
+        return asyncio.run(check(on_progress=_tell_wait))
+    if quiet:
         return asyncio.run(check())
 
     from port_checker.provider.screen import progress
 
     with progress(len(pairs)) as (on_progress, on_checked):
         return asyncio.run(check(on_progress=on_progress, on_checked=on_checked))
+
+
+def _tell_wait(text: str) -> None:
+    """Where there is no terminal, say what is waited for, and nothing else."""
+    if "next attempt in" in text and sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"port-checker: {text}\n")
 
 
 def _print(reports: Sequence["Report"], as_json: bool) -> None:
@@ -341,8 +502,7 @@ def _write(reports: Sequence["Report"], as_json: bool) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a server's words may not fit the encoding
     if as_json:
-        documents = [dataclasses.asdict(report, dict_factory=_in_words) for report in reports]
-        typer.echo(json.dumps(documents if len(documents) > 1 else documents[0], indent=2))
+        typer.echo(_document(reports))
     else:
         from rich.console import Console
 
@@ -354,6 +514,12 @@ def _write(reports: Sequence["Report"], as_json: bool) -> None:
                 show(report, console)
         sys.stdout.write(capture.get())
     sys.stdout.flush()
+
+
+def _document(reports: Sequence["Report"]) -> str:
+    """Return a report as JSON, or a list of several."""
+    documents = [dataclasses.asdict(report, dict_factory=_in_words) for report in reports]
+    return json.dumps(documents if len(documents) > 1 else documents[0], indent=2)
 
 
 def _in_words(fields: Sequence[tuple[str, object]]) -> dict[str, object]:
@@ -380,6 +546,10 @@ def _parse_ports(words: Iterable[str], param_hint: str) -> list[tuple[int, int]]
     """
     pairs: dict[tuple[int, int], None] = {}
     for word in re.split(r"[\s,]+", " ".join(words).strip(" ,")):
+        if "://" in word:
+            raise typer.BadParameter(
+                "that is a URL: did you mean to put --server before it?", param_hint=param_hint
+            )
         outer, _, inner = word.partition(":")
         outers, inners = _parse_range(outer), _parse_range(inner if ":" in word else outer)
         if not outers or len(outers) != len(inners):

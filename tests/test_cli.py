@@ -37,6 +37,7 @@ from tests.support.scripted import (
     connected,
     raw_server,
     refusal,
+    refused,
     scripted,
     verdicts,
 )
@@ -144,9 +145,9 @@ def test_some_not_reachable_and_one_server_of_two_down() -> None:
         urls = f"{broken.url} {server.url}"
         done = run("check", str(one), str(other), PORT_CHECKER_URL=urls)
     assert done.out.splitlines() == [
-        f"{one}: bound; reachable.",
         f"{other}: bound; {REFUSED}. {advice.NETWORK_FIREWALL}",
-        f"{broken.url}: {BROKEN_SAYS} from {SERVER}: is this a port checker?.",
+        f"{one}: bound; reachable.",
+        f"{broken.url}: {BROKEN_SAYS} from {SERVER}: is this a port checker?",
         advice.SERVER_HERE.format(url=broken.url),
         advice.SERVER_HERE.format(url=server.url),
         "1 of 2 ports of 127.0.0.1 are reachable over IPv4.",
@@ -426,7 +427,7 @@ def on_screen(directory: Path, *words: str) -> Iterator[Screen]:
 
 
 @needs_tmux
-def test_what_it_waits_for_and_the_table_on_a_terminal(tmp_path: Path) -> None:
+def test_what_it_waits_for_and_success_on_a_terminal(tmp_path: Path) -> None:
     done = threading.Event()
     ports = free_ports(100)
 
@@ -443,9 +444,52 @@ def test_what_it_waits_for_and_the_table_on_a_terminal(tmp_path: Path) -> None:
         finally:
             done.set()
         lines = screen.wait_for("status=0")
-    assert lines[0].startswith("┏")  # what was shown while it waited is gone
-    assert any(re.search(rf"{written(ports)} +│ bound +│ reachable", line) for line in lines)
+    # What was shown while it waited is gone, and success is one line.
+    assert lines[0].startswith(f"{server.url} runs on this machine")
     assert "100 of 100 ports of 127.0.0.1 are reachable over IPv4." in lines
+    assert not any("bound" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["http://h:1"], "did you mean to put --server before it?"),
+        (["--url", "http://h"], "did you mean --server?"),
+        (["--ports", "80"], "did you mean ports without an option?"),
+    ],
+)
+def test_what_was_meant(words: list[str], expected: str) -> None:
+    done = run("check", *words)
+    assert done.status == 2
+    assert expected in done.complaint
+
+
+def test_ports_that_may_be_meant_otherwise_make_a_note() -> None:
+    ports = free_ports(1)
+    with scripted(refused) as server:
+        done = run("check", "50810:50899", "--server", server.url)
+        assert "If you mean the ports from 50810 to 50899, write 50810-50899." in done.out
+        done = run("check", f"{ports[0]}", "--server", server.url)
+        assert "If you mean" not in done.out
+
+
+def test_watching_tells_how_things_are_and_ends_with_the_last_status(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    changes = tmp_path / "changes"
+    command = f"sh -c 'cat > {changes}.new && mv {changes}.new {changes}'"
+    with scripted(refused) as server:
+        words = ["watch", str(port), "--server", server.url, "--on-change", command]
+        process = subprocess.Popen([*PORT_CHECKER, *words], stdout=subprocess.PIPE, text=True)
+        with process:
+            assert process.stdout
+            first = process.stdout.readline()
+            second = process.stdout.readline()
+            wait_until(changes.exists, "the command")
+            process.terminate()
+            assert process.wait(60) == 1
+    assert first.endswith("0 of 1 ports of 127.0.0.1 are reachable over IPv4\n")
+    assert f" {port}: not reachable: Connection refused. " in second
+    assert json.loads(changes.read_text())["reachable"] == 0
 
 
 def never_answering(asked: threading.Event, done: threading.Event) -> Callable[..., Answer]:

@@ -36,6 +36,7 @@ _MAX_TEXT_LENGTH = 300
 _BIND_ATTEMPTS = 50
 _PRIVILEGED = 1024
 _READ_SIZE = 65536
+SILENCE = "does not answer in time"
 # Seconds for a look-up. The C library asks each DNS server twice for 5 s (resolv.conf(5)).
 _LOOKUP_TIMEOUT = 10.0
 
@@ -252,7 +253,7 @@ class HttpClient:
             finally:
                 writer.transport.abort()
         except TimeoutError:
-            raise HttpError("does not answer in time", passes=True, timed_out=True) from None
+            raise HttpError(SILENCE, passes=True, timed_out=True) from None
         except ssl.SSLCertVerificationError as error:
             raise HttpError(f"TLS failed: {error.verify_message}", passes=False) from None
         except ssl.SSLError as error:

@@ -305,9 +305,9 @@ class Server:
         ends = response.local, response.remote
         if response.status == HTTPStatus.OK:
             results = _parse(CheckPortsResponse, response, self.url).results
-            if list(results) != [str(port) for port in ports]:
+            if results.keys() != {str(port) for port in ports}:
                 raise ServerError("reported on other ports than it was asked about")
-            found = dict(zip(ports, map(_read_verdict, results.values()), strict=True))
+            found = {port: _read_verdict(results[str(port)]) for port in ports}
             return Answers(
                 {port: said for port, said in found.items() if isinstance(said, Verdict)},
                 frozenset(),

@@ -1,8 +1,10 @@
 """Shows a report: a table on a terminal, plain lines elsewhere."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.padding import Padding
@@ -12,7 +14,9 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     SpinnerColumn,
+    Task,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Column, Table
@@ -29,8 +33,8 @@ from port_checker.provider.report import (
     reached_at,
 )
 
-# A narrower terminal has no room for four columns.
-_MIN_TABLE_WIDTH = 64
+# A narrower terminal has no room for four columns and readable advice.
+_MIN_TABLE_WIDTH = 100
 
 
 @dataclass(frozen=True)
@@ -55,16 +59,44 @@ def show(report: Report, console: Console) -> None:
         console: Where to print it; without markup, emoji codes and highlighting.
     """
     rows = [*_rows(report.ports), *map(_tls_row, report.tls)]
+    rows.sort(key=lambda row: not row.advice)  # what is bad first
+    all_good = not report.tls and not any(row.advice for row in rows)
+    if console.is_terminal and (all_good or _is_unchecked(report)):
+        rows = []
     if not console.is_terminal:
         for row in rows:
             line = f"{row.ports}: {row.local}; {row.outside}. {row.advice}".rstrip()
             console.print(line, soft_wrap=True)
     elif console.width < _MIN_TABLE_WIDTH:
         _show_blocks(rows, console)
-    else:
+    elif rows:
         _show_table(rows, console)
-    for note in _notes(report):
+    for note in _notes(report, show_reason=console.is_terminal and _is_unchecked(report)):
         console.print(note, soft_wrap=not console.is_terminal)
+    for total in _totals(report):
+        console.print(Text(total, "green" if all_good else ""), soft_wrap=not console.is_terminal)
+
+
+class _Countdown(TextColumn):
+    """What is happening; a time until the next attempt counts down."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._text, self._since = "", 0.0
+
+    def render(self, task: Task) -> Text:
+        """Render the description as it is now."""
+        now = task.get_time()
+        if task.description != self._text:
+            self._text, self._since = task.description, now
+        passed = int(now - self._since)
+        return Text(
+            re.sub(
+                r"(?<=next attempt in )[0-9]+",
+                lambda seconds: str(max(0, int(seconds[0]) - passed)),
+                self._text,
+            )
+        )
 
 
 @contextmanager
@@ -80,11 +112,15 @@ def progress(
     Yields:
         ``on_progress`` and ``on_checked`` of ``verify``.
     """
-    columns: list[ProgressColumn] = [SpinnerColumn("line")]
+    whole = Column(no_wrap=True, min_width=1)
+    columns: list[ProgressColumn] = [
+        SpinnerColumn("line", table_column=whole),
+        TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=len("0:00:00"))),
+    ]
     if ports > MAX_PORTS_PER_REQUEST:
         columns += [BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn()]
     one_line = Column(no_wrap=True, overflow="crop")  # else a narrow terminal would keep pieces
-    columns.append(TextColumn("{task.description}", markup=False, table_column=one_line))
+    columns.append(_Countdown("{task.description}", markup=False, table_column=one_line))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=ports)
         yield (
@@ -116,12 +152,17 @@ def _show_blocks(rows: Iterable[_Row], console: Console) -> None:
 
 
 def _rows(ports: Iterable[PortReport]) -> Iterator[_Row]:
-    groups: dict[tuple[str, str, str], list[PortPair]] = {}
+    groups: dict[tuple[str, str], tuple[list[PortPair], list[str]]] = {}
     for port in ports:
-        key = (str(port.local), _outside(port), port.advice or "")
-        groups.setdefault(key, []).append(PortPair(port.port, port.inner))
-    for key, pairs in groups.items():
-        yield _Row(port_ranges(pairs), *key)
+        # What has one cause shares a row, whatever its words from outside.
+        key = (str(port.local), port.advice or _outside(port))
+        pairs, outsides = groups.setdefault(key, ([], []))
+        pairs.append(PortPair(port.port, port.inner))
+        if (outside := _outside(port)) not in outsides:
+            outsides.append(outside)
+    for (local, advice), (pairs, outsides) in groups.items():
+        outside = " / ".join(outsides)
+        yield _Row(port_ranges(pairs), local, outside, "" if advice == outside else advice)
 
 
 def _tls_row(endpoint: TlsReport) -> _Row:
@@ -155,14 +196,23 @@ def _outside(port: PortReport) -> str:
     return outside
 
 
-def _notes(report: Report) -> Iterator[str]:
-    in_rows = any(not port.answers for port in report.ports)
+def _is_unchecked(report: Report) -> bool:
+    """Whether no server checked anything, and that is all there is to say."""
+    is_checked = any(server.asked for server in report.servers)
+    return not is_checked and all(port.local in ("bound", "in use") for port in report.ports)
+
+
+def _notes(report: Report, *, show_reason: bool) -> Iterator[str]:
+    in_rows = not show_reason and any(not port.answers for port in report.ports)
     for server in report.servers:
         if server.error and server.asked:
             yield sentence(f"{server.url} checked only some of the ports: {server.error}.")
         elif server.error and not in_rows:
             yield sentence(f"{server.url}: {server.error}.")
     yield from report.notes
+
+
+def _totals(report: Report) -> Iterator[str]:
     at_each = reached_at(report.servers, report.ports)
     if len(at_each) < 2:
         yield _total(report, report.reachable, report.ip or "this machine")

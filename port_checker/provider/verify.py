@@ -23,7 +23,7 @@ from port_checker.linux import (
 )
 from port_checker.provider.certificates import judge_tls
 from port_checker.provider.evidence import Attempt, Capture
-from port_checker.provider.http_client import HttpClient, LocalPorts, ServerUrl
+from port_checker.provider.http_client import SILENCE, HttpClient, LocalPorts, ServerUrl
 from port_checker.provider.listeners import MAX_HELD, Listeners
 from port_checker.provider.notes import notes
 from port_checker.provider.origin import Contact, Nearness, Witness, by_peer, is_own, learn_peers
@@ -334,9 +334,9 @@ class _Check:
         reached_here = {pair.outer for pair in self.pairs if pair.inner in self.seen(contacts)}
         for contact in contacts:
             verdicts = answers[contact.url].verdicts
-            if contact.error and not verdicts:  # even its answer got lost
+            if contact.error == SILENCE and not verdicts:  # even its answer got lost
                 came = self.seen([contact], self.witness.seen(self.start)) & self._inner()
-                if came:
+                if came and contact.nearness is Nearness.OUTSIDE:
                     banned[contact.url] = len(came & reached_here)
                 continue
             lost = [pair.outer for pair in self.pairs if self._is_lost(answers, pair)]
