@@ -289,7 +289,7 @@ def test_servers_that_list_each_other_and_themselves_ask_once(trusted: str) -> N
         allowed_networks=LOOPBACK,
     )
     first, second = (create_app(settings, checker=checker) for checker in checkers)
-    with serve(first, port=ports[0]) as client, serve(second, port=ports[1]) as other:
+    with serve(first, on_port=ports[0]) as client, serve(second, on_port=ports[1]) as other:
         other.get("/health").raise_for_status()
         assert ask(client, 80).json()["success"] is True
     # Here, and what this server and the other were asked in turn before the outcome was settled.

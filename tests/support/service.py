@@ -40,7 +40,7 @@ def serve(
     app: FastAPI | None = None,
     host: str = "127.0.0.1",
     limits: ConnectionLimits | None = None,
-    port: int = 0,
+    on_port: int = 0,
     **values: Any,
 ) -> Iterator[httpx.Client]:
     """Serve an application from a thread, on a port of its own.
@@ -49,14 +49,14 @@ def serve(
         app: The application; else one is made of the settings.
         host: The address to listen on.
         limits: Of the connections.
-        port: The port; else one that is free.
+        on_port: The port to listen on; else one that is free, whatever the settings say.
         values: Settings, by field name.
 
     Yields:
         A client of it.
     """
     settings = Settings(**values)
-    with listen(host, port) as listener:
+    with listen(host, on_port) as listener:
         make_app = functools.partial(create_app, settings) if app is None else lambda: app
         limits = limits or ConnectionLimits(
             1000, trusted_proxies=settings.trusted_proxies, log_refusal=RefusalLog().add
