@@ -29,6 +29,7 @@ from port_checker.schemas import (
     ErrorResponse,
     Health,
     InvalidRequest,
+    port_results_json,
 )
 from port_checker.tls import TlsVerdict, TlsVerdictKind
 
@@ -241,15 +242,14 @@ def test_the_documented_errors() -> None:
 
 
 def test_responses_to_the_byte() -> None:
-    answer = CheckPortsResponse.of({50801: REFUSED, 7466: OPEN, 50800: OPEN})
-    assert answer.model_dump_json() == (
+    assert port_results_json({50801: REFUSED, 7466: OPEN, 50800: OPEN}) == (
         '{"success":true,'
         '"results":{"50801":{"accessible":false,"error":"Connection refused"},'
         '"7466":{"accessible":true,"error":null},'
         '"50800":{"accessible":true,"error":null}},'
         '"message":"Successfully verified 2 out of 3 ports"}'
     )
-    assert CheckPortsResponse.of({1: REFUSED}).model_dump_json() == (
+    assert port_results_json({1: REFUSED}) == (
         '{"success":false,"results":{"1":{"accessible":false,"error":"Connection refused"}},'
         '"message":"Successfully verified 0 out of 1 ports"}'
     )
@@ -268,7 +268,7 @@ def test_responses_to_the_byte() -> None:
     ],
 )
 def test_a_verdict_is_read_as_it_was_sent(verdict: Verdict) -> None:
-    sent = CheckPortsResponse.of({1: verdict}).model_dump_json()
+    sent = port_results_json({1: verdict})
     assert CheckPortsResponse.model_validate_json(sent).results["1"].verdict == verdict
 
 

