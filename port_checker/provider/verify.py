@@ -432,6 +432,9 @@ class _Check:
         elsewhere = {} if is_server_here else self._elsewhere(answers, attempts)
         listeners = self.witness.listeners
         came = self.witness.seen(self.start)
+        places = {contact.url: self._place(contact) for contact in counted}
+        nowhere = Place(family=self.family)
+        shows_holders = shows_sockets()
         reports = []
         for pair in self.pairs:
             verdicts = _verdicts(answers, pair)
@@ -459,15 +462,15 @@ class _Check:
                 arrives_at=arrives_at,
                 banned=banned,
                 unused=pair.outer in elsewhere and attempts[elsewhere[pair.outer]].refused,
-                holders=listeners.holders.get(pair.inner, ()) if shows_sockets() else None,
+                holders=listeners.holders.get(pair.inner, ()) if shows_holders else None,
                 checked=pair.inner in listeners.checked,
                 bind_error=listeners.errors.get(pair.inner, 0),
                 other_family=pair.inner in listeners.other_family,
                 excluded=any(pair.outer in answer.excluded for answer in answers.values()),
                 reason=_join(errors | _failures(answers, pair)) or "no server was asked",
             )
-            contact = next((c for c in counted if c.url in verdicts), None)
-            reports.append(judge(observed, self._place(contact)))
+            url = next((c.url for c in counted if c.url in verdicts), None)
+            reports.append(judge(observed, places[url] if url else nowhere))
         return reports
 
     def _unknown(self, contacts: Sequence[Contact], peers: set[Address]) -> set[Address]:
@@ -475,7 +478,7 @@ class _Check:
         return {
             peer
             for peer in peers
-            if not (is_own(peer) or any(c.has_peer(peer) or peer in c.strangers for c in contacts))
+            if not (any(c.has_peer(peer) or peer in c.strangers for c in contacts) or is_own(peer))
         }
 
     def _elsewhere(
@@ -545,7 +548,7 @@ class _Check:
         await self.witness.listeners.wait_until_seen(
             ports,
             self.waits.late_connections,
-            ignored=lambda peer: is_own(peer) and not _is_servers(contacts, peer),
+            ignored=lambda peer: not _is_servers(contacts, peer) and is_own(peer),
         )
 
 
