@@ -331,7 +331,7 @@ class _Check:
         """
         passed, banned = 0, {}
         answers = dict(answers)
-        reached_here = {pair.outer for pair in self.pairs if pair.inner in self.seen(contacts)}
+        reached_here = self.seen(contacts)
         for contact in contacts:
             verdicts = answers[contact.url].verdicts
             if contact.error == SILENCE and not verdicts:  # even its answer got lost
