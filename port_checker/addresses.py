@@ -68,6 +68,7 @@ def lies_in(address: Address, networks: Iterable[Network]) -> bool:
     return any(address in network for network in networks)
 
 
+@functools.lru_cache(maxsize=1024)  # a request needs the same two or three, several times
 def subscriber(address: Address) -> str:
     """Return what one subscriber of a network has: an IPv4 address, or an IPv6 /64 (RFC 6177).
 
@@ -78,6 +79,7 @@ def subscriber(address: Address) -> str:
     return str(address)
 
 
+@functools.lru_cache(maxsize=1024)
 def site(address: Address) -> str | None:
     """Return the /48 of an IPv6 address, the most that one site is given (RFC 6177); else None."""
     return _prefix(address, 48) if isinstance(address, IPv6Address) else None

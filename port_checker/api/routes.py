@@ -209,8 +209,10 @@ class Api:
         with CheckRecord(caller, target, len(ports), self._metrics) as record:
             others = self._perspectives_for(request)
             places = others.places if others else 1
-            admitted = self._admission.admit(request, caller, target, len(ports), places=places)
-            async with admitted as room:
+            admitted = await self._admission.admit(
+                request, caller, target, len(ports), places=places
+            )
+            with admitted as room:
                 if others:
                     tell = on_final if others.observes else None
                     own = self._checker.check(target, ports, room, tell)
@@ -241,7 +243,7 @@ class Api:
         with CheckRecord(caller, target, 1, self._metrics) as record:
             others = self._perspectives_for(request)
             places = others.places if others else 1
-            async with self._admission.admit(
+            with await self._admission.admit(
                 request, caller, target, 1, places=places, is_tls=True
             ):
                 own = self._checker.check_tls(

@@ -5,6 +5,7 @@ scanner of other people's machines and of the network it runs in.
 """
 
 import asyncio
+import functools
 import logging
 from collections.abc import Callable
 from ipaddress import IPv4Network, IPv6Address, IPv6Network
@@ -106,6 +107,7 @@ _OWN_ROUTES = {RouteType.LOCAL, RouteType.BROADCAST, RouteType.ANYCAST}
 _GLOBAL_UNICAST_IPV6 = IPv6Network("2000::/3")  # RFC 4291 section 2.4
 
 
+@functools.lru_cache(maxsize=1024)  # a request asks twice about the same address
 def special_purpose(address: Address) -> str | None:
     """Return what kind of address this is if it is not public unicast, and None if it is.
 
