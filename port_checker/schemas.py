@@ -7,7 +7,7 @@ from codecs import BOM_UTF8
 from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import IPv6Address
-from typing import Annotated, Final, Literal, Self, TypeVar
+from typing import Annotated, Final, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -148,13 +148,16 @@ def parse_port(text: str) -> int:
     return int(port)
 
 
-def _parse(model: type[_RequestT], body: bytes, context: Mapping[str, int]) -> _RequestT:
+def _read_json(body: bytes) -> object:
     try:
-        document = from_json(body.removeprefix(BOM_UTF8), allow_inf_nan=False)
+        return from_json(body.removeprefix(BOM_UTF8), allow_inf_nan=False)
     except ValueError as error:
         raise InvalidRequest(
             ErrorCode.INVALID_REQUEST, f"The body is not valid JSON in UTF-8: {error}."
         ) from None
+
+
+def _validate(model: type[_RequestT], document: object, context: Mapping[str, int]) -> _RequestT:
     try:
         return model.model_validate(document, context=context)
     except ValidationError as error:
@@ -168,6 +171,13 @@ def _parse(model: type[_RequestT], body: bytes, context: Mapping[str, int]) -> _
         case code:
             raise InvalidRequest(ErrorCode(code), first["msg"])
     raise InvalidRequest(ErrorCode.INVALID_REQUEST, message)
+
+
+class PortsToCheck(NamedTuple):
+    """What a valid ``CheckPortsRequest`` asks for."""
+
+    provider_ip: Address
+    ports: list[int]
 
 
 class CheckPortsRequest(BaseModel):
@@ -193,7 +203,7 @@ class CheckPortsRequest(BaseModel):
     ]
 
     @classmethod
-    def parse(cls, body: bytes, max_ports: int) -> Self:
+    def parse(cls, body: bytes, max_ports: int) -> PortsToCheck:
         """Read a request's body.
 
         Args:
@@ -204,7 +214,28 @@ class CheckPortsRequest(BaseModel):
             InvalidRequest: The message names the first error, in the order body,
                 ``provider_ip``, ``ports``.
         """
-        return _parse(cls, body, {"max_ports": max_ports})
+        document = _read_json(body)
+        # pydantic takes four times as long (measured), and finds out what is wrong.
+        if plain := _plain_ports_request(document, max_ports):
+            return plain
+        request = _validate(cls, document, {"max_ports": max_ports})
+        return PortsToCheck(request.provider_ip, request.ports)
+
+
+def _plain_ports_request(document: object, max_ports: int) -> PortsToCheck | None:
+    """Return a request as nearly all are: valid, and with integers for ports."""
+    if not isinstance(document, dict):
+        return None
+    text, ports = document.get("provider_ip"), document.get("ports")
+    if not (isinstance(text, str) and isinstance(ports, list) and 0 < len(ports) <= max_ports):
+        return None
+    # bool is a subclass of int.
+    if set(map(type, ports)) != {int} or min(ports) < 1 or max(ports) > MAX_PORT:
+        return None
+    try:
+        return PortsToCheck(parse_address(text), list(dict.fromkeys(ports)))
+    except ValueError:
+        return None
 
 
 # What an error of a port means. One that is not here is of another kind.
@@ -365,7 +396,7 @@ class CheckTlsRequest(BaseModel):
             InvalidRequest: The message names the first error, in the order body, ``host``,
                 ``expected_ip``, ``port``.
         """
-        return _parse(cls, body, {})
+        return _validate(cls, _read_json(body), {})
 
     @property
     def target(self) -> Address:

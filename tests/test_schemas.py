@@ -29,6 +29,7 @@ from port_checker.schemas import (
     ErrorResponse,
     Health,
     InvalidRequest,
+    PortsToCheck,
     port_results_json,
 )
 from port_checker.tls import TlsVerdict, TlsVerdictKind
@@ -58,7 +59,7 @@ def with_port(port: str) -> bytes:
     return asking(ports=f"[80, {port}, 81]")
 
 
-def parse(body: bytes, max_ports: int = 1000) -> CheckPortsRequest:
+def parse(body: bytes, max_ports: int = 1000) -> PortsToCheck:
     return CheckPortsRequest.parse(body, max_ports)
 
 

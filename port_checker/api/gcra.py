@@ -57,27 +57,22 @@ class MemoryStore:
             For each charge, the seconds after which its limit would let it through: 0 unless it
             refuses.
         """
-        arrivals = [
-            max(now, self._arrivals.get(charge.key, now)) + charge.cost * charge.interval
-            for charge in charges
-        ]
-        waits = [
-            _wait(arrival - now - charge.capacity * charge.interval)
-            for charge, arrival in zip(charges, arrivals, strict=True)
-        ]
+        arrivals = {}
+        waits = []
+        for key, interval, capacity, cost in charges:
+            arrival = max(now, self._arrivals.get(key, now)) + cost * interval
+            early = arrival - now - capacity * interval
+            arrivals[key] = arrival
+            waits.append(early if early > _TOLERANCE else 0.0)
         is_refused = any(waits)
-        for charge, arrival in zip(charges, arrivals, strict=True):
+        for key, arrival in arrivals.items():
             if not is_refused:
-                self._arrivals[charge.key] = arrival
-            if charge.key in self._arrivals:  # used, also by who is refused
-                self._arrivals.move_to_end(charge.key)
+                self._arrivals[key] = arrival
+            if key in self._arrivals:  # used, also by who is refused
+                self._arrivals.move_to_end(key)
         while len(self) > self._max_keys:
             self._arrivals.popitem(last=False)
         return waits
-
-
-def _wait(early: float) -> float:
-    return early if early > _TOLERANCE else 0.0
 
 
 # The same in Redis, by its clock, for any number of payments in one call. Of each payment, ARGV

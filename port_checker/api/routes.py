@@ -305,7 +305,8 @@ async def _read_body(request: Request) -> bytes:
         ApiError: It is longer than ``MAX_BODY``; no more than that was read.
     """
     body = bytearray()
-    is_too_large = int(request.headers.get("content-length", "0")) > MAX_BODY
+    lengths = [value for name, value in request.scope["headers"] if name == b"content-length"]
+    is_too_large = bool(lengths) and int(lengths[0]) > MAX_BODY
     while not is_too_large:
         message = await request.receive()
         if message["type"] == "http.disconnect":

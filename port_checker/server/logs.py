@@ -1,6 +1,7 @@
 """One line for each event, on stderr: for a terminal, for systemd's journal, or plain."""
 
 import contextlib
+import functools
 import logging
 import logging.config
 import os
@@ -86,14 +87,17 @@ def _formatter() -> dict[str, Any]:
     return {"class": "port_checker.server.logs.PlainFormatter", "format": _PLAIN}
 
 
+@functools.lru_cache(maxsize=4)  # many lines are of one second
+def _local_time(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).astimezone().isoformat()
+
+
 class PlainFormatter(logging.Formatter):
     """Begins each line with the time and its offset from UTC, as RFC 3339 has it."""
 
     def formatTime(self, record: logging.LogRecord, _: str | None = None) -> str:  # noqa: N802  # logging's
         """Return the local time of a record."""
-        return (
-            datetime.fromtimestamp(record.created, UTC).astimezone().isoformat(timespec="seconds")
-        )
+        return _local_time(int(record.created))
 
 
 class ColouredFormatter(PlainFormatter, ColoredFormatter):

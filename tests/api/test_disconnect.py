@@ -22,7 +22,7 @@ from tests.support.waiting import wait_until
 
 
 class EndlessChecker(Checker):
-    """A checker whose checks last until they are cancelled, which takes them a turn."""
+    """A checker whose checks last until they are cancelled, which takes them some turns."""
 
     def __init__(self) -> None:
         super().__init__(retries=1, retry_delay=0, timeout=1, max_in_flight=100)
@@ -34,7 +34,8 @@ class EndlessChecker(Checker):
             await asyncio.Event().wait()
         except asyncio.CancelledError:
             self.cancelled += 1
-            await asyncio.sleep(0)
+            for _ in range(4):
+                await asyncio.sleep(0)
             raise
         finally:
             self.running -= 1

@@ -25,7 +25,7 @@ from port_checker.addresses import Address, Network, lies_in, parse_address, par
 from port_checker.api.caller import CallerResolver
 from port_checker.api.errors import STATUS
 from port_checker.api.targets import TargetNotAllowed, TargetRules, special_purpose
-from port_checker.schemas import CheckPortsRequest, InvalidRequest
+from port_checker.schemas import CheckPortsRequest, InvalidRequest, PortsToCheck
 from port_checker.server.connections import ConnectionLimits
 from port_checker.settings import Settings
 from tests.support.http import check_of
@@ -169,7 +169,7 @@ near_valid = st.fixed_dictionaries(
 )
 
 
-def request_or_none(body: bytes, most: int = 1000) -> CheckPortsRequest | None:
+def request_or_none(body: bytes, most: int = 1000) -> PortsToCheck | None:
     """Parse a body: it must be a valid request or one error with a message fit to show."""
     try:
         asked = CheckPortsRequest.parse(body, most)
