@@ -123,7 +123,7 @@ def _not_after(vote: Verdict | TlsVerdict) -> float:
 class _Answer(NamedTuple):
     status: int
     body: bytes
-    peer: Address
+    peer: Address | None  # None if the connection has been reset
 
 
 class NoVote(Exception):
@@ -418,13 +418,16 @@ class Perspectives:
         answer = bytearray()
         try:
             async with self._client.stream(method, url, **request) as response:
+                # Before the body, since the connection may close at its end.
+                peer = response.extensions["network_stream"].get_extra_info("server_addr")
                 async for data in response.aiter_raw():
                     answer += data
                     if len(answer) > size:
                         raise NoVote("Its answer is too long.")
-                peer = response.extensions["network_stream"].get_extra_info("server_addr")
-                return _Answer(response.status_code, bytes(answer), parse_host(peer[0]))
-        except httpx.HTTPError as error:
+                return _Answer(
+                    response.status_code, bytes(answer), parse_host(peer[0]) if peer else None
+                )
+        except (httpx.HTTPError, OSError) as error:  # ssl.SSLError, which httpx lets through
             raise NoVote(f"It cannot be reached ({_reason(error)}).") from None
 
     async def _look_again_and_again(self) -> None:
@@ -461,12 +464,12 @@ class Perspectives:
                 "It does not trust this server. Add this server's address to its "
                 "PORT_CHECKER_TRUSTED_PROXIES."
             )
-        if url.startswith("http:") and not special_purpose(answer.peer):
+        if url.startswith("http:") and answer.peer and not special_purpose(answer.peer):
             return "It is asked in plain text over the internet. Use https."
         return ""
 
 
-def _reason(error: httpx.HTTPError) -> str:
+def _reason(error: httpx.HTTPError | OSError) -> str:
     """Say what went wrong in the system's words, or name the kind of error."""
     cause: BaseException | None = error
     while cause:

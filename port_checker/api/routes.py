@@ -214,9 +214,10 @@ class Api:
             )
             with admitted as room:
                 if others:
-                    tell = on_final if others.observes else None
-                    own = self._checker.check(target, ports, room, tell)
-                    verdicts = await others.check_ports(own, caller, target, ports, on_final)
+                    # Who answers with its own verdicts tells these, and only logs what others say.
+                    here, together = (on_final, None) if others.observes else (None, on_final)
+                    own = self._checker.check(target, ports, room, here)
+                    verdicts = await others.check_ports(own, caller, target, ports, together)
                 else:
                     verdicts = await self._checker.check(target, ports, room, on_final)
             kinds = [verdict.kind for verdict in verdicts.values()]

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from port_checker.addresses import parse_networks
+from port_checker.addresses import parse_address, parse_networks
 from port_checker.api.app import create_app
 from port_checker.api.perspectives import Ballot, NoVote, Perspectives, common_verdict
 from port_checker.checker import Checker, Reservation
@@ -239,6 +239,29 @@ def test_a_strange_answer_is_no_vote(answer: Callable[[socket.socket], object]) 
     with open_port() as opened, raw_place(answer) as strange, asking(strange) as client:
         detail = ask(client, opened).json()["detail"]
     assert detail["code"] == "CHECK_FAILED"
+
+
+def test_a_place_that_closes_its_connection_votes() -> None:
+    async def serve_one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        if head.startswith(b"POST"):
+            await reader.readuntil(b'"ports":[80]}')
+        document = {"success": True, "results": {"80": {"accessible": True, "error": None}}}
+        answer = body_of(document | {"message": ""})
+        writer.write(answer.replace(b"OK\r\n", b"OK\r\nConnection: close\r\n"))
+        writer.close()
+
+    async def open_here() -> dict[int, Verdict]:
+        return {80: OPEN}
+
+    async def check() -> dict[int, Verdict]:
+        server = await asyncio.start_server(serve_one, "127.0.0.1", 0)
+        url = "http://127.0.0.1:{1}".format(*server.sockets[0].getsockname())
+        perspectives = Perspectives([url], 60)
+        async with server, perspectives.connected():
+            return await perspectives.check_ports(open_here(), None, parse_address("::1"), [80])
+
+    assert asyncio.run(check()) == {80: OPEN}
 
 
 def test_nobody_waits_for_a_place_that_cannot_change_the_outcome() -> None:
