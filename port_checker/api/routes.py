@@ -290,9 +290,13 @@ class _PlainRoute(APIRoute):
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         """Tell by the path alone that this is not the route, in a fifth of the time (measured)."""
-        if scope.get("path") != self.path and not (self.param_convertors or scope.get("root_path")):
+        if self.param_convertors or scope.get("root_path"):
+            return super().matches(scope)
+        if scope["type"] != "http" or scope["path"] != self.path:
             return Match.NONE, {}
-        return super().matches(scope)
+        match = Match.FULL if scope["method"] in (self.methods or ()) else Match.PARTIAL
+        parameters = dict(scope.get("path_params", {}))
+        return match, {"endpoint": self.endpoint, "path_params": parameters, "route": self}
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return what FastAPI calls with a request."""
