@@ -15,7 +15,7 @@ from port_checker.connect import (
     Verdict,
     attempt,
 )
-from port_checker.errors import ErrorCode, ServiceError
+from port_checker.errors import ErrorCode, Limit, ServiceError
 from port_checker.tls import TlsClient, TlsVerdict
 
 # Ports in flight that the callers of one network may have, in shares of one caller.
@@ -37,28 +37,36 @@ class NoRoom(ServiceError):
 
     Attributes:
         asked: Ports that the refused check asked for.
-        limit: Ports that may be in flight at once, of those that the check would be among.
+        most: Ports that may be in flight at once, of those that the check would be among.
+        limit: What they are limited by.
         retry_after: Whole seconds after which there may be room.
     """
 
     retry_after: int
 
     def __init__(
-        self, asked: int, limit: int, whose: str, retry_after: int, room: str = ""
+        self,
+        limit: Limit,
+        asked: int,
+        most: int,
+        whose: str,
+        retry_after: int,
+        room: str = "",
     ) -> None:
-        if asked > limit:
-            text = f"This service checks at most {limit} ports {whose}".rstrip() + " at once."
+        if asked > most:
+            text = f"This service checks at most {most} ports {whose}".rstrip() + " at once."
         else:
             text = f"Too many checks {whose}".rstrip() + f" are running{room}."
         super().__init__(text)
-        self.asked = asked
         self.limit = limit
+        self.asked = asked
+        self.most = most
         self.retry_after = retry_after
 
     @property
     def message(self) -> str:
         """What went wrong and what to do, for people."""
-        if self.asked > self.limit:
+        if self.asked > self.most:
             return f"{self} Send fewer per request."
         return super().message
 
@@ -194,42 +202,44 @@ class Checker:
         """
         # Nothing is certain to end sooner than one round of attempts.
         retry_after = max(1, round(self._timeout))
-        groups = [("caller", caller, self._max_per_caller, "of one caller")]
+        groups = [(Limit.CALLER_IN_FLIGHT, "caller", caller, self._max_per_caller, "of one caller")]
         if network is not None:
             share = _SHARES_OF_NETWORK * self._max_per_caller
-            groups.append(("network", network, share, f"of {network}"))
-        rooms = [(_EVERYBODY, self._max_in_flight, "")]
+            groups.append((Limit.NETWORK_IN_FLIGHT, "network", network, share, f"of {network}"))
+        rooms = [(Limit.IN_FLIGHT, _EVERYBODY, self._max_in_flight, "")]
         if not is_own:
             half = max_for_others(self._max_in_flight)
-            rooms.append((_STRANGERS, half, "of others' addresses"))
+            rooms.append((Limit.OTHERS_IN_FLIGHT, _STRANGERS, half, "of others' addresses"))
         has_shares = self._max_per_caller < self._max_in_flight
         is_small = is_own and ports <= _SMALL_CHECK
         holders: list[Hashable] = []
-        for kind, size, whose_room in rooms:
+        for limit, kind, size, whose_room in rooms:
             free = size - self._in_flight.get(kind, 0)
-            for *group, share, whose in groups:
+            for group_limit, *group, share, whose in groups:
                 holder = (kind, *group)
                 held = self._in_flight.get(holder, 0)
                 if held + ports > share:
-                    raise CallerOverLimit(ports, share, whose, retry_after)
+                    raise CallerOverLimit(group_limit, ports, share, whose, retry_after)
                 # At most half of what is free and its own, so that nobody can take the last of it.
                 most = (free + held) // 2
                 if has_shares and not is_small and held + ports > most:
                     room = f": there is room for {most - held} now" if most > held else ""
                     if ports > size // 2:
-                        raise Overloaded(ports, size // 2, whose, retry_after)
-                    raise Overloaded(ports, size // 2, whose_room, retry_after, room)
+                        raise Overloaded(limit, ports, size // 2, whose, retry_after)
+                    raise Overloaded(limit, ports, size // 2, whose_room, retry_after, room)
                 holders.append(holder)
             if ports > free:
-                raise Overloaded(ports, size, whose_room, retry_after)
+                raise Overloaded(limit, ports, size, whose_room, retry_after)
             holders.append(kind)
         if is_tls and has_shares:
-            for *group, _, whose in groups:
-                share = TLS_CHECKS_PER_CALLER * (_SHARES_OF_NETWORK if group[0] == "network" else 1)
+            for _, *group, _, whose in groups:
+                is_network = group[0] == "network"
+                share = TLS_CHECKS_PER_CALLER * (_SHARES_OF_NETWORK if is_network else 1)
                 holder = ("tls", *group)
                 if self._in_flight.get(holder, 0) + ports > share:
                     whose = f"of TLS endpoints {whose}"
-                    raise CallerOverLimit(ports, share, whose, retry_after)
+                    limit = Limit.NETWORK_TLS_CHECKS if is_network else Limit.CALLER_TLS_CHECKS
+                    raise CallerOverLimit(limit, ports, share, whose, retry_after)
                 holders.append(holder)
         return Reservation(self._in_flight, holders, ports)
 

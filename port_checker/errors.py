@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from enum import StrEnum
 
+from port_checker.addresses import Address
+
 
 class ErrorCode(StrEnum):
     """What went wrong, for programs."""
@@ -22,6 +24,31 @@ class ErrorCode(StrEnum):
     INTERNAL_ERROR = "INTERNAL_ERROR"
 
 
+class Limit(StrEnum):
+    """What is limited, in the log and in the metrics.
+
+    A network is an IPv6 /48, whose callers share what it may have besides their own.
+    """
+
+    CALLER_REQUESTS = "caller_requests"
+    CALLER_OWN_PORTS = "caller_own_ports"  # that a caller asks for on its own address
+    CALLER_OTHERS_PORTS = "caller_others_ports"
+    CALLER_IN_FLIGHT = "caller_in_flight"
+    CALLER_TLS_CHECKS = "caller_tls_checks"
+    CALLER_CONNECTIONS = "caller_connections"
+    NETWORK_REQUESTS = "network_requests"
+    NETWORK_OWN_PORTS = "network_own_ports"
+    NETWORK_OTHERS_PORTS = "network_others_ports"
+    NETWORK_IN_FLIGHT = "network_in_flight"
+    NETWORK_TLS_CHECKS = "network_tls_checks"
+    NETWORK_CONNECTIONS = "network_connections"
+    TARGET_PORTS = "target_ports"
+    IN_FLIGHT = "in_flight"
+    OTHERS_IN_FLIGHT = "others_in_flight"
+    CONNECTIONS = "connections"
+    ARRIVING_BYTES = "arriving_bytes"  # of requests that are not complete
+
+
 class ServiceError(Exception):
     """A request that gets an error instead of a result.
 
@@ -32,11 +59,15 @@ class ServiceError(Exception):
         retry_after: Whole seconds after which the same request may succeed; None if that is not
             a matter of time.
         ports: The ports that it is about, if it is about certain ports alone.
+        limit: What was reached, if it was a limit.
+        target: The address that was to be checked, once that is known.
     """
 
     code: ErrorCode
     retry_after: int | None = None
     ports: Sequence[int] = ()
+    limit: Limit | None = None
+    target: Address | None = None
 
     @property
     def message(self) -> str:

@@ -16,7 +16,7 @@ from enum import StrEnum
 from typing import Final, NamedTuple, Protocol
 
 from port_checker.connect import VerdictKind
-from port_checker.errors import ErrorCode
+from port_checker.errors import ErrorCode, Limit
 from port_checker.tls import TlsVerdictKind
 
 
@@ -86,6 +86,9 @@ FAMILIES: Final = (
         dict.fromkeys(kind.outcome for kind in TlsVerdictKind),
     ),
     _counter("errors", "Error responses, by code.", "code", ErrorCode),
+    _counter(
+        "refusals", "Requests and connections that a limit refused, by limit.", "limit", Limit
+    ),
     _counter("receive_deadlines", "Connections closed because a request did not arrive in time."),
     _counter("log_lines_dropped", "Log lines that could not be written, or not fast enough."),
     _counter(

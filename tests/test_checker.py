@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, suppress
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from port_checker.checker import (
     max_for_caller,
 )
 from port_checker.connect import OPEN, REFUSED, TIMED_OUT, CheckFailed, Verdict
+from port_checker.errors import Limit
 from tests.support.loopback import (
     full_backlog,
     open_listener,
@@ -158,7 +160,7 @@ def test_a_check_without_room_is_refused_at_once() -> None:
             assert checker.in_flight == 3
             with pytest.raises(Overloaded, match="Too many checks are running") as refusal:
                 checker.reserve(2)
-            assert (refusal.value.asked, refusal.value.limit) == (2, 4)
+            assert (refusal.value.asked, refusal.value.most) == (2, 4)
             assert refusal.value.retry_after == 5
             running.cancel()
             with suppress(asyncio.CancelledError):
@@ -189,6 +191,33 @@ def shared_checker(max_in_flight: int, max_per_caller: int) -> Checker:
         max_in_flight=max_in_flight,
         max_per_caller=max_per_caller,
     )
+
+
+def refusing_limit(checker: Checker, ports: int, **who: Any) -> Limit | None:
+    """What refuses a reservation."""
+    with pytest.raises(NoRoom) as refusal:
+        checker.reserve(ports, **who)
+    return refusal.value.limit
+
+
+def test_a_refusal_names_what_was_full() -> None:
+    checker = shared_checker(1000, 200)
+    assert refusing_limit(checker, 201, caller="a") is Limit.CALLER_IN_FLIGHT
+    assert refusing_limit(checker, 17, caller="a", is_tls=True) is Limit.CALLER_TLS_CHECKS
+    for number in range(2):
+        checker.reserve(190, caller=f"a/{number}", network="a").__enter__()
+    for number in range(3):
+        checker.reserve(10, caller=f"b/{number}", network="b", is_tls=True).__enter__()
+    site = {"caller": "a/9", "network": "a"}
+    assert refusing_limit(checker, 100, **site) is Limit.NETWORK_IN_FLIGHT
+    assert refusing_limit(checker, 15, caller="c", network="b", is_tls=True) is (
+        Limit.NETWORK_TLS_CHECKS
+    )
+    full = shared_checker(1000, 1000)  # one caller's share is all
+    full.reserve(500, caller="a", is_own=False).__enter__()
+    assert refusing_limit(full, 1, caller="b", is_own=False) is Limit.OTHERS_IN_FLIGHT
+    full.reserve(500, caller="a").__enter__()
+    assert refusing_limit(full, 1, caller="b") is Limit.IN_FLIGHT
 
 
 def test_nobody_can_keep_others_out() -> None:

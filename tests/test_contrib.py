@@ -1,6 +1,8 @@
 """What is shipped for operators beside the package."""
 
+import configparser
 import json
+import logging
 import os
 import re
 import shutil
@@ -8,6 +10,9 @@ import subprocess
 
 import pytest
 
+from port_checker.addresses import parse_address
+from port_checker.api.records import RefusalLog
+from port_checker.errors import ErrorCode, Limit
 from port_checker.metrics import DURATION, FAMILIES
 from tests.support.namespace import ROOT
 
@@ -44,7 +49,40 @@ def test_rules_and_dashboard_use_metrics_that_there_are(name: str) -> None:
     assert set(re.findall(r"\bport_checker_\w+", text)) <= METRICS
 
 
+def test_no_two_panels_of_the_dashboard_lie_on_each_other_or_have_one_id() -> None:
+    panels = json.loads((PROMETHEUS / "dashboard.json").read_text())["panels"]
+    cells = [
+        (place["x"] + column, place["y"] + row)
+        for place in (panel["gridPos"] for panel in panels)
+        for column in range(place["w"])
+        for row in range(place["h"])
+    ]
+    assert len(set(cells)) == len(cells)
+    assert len({panel["id"] for panel in panels}) == len(panels)
+
+
 def test_the_dashboard_shows_every_metric() -> None:
     text = (PROMETHEUS / "dashboard.json").read_text()
     assert json.loads(text)["panels"]
     assert set(re.findall(r"\bport_checker_\w+", text)) == METRICS
+
+
+@pytest.mark.parametrize("caller", ["192.0.2.7", "2001:db8::7"])
+def test_fail2ban_bans_on_limits_of_the_caller_alone(
+    caller: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "port_checker")
+    definition = configparser.ConfigParser(interpolation=None)
+    definition.read(ROOT / "contrib" / "fail2ban" / "filter.d" / "port-checker.conf")
+    failregex = definition["Definition"]["failregex"].replace("<ADDR>", r"(?P<ip>[\da-f:.]+)")
+    target = parse_address("203.0.113.5")
+    banned = set()
+    for limit in [None, *Limit]:
+        for code in ErrorCode:
+            caplog.clear()
+            RefusalLog().add(parse_address(caller), code, limit, target)
+            line = f"{caplog.records[0].name}: {caplog.messages[0]}"
+            if match := re.search(failregex, f"host port-checker[7]: INFO {line}"):
+                assert match["ip"] == caller
+                banned.add(limit)
+    assert banned == {limit for limit in Limit if limit.startswith("caller_")}

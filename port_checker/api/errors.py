@@ -74,7 +74,9 @@ def answer_errors(
             # uvicorn closes the connection after logging the traceback.
             return respond(request, bug, Connection="close")
         if error.code is not ErrorCode.CHECK_FAILED:  # which has a log line of its own
-            refusals.add(callers.resolve(request), error.code)
+            refusals.add(callers.resolve(request), error.code, error.limit, error.target)
+            if error.limit:
+                metrics.count("refusals", error.limit)
         return respond(request, error)
 
     async def answer_incomplete_body(request: Request, _: Exception) -> Response:

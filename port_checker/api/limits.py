@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from port_checker.addresses import Address, have_one_subscriber, site, subscriber
 from port_checker.api.gcra import Charge, MemoryStore
-from port_checker.errors import ErrorCode, ServiceError
+from port_checker.errors import ErrorCode, Limit, ServiceError
 from port_checker.settings import IN_PROCESS, Rate
 
 if TYPE_CHECKING:
@@ -29,14 +29,16 @@ class RateLimited(ServiceError):
     """A limit was reached.
 
     Attributes:
+        limit: Which one.
         retry_after: Whole seconds, at least 1, after which the same request would be let through.
     """
 
     code = ErrorCode.RATE_LIMITED
     retry_after: int
 
-    def __init__(self, text: str, retry_after: float) -> None:
+    def __init__(self, text: str, retry_after: float, limit: Limit) -> None:
         super().__init__(text)
+        self.limit = limit
         self.retry_after = max(1, math.ceil(retry_after))
 
 
@@ -120,9 +122,15 @@ class RateLimiter:
             RateLimited: It has none left, or its /48 has none.
         """
         payment = _Payment()
-        payment.add(self._requests, _key(caller), 1, "You ask too often.")
+        payment.add(self._requests, _key(caller), 1, "You ask too often.", Limit.CALLER_REQUESTS)
         if caller and (network := site(caller)):
-            payment.add(self._site_requests, network, 1, f"Your network {network} asks too often.")
+            payment.add(
+                self._site_requests,
+                network,
+                1,
+                f"Your network {network} asks too often.",
+                Limit.NETWORK_REQUESTS,
+            )
         await self._pay(payment)
 
     async def pay_ports(self, caller: Address | None, target: Address, ports: int) -> None:
@@ -135,23 +143,26 @@ class RateLimiter:
             RateLimited: The caller, its /48 or the target has fewer left; nothing was counted.
         """
         is_own = have_one_subscriber(caller, target)
-        limit, site_limit, whose = (
-            (self._own, self._site_own, "your own address")
-            if is_own
-            else (self._others, self._site_others, "others' addresses")
-        )
+        if is_own:
+            limit, site_limit, whose = self._own, self._site_own, "your own address"
+            name, site_name = Limit.CALLER_OWN_PORTS, Limit.NETWORK_OWN_PORTS
+        else:
+            limit, site_limit, whose = self._others, self._site_others, "others' addresses"
+            name, site_name = Limit.CALLER_OTHERS_PORTS, Limit.NETWORK_OTHERS_PORTS
         payment = _Payment()
-        payment.add(limit, _key(caller), ports, f"You ask for too many ports of {whose}.")
+        payment.add(limit, _key(caller), ports, f"You ask for too many ports of {whose}.", name)
         if caller and (network := site(caller)):
             payment.add(
                 site_limit,
                 network,
                 ports,
                 f"Your network {network} asks for too many ports of {whose}.",
+                site_name,
             )
         if not is_own:
             key = subscriber(target)
-            payment.add(self._targets, key, ports, f"Too many ports of {key} were asked for.")
+            refusal = f"Too many ports of {key} were asked for."
+            payment.add(self._targets, key, ports, refusal, Limit.TARGET_PORTS)
         await self._pay(payment)
 
     async def _pay(self, payment: "_Payment") -> None:
@@ -161,10 +172,10 @@ class RateLimiter:
         if waits is None:
             waits = self._memory.pay(payment.charges, self._clock())
         if longest := max(waits):
-            refused = next(
-                message for message, wait in zip(payment.refusals, waits, strict=True) if wait
+            text, name = next(
+                refusal for refusal, wait in zip(payment.refusals, waits, strict=True) if wait
             )
-            raise RateLimited(refused, longest)
+            raise RateLimited(text, longest, name)
 
 
 class _Limit(NamedTuple):
@@ -191,12 +202,12 @@ class _Payment:
 
     def __init__(self) -> None:
         self.charges: list[Charge] = []
-        self.refusals: list[str] = []
+        self.refusals: list[tuple[str, Limit]] = []
 
-    def add(self, limit: _Limit | None, key: str, cost: int, refusal: str) -> None:
+    def add(self, limit: _Limit | None, key: str, cost: int, refusal: str, name: Limit) -> None:
         if limit:
             self.charges.append(limit.charge(key, cost))
-            self.refusals.append(refusal)
+            self.refusals.append((refusal, name))
 
 
 def _key(caller: Address | None) -> str:

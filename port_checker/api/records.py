@@ -5,7 +5,10 @@ Their format is stable, so that programs (fail2ban, say) can read them::
     check caller=192.0.2.7 target=192.0.2.7 ports=3 outcome=completed duration=0.004 accessible=2
     check caller=192.0.2.7 target=192.0.2.7 ports=3 outcome=cancelled duration=0.731
     check caller=192.0.2.7 target=192.0.2.7 ports=3 outcome=failed duration=0.002 reason="..."
-    refused caller=192.0.2.7 code=RATE_LIMITED
+    refused caller=192.0.2.7 code=TARGET_NOT_ALLOWED target=10.0.0.1
+    refused caller=192.0.2.7 code=RATE_LIMITED limit=target_ports target=203.0.113.5
+
+``limit`` and ``target`` are left out where there is none, or it was not known yet.
 """
 
 import asyncio
@@ -20,7 +23,7 @@ from starlette.requests import ClientDisconnect
 
 from port_checker.addresses import Address, subscriber
 from port_checker.connect import CheckFailed
-from port_checker.errors import ErrorCode, ServiceError
+from port_checker.errors import ErrorCode, Limit, ServiceError
 from port_checker.metrics import CheckOutcome, Metrics
 
 # Callers and codes whose last line is remembered: 2 MB (measured).
@@ -73,7 +76,7 @@ class CheckRecord:
             case CheckFailed():
                 self._end(logging.ERROR, CheckOutcome.FAILED, f' reason="{error}"')
             case ServiceError():
-                pass  # a refusal
+                error.target = self._target  # for the line of the refusal
             case _:
                 self._end(logging.ERROR, CheckOutcome.BUG)
 
@@ -107,12 +110,20 @@ class RefusalLog:
         """How many callers and codes are remembered."""
         return len(self._logged)
 
-    def add(self, caller: Address | None, code: ErrorCode) -> None:
+    def add(
+        self,
+        caller: Address | None,
+        code: ErrorCode,
+        limit: Limit | None = None,
+        target: Address | None = None,
+    ) -> None:
         """Log a refusal, unless one like it was logged less than a second ago.
 
         Args:
             caller: Who was refused; None if unknown.
             code: Why.
+            limit: What was reached, if it was a limit.
+            target: The address that was to be checked, if that is known.
         """
         now = self._clock()
         key = (subscriber(caller) if caller else None, code)
@@ -122,4 +133,10 @@ class RefusalLog:
         self._logged.move_to_end(key)
         if self.remembered > MAX_REMEMBERED:
             self._logged.popitem(last=False)
-        logger.info("refused caller=%s code=%s", caller or "unknown", code)
+        logger.info(
+            "refused caller=%s code=%s%s%s",
+            caller or "unknown",
+            code,
+            f" limit={limit}" if limit else "",
+            f" target={target}" if target else "",
+        )

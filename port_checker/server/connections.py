@@ -5,9 +5,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from port_checker.addresses import Address, Network, lies_in, site, subscriber
+from port_checker.errors import ErrorCode, Limit
 from port_checker.linux import return_free_memory
 from port_checker.metrics import Metrics
-from port_checker.schemas import ErrorCode
 
 # Seconds for a request to arrive, head and body together: the first from accept, a later one from
 # its first byte. A client that stops reading its answer has as long.
@@ -38,8 +38,9 @@ _PER_TURN_OF_PROXIES = 128 * 1024
 # A request costs time besides its bytes, as much as so many: a new connection does, too.
 MIN_COST = 1024
 
-# Takes the caller's address, None if it is unknown, and the code of the refusal.
-LogRefusal = Callable[[Address | None, ErrorCode], object]
+# Takes the caller's address, None if it is unknown, the code of the refusal, and the limit that was
+# reached, None if it was no limit.
+LogRefusal = Callable[[Address | None, ErrorCode, Limit | None], object]
 
 
 class WorkQueue:
@@ -204,7 +205,7 @@ class Place:
         self.leave()
         self._limits.metrics.count("connections_closed", "made_way")
         if self.close():
-            self._limits.log_refusal(self.address, ErrorCode.OVERLOADED)
+            self._limits.record_refusal(self.address, ErrorCode.OVERLOADED, Limit.CONNECTIONS)
 
     def leave(self) -> None:
         """Give the place up."""
@@ -239,13 +240,13 @@ class ConnectionLimits:
         deadline: float = DEADLINE,
         trusted_proxies: Sequence[Network] = (),
         metrics: Metrics | None = None,
-        log_refusal: LogRefusal = lambda _caller, _code: None,
+        log_refusal: LogRefusal = lambda *_: None,
     ) -> None:
         self.deadline = deadline
         self.metrics = metrics or Metrics()
         self.is_stopping = False
         self.is_leaving = False
-        self.log_refusal = log_refusal
+        self._log_refusal = log_refusal
         self._trusted_proxies = trusted_proxies
         self._all = ConnectionGroup(
             max_connections, _MAX_HELD_BY_ALL, WorkQueue(_PER_TURN_OF_PROXIES)
@@ -273,14 +274,23 @@ class ConnectionLimits:
             shares.append((network, _SITE))
         # One that waits for longer than this owes nothing: it is kept for the next request.
         idle_since = now - self.deadline
-        for key, _ in shares:
+        for key, size in shares:
             group = self._groups.get(key)
             if group and not group.make_room_of_idle(idle_since):
                 self.metrics.count("connections_closed", "over_share")
-                self.log_refusal(address, ErrorCode.OVERLOADED)
+                limit = Limit.CALLER_CONNECTIONS if size == 1 else Limit.NETWORK_CONNECTIONS
+                self.record_refusal(address, ErrorCode.OVERLOADED, limit)
                 return None
         groups = (self._all, *(self._group(*share) for share in shares))
         return Place(address, groups, close, self, now)
+
+    def record_refusal(
+        self, address: Address | None, code: ErrorCode, limit: Limit | None = None
+    ) -> None:
+        """Count and log a refusal that the application does not get to see."""
+        if limit:
+            self.metrics.count("refusals", limit)
+        self._log_refusal(address, code, limit)
 
     def return_memory(self) -> None:
         """Give back to the kernel what connections have used that are gone; call it every second.

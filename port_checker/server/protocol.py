@@ -33,7 +33,7 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
-from port_checker.schemas import ErrorCode
+from port_checker.errors import ErrorCode, Limit
 from port_checker.server.connections import MIN_COST, ConnectionLimits, Place
 
 # Seconds for which a connection is kept between requests: longer than proxies and balancers keep
@@ -203,10 +203,13 @@ def _may_become_head(data: bytes, start: int, searched: int) -> bool:
 class _Refused(Exception):
     """A request that the application does not get to see."""
 
-    def __init__(self, status: HTTPStatus, code: ErrorCode, message: str) -> None:
+    def __init__(
+        self, status: HTTPStatus, code: ErrorCode, message: str, limit: Limit | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
+        self.limit = limit
 
 
 class _Dropped(list[tuple[bytes, bytes]]):
@@ -269,7 +272,7 @@ class BoundedProtocol(HttpToolsProtocol):
         elif self._place.is_taken:
             self._wait_for_client()
         else:
-            self._refuse(_overloaded("Too many connections are open."))
+            self._refuse(_overloaded("Too many connections are open.", Limit.CONNECTIONS))
 
     def data_received(self, data: bytes) -> None:
         """Parse a request, or keep what comes before the last one is answered."""
@@ -456,7 +459,9 @@ class BoundedProtocol(HttpToolsProtocol):
             if self._is_answering():
                 self._drop_input()
             else:
-                self._refuse(_overloaded("Too many requests are arriving at once."))
+                self._refuse(
+                    _overloaded("Too many requests are arriving at once.", Limit.ARRIVING_BYTES)
+                )
 
     def _feed(self, piece: bytes) -> None:
         """Feed the parser.
@@ -541,7 +546,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _refuse(self, refused: _Refused) -> None:
         """Answer without the application, and close."""
         self._limits.metrics.count("errors", refused.code)
-        self._limits.log_refusal(self._place.address, refused.code)
+        self._limits.record_refusal(self._place.address, refused.code, refused.limit)
         status = refused.status
         error = {"detail": {"code": refused.code, "message": str(refused)}}
         body = json.dumps(error, separators=(",", ":"))
@@ -668,8 +673,8 @@ def _nothing() -> bool:
     return False
 
 
-def _overloaded(message: str) -> _Refused:
-    return _Refused(HTTPStatus.SERVICE_UNAVAILABLE, ErrorCode.OVERLOADED, message)
+def _overloaded(message: str, limit: Limit | None = None) -> _Refused:
+    return _Refused(HTTPStatus.SERVICE_UNAVAILABLE, ErrorCode.OVERLOADED, message, limit)
 
 
 def _stopping() -> _Refused:

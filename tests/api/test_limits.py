@@ -9,6 +9,7 @@ import pytest
 
 from port_checker.addresses import parse_address
 from port_checker.api.limits import RateLimited, RateLimiter
+from port_checker.errors import Limit
 from port_checker.settings import Rate
 
 SECOND, MINUTE, HOUR = timedelta(seconds=1), timedelta(minutes=1), timedelta(hours=1)
@@ -81,7 +82,7 @@ def test_that_many_at_once_and_then_one_each_fraction_of_the_period(
     ("seconds", "whole"), [(0, 1), (0.001, 1), (1, 1), (1.001, 2), (59.5, 60), (3600, 3600)]
 )
 def test_retry_after_is_whole_seconds_rounded_up(seconds: float, whole: int) -> None:
-    assert RateLimited("", seconds).retry_after == whole
+    assert RateLimited("", seconds, Limit.CALLER_REQUESTS).retry_after == whole
 
 
 @pytest.mark.parametrize(

@@ -2,20 +2,21 @@
 
 import asyncio
 import logging
+from datetime import timedelta
 
 import pytest
 from starlette.requests import ClientDisconnect
 
 from port_checker.addresses import parse_address
 from port_checker.api.app import create_app
-from port_checker.api.limits import RateLimited
+from port_checker.api.limits import RateLimited, RateLimiter
 from port_checker.api.records import MAX_REMEMBERED, CheckRecord, RefusalLog
 from port_checker.api.targets import TargetNotAllowed
 from port_checker.checker import Checker, Overloaded
 from port_checker.connect import CheckFailed
+from port_checker.errors import ErrorCode, Limit
 from port_checker.metrics import CheckOutcome, Metrics, Totals
-from port_checker.schemas import ErrorCode
-from port_checker.settings import Settings
+from port_checker.settings import Rate, Settings
 from tests.support.http import check_of, connected
 from tests.support.loopback import open_port, refused_port, silent_port
 from tests.support.service import serve
@@ -23,6 +24,7 @@ from tests.support.waiting import wait_until
 
 CALLER = parse_address("192.0.2.7")
 TARGET = parse_address("2001:db8::7")
+HOUR = timedelta(hours=1)
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +53,7 @@ def test_completed_checks_and_refusals(caplog: pytest.LogCaptureFixture) -> None
     assert 0 <= float(check.removeprefix(begins).split()[0]) < 60
     assert refusals == [
         "refused caller=127.0.0.1 code=INVALID_IP",
-        "refused caller=127.0.0.1 code=TARGET_NOT_ALLOWED",
+        "refused caller=127.0.0.1 code=TARGET_NOT_ALLOWED target=::1",
         "refused caller=unknown code=REQUEST_TOO_LARGE",
     ]
 
@@ -113,8 +115,68 @@ def test_a_check_without_a_result_is_a_check(caplog: pytest.LogCaptureFixture) -
     assert totals.snapshot()["checks", "completed"] == 1
 
 
+def test_a_refusal_names_the_limit_and_the_target(caplog: pytest.LogCaptureFixture) -> None:
+    totals, metrics = Totals(), Metrics()
+    totals.add(metrics.row)
+    settings = Settings(
+        own_rate_limit=Rate(2, HOUR), caller_rate_limit=Rate(3, HOUR), max_ports=2, retries=1
+    )
+    with serve(create_app(settings, metrics)) as client, refused_port() as port:
+        for ports in ([port, port + 1], [port], [0], [port]):
+            client.post("/check-ports", json={"provider_ip": "127.0.0.1", "ports": ports})
+    refusals = [line for line in caplog.messages if line.startswith("refused")]
+    assert refusals[0] == (
+        "refused caller=127.0.0.1 code=RATE_LIMITED limit=caller_own_ports target=127.0.0.1"
+    )
+    snapshot = totals.snapshot()
+    counted = {limit for limit in Limit if snapshot["refusals", limit] == 1}
+    assert counted == {Limit.CALLER_OWN_PORTS, Limit.CALLER_REQUESTS}
+    assert sum(snapshot["refusals", limit] for limit in Limit) == 2
+
+
+ONE = ["192.0.2.7"]
+SITE = [f"2001:db8:0:{number:x}::7" for number in range(21)]  # 21 callers in one /48
+OTHER = "203.0.113.5"
+
+
 @pytest.mark.parametrize(
-    "refusal", [TargetNotAllowed(), RateLimited("", 1), Overloaded(3, 2, "", 1)]
+    ("rates", "callers", "target", "limit"),
+    [
+        ("requests", ONE, None, Limit.CALLER_REQUESTS),
+        ("own", ONE, ONE[0], Limit.CALLER_OWN_PORTS),
+        ("others", ONE, OTHER, Limit.CALLER_OTHERS_PORTS),
+        ("targets", ONE, OTHER, Limit.TARGET_PORTS),
+        ("requests", SITE, None, Limit.NETWORK_REQUESTS),
+        ("own", SITE, "itself", Limit.NETWORK_OWN_PORTS),
+        ("others", SITE, OTHER, Limit.NETWORK_OTHERS_PORTS),
+    ],
+)
+def test_each_rate_has_its_name(
+    rates: str, callers: list[str], target: str | None, limit: Limit
+) -> None:
+    limiter = RateLimiter(**{rates: Rate(2, HOUR)})  # type: ignore[arg-type]  # by name
+
+    async def ask() -> None:
+        for caller in [*callers, *(ONE * 2 if callers is ONE else [])]:
+            address = parse_address(caller)
+            if target:
+                checked = caller if target == "itself" else target
+                await limiter.pay_ports(address, parse_address(checked), 1)
+            else:
+                await limiter.pay_request(address)
+
+    with pytest.raises(RateLimited) as refusal:
+        asyncio.run(ask())
+    assert refusal.value.limit is limit
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        TargetNotAllowed(),
+        RateLimited("", 1, Limit.CALLER_REQUESTS),
+        Overloaded(Limit.IN_FLIGHT, 3, 2, "", 1),
+    ],
 )
 def test_a_refused_check_is_no_check(caplog: pytest.LogCaptureFixture, refusal: Exception) -> None:
     metrics = Metrics()

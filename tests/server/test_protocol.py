@@ -39,7 +39,7 @@ class Service:
         self.limits = ConnectionLimits(
             max_connections,
             trusted_proxies=parse_networks("127.0.0.1"),
-            log_refusal=lambda caller, code: self.refused.append((caller, code)),
+            log_refusal=lambda caller, code, _: self.refused.append((caller, code)),
         )
         self.state = ServerState()
         self.slow_may_end = asyncio.Event()
