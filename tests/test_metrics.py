@@ -24,7 +24,14 @@ from port_checker.server.connections import ConnectionLimits
 from port_checker.server.prometheus import expose
 from port_checker.tls import TlsVerdictKind
 from tests.support.http import check_of, client_of, connected
-from tests.support.loopback import free_port, open_port, ports, refused_port, silent_port
+from tests.support.loopback import (
+    free_port,
+    free_ports,
+    open_port,
+    ports,
+    refused_port,
+    silent_port,
+)
 from tests.support.service import Program, ask, program, serve
 from tests.support.waiting import wait_until
 
@@ -47,7 +54,8 @@ class Scraper:
 
 @contextmanager
 def measured(**environment: str) -> Iterator[tuple[Program, Scraper]]:
-    port = free_port()
+    public, port = free_ports(2)  # two calls may return the same port
+    environment["PORT_CHECKER_PORT"] = str(public)
     environment["PORT_CHECKER_METRICS"] = f"127.0.0.1:{port}"
     environment["PORT_CHECK_RETRIES"] = "1"
     with program(ready=True, descriptors=None, **environment) as running:
