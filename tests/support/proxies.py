@@ -3,9 +3,10 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import mkdtemp
 
 import httpx
 import pytest
@@ -39,12 +40,16 @@ http {{
     fastcgi_temp_path fastcgi;
     uwsgi_temp_path uwsgi;
     scgi_temp_path scgi;
-    server {{
-        listen {host}:{port};
-        location {prefix} {{
-            proxy_pass http://{upstream}{upstream_path};
-            {directives}
-        }}
+    {servers}
+}}
+"""
+
+_NGINX_SERVER = """\
+server {{
+    listen {host}:{port};
+    location {prefix} {{
+        proxy_pass http://{upstream}{upstream_path};
+        {directives}
     }}
 }}
 """
@@ -87,22 +92,26 @@ def nginx(
         The port it listens on.
     """
     port = free_port()
-    home = directory / f"nginx-{port}"
-    home.mkdir()
-    configuration = home / "nginx.conf"
-    configuration.write_text(
-        _NGINX_CONFIGURATION.format(
-            host=host,
-            port=port,
-            upstream=f"unix:{upstream}:" if isinstance(upstream, Path) else f"127.0.0.1:{upstream}",
-            prefix=prefix or "/",
-            upstream_path="/" if prefix else "",
-            directives=" ".join(directives),
-        )
+    server = _NGINX_SERVER.format(
+        host=host,
+        port=port,
+        upstream=f"unix:{upstream}:" if isinstance(upstream, Path) else f"127.0.0.1:{upstream}",
+        prefix=prefix or "/",
+        upstream_path="/" if prefix else "",
+        directives=" ".join(directives),
     )
-    url = f"http://{host}:{port}{prefix or '/'}"
-    with _running(url, home, _NGINX, "-p", home, "-c", configuration, "-e", "stderr"):
+    with nginx_of(directory, server, _passes_on(f"http://{host}:{port}{prefix or '/'}")):
         yield port
+
+
+@contextmanager
+def nginx_of(directory: Path, servers: str, answers: Callable[[], bool]) -> Iterator[None]:
+    """Run nginx with these lines in its ``http`` block, until ``answers`` says that it is there."""
+    home = Path(mkdtemp(prefix="nginx-", dir=directory))
+    configuration = home / "nginx.conf"
+    configuration.write_text(_NGINX_CONFIGURATION.format(servers=servers))
+    with _running(answers, home, _NGINX, "-p", home, "-c", configuration, "-e", "stderr"):
+        yield
 
 
 @contextmanager
@@ -111,13 +120,27 @@ def haproxy(directory: Path, upstream: int) -> Iterator[int]:
     port = free_port()
     configuration = directory / "haproxy.cfg"
     configuration.write_text(_HAPROXY_CONFIGURATION.format(port=port, upstream=upstream))
-    with _running(f"http://127.0.0.1:{port}/", directory, _HAPROXY, "-db", "-f", configuration):
+    answers = _passes_on(f"http://127.0.0.1:{port}/")
+    with _running(answers, directory, _HAPROXY, "-db", "-f", configuration):
         yield port
 
 
+def _passes_on(url: str) -> Callable[[], bool]:
+    """Return what tells whether a proxy passes requests on to the service."""
+
+    def answers() -> bool:
+        with suppress(httpx.TransportError), client_of(url) as client:
+            return client.get("health").status_code == 200
+        return False
+
+    return answers
+
+
 @contextmanager
-def _running(url: str, home: Path, *command: str | Path | None) -> Iterator[None]:
-    """Run a proxy from when it passes requests on."""
+def _running(
+    answers: Callable[[], bool], home: Path, *command: str | Path | None
+) -> Iterator[None]:
+    """Run a proxy from when it answers."""
     log = home / "stderr"
     assert all(command), "it is not installed"
     with (
@@ -127,14 +150,12 @@ def _running(url: str, home: Path, *command: str | Path | None) -> Iterator[None
         ) as process,
     ):
 
-        def answers() -> bool:
+        def runs() -> bool:
             assert process.poll() is None, log.read_text()
-            with suppress(httpx.TransportError), client_of(url) as client:
-                return client.get("health").status_code == 200
-            return False
+            return answers()
 
         try:
-            wait_until(answers, "the proxy to answer")
+            wait_until(runs, "the proxy to answer")
             yield
         finally:
             process.kill()

@@ -30,7 +30,9 @@ def trust(authority: trustme.CA, monkeypatch: pytest.MonkeyPatch, directory: Pat
 
 
 @contextlib.contextmanager
-def endpoint(behave: Callable[[socket.socket], None], host: str = "127.0.0.1") -> Iterator[int]:
+def endpoint(
+    behave: Callable[[socket.socket], None], host: str = "127.0.0.1", port: int = 0
+) -> Iterator[int]:
     """A port of which each connection is treated as ``behave`` does."""
 
     class Handler(socketserver.BaseRequestHandler):
@@ -42,7 +44,7 @@ def endpoint(behave: Callable[[socket.socket], None], host: str = "127.0.0.1") -
         address_family = family_of(host)
         request_queue_size = 128
 
-    server = Server((host, 0), Handler)
+    server = Server((host, port), Handler)
     with running(server):
         yield server.server_address[1]
 
@@ -77,10 +79,12 @@ def speaking_tls(
 
 
 @contextlib.contextmanager
-def https(certificate: trustme.LeafCert | trustme.CA, host: str = "127.0.0.1") -> Iterator[int]:
+def https(
+    certificate: trustme.LeafCert | trustme.CA, host: str = "127.0.0.1", port: int = 0
+) -> Iterator[int]:
     """A port that speaks TLS, and shows this certificate."""
-    with endpoint(speaking_tls(server_context(certificate)), host) as port:
-        yield port
+    with endpoint(speaking_tls(server_context(certificate)), host, port) as bound:
+        yield bound
 
 
 def answering(data: bytes) -> Callable[[socket.socket], None]:

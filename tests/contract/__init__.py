@@ -1,0 +1,1 @@
+"""What the network's provider software asks of a port checker, replayed."""
