@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import httpx
 import pytest
@@ -50,6 +51,16 @@ def test_docs_have_every_error_code_with_its_status() -> None:
     not_http = (ErrorCode.INVALID_REQUEST, 400)
     assert documented - {not_http} == set(STATUS.items())
     assert STATUS.keys() == set(ErrorCode)
+
+
+def test_picture_of_the_way_has_verdicts_that_there_are() -> None:
+    picture = ElementTree.parse(DOCS / "where-packets-die.svg")  # noqa: S314  # our own file
+    verdicts = {text.text for text in picture.iterfind(".//*[@class='verdict']")}
+    documented = {
+        name for row in table("api.md", "## `POST /check-ports`") for name in quoted(row[0])
+    }
+    assert verdicts
+    assert verdicts <= documented
 
 
 def test_docs_have_every_setting_with_its_default() -> None:
