@@ -121,7 +121,8 @@ class Figure(NamedTuple):
 
 _FIGURES: Final = [Figure(family, value) for family in FAMILIES for value in family.values]
 _SLOTS: Final = {(each.family.name, each.value): slot for slot, each in enumerate(_FIGURES)}
-ROW_SIZE: Final = len(_FIGURES)
+_SAMPLED: Final = len(_FIGURES)  # the slot that says whether a row's gauges were ever read
+ROW_SIZE: Final = _SAMPLED + 1
 
 
 class Metrics:
@@ -165,6 +166,7 @@ class Metrics:
         """Read what is watched."""
         for slot, read in self._gauges.items():
             self.row[slot] = read()
+        self.row[_SAMPLED] = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,10 +176,12 @@ class Snapshot:
     Attributes:
         workers: The ids of the processes that serve.
         deaths: Workers that ended without being told to.
+        has_gauges: Whether any process has read its gauges yet; else they are no figures.
     """
 
     workers: list[int]
     deaths: int
+    has_gauges: bool
     _figures: Row
 
     def __getitem__(self, key: tuple[str, str]) -> float:
@@ -215,10 +219,12 @@ class Totals:
             rows = [[row[slot] for slot in range(ROW_SIZE)] for _, row in self._rows]
             figures = list(self._ended)
             deaths = self._deaths
-        if rows:
-            for slot, figure in enumerate(_FIGURES):
-                figures[slot] += figure.family.combine(row[slot] for row in rows)
-        return Snapshot(workers, deaths, figures)
+        # Those of a process that has just begun are zeros, which would say that Redis is down.
+        sampled = [row for row in rows if row[_SAMPLED]]
+        for slot, figure in enumerate(_FIGURES):
+            if figures_of := rows if figure.family.is_counter else sampled:
+                figures[slot] += figure.family.combine(row[slot] for row in figures_of)
+        return Snapshot(workers, deaths, bool(sampled), figures)
 
 
 class StatusLine:

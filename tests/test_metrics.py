@@ -224,6 +224,21 @@ def test_what_a_process_has_counted_stays_when_it_ends() -> None:
     assert figures() == [1, 1, 6, 5, 0.25, 1]
 
 
+def test_a_process_that_has_just_begun_has_no_gauges_yet() -> None:
+    totals, begun, beginning = Totals(), Metrics(), Metrics()
+    begun.watch("rate_limit_store_up", lambda: 1)
+    begun.count("errors", "INVALID_IP")
+    totals.add(beginning.row)
+    totals.add(begun.row)
+    port = free_port()
+    expose(totals, "127.0.0.1", port)
+    scraper = Scraper(port)
+    assert "\nport_checker_rate_limit_store_up " not in scraper.text()
+    assert scraper['port_checker_errors_total{code="INVALID_IP"}'] == 1
+    begun.sample()
+    assert scraper["port_checker_rate_limit_store_up"] == 1
+
+
 def test_the_status_line_is_about_the_last_interval() -> None:
     totals, metrics = Totals(), Metrics()
     totals.add(metrics.row)

@@ -153,7 +153,7 @@ class _TotalsCollector(Collector):
             kind = CounterMetricFamily if family.is_counter else GaugeMetricFamily
             labels = [family.label] if family.label else []
             metric = kind(_PREFIX + family.name, family.documentation, labels=labels)
-            for value in family.values:
+            for value in family.values if family.is_counter or totals.has_gauges else ():
                 metric.add_metric([value] if family.label else [], totals[family.name, value])
             yield metric
         yield GaugeMetricFamily(
