@@ -364,7 +364,7 @@ class Server(uvicorn.Server):
         ]
         self.servers = cast(list[asyncio.Server], listeners)  # uvicorn only closes them
         # What was made until now stays. To look at it again in each full collection would hold up
-        # everybody for 0.1 s (measured).
+        # everybody for 38 ms; one takes 1 ms so (measured, with 18,000 ports in flight).
         gc.collect()
         gc.freeze()
         self._keep_beating(loop, loop.time())
