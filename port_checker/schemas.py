@@ -4,7 +4,7 @@ import functools
 import json
 import re
 from codecs import BOM_UTF8
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv6Address
 from typing import Annotated, Final, Literal, NamedTuple, Self, TypeVar
@@ -130,6 +130,25 @@ def _validate_ports(value: object, info: ValidationInfo) -> list[int]:
     return list(dict.fromkeys(value))
 
 
+def _validate_flag(value: object, info: ValidationInfo) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise PydanticCustomError(
+        "INVALID_REQUEST", "{name} must be true or false.", {"name": info.field_name}
+    )
+
+
+_AsksForPlaces = Annotated[
+    bool | None,
+    PlainValidator(_validate_flag),
+    WithJsonSchema({"type": "boolean"}),
+    Field(
+        description="Whether the answer tells what each place says from which this service looks. "
+        "It then waits for all of them."
+    ),
+]
+
+
 def parse_port(text: str) -> int:
     """Read a port in a URL.
 
@@ -178,6 +197,7 @@ class PortsToCheck(NamedTuple):
 
     provider_ip: Address
     ports: list[int]
+    perspectives: bool = False
 
 
 class CheckPortsRequest(BaseModel):
@@ -201,6 +221,7 @@ class CheckPortsRequest(BaseModel):
         ),
         Field(description="The TCP ports to check. Duplicates count once."),
     ]
+    perspectives: _AsksForPlaces = None
 
     @classmethod
     def parse(cls, body: bytes, max_ports: int) -> PortsToCheck:
@@ -212,14 +233,14 @@ class CheckPortsRequest(BaseModel):
 
         Raises:
             InvalidRequest: The message names the first error, in the order body,
-                ``provider_ip``, ``ports``.
+                ``provider_ip``, ``ports``, ``perspectives``.
         """
         document = _read_json(body)
         # pydantic takes four times as long (measured), and finds out what is wrong.
         if plain := _plain_ports_request(document, max_ports):
             return plain
         request = _validate(cls, document, {"max_ports": max_ports})
-        return PortsToCheck(request.provider_ip, request.ports)
+        return PortsToCheck(request.provider_ip, request.ports, bool(request.perspectives))
 
 
 def _plain_ports_request(document: object, max_ports: int) -> PortsToCheck | None:
@@ -232,8 +253,11 @@ def _plain_ports_request(document: object, max_ports: int) -> PortsToCheck | Non
     # bool is a subclass of int.
     if set(map(type, ports)) != {int} or min(ports) < 1 or max(ports) > MAX_PORT:
         return None
+    perspectives = document.get("perspectives", False)
+    if type(perspectives) is not bool:
+        return None
     try:
-        return PortsToCheck(parse_address(text), list(dict.fromkeys(ports)))
+        return PortsToCheck(parse_address(text), list(dict.fromkeys(ports)), perspectives)
     except ValueError:
         return None
 
@@ -280,6 +304,49 @@ class PortResult:
         return PORT_VERDICTS.get(self.error) or Verdict(VerdictKind.OTHER, self.error)
 
 
+class ErrorDetail(BaseModel):
+    """What went wrong: a code for programs, a message for people."""
+
+    code: ErrorCode
+    message: str = Field(description="A sentence that says what to do.")
+    ports: list[int] | None = Field(
+        default=None,
+        description="With CHECK_FAILED, the ports to which this service cannot connect, if it is "
+        "about these alone; else absent.",
+    )
+
+
+class ErrorResponse(BaseModel):
+    """The body of every error response."""
+
+    detail: ErrorDetail
+
+
+def _error_detail(error: ServiceError) -> ErrorDetail:
+    return ErrorDetail(code=error.code, message=error.message)
+
+
+# The name of the place where the service is that answers.
+HERE: Final = "here"
+
+
+class Place(BaseModel):
+    """A place from which the check was made."""
+
+    name: str = Field(description="`here`, or the host (and port) of another port checker.")
+    error: ErrorDetail | None = Field(
+        default=None, description="Why it has no result, which says nothing about the port."
+    )
+
+
+class PortsFromPlace(Place):
+    """What one place says about the ports."""
+
+    results: dict[str, PortResult] | None = Field(
+        default=None, description="The result for each port; absent if there is an error."
+    )
+
+
 class CheckPortsResponse(BaseModel):
     """The result of a check, port by port."""
 
@@ -288,13 +355,47 @@ class CheckPortsResponse(BaseModel):
         description="The result for each port, in the order of the request."
     )
     message: str = Field(description="How many of the ports are accessible.")
+    perspectives: list[PortsFromPlace] | None = Field(
+        default=None, description="What each place says, if the request asks; else absent."
+    )
 
 
-def port_results_json(verdicts: Mapping[int, Verdict]) -> str:
+# The name of a place, and its verdict on each port, or why it has none.
+PortsSeen = tuple[str, Mapping[int, Verdict] | ServiceError]
+
+
+def port_results_json(
+    verdicts: Mapping[int, Verdict], places: Sequence[PortsSeen] | None = None
+) -> str:
     """Return the JSON of the ``CheckPortsResponse`` to a check.
 
     Written here, since pydantic takes seven times as long for one port (measured).
+
+    Args:
+        verdicts: For each port.
+        places: What each place says; None if nobody asks.
     """
+    accessible, results = _results_json(verdicts)
+    perspectives = f',"perspectives":[{",".join(map(_place_json, places))}]' if places else ""
+    return (
+        f'{{"success":{"true" if accessible else "false"},'
+        f'"results":{results},'
+        f'"message":"Successfully verified {accessible} out of {len(verdicts)} ports"'
+        f"{perspectives}}}"
+    )
+
+
+def _place_json(place: PortsSeen) -> str:
+    name, seen = place
+    if isinstance(seen, ServiceError):
+        return PortsFromPlace(name=name, error=_error_detail(seen)).model_dump_json(
+            exclude_unset=True
+        )
+    return f'{{"name":{to_json(name).decode()},"results":{_results_json(seen)[1]}}}'
+
+
+def _results_json(verdicts: Mapping[int, Verdict]) -> tuple[int, str]:
+    """Return how many ports are accessible, and the JSON of the results."""
     accessible = 0
     results = []
     previous = None
@@ -303,11 +404,7 @@ def port_results_json(verdicts: Mapping[int, Verdict]) -> str:
             previous, result = verdict, _result_json(verdict.accessible, verdict.error)
         accessible += verdict.accessible
         results.append(f'"{port}":{result}')
-    return (
-        f'{{"success":{"true" if accessible else "false"},'
-        f'"results":{{{",".join(results)}}},'
-        f'"message":"Successfully verified {accessible} out of {len(verdicts)} ports"}}'
-    )
+    return accessible, f"{{{','.join(results)}}}"
 
 
 @functools.lru_cache(maxsize=64)  # there are few errors
@@ -384,6 +481,7 @@ class CheckTlsRequest(BaseModel):
         WithJsonSchema(PORT_SCHEMA),
         Field(description="The TCP port."),
     ]
+    perspectives: _AsksForPlaces = None
 
     @classmethod
     def parse(cls, body: bytes) -> Self:
@@ -394,7 +492,7 @@ class CheckTlsRequest(BaseModel):
 
         Raises:
             InvalidRequest: The message names the first error, in the order body, ``host``,
-                ``expected_ip``, ``port``.
+                ``expected_ip``, ``port``, ``perspectives``.
         """
         return _validate(cls, _read_json(body), {})
 
@@ -414,8 +512,8 @@ class CheckTlsRequest(BaseModel):
         return [self.host, self.expected_ip]
 
 
-class CheckTlsResponse(BaseModel):
-    """The result of a check of a TLS endpoint."""
+class TlsResult(BaseModel):
+    """Whether a TLS endpoint can be trusted."""
 
     valid: bool = Field(description="Whether everybody can trust the endpoint.")
     error: str | None = Field(description="Why not; null if it is valid.")
@@ -448,6 +546,29 @@ class CheckTlsResponse(BaseModel):
         return next(kind for words, kind in TLS_KINDS.items() if error.startswith(words))
 
 
+class TlsFromPlace(Place):
+    """What one place says about a TLS endpoint."""
+
+    result: TlsResult | None = Field(
+        default=None, description="The result; absent if there is an error."
+    )
+
+    @classmethod
+    def of(cls, name: str, asked: CheckTlsRequest, verdict: TlsVerdict | ServiceError) -> Self:
+        """Build it from the verdict of a place, or from why it has none."""
+        if isinstance(verdict, ServiceError):
+            return cls(name=name, error=_error_detail(verdict))
+        return cls(name=name, result=TlsResult.of(asked, verdict))
+
+
+class CheckTlsResponse(TlsResult):
+    """The result of a check of a TLS endpoint."""
+
+    perspectives: list[TlsFromPlace] | None = Field(
+        default=None, description="What each place says, if the request asks; else absent."
+    )
+
+
 class Health(BaseModel):
     """The service is up."""
 
@@ -462,24 +583,6 @@ class CallerAddress(BaseModel):
     ip: str | None = Field(
         description="The caller's address as this service sees it; null if unknown."
     )
-
-
-class ErrorDetail(BaseModel):
-    """What went wrong: a code for programs, a message for people."""
-
-    code: ErrorCode
-    message: str = Field(description="A sentence that says what to do.")
-    ports: list[int] | None = Field(
-        default=None,
-        description="With CHECK_FAILED, the ports to which this service cannot connect, if it is "
-        "about these alone; else absent.",
-    )
-
-
-class ErrorResponse(BaseModel):
-    """The body of every error response."""
-
-    detail: ErrorDetail
 
 
 # The response that /docs shows.

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from datetime import datetime
 from http import HTTPStatus
 from typing import Any, Final, Generic, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 import httpx
 from pydantic import ValidationError
@@ -23,13 +24,16 @@ from pydantic import ValidationError
 from port_checker.addresses import Address, parse_host
 from port_checker.api.targets import special_purpose
 from port_checker.connect import CheckFailed, Verdict
+from port_checker.errors import ErrorCode, ServiceError
 from port_checker.schemas import (
+    HERE,
     PERSPECTIVE_MARK,
     CallerAddress,
     CheckPortsResponse,
     CheckTlsRequest,
     CheckTlsResponse,
     ErrorResponse,
+    PortsSeen,
 )
 from port_checker.tls import TlsVerdict, TlsVerdictKind
 
@@ -126,8 +130,17 @@ class _Answer(NamedTuple):
     peer: Address | None  # None if the connection has been reset
 
 
-class NoVote(Exception):
-    """A place has no vote; the text says why."""
+class NoVote(ServiceError):
+    """A place has no vote.
+
+    Args:
+        reason: A sentence.
+        code: That the place gave, if it did.
+    """
+
+    def __init__(self, reason: str, code: ErrorCode = ErrorCode.CHECK_FAILED) -> None:
+        super().__init__(reason)
+        self.code = code
 
 
 class Ballot(Generic[Vote]):
@@ -140,6 +153,7 @@ class Ballot(Generic[Vote]):
 
     Attributes:
         ports: As given.
+        votes: Those that are in, by place: on each port, or why there are none.
     """
 
     def __init__(
@@ -151,7 +165,7 @@ class Ballot(Generic[Vote]):
         self.ports = ports
         self._places = places
         self._on_final: Callable[[int, Vote], object] | None = on_final
-        self._votes: dict[int, Mapping[int, Vote] | CheckFailed | NoVote] = {}
+        self.votes: dict[int, Mapping[int, Vote] | ServiceError] = {}
         self._verdicts: dict[int, Vote | None] = {}  # those that are settled
 
     @property
@@ -159,10 +173,10 @@ class Ballot(Generic[Vote]):
         """Whether nothing can change any verdict."""
         return len(self._verdicts) == len(self.ports)
 
-    def cast(self, place: int, votes: "Mapping[int, Vote] | CheckFailed | NoVote") -> None:
+    def cast(self, place: int, votes: Mapping[int, Vote] | ServiceError) -> None:
         """Count the votes of a place, or that it has none and why."""
-        self._votes[place] = votes
-        pending = self._places - len(self._votes)
+        self.votes[place] = votes
+        pending = self._places - len(self.votes)
         for port in self.ports:
             if port in self._verdicts:
                 continue
@@ -183,7 +197,7 @@ class Ballot(Generic[Vote]):
         missing = [port for port in self.ports if port not in verdicts]
         if missing:
             reason = f"too few of {self._places} places could check"
-            if isinstance(own := self._votes.get(0), CheckFailed):
+            if isinstance(own := self.votes.get(0), CheckFailed):
                 reason += f"; here: {own}"
             raise CheckFailed(reason, missing if verdicts else ())
         return verdicts
@@ -191,8 +205,8 @@ class Ballot(Generic[Vote]):
     def _cast_on(self, port: int) -> list[Vote]:
         return [
             votes[port]
-            for _, votes in sorted(self._votes.items())
-            if not isinstance(votes, CheckFailed | NoVote)
+            for _, votes in sorted(self.votes.items())
+            if not isinstance(votes, ServiceError)
         ]
 
 
@@ -210,6 +224,7 @@ class Perspectives:
 
     Attributes:
         observes: As given.
+        names: What the places are called: each URL's host, and port where it has one.
     """
 
     def __init__(
@@ -221,6 +236,7 @@ class Perspectives:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.observes = observes
+        self.names = [urlsplit(url).netloc.lower() for url in urls]
         self._urls = urls
         self._timeout = longest_check + _MARGIN
         self._sleep = sleep
@@ -261,6 +277,7 @@ class Perspectives:
         target: Address,
         ports: Sequence[int],
         on_final: Callable[[int, Verdict], object] | None = None,
+        by_place: list[PortsSeen] | None = None,
     ) -> dict[int, Verdict]:
         """Check ports here and at the other places.
 
@@ -270,6 +287,8 @@ class Perspectives:
             target: The address that the ports are on.
             ports: TCP ports, each at most once.
             on_final: Called once with each port and its verdict, as soon as nothing can change it.
+            by_place: Where to list what each place says. If given, all places are waited for; but
+                if places are only observed, this server is the only one.
 
         Returns:
             A verdict for each port.
@@ -291,10 +310,15 @@ class Perspectives:
             size = _ANSWER_SIZE + _VERDICT_SIZE * len(ports)
             return await self._ask(f"{url}/check-ports", body, caller, size, read)
 
-        return await self._decide(Ballot(ports, self.places, on_final), own, ask, target)
+        ballot = Ballot(ports, self.places, on_final)
+        return await self._decide(ballot, own, ask, target, by_place)
 
     async def check_tls(
-        self, own: Awaitable[TlsVerdict], caller: Address | None, asked: CheckTlsRequest
+        self,
+        own: Awaitable[TlsVerdict],
+        caller: Address | None,
+        asked: CheckTlsRequest,
+        by_place: list[tuple[str, TlsVerdict | ServiceError]] | None = None,
     ) -> TlsVerdict:
         """Check a TLS endpoint here and at the other places, as ``check_ports`` does."""
         body = {"host": str(asked.host), "port": asked.port}
@@ -318,7 +342,15 @@ class Perspectives:
             return {asked.port: await own}
 
         ballot = Ballot[TlsVerdict]([asked.port], self.places)
-        return (await self._decide(ballot, check_here(), ask, asked.target))[asked.port]
+        seen: list[tuple[str, Mapping[int, TlsVerdict] | ServiceError]] | None = None
+        if by_place is not None:
+            seen = []
+        verdicts = await self._decide(ballot, check_here(), ask, asked.target, seen)
+        if by_place is not None:
+            for name, votes in seen or ():
+                vote = votes if isinstance(votes, ServiceError) else votes[asked.port]
+                by_place.append((name, vote))
+        return verdicts[asked.port]
 
     async def _decide(
         self,
@@ -326,15 +358,23 @@ class Perspectives:
         own: Awaitable[dict[int, Vote]],
         ask: Callable[[str], Awaitable[dict[int, Vote]]],
         target: Address,
+        by_place: list[tuple[str, Mapping[int, Vote] | ServiceError]] | None,
     ) -> dict[int, Vote]:
         if not self.observes:
-            return await self._poll(ballot, own, ask)
+            verdicts = await self._poll(ballot, own, ask, waits_for_all=by_place is not None)
+            if by_place is not None:
+                names = [HERE, *self.names]
+                by_place += [(names[place], ballot.votes[place]) for place in range(self.places)]
+            return verdicts
         here = asyncio.ensure_future(own)
         if len(self._compared) < _MOST_COMPARED:
             comparison = asyncio.create_task(self._compare(ballot, here, ask, target))
             self._compared.add(comparison)
             comparison.add_done_callback(self._compared.discard)
-        return await here
+        verdicts = await here
+        if by_place is not None:
+            by_place.append((HERE, verdicts))
+        return verdicts
 
     async def _compare(
         self,
@@ -345,7 +385,10 @@ class Perspectives:
     ) -> None:
         """Log what the places together would have said otherwise than this server."""
         said: list[dict[int, str]] = []
-        for verdicts in (asyncio.shield(here), self._poll(ballot, asyncio.shield(here), ask)):
+        for verdicts in (
+            asyncio.shield(here),
+            self._poll(ballot, asyncio.shield(here), ask, waits_for_all=True),
+        ):
             try:
                 words = {
                     port: "reachable" if is_good(vote) else vote.error or "not reachable"
@@ -367,13 +410,15 @@ class Perspectives:
         ballot: Ballot[Vote],
         own: Awaitable[dict[int, Vote]],
         ask: Callable[[str], Awaitable[dict[int, Vote]]],
+        *,
+        waits_for_all: bool,
     ) -> dict[int, Vote]:
-        """Have all places vote at once, until nothing can change a verdict."""
+        """Have all places vote at once, until nothing can change a verdict, or until all have."""
         tasks = {asyncio.ensure_future(own): 0}
         tasks |= {asyncio.ensure_future(ask(url)): n for n, url in enumerate(self._urls, 1)}
         pending = set(tasks)
         try:
-            while not ballot.is_settled:
+            while pending and (waits_for_all or not ballot.is_settled):
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     try:
@@ -412,7 +457,7 @@ class Perspectives:
             detail = ErrorResponse.model_validate_json(answer.body).detail
         except (ValidationError, ValueError):
             raise NoVote(f"Its answer is not understood (HTTP status {answer.status}).") from None
-        raise NoVote(f"{detail.code}.")
+        raise NoVote(detail.message, detail.code)
 
     async def _request(self, method: str, url: str, size: int, **request: Any) -> _Answer:
         answer = bytearray()

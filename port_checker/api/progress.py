@@ -12,12 +12,11 @@ from starlette.types import Receive, Scope, Send
 from port_checker.api.errors import NO_STORE
 from port_checker.connect import OnVerdict, Verdict
 from port_checker.errors import ServiceError
-from port_checker.schemas import port_results_json
 
 NDJSON = "application/x-ndjson"
 
-# Makes a check, and calls what it is given with each verdict that is final.
-ReportingCheck = Callable[[OnVerdict], Awaitable[dict[int, Verdict]]]
+# Makes a check, calls what it is given with each verdict that is final, and returns the answer.
+ReportingCheck = Callable[[OnVerdict], Awaitable[str]]
 
 # Returns the answer to an exception.
 Answer = Callable[[Request, Exception], Awaitable[Response]]
@@ -53,7 +52,7 @@ class ProgressResponse(Response):
         """Make the check, and send the lines."""
         del scope, receive  # those of the request
 
-        async def make_check() -> dict[int, Verdict]:
+        async def make_check() -> str:
             return await self._check(self._add_line)
 
         check = asyncio.create_task(make_check())
@@ -73,9 +72,9 @@ class ProgressResponse(Response):
         self._unsent += json.dumps(line, separators=(",", ":")).encode() + b"\n"
         self._has_news.set()
 
-    async def _add_last_line(self, check: asyncio.Task[dict[int, Verdict]]) -> None:
+    async def _add_last_line(self, check: asyncio.Task[str]) -> None:
         try:
-            last = port_results_json(check.result()).encode()
+            last = check.result().encode()
         except ClientDisconnect:
             if not self._has_started:
                 raise

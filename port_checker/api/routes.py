@@ -31,9 +31,11 @@ from port_checker.api.records import CheckRecord
 from port_checker.api.targets import TargetNotAllowed, TargetRules
 from port_checker.checker import Checker
 from port_checker.connect import OnVerdict, Verdict, VerdictKind
+from port_checker.errors import ServiceError
 from port_checker.metrics import Metrics
 from port_checker.schemas import (
     ERROR_EXAMPLES,
+    HERE,
     PERSPECTIVE_MARK,
     TLS_ERROR_EXAMPLES,
     CallerAddress,
@@ -43,10 +45,13 @@ from port_checker.schemas import (
     CheckTlsResponse,
     ErrorCode,
     Health,
+    PortsSeen,
+    TlsFromPlace,
     parse_port,
     port_results_json,
 )
 from port_checker.settings import Settings
+from port_checker.tls import TlsVerdict
 
 if TYPE_CHECKING:
     from port_checker.api.perspectives import Perspectives
@@ -168,10 +173,17 @@ class Api:
         # Before anything that costs more than this does.
         await self._limiter.pay_request(caller)
         asked = CheckPortsRequest.parse(await _read_body(request), self._settings.max_ports)
-        check = partial(self._check, request, caller, asked.provider_ip, asked.ports)
+        by_place: list[PortsSeen] | None = [] if asked.perspectives else None
+
+        async def check(on_final: OnVerdict | None = None) -> str:
+            verdicts = await self._check(
+                request, caller, asked.provider_ip, asked.ports, on_final, by_place
+            )
+            return port_results_json(verdicts, by_place)
+
         if accepts(request, b"accept", NDJSON):
             return ProgressResponse(request, check, self._answer)
-        return _JsonResponse(port_results_json(await check()))
+        return _JsonResponse(await check())
 
     async def check_own_port(self, request: Request) -> Response:
         """Connect to a port of the address that your request comes from.
@@ -205,6 +217,7 @@ class Api:
         target: Address,
         ports: list[int],
         on_final: OnVerdict | None = None,
+        by_place: list[PortsSeen] | None = None,
     ) -> dict[int, Verdict]:
         with CheckRecord(caller, target, len(ports), self._metrics) as record:
             others = self._perspectives_for(request)
@@ -217,9 +230,13 @@ class Api:
                     # Who answers with its own verdicts tells these, and only logs what others say.
                     here, together = (on_final, None) if others.observes else (None, on_final)
                     own = self._checker.check(target, ports, room, here)
-                    verdicts = await others.check_ports(own, caller, target, ports, together)
+                    verdicts = await others.check_ports(
+                        own, caller, target, ports, together, by_place
+                    )
                 else:
                     verdicts = await self._checker.check(target, ports, room, on_final)
+                    if by_place is not None:
+                        by_place.append((HERE, verdicts))
             kinds = [verdict.kind for verdict in verdicts.values()]
             record.result = f"accessible={kinds.count(VerdictKind.OPEN)}"
         self._metrics.count_ports(kinds)
@@ -250,10 +267,21 @@ class Api:
                 own = self._checker.check_tls(
                     target, asked.port, asked.expected, caller and subscriber(caller)
                 )
-                verdict = await (others.check_tls(own, caller, asked) if others else own)
+                by_place: list[tuple[str, TlsVerdict | ServiceError]] | None = None
+                if asked.perspectives:
+                    by_place = []
+                if others:
+                    verdict = await others.check_tls(own, caller, asked, by_place)
+                else:
+                    verdict = await own
+                    if by_place is not None:
+                        by_place.append((HERE, verdict))
             record.result = f'tls="{verdict.error or "valid"}"'
         self._metrics.count("tls_checks", verdict.kind.outcome)
-        return _JsonResponse(CheckTlsResponse.of(asked, verdict).model_dump_json())
+        answer = CheckTlsResponse.of(asked, verdict)
+        if by_place is not None:
+            answer.perspectives = [TlsFromPlace.of(name, asked, seen) for name, seen in by_place]
+        return _JsonResponse(answer.model_dump_json(exclude_unset=True))
 
     def _perspectives_for(self, request: Request) -> "Perspectives | None":
         """Return the places to ask, besides this one; none if another server asks."""

@@ -19,6 +19,7 @@ from port_checker.api.app import create_app
 from port_checker.api.perspectives import Ballot, NoVote, Perspectives, common_verdict
 from port_checker.checker import Checker, Reservation
 from port_checker.connect import OPEN, REFUSED, TIMED_OUT, CheckFailed, Verdict, VerdictKind
+from port_checker.schemas import PERSPECTIVE_MARK
 from port_checker.settings import Settings
 from port_checker.tls import TlsVerdict, TlsVerdictKind
 from tests.support.loopback import free_port, open_port, refused_port
@@ -300,6 +301,68 @@ def test_observing_changes_no_answer_and_logs_what_would_have(
             "together='Connection timed out'"
         )
         wait_until(lambda: line in caplog.messages, "the comparison")
+
+
+def test_a_request_that_asks_hears_what_each_place_says() -> None:
+    with open_port() as opened, place(TIMED_OUT) as filtered, place() as other:
+        away = dead()
+        body = {"provider_ip": "127.0.0.1", "ports": [opened], "perspectives": True}
+        with asking(filtered, away, other) as client:
+            answer = client.post("/check-ports", json=body).json()
+            lines = client.post(
+                "/check-ports", json=body, headers={"Accept": "application/x-ndjson"}
+            ).text.splitlines()
+            assert "perspectives" not in ask(client, opened).json()
+            ours = client.post("/check-ports", json=body, headers={PERSPECTIVE_MARK: "1"}).json()
+        with asking(filtered, perspectives_mode="observe") as client:
+            observed = client.post("/check-ports", json=body).json()
+    here = {"name": "here", "results": {str(opened): {"accessible": True, "error": None}}}
+    filtered_out = {"accessible": False, "error": "Connection timed out"}
+    assert list(answer) == ["success", "results", "message", "perspectives"]
+    assert answer["success"] is True
+    assert answer["perspectives"] == [
+        here,
+        {"name": filtered.removeprefix("http://"), "results": {str(opened): filtered_out}},
+        {
+            "name": away.removeprefix("http://"),
+            "error": {
+                "code": "CHECK_FAILED",
+                "message": "It cannot be reached (Connection refused).",
+            },
+        },
+        {**here, "name": other.removeprefix("http://")},
+    ]
+    assert json.loads(lines[-1]) == answer
+    assert ours["perspectives"] == observed["perspectives"] == [here]
+
+
+def test_a_tls_request_that_asks_hears_what_each_place_says() -> None:
+    body = {"host": "127.0.0.1", "port": 443, "perspectives": True}
+    with refused_port() as refused, place() as other, asking(other, dead()) as client:
+        answer = client.post("/check-tls", json=body | {"port": refused}).json()
+        alone = client.post("/check-tls", json=body | {"port": refused, "perspectives": False})
+    result = {
+        "valid": False,
+        "error": "Connection refused",
+        "peer": f"127.0.0.1:{refused}",
+        "not_after": None,
+    }
+    here, there, away = answer.pop("perspectives")
+    assert list(answer.items()) == list(alone.json().items()) == list(result.items())
+    assert here == {"name": "here", "result": result}
+    assert there == {"name": other.removeprefix("http://"), "result": result}
+    assert away["error"]["code"] == "CHECK_FAILED"
+
+
+@pytest.mark.parametrize("wrong", ["yes", 1, [], None])
+def test_whether_to_tell_of_places_is_true_or_false(wrong: object) -> None:
+    body = {"provider_ip": "127.0.0.1", "ports": [1], "perspectives": wrong}
+    with serve(create_app(Settings())) as client:
+        detail = client.post("/check-ports", json=body).json()["detail"]
+    assert detail == {
+        "code": "INVALID_REQUEST",
+        "message": "perspectives must be true or false.",
+    }
 
 
 @pytest.mark.parametrize("trusted", ["127.0.0.1", ""])
