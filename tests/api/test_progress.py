@@ -170,7 +170,8 @@ def test_the_check_of_a_caller_that_leaves_is_cancelled(caplog: pytest.LogCaptur
     checker = HeldChecker()
     with serve(create_app(Settings(), checker=checker)) as client:
         with progress(client, [80]) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()  # once it is gone, the answer is closed
+            next(lines)
             assert checker.in_flight == 1
         wait_until(lambda: not checker.in_flight, "the check to end")
     told = [it.getMessage() for it in caplog.records if it.name.startswith("port_checker")]
