@@ -284,6 +284,7 @@ PAGE_REACHABLE = (
     "Something accepts connections there. If your provider is not running yet, it is another "
     "program or another machine."
 )
+PAGE_ALL_REACHABLE = "Your provider can work with these ports: start it, if it is not running yet."
 PAGE_REFUSED = (
     "The address answers, but nothing accepts connections on this port. Start your provider and "
     "check again. If it is running, forward the port to its machine in your router."

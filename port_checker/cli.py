@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from port_checker.settings import Settings
 
 # What a provider of the Golem network opens by default.
-_DEFAULT_PORTS = "50800-50899"
+_DEFAULT_PORTS = "7466 50800-50899"
 
 # Seconds that the program has to end by itself when it is interrupted.
 _INTERRUPT_PATIENCE = 1.0

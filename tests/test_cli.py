@@ -159,8 +159,8 @@ def test_no_server_could_check() -> None:
     with scripted(ip=BROKEN) as server:
         done = check(server.url, "--json")
     report = json.loads(done.out)
-    assert (report["ip"], report["reachable"], report["total"]) == (None, 0, 100)
-    assert [port["port"] for port in report["ports"]] == [*range(50800, 50900)]  # the default
+    assert (report["ip"], report["reachable"], report["total"]) == (None, 0, 101)
+    assert [port["port"] for port in report["ports"]] == [7466, *range(50800, 50900)]  # the default
     assert (done.status, done.err) == (3, "")
 
 

@@ -11,7 +11,7 @@ _MAX_PARAMETERS = 10
 
 
 def accepts(connection: HTTPConnection, field: bytes, *names: str) -> bool:
-    """Read a field as RFC 9110 section 12.5 has it.
+    """Tell whether the caller takes something.
 
     Args:
         connection: The request.
@@ -21,11 +21,23 @@ def accepts(connection: HTTPConnection, field: bytes, *names: str) -> bool:
     Returns:
         Whether the field lists one of ``names``, the first of them without a weight of 0.
     """
+    return _weight(connection, field, *names) > 0
+
+
+def prefers_html(connection: HTTPConnection) -> bool:
+    """Tell people's browsers, which list ``text/html``, from programs, even if these list both."""
+    html = _weight(connection, b"accept", "text/html")
+    return html > 0 and html >= _weight(connection, b"accept", "application/json")
+
+
+def _weight(connection: HTTPConnection, field: bytes, *names: str) -> float:
+    """Return the weight of the first of ``names`` in a field (RFC 9110 section 12.5); 0 if none."""
     for name, value in connection.scope["headers"]:
         if name == field:
             elements = value.decode("latin-1").lower().split(",", _MAX_ELEMENTS)
             for element in elements[:_MAX_ELEMENTS]:
                 listed, *parameters = element.split(";", _MAX_PARAMETERS)
                 if listed.strip() in names:
-                    return not any(re.fullmatch(r"\s*q=0(\.0*)?\s*", it) for it in parameters)
-    return False
+                    weights = (re.fullmatch(r"\s*q=([01](\.\d*)?)\s*", it) for it in parameters)
+                    return next((float(it[1]) for it in weights if it), 1)
+    return 0

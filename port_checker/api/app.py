@@ -12,7 +12,7 @@ from port_checker.api.errors import answer_errors
 from port_checker.api.limits import RateLimiter
 from port_checker.api.openapi import extend_openapi
 from port_checker.api.origin import AllowedHosts
-from port_checker.api.pages import add_pages
+from port_checker.api.pages import add_pages, not_found_page
 from port_checker.api.routes import Api
 from port_checker.checker import Checker
 from port_checker.metrics import Metrics
@@ -91,7 +91,7 @@ def create_app(
     metrics.watch("ports_in_flight", lambda: checker.in_flight)
     metrics.watch("ports_in_flight_limit", lambda: settings.max_in_flight)
     metrics.watch("rate_limit_store_up", lambda: limits.store_is_available)
-    answer = answer_errors(app, callers, metrics)
+    answer = answer_errors(app, callers, metrics, not_found_page)
     Api(settings, callers, limits, checker, metrics, answer, perspectives).add_routes(app)
     extend_openapi(app, settings)
     add_pages(app, settings)

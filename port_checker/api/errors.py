@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
+from port_checker.api.accept import prefers_html
 from port_checker.api.caller import CallerResolver
 from port_checker.api.records import RefusalLog
 from port_checker.errors import ErrorCode, ServiceError
@@ -47,9 +48,18 @@ class ApiError(ServiceError):
 
 
 def answer_errors(
-    app: FastAPI, callers: CallerResolver, metrics: Metrics
+    app: FastAPI,
+    callers: CallerResolver,
+    metrics: Metrics,
+    not_found_page: Callable[[Request], Response],
 ) -> Callable[[Request, Exception], Awaitable[Response]]:
     """Have every exception in ``app`` answered, counted, and, if it is a refusal, logged.
+
+    Args:
+        app: The application.
+        callers: Finds out who asks.
+        metrics: Where errors are counted.
+        not_found_page: Returns what a browser shows for a path that there is not.
 
     Returns:
         The handler, for those who answer without raising.
@@ -87,7 +97,9 @@ def answer_errors(
         if not _tells_that_no_route_fits(error):
             return await http_exception_handler(request, error)
         if error.status_code == HTTPStatus.NOT_FOUND:
-            return respond(request, ApiError(ErrorCode.NOT_FOUND, "Not found. See /docs."))
+            answer = respond(request, ApiError(ErrorCode.NOT_FOUND, "Not found. See /docs."))
+            is_page = request.method in ("GET", "HEAD") and prefers_html(request)
+            return not_found_page(request) if is_page else answer
         return respond(
             request,
             ApiError(ErrorCode.METHOD_NOT_ALLOWED, "Method not allowed. See /docs."),

@@ -18,7 +18,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from port_checker import advice
-from port_checker.api.accept import accepts
+from port_checker.api.accept import accepts, prefers_html
 from port_checker.api.errors import NO_STORE
 from port_checker.api.wheel import Wheel, installed_wheel
 from port_checker.connect import VerdictKind
@@ -80,6 +80,12 @@ _FOR_EVER = {
 _REVALIDATED = {**_NOSNIFF, "Cache-Control": "no-cache"}
 _WHEEL_TYPE = "application/octet-stream"
 
+# Of a path that a browser shows a page for: nobody makes that page long.
+_MAX_DEPTH = 20
+
+# Stands on the page for the service's, which the page's script knows.
+_URL = '<var data-is="url">URL</var>'
+
 
 @dataclass(frozen=True)
 class _StaticFile:
@@ -113,7 +119,8 @@ class _StaticFile:
 def _static_files() -> dict[str, _StaticFile]:
     """All of them, by the names that the pages know them by."""
     swagger_ui = Path(fastapi_offline.__file__).parent / "static"
-    paths = [_WEB / name for name in ("mark.svg", "page.css", "page.js", "docs.css", "docs.js")]
+    paths = [_WEB / name for name in ("mark.svg", "page.css", "ports.js", "page.js")]
+    paths += [_WEB / name for name in ("docs.css", "docs.js")]
     paths += [swagger_ui / name for name in ("swagger-ui.css", "swagger-ui-bundle.js")]
     return {path.name: _StaticFile.read(path) for path in paths}
 
@@ -122,21 +129,30 @@ def add_pages(app: FastAPI, settings: Settings) -> None:
     """Route ``app`` to the pages."""
     data = {
         "advice": _ADVICE,
+        "tlsErrors": [words for words in TLS_KINDS if words],
         "reachable": advice.PAGE_REACHABLE,
+        "allReachable": advice.PAGE_ALL_REACHABLE,
         "validCertificate": advice.PAGE_CERTIFICATE_VALID,
         "longestCheck": settings.longest_check,
         "maxPorts": settings.max_ports,
     }
-    # "<" could end the script element that holds it.
-    page = _fill_in("page.html", data=json.dumps(data).replace("<", r"\u003c"))
-    docs = _fill_in("docs.html")
     wheel = installed_wheel()
+    page = _fill_in(
+        "page.html",
+        # "<" could end the script element that holds it.
+        data=json.dumps(data).replace("<", r"\u003c"),
+        wheel=f"static/{wheel.name}" if wheel else "",
+        sha256=wheel.sha256 if wheel else "",
+        pipx_run=f"pipx run --spec {_URL}/static/{wheel.name} " if wheel else "",
+        no_wheel="" if wheel else "hidden",
+    )
+    docs = _fill_in("docs.html")
     links = json.dumps({**_LINKS, **({"program": _program(wheel)} if wheel else {})})
     files = {file.name: file for file in _static_files().values()}
     vary = {"Vary": "Accept"}
 
     async def home(request: Request) -> Response:
-        if "text/html" in request.headers.get("accept", ""):
+        if prefers_html(request):
             return Response(page, media_type="text/html", headers={**_PAGE_HEADERS, **vary})
         return Response(links, media_type="application/json", headers={**_NO_STORE, **vary})
 
@@ -166,6 +182,21 @@ def add_pages(app: FastAPI, settings: Settings) -> None:
         "/static/{name}": static,
     }.items():
         app.add_route(path, endpoint, methods=["GET"], include_in_schema=False)
+
+
+def not_found_page(request: Request) -> Response:
+    """Return the page that a browser shows for a path that there is not."""
+    # Its own path may be that of a proxy's and more, so its links lead up from there.
+    path = request.scope.get("raw_path") or request.scope["path"].encode()
+    depth = path.count(b"/") - 1 - request.scope.get("root_path", "").count("/")
+    page = _not_found_template().replace("[up]", "../" * min(depth, _MAX_DEPTH) or "./")
+    headers = {**_PAGE_HEADERS, "Vary": "Accept"}
+    return Response(page, HTTPStatus.NOT_FOUND, media_type="text/html", headers=headers)
+
+
+@functools.cache
+def _not_found_template() -> str:
+    return _fill_in("not-found.html")
 
 
 def _program(wheel: Wheel) -> dict[str, str]:

@@ -12,6 +12,7 @@ import pytest
 
 import port_checker.api
 from port_checker import advice
+from port_checker.schemas import TLS_KINDS
 from tests.support.service import serve
 
 BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
@@ -32,7 +33,8 @@ def urls(page: str) -> list[str]:
 
 def static_files(client: httpx.Client) -> list[str]:
     pages = [client.get(path, headers=BROWSER).text for path in PAGES]
-    return sorted({url for page in pages for url in urls(page) if url.startswith("static/")})
+    found = {url for page in pages for url in urls(page) if url.startswith("static/")}
+    return sorted(url for url in found if not url.endswith(".whl"))
 
 
 @pytest.mark.parametrize("path", PAGES)
@@ -80,7 +82,7 @@ def test_static_files_are_kept_for_ever_under_names_that_follow_their_content(
     client: httpx.Client,
 ) -> None:
     files = static_files(client)
-    assert len(files) == 7
+    assert len(files) == 8
     for url in files:
         plain = client.get(url, headers={"Accept-Encoding": "identity"}).raise_for_status()
         assert plain.headers["Cache-Control"] == "public, max-age=31536000, immutable"
@@ -151,7 +153,9 @@ def test_the_page_is_told_what_the_program_says() -> None:
     assert sentence_for("certificate expired") == advice.CERTIFICATE_EXPIRED
     assert sentence_for("TLS handshake failed: timed out") == advice.TLS_HANDSHAKE_FAILED
     assert data == {
+        "tlsErrors": [words for words in TLS_KINDS if words],
         "reachable": advice.PAGE_REACHABLE,
+        "allReachable": advice.PAGE_ALL_REACHABLE,
         "validCertificate": advice.PAGE_CERTIFICATE_VALID,
         "longestCheck": 6.5,
         "maxPorts": 7,

@@ -63,12 +63,15 @@ class Visitor:
 
     def check_certificate(self, port: int | str) -> None:
         """Enter an HTTPS port and have its certificate checked."""
+        if not self.page.get_by_label("HTTPS port").is_visible():
+            self.page.get_by_text("Check an HTTPS certificate").click()
         self.page.get_by_label("HTTPS port").fill(str(port))
         self.page.get_by_role("button", name="Check certificate").click()
 
     def rows(self) -> list[tuple[str, ...]]:
         """The ports, verdict and sentence of each row of the results."""
         expect(self.page.locator("#results")).to_be_visible()
+        expect(self.page.locator("[aria-disabled=true]")).to_have_count(0)  # all have come
         rows = self.page.locator("#results tbody tr").all()
         return [
             (row.locator("th").inner_text(), *row.locator("p").all_inner_texts()) for row in rows

@@ -1,8 +1,9 @@
 "use strict";
 
-// What the service knows: the longest a check takes (seconds), how many ports one request may have,
-// and a sentence for each result: those for errors by how these begin.
-const { advice, reachable, validCertificate, longestCheck, maxPorts } = JSON.parse(
+// What the service knows: the longest a check takes (seconds), how many ports one request may have, a
+// sentence for each result, those for errors by how these begin, and how the errors begin of a port that
+// could be connected to.
+const { advice, reachable, allReachable, validCertificate, tlsErrors, longestCheck, maxPorts } = JSON.parse(
   find("page-data").textContent,
 );
 
@@ -12,33 +13,48 @@ const url = new URL(".", location.href).href.replace(/\/$/, "");
 // a shell. So it holds nothing that a shell would take apart.
 const here = /^[A-Za-z0-9._~/:[\]-]+$/.test(url) ? url : null;
 
+// After an answer that says when to ask again: how often that is done, and the longest wait (seconds).
+const MAX_REPEATS = 3;
+const LONGEST_WAIT = 120;
+// Characters of a link that are read; of a list of ports that is shown whole.
+const LONGEST_LINK = 8000;
+const LONGEST_LIST = 200;
+
 const portsField = find("ports");
 const httpsPortField = find("https-port");
-const table = document.querySelector("#results table");
+const portsTable = document.querySelector("#results table");
+const certificateTable = portsTable.cloneNode(true);
+portsTable.after(certificateTable);
+const title = document.title;
+const texts = new Map(); // the result in each table
+const link = { ports: "", tls: "" };
 let isChecking = false;
-let resultsAsText = "";
 
 find("check").addEventListener("submit", (event) => {
   event.preventDefault();
-  check(portsField, parsePorts, checkPorts);
+  check(portsField, (text) => parsePorts(text, maxPorts), checkPorts, portsTable);
 });
 find("check-certificate").addEventListener("submit", (event) => {
   event.preventDefault();
-  check(httpsPortField, parsePort, checkCertificate);
+  check(httpsPortField, parsePort, checkCertificate, certificateTable);
 });
-portsField.addEventListener("input", () => {
-  showFault(portsField, "");
-  showCommand();
-});
+portsField.addEventListener("input", followPorts);
 httpsPortField.addEventListener("input", () => showFault(httpsPortField, ""));
-find("copy-results").addEventListener("click", (event) => copy(resultsAsText, event.target));
-find("copy-command").addEventListener("click", (event) => copy(find("command").textContent, event.target));
-find("copy-command").hidden = !here;
-showCommand();
-findAddress().catch((error) => say(error.message, "failed"));
+addEventListener("hashchange", readLink);
+find("copy-results").addEventListener("click", ({ target }) => copy([...texts.values()].join("\n"), target));
+for (const button of document.querySelectorAll("[data-copies]")) {
+  button.hidden = !here;
+  const command = button.parentElement.previousElementSibling;
+  button.addEventListener("click", () => copy(command.textContent, button));
+}
+// Where it is secure, nobody on the way can change what comes.
+find("plain-http").hidden = isSecureContext;
+if (here) fill("url", here);
+readLink();
+findAddress().catch((error) => say(error.message, "bad"));
 
 /** Read a field with `parse`, and have `run` check what it says, at the visitor's address. */
-async function check(field, parse, run) {
+async function check(field, parse, run, table) {
   if (isChecking) return;
   let asked;
   try {
@@ -49,37 +65,62 @@ async function check(field, parse, run) {
     return;
   }
   for (const each of [portsField, httpsPortField]) showFault(each, "");
-  find("results").hidden = true;
   for (const note of document.querySelectorAll(".actions [role=status]")) note.textContent = "";
+  writeLink(field === portsField ? { ports: formatPorts(asked, ",") } : { tls: asked });
   setChecking(true);
-  const progress = showProgress();
   try {
-    // Asked again, since a browser can move to another network while a page is open.
-    await run(await findAddress(), asked);
+    for (let repeats = 0; ; repeats++) {
+      hide(table);
+      try {
+        // Asked again, since a browser can move to another network while a page is open.
+        await run(await findAddress(), asked);
+        break;
+      } catch (error) {
+        hide(table); // it may show a part of the answer
+        if (repeats === MAX_REPEATS || !(error.wait <= LONGEST_WAIT)) throw error;
+        await countDown(error);
+      }
+    }
   } catch (error) {
-    say(error.message, "failed");
+    say(error.message, "bad");
   } finally {
-    clearInterval(progress);
-    find("progress").hidden = true;
     setChecking(false);
   }
+  bringIntoView();
 }
 
 async function checkPorts(address, ports) {
-  sayChecking(`${count(ports.length)} of ${address}`);
-  const { results } = await post("check-ports", { provider_ip: address, ports });
+  sayChecking(`${count(ports.length)} of ${address}`, ports.length);
+  const errors = new Map(); // of the ports that are done
+  const { results } = await post("check-ports", { provider_ip: address, ports }, (lines) => {
+    for (const { port, error } of lines) errors.set(port, error);
+    showProgress(errors.size, ports.length);
+    showResults(portsTable, `Ports of ${address}, so far`, rowsOf(errors, address));
+  });
+  const last = Object.entries(results).map(([port, { error }]) => [Number(port), error]);
+  const good = last.filter(([, error]) => !error).length;
+  const summary =
+    last.length === 1
+      ? `The port ${good ? "can" : "cannot"} be reached`
+      : `${{ 0: "None", [last.length]: "All" }[good] ?? good} ${good === last.length ? "" : "of "}${last.length} ports can be reached`;
+  conclude(portsTable, `Ports of ${address}`, rowsOf(new Map(last), address), summary, good === last.length);
+  find("next").textContent = allReachable;
+  find("next").hidden = good !== last.length;
+}
+
+/** Return a row for each result, whose ports share it. */
+function rowsOf(errors, address) {
   const groups = new Map();
-  for (const [port, { error }] of Object.entries(results)) {
-    groups.set(error, [...(groups.get(error) ?? []), Number(port)]);
+  for (const [port, error] of errors) {
+    if (!groups.has(error)) groups.set(error, []);
+    groups.get(error).push(port);
   }
-  const rows = [...groups].map(([error, group]) => ({
-    ports: formatPorts(group),
+  return [...groups].map(([error, ports]) => ({
+    ports,
     isGood: !error,
     verdict: error ?? "Reachable",
     sentence: error ? adviceFor(error, address) : reachable,
   }));
-  const summary = `${groups.get(null)?.length ?? 0} of ${count(ports.length)} can be reached.`;
-  showResults(`Ports of ${address}`, rows, summary);
 }
 
 async function checkCertificate(address, port) {
@@ -89,32 +130,57 @@ async function checkCertificate(address, port) {
   const row = valid
     ? { verdict: `Valid until ${formatTime(until)}`, sentence: validCertificate }
     : { verdict: error, sentence: adviceFor(error, address) };
-  const summary = `Port ${port} has ${valid ? "a" : "no"} valid certificate.`;
-  showResults(`Certificate at ${address}`, [{ ports: port, isGood: valid, ...row }], summary);
+  const isReached = valid || tlsErrors.some((words) => error.startsWith(words));
+  const summary = `Port ${port} ${isReached ? `has ${valid ? "a" : "no"} valid certificate` : "cannot be reached"}`;
+  conclude(certificateTable, `Certificate at ${address}`, [{ ports: [port], isGood: valid, ...row }], summary, valid);
 }
 
-function post(path, body) {
+function post(path, body, onLines) {
   const headers = { "Content-Type": "application/json" };
-  return ask(path, { method: "POST", headers, body: JSON.stringify(body) });
+  if (onLines) headers.Accept = "application/x-ndjson";
+  return ask(path, { method: "POST", headers, body: JSON.stringify(body) }, onLines);
 }
 
-/** Ask the service; an Error's message says what went wrong, in words for people. */
-async function ask(path, options) {
+/**
+ * Ask the service, which answers in lines if `onLines` takes them; the last is the answer.
+ * An Error's message says what went wrong, in words for people; its `wait`, when to ask again.
+ */
+async function ask(path, options, onLines) {
   let response, answer;
   try {
     const signal = AbortSignal.timeout((longestCheck + 30) * 1000);
     response = await fetch(path, { cache: "no-store", signal, ...options });
-    answer = await response.json();
+    answer = await (response.ok && onLines ? readLines(response.body, onLines) : response.json());
   } catch {
     if (!response) throw new Error("The service cannot be reached. See whether you are online, and try again.");
+    if (response.ok && onLines) throw new Error("The answer broke off, so nothing of it counts. Check again.");
   }
-  if (response.ok && answer) return answer;
-  if (answer?.detail?.message) throw new Error(answer.detail.message);
-  const wait = response.headers.get("Retry-After");
-  throw new Error(
+  if (response.ok && answer && !answer.detail) return answer;
+  const wait = Number(response.headers.get("Retry-After"));
+  const message =
+    answer?.detail?.message ??
     `The service did not answer as it should (HTTP status ${response.status}). ` +
-      (wait ? `Try again in ${wait} s.` : "Try again later."),
-  );
+      (wait ? `Try again in ${wait} s.` : "Try again later.");
+  // What does not come from the service is asked again only if it limits how often one may ask.
+  const mayRepeat = wait && (answer?.detail || response.status === 429);
+  throw Object.assign(new Error(message), mayRepeat ? { wait } : {});
+}
+
+/** Pass on the lines about ports as they come, and return the last line, which is about all of them. */
+async function readLines(body, onLines) {
+  let rest = "";
+  let last;
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let part; !(part = await reader.read()).done; ) {
+    const lines = (rest + part.value).split("\n");
+    rest = lines.pop();
+    const answers = lines.filter(Boolean).map((line) => JSON.parse(line));
+    const ports = answers.filter((answer) => "port" in answer);
+    if (ports.length) onLines(ports);
+    last = answers.at(-1) ?? last;
+  }
+  if (!last || "port" in last || rest) throw new Error("There is no last line.");
+  return last;
 }
 
 /** Show the visitor's address as the service sees it, and return it. */
@@ -126,41 +192,6 @@ async function findAddress() {
   return ip;
 }
 
-/** Return the ports of a text like "7466, 50800-50899", each once. */
-function parsePorts(text) {
-  const ports = new Set();
-  for (const word of text.replace(/\s*[-–]\s*/g, "-").split(/[\s,;]+/).filter(Boolean)) {
-    const match = /^(\d{1,5})(?:-(\d{1,5}))?$/.exec(word);
-    const low = Number(match?.[1]);
-    const high = Number(match?.[2] ?? match?.[1]);
-    if (!(1 <= low && low <= high && high <= 65535)) {
-      throw new Error(`“${word}” is neither a port (1 to 65535) nor a range such as 50800-50899.`);
-    }
-    for (let port = low; port <= high; port++) ports.add(port);
-  }
-  if (!ports.size) throw new Error("Enter at least one port.");
-  if (ports.size > maxPorts) {
-    throw new Error(`${ports.size} ports are too many for one check. Enter at most ${maxPorts}.`);
-  }
-  return [...ports];
-}
-
-function parsePort(text) {
-  const port = /^\s*\d{1,5}\s*$/.test(text) ? Number(text) : 0;
-  if (!(1 <= port && port <= 65535)) throw new Error("Enter one port (1 to 65535), such as 443.");
-  return port;
-}
-
-/** Write ports like "7466, 50800-50899". */
-function formatPorts(ports) {
-  const runs = [];
-  for (const port of [...ports].sort((a, b) => a - b)) {
-    if (runs.at(-1)?.[1] === port - 1) runs.at(-1)[1] = port;
-    else runs.push([port, port]);
-  }
-  return runs.map(([low, high]) => (low === high ? low : `${low}-${high}`)).join(", ");
-}
-
 /** Write a time of the service's in the visitor's words and time zone. */
 function formatTime(text) {
   return new Date(text).toLocaleString(undefined, { dateStyle: "long", timeStyle: "long" });
@@ -170,44 +201,102 @@ function adviceFor(error, address) {
   return Object.entries(advice).find(([words]) => error.startsWith(words))[1].replace("{ip}", address);
 }
 
-function showResults(what, rows, summary) {
+/** Show a result, and have it ready to be copied. */
+function conclude(table, what, rows, summary, isGood) {
   const caption = `${what}, checked ${new Date().toLocaleString()} by ${here ?? "this service"}`;
-  const lines = [];
+  showResults(table, caption, rows);
+  const lines = rows.map(({ ports, verdict, sentence }) => `${formatPorts(ports)}: ${verdict}. ${sentence}`);
+  texts.set(table, [caption, ...lines, summary, ""].join("\n"));
+  find("copy-results").parentElement.hidden = false;
+  say(`${isGood ? "✓" : "✕"} ${summary}`, isGood ? "good" : "bad");
+}
+
+function showResults(table, caption, rows) {
   table.caption.textContent = caption;
-  table.tBodies[0].replaceChildren();
-  for (const { ports, isGood, verdict, sentence } of rows) {
-    const sign = element("span", { class: "sign", "aria-hidden": "true" }, isGood ? "✓" : "✕");
-    table.tBodies[0].append(
-      element(
+  table.tBodies[0].replaceChildren(
+    ...rows.map(({ ports, isGood, verdict, sentence }) => {
+      const sign = element("span", { class: "sign", "aria-hidden": "true" }, isGood ? "✓" : "✕");
+      return element(
         "tr",
         { role: "row", class: isGood ? "good" : "bad" },
-        element("th", { role: "rowheader", scope: "row" }, ports),
+        element("th", { role: "rowheader", scope: "row" }, listOf(ports)),
         element(
           "td",
           { role: "cell" },
           element("p", { class: "verdict" }, sign, verdict),
           element("p", {}, sentence),
         ),
-      ),
-    );
-    lines.push(`${ports}: ${verdict}. ${sentence}`);
-  }
-  resultsAsText = [caption, ...lines, summary, ""].join("\n");
+      );
+    }),
+  );
+  table.hidden = false;
   find("results").hidden = false;
-  say(summary);
 }
 
-function showProgress() {
+/** Return the list of ports, folded if it is long. */
+function listOf(ports) {
+  const list = formatPorts(ports);
+  if (list.length <= LONGEST_LIST) return list;
+  const start = `${count(ports.length)}: ${list.slice(0, list.indexOf(",", 20))}, …`;
+  return element("details", {}, element("summary", {}, start), list);
+}
+
+function hide(table) {
+  table.hidden = true;
+  texts.delete(table);
+  find("next").hidden = true;
+  find("copy-results").parentElement.hidden = !texts.size;
+  find("results").hidden = !texts.size;
+}
+
+/** Read the ports of the page's link, such as #7466,50800-50899 or #tls=443. */
+function readLink() {
+  let text = location.hash.slice(1, LONGEST_LINK);
+  try {
+    text = decodeURIComponent(text);
+  } catch {
+    // It is no encoded text.
+  }
+  for (const part of text.split("&")) {
+    if (part.startsWith("tls=")) {
+      link.tls = httpsPortField.value = part.slice(4);
+      find("certificate").open = true;
+    } else if (/\d/.test(part)) {
+      link.ports = part;
+      portsField.value = part.replace(/,\s*/g, ", ");
+    }
+  }
+  followPorts();
+}
+
+function writeLink(parts) {
+  const { ports, tls } = Object.assign(link, parts);
+  history.replaceState(null, "", `#${[ports, tls && `tls=${tls}`].filter(Boolean).join("&")}`);
+}
+
+function showProgress(done, all) {
   const bar = document.querySelector("progress");
-  const started = performance.now();
-  bar.max = longestCheck;
-  bar.value = 0;
+  bar.max = all;
+  bar.value = done;
+  find("done").textContent = `${done} of ${count(all)} done`;
+}
+
+/** Tell the seconds until it is time to ask again. */
+async function countDown({ message, wait }) {
+  say(message, "waiting");
   find("progress").hidden = false;
-  return setInterval(() => (bar.value = (performance.now() - started) / 1000), 100);
+  document.querySelector("progress").max = wait;
+  const end = performance.now() + wait * 1000;
+  for (let seconds; (seconds = Math.ceil((end - performance.now()) / 1000)) > 0; ) {
+    document.querySelector("progress").value = wait - seconds;
+    find("done").textContent = `Trying again in ${seconds} s.`;
+    await new Promise((resolve) => setTimeout(resolve, 250));
+  }
 }
 
 function setChecking(value) {
   isChecking = value;
+  if (!value) find("progress").hidden = true;
   // Not disabled, which would take the keyboard's focus away.
   for (const button of document.querySelectorAll("form button")) {
     button.setAttribute("aria-disabled", value);
@@ -222,16 +311,24 @@ function showFault(field, text) {
   field.setAttribute("aria-invalid", Boolean(text));
 }
 
-/** Show the line for a command line that checks the same. */
-function showCommand() {
-  if (!here) return;
+/** Show what the ports mean, and the lines for a shell that check the same. */
+function followPorts() {
+  showFault(portsField, "");
+  const hasForwards = portsField.value.includes(":");
+  find("ports-note").textContent = hasForwards ? "Of outer:inner, the outer port is checked." : "";
   let ports;
   try {
-    ports = formatPorts(parsePorts(portsField.value)).replaceAll(",", "");
+    ports = parsePorts(portsField.value, maxPorts);
   } catch {
     return; // not finished typing
   }
-  find("command").textContent = `port-checker check ${ports} --server ${here}`;
+  // The program knows what to do with outer:inner.
+  fill("ports", hasForwards ? wordsOf(portsField.value).join(" ") : formatPorts(ports, " "));
+  fill("list", formatForShell(ports));
+}
+
+function fill(name, text) {
+  for (const place of document.querySelectorAll(`[data-is=${name}]`)) place.textContent = text;
 }
 
 async function copy(text, button) {
@@ -250,14 +347,26 @@ async function copy(text, button) {
   button.nextElementSibling.textContent = copied ? "Copied." : "Not copied: select the text instead.";
 }
 
-function sayChecking(what) {
+function sayChecking(what, ports) {
   say(`Checking ${what}. This takes ${longestCheck} s at most.`, "checking");
+  find("progress").hidden = false;
+  find("done").textContent = "";
+  if (ports) showProgress(0, ports);
+  else document.querySelector("progress").removeAttribute("value");
+  bringIntoView();
 }
 
 function say(text, kind = "") {
   find("status").className = kind;
   find("status").textContent = text;
-  find("status").scrollIntoView({ block: "nearest" });
+  document.title = `${text} · ${title}`;
+}
+
+/** Scroll to how it goes, unless all that there is of it can be seen. */
+function bringIntoView() {
+  const { top } = find("status").getBoundingClientRect();
+  const { bottom } = find(isChecking || find("results").hidden ? "progress" : "results").getBoundingClientRect();
+  if (top < 0 || Math.max(top, bottom) > innerHeight) find("status").scrollIntoView();
 }
 
 function count(ports) {
