@@ -16,8 +16,9 @@ import socket
 import ssl
 import struct
 import threading
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from http import HTTPStatus
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
@@ -36,6 +37,9 @@ _MAX_TEXT_LENGTH = 300
 _BIND_ATTEMPTS = 50
 _PRIVILEGED = 1024
 _READ_SIZE = 65536
+_NDJSON = "application/x-ndjson"
+# Called with the number of lines of an answer that have come.
+OnLines = Callable[[int], None]
 SILENCE = "does not answer in time"
 # Seconds for a look-up. The C library asks each DNS server twice for 5 s (resolv.conf(5)).
 _LOOKUP_TIMEOUT = 10.0
@@ -230,7 +234,13 @@ class HttpClient:
         return True
 
     async def request(
-        self, url: ServerUrl, method: str, path: str, body: bytes | None, max_size: int
+        self,
+        url: ServerUrl,
+        method: str,
+        path: str,
+        body: bytes | None,
+        max_size: int,
+        on_lines: OnLines | None = None,
     ) -> Response:
         """Make a request and read its answer.
 
@@ -240,6 +250,9 @@ class HttpClient:
             path: Appended to the URL's.
             body: JSON; None for none.
             max_size: Bytes of the answer's body that are read.
+            on_lines: Asks for an answer line by line, and is called with the number of lines that
+                have come. What is returned then has the last line alone for its body: the others
+                count only if that one does.
 
         Raises:
             HttpError: There is no answer that makes sense.
@@ -249,7 +262,9 @@ class HttpClient:
                 reader, writer = await self._open(url)
             try:
                 async with asyncio.timeout(self.answer_timeout):
-                    return await _exchange(reader, writer, _head(url, method, path, body), max_size)
+                    head = _head(url, method, path, body, lines=on_lines is not None)
+                    response = await _exchange(reader, writer, head, max_size, on_lines or _ignore)
+                    return _last_line(response)
             finally:
                 writer.transport.abort()
         except TimeoutError:
@@ -349,11 +364,13 @@ async def _look_up(url: ServerUrl, family: int | None) -> Sequence[AddressInfo]:
         raise HttpError(message, passes=False) from None
 
 
-def _head(url: ServerUrl, method: str, path: str, body: bytes | None) -> list[h11.Event]:
+def _head(
+    url: ServerUrl, method: str, path: str, body: bytes | None, *, lines: bool
+) -> list[h11.Event]:
     headers = {
         "Host": url.authority,
         "User-Agent": f"port-checker/{__version__}",
-        "Accept": "application/json",
+        "Accept": f"{_NDJSON}, application/json" if lines else "application/json",
         "Accept-Encoding": "identity",
         "Connection": "close",
     }
@@ -371,12 +388,13 @@ async def _exchange(
     writer: asyncio.StreamWriter,
     events: list[h11.Event],
     max_size: int,
+    on_lines: OnLines,
 ) -> Response:
     http = h11.Connection(h11.CLIENT)
     with contextlib.suppress(ConnectionError):  # it may have answered without reading all
         writer.write(b"".join(http.send(event) or b"" for event in events))
         await writer.drain()
-    response, body = None, bytearray()
+    response, body, lines = None, bytearray(), 0
     while True:
         event = http.next_event()
         if event is h11.NEED_DATA:
@@ -390,6 +408,9 @@ async def _exchange(
             response = event
         elif isinstance(event, h11.Data):
             body += event.data
+            if new_lines := event.data.count(b"\n"):
+                lines += new_lines
+                on_lines(lines)
             if len(body) > max_size:
                 raise HttpError("answer is too long: is this a port checker?", passes=False)
         elif isinstance(event, h11.EndOfMessage) and response:
@@ -408,6 +429,31 @@ async def _exchange(
         parse_address(local.partition("%")[0]),
         parse_address(remote.partition("%")[0]),
     )
+
+
+def _ignore(_lines: int) -> None:
+    pass
+
+
+def _last_line(response: Response) -> Response:
+    """Reduce an answer that came line by line to the last one, the answer proper.
+
+    An error in that line has no status of its own: a check failed that had begun.
+
+    Raises:
+        HttpError: The last line is missing. Where a connection's end is that of the body, nothing
+            else shows that the server broke off.
+    """
+    kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != _NDJSON:
+        return response
+    *_, last = response.body.splitlines() or [b""]
+    if not response.body.endswith(b"\n") or last.startswith(b'{"port":'):
+        raise HttpError("closes the connection without a full answer", passes=True)
+    if last.startswith(b'{"detail":'):
+        status = HTTPStatus.SERVICE_UNAVAILABLE
+        return replace(response, status=status, reason=status.phrase, body=last)
+    return replace(response, body=last)
 
 
 def _ends_at_close(response: h11.Response | None) -> bool:

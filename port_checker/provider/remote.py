@@ -20,6 +20,7 @@ from port_checker.connect import HOST_UNREACHABLE, REFUSED, TIMED_OUT, Verdict, 
 from port_checker.provider.http_client import (
     HttpClient,
     HttpError,
+    OnLines,
     Response,
     ServerUrl,
     printable,
@@ -296,11 +297,16 @@ class Server:
         self, address: Address, ports: list[int], is_connecting: Callable[[], bool]
     ) -> Answers:
         """Have ports checked in one request; the answer is all verdicts, or ports to exclude."""
-        self._on_progress(f"{self.url} is checking {_count(ports)}")
+        checking = f"{self.url} is checking {_count(ports)}"
+        self._on_progress(checking)
+
+        def on_lines(lines: int) -> None:
+            self._on_progress(f"{checking}: {min(lines, len(ports))} done")
+
         document = json.dumps({"provider_ip": str(address), "ports": ports}).encode()
         size = _ANSWER_SIZE + _VERDICT_SIZE * len(ports)
         response = await self._request(
-            "POST", "/check-ports", document, size, len(ports), is_connecting
+            "POST", "/check-ports", document, size, len(ports), is_connecting, on_lines
         )
         ends = response.local, response.remote
         if response.status == HTTPStatus.OK:
@@ -333,6 +339,7 @@ class Server:
         max_size: int,
         ports: int = 1,
         is_connecting: Callable[[], bool] = lambda: False,
+        on_lines: OnLines | None = None,
     ) -> Response:
         """Make a request, and make it again while what hinders it may pass.
 
@@ -345,7 +352,9 @@ class Server:
             retry_after = None
             started = asyncio.get_running_loop().time()
             try:
-                response = await self._http.request(self.url, method, path, body, max_size)
+                response = await self._http.request(
+                    self.url, method, path, body, max_size, on_lines
+                )
             except HttpError as error:
                 cut_off = error.timed_out and was_cut_off
                 was_cut_off = error.timed_out and is_connecting()

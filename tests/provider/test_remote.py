@@ -37,8 +37,10 @@ from tests.support.scripted import (
     refusal,
     running,
     scripted,
+    short_waits,
     verdicts,
 )
+from tests.support.service import serve
 
 
 def error_of(url: str, ip: str | None = "127.0.0.1") -> str:
@@ -640,3 +642,41 @@ def test_its_own_ports_are_none_of_those_under_check() -> None:
     with socket.socket() as sock:
         LocalPorts(range(1024, 65536)).bind(sock)  # there is no other
         assert sock.getsockname()[1] >= 1024
+
+
+# Answers that come line by line
+
+
+def test_progress_is_told_as_results_come() -> None:
+    ports = free_ports(50)
+    texts: list[str] = []
+    with serve() as client:
+        url = str(client.base_url)
+        waits = short_waits()
+        report = asyncio.run(verify(ports, servers=[url], on_progress=texts.append, waits=waits))
+    assert report.reachable == 50
+    assert f"{url} is checking 50 ports: 50 done" in texts
+
+
+LINE = b'{"port":1,"accessible":true,"error":null}\n'
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        LINE,
+        LINE + LINE[:20],
+        b"",
+        LINE + b'{"detail":{"code":"CHECK_FAILED","message":"No files."}}\n',
+    ],
+)
+def test_lines_without_a_good_last_one_count_for_nothing(body: bytes) -> None:
+    (port,) = free_ports(1)
+    broken = Answer(
+        body.replace(b":1,", b":%d," % port), headers={"Content-Type": "application/x-ndjson"}
+    )
+    answers = iter([broken])
+    with scripted(lambda ports: next(answers, None) or connected(ports)) as server:
+        report = check([port], server.url)
+    assert report.reachable == 1
+    assert server.asked == [[port], [port]]
