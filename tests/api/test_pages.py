@@ -136,6 +136,37 @@ def test_nothing_else_is_there(client: httpx.Client, path: str) -> None:
     assert answer.json()["detail"]["code"] == "NOT_FOUND"
 
 
+@pytest.mark.parametrize(("path", "up"), [("/nothing", "./"), ("/no/such/page.html", "../../")])
+def test_a_browser_is_shown_a_page_where_there_is_none(
+    client: httpx.Client, path: str, up: str
+) -> None:
+    answer = client.get(path, headers=BROWSER)
+    assert answer.status_code == 404
+    assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert "Content-Security-Policy" in answer.headers
+    assert {up, f"{up}docs"} < set(urls(answer.text))
+    for url in urls(answer.text):
+        client.get(httpx.URL(client.base_url).join(path).join(url)).raise_for_status()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "accept", "status"),
+    [
+        ("GET", "/nothing", "*/*", 404),
+        ("GET", "/nothing", "application/json, text/html;q=0.9", 404),
+        ("GET", "/nothing", "text/html;q=0", 404),
+        ("POST", "/nothing", "text/html", 404),
+        ("GET", "/check-ports", "text/html", 405),
+    ],
+)
+def test_programs_are_answered_in_json(
+    client: httpx.Client, method: str, path: str, accept: str, status: int
+) -> None:
+    answer = client.request(method, path, headers={"Accept": accept})
+    assert answer.status_code == status
+    assert answer.json()["detail"]["code"]
+
+
 def test_the_page_is_told_what_the_program_says() -> None:
     with serve(max_ports=7, retries=2, retry_delay=0.5, timeout=3) as client:
         page = client.get("/", headers=BROWSER).text
@@ -164,6 +195,16 @@ def test_the_page_is_told_what_the_program_says() -> None:
 
 def test_our_own_files_are_small() -> None:
     assert sum(path.stat().st_size for path in WEB.iterdir()) < 40_000
+
+
+def test_what_a_visitor_loads_is_small(client: httpx.Client) -> None:
+    page = client.get("/", headers=BROWSER)
+    sizes = [len(page.content)]
+    for url in urls(page.text):
+        if url.startswith("static/") and not url.endswith(".whl"):
+            with client.stream("GET", url, headers={"Accept-Encoding": "gzip"}) as answer:
+                sizes.append(len(b"".join(answer.iter_raw())))
+    assert sum(sizes) < 25_000
 
 
 def test_the_schema_stands_beside_the_service(client: httpx.Client) -> None:
