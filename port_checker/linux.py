@@ -12,7 +12,7 @@ import resource
 import signal
 import socket
 import struct
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from ipaddress import ip_address, ip_network
@@ -587,10 +587,14 @@ class TcpSocket:
     peer_port: int = 0
 
 
-def tcp_sockets(ports: Container[int]) -> list[TcpSocket]:
+def tcp_sockets(ports: Container[int], *, listening: bool = False) -> list[TcpSocket]:
     """Return this machine's TCP sockets whose local port is one of ``ports``.
 
     Of the network namespace that this process is in; every user may read that.
+
+    Args:
+        ports: The ports.
+        listening: Whether to return only those that listen: there are few, and they come first.
     """
     sockets = []
     for table, ipv6 in ("/proc/net/tcp", False), ("/proc/net/tcp6", True):
@@ -598,6 +602,8 @@ def tcp_sockets(ports: Container[int]) -> list[TcpSocket]:
             next(lines)
             for line in lines:
                 _, local, remote, state, queues, *_ = line.split(None, 5)
+                if listening and _tcp_state(state) is not TcpState.LISTEN:
+                    break
                 host, _, number = local.partition(":")
                 if (port := int(number, 16)) not in ports:
                     continue
@@ -635,14 +641,14 @@ def _tcp_state(number: str) -> TcpState:
         return TcpState.OTHER
 
 
-def half_open_ports(ports: Container[int]) -> dict[int, set[Address]]:
+def half_open_ports(ports: Collection[int]) -> dict[int, set[Address]]:
     """Return from whom connections have arrived that are not established, by port.
 
     The kernel answers the other end's SYN and waits some seconds for the end of the handshake. A
     port that stays in this state receives packets, and its answers get lost.
     """
     peers: dict[int, set[Address]] = {}
-    for sock in tcp_sockets(ports):
+    for sock in tcp_sockets(ports) if ports else ():
         if sock.state is TcpState.SYN_RECV:
             peers.setdefault(sock.port, set()).add(sock.peer)
     return peers

@@ -148,7 +148,7 @@ class LocalPorts:
     def __init__(self, checked: Collection[int]) -> None:
         excluded = set(checked) | _expand(reserved_ports())
         ranges = ephemeral_ports(), range(_PRIVILEGED, 65536)
-        left = ([port for port in ports if port not in excluded] for ports in ranges)
+        left = (list(set(ports) - excluded) for ports in ranges)
         self._ports = next((ports for ports in left if ports), list(ranges[1]))
 
     def bind(self, sock: socket.socket) -> None:

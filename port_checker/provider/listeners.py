@@ -83,7 +83,7 @@ class Listeners:
     async def __aexit__(self, *_: object) -> None:
         loop = asyncio.get_running_loop()
         for listener in self._listeners.values():
-            loop.remove_reader(listener)
+            loop.remove_reader(listener.fileno())
             listener.close()
         self._listeners.clear()
         self._mark.close()
@@ -135,9 +135,8 @@ class Listeners:
         """
         found: defaultdict[int, list[TcpSocket]] = defaultdict(list)
         checks = self._checks(not self._ipv6)
-        for sock in tcp_sockets(frozenset(self._ports)):
-            is_other = sock.state is TcpState.LISTEN and sock.ipv6 != self._ipv6
-            if is_other and not sock.address.is_loopback:
+        for sock in tcp_sockets(frozenset(self._ports), listening=True):
+            if sock.ipv6 != self._ipv6 and not sock.address.is_loopback:
                 found[sock.port].append(sock)
         # A check may have begun or ended meanwhile: it is marked for as long as it listens.
         for low, high in checks + self._checks(not self._ipv6):
@@ -165,7 +164,8 @@ class Listeners:
             return
         self.local[port] = "bound"
         self._listeners[port] = listener
-        asyncio.get_running_loop().add_reader(listener, self._on_connection, port)
+        # By its number: asyncio puts a socket's whole description into an error that nobody reads.
+        asyncio.get_running_loop().add_reader(listener.fileno(), self._on_connection, port)
 
     def _listen(self, port: int) -> socket.socket:
         listener = socket.socket(socket.AF_INET6 if self._ipv6 else socket.AF_INET)
@@ -208,12 +208,12 @@ class Listeners:
         # The other end closes first, as a rule. A reset at once might look to it like a failure.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         self._held.append(connection)
-        asyncio.get_running_loop().add_reader(connection, self._release, connection)
+        asyncio.get_running_loop().add_reader(connection.fileno(), self._release, connection)
         if len(self._held) > MAX_HELD:
             self._release(self._held[0])
 
     def _release(self, connection: socket.socket) -> None:
-        asyncio.get_running_loop().remove_reader(connection)
+        asyncio.get_running_loop().remove_reader(connection.fileno())
         self._held.remove(connection)
         connection.close()
 
@@ -224,9 +224,7 @@ def _is_outgoing(sock: TcpSocket) -> bool:
     The end that accepted it has a port that was not taken from the ephemeral ones, or listens.
     """
     port = sock.peer_port
-    return port not in ephemeral_ports() or any(
-        other.state is TcpState.LISTEN for other in tcp_sockets({port})
-    )
+    return port not in ephemeral_ports() or bool(tcp_sockets({port}, listening=True))
 
 
 def _read_text(path: str) -> str:

@@ -12,7 +12,6 @@ from ipaddress import IPv4Address, IPv6Address
 from port_checker.addresses import Address, parse_address
 from port_checker.connect import Verdict, VerdictKind
 from port_checker.linux import (
-    TcpState,
     accepts_from,
     descriptors_left,
     half_open_ports,
@@ -136,7 +135,7 @@ async def verify(
                 witness = Witness(listeners, capture)
                 check = _Check(part, witness, witness.now(), family, waits, on_progress)
                 contacts, answers = await check.ask(contacts)
-                half_open = half_open_ports({pair.inner for pair in part})
+                half_open = half_open_ports(check.unreached(answers))
                 contacts = await check.identify(contacts, answers)
                 answers, passed, banned_now = await check.ask_in_groups(contacts, answers)
                 banned |= banned_now
@@ -226,7 +225,7 @@ async def _check_tls(contacts: Sequence[Contact], pair: PortPair) -> TlsReport:
             reasons.append(f"{contact.url} {result}")
         else:
             raise result
-    is_listened_on = any(sock.state is TcpState.LISTEN for sock in tcp_sockets({pair.inner}))
+    is_listened_on = bool(tcp_sockets({pair.inner}, listening=True))
     ip = next((contact.address for contact in contacts if contact.address), None)
     return judge_tls(
         pair,
@@ -368,6 +367,10 @@ class _Check:
 
     def _inner(self) -> set[int]:
         return {pair.inner for pair in self.pairs}
+
+    def unreached(self, answers: Mapping[str, Answers]) -> set[int]:
+        """Return the inner ports that not all servers reach."""
+        return {p.inner for p in self.pairs if not all(_reaches(a, p) for a in answers.values())}
 
     def _is_lost(self, answers: Mapping[str, Answers], pair: PortPair) -> bool:
         """Whether no server reaches a port at which this machine listens."""
@@ -536,9 +539,8 @@ class _Check:
         """Return the inner ports to which servers came; by default, all the way to a listener."""
         if seen is None:
             seen = self.witness.listeners.seen()
-        return {
-            port for port, peers in seen.items() if any(_is_servers(contacts, p) for p in peers)
-        }
+        strangers = {peer for peer in by_peer(seen) if not _is_servers(contacts, peer)}
+        return {port for port, peers in seen.items() if peers - strangers}
 
     async def _wait_until_seen(
         self, contacts: Sequence[Contact], answers: Mapping[str, Answers]
