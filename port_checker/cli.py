@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 # What a provider of the Golem network opens by default.
 _DEFAULT_PORTS = "7466 50800-50899"
 
-# Seconds that the program has to end by itself when it is interrupted.
-_INTERRUPT_PATIENCE = 1.0
+# Seconds that the program has to end by itself when a signal is to end it.
+_SIGNAL_PATIENCE = 1.0
 
 _ALL_REACHABLE, _SOME_UNREACHABLE, _NO_SERVER, _INTERRUPTED = 0, 1, 3, 130
 
@@ -253,7 +253,7 @@ def check(
     run = _prepare(ports, servers, tls, ip, ipv4, ipv6, quiet=as_json)
     try:
         _raise_signals()
-        with _ended_by_interrupts():
+        with _ended_by_signals():
             reports = run()
         _print(reports, as_json)
     except KeyboardInterrupt:
@@ -303,7 +303,8 @@ def watch_ports(
 
     def run_and_remember() -> "Sequence[Report]":
         nonlocal status
-        reports = run()
+        with _ended_by_signals():
+            reports = run()
         status = _status(reports, every_server)
         return reports
 
@@ -395,11 +396,11 @@ def _raise_interrupts() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-class _Ended(BaseException):
+class _Ended(SystemExit):  # which asyncio lets through wherever it is raised
     """A signal is to end the program, which restores the terminal's cursor first."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(number)
+        super().__init__(128 + number)
         self.number = number
 
 
@@ -423,10 +424,10 @@ def _end_by(number: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def _ended_by_interrupts() -> Iterator[None]:
-    """End the program if it is interrupted in the block, and that has not ended a second later.
+def _ended_by_signals() -> Iterator[None]:
+    """End the program if a signal is to end the block, and that has not ended a second later.
 
-    Python raises an interrupt between two of its own instructions, and OpenSSL may take minutes
+    Python runs a signal's handler between two of its own instructions, and OpenSSL may take minutes
     over one handshake: a server can show certificates that are that much work.
     """
     has_ended = threading.Event()
@@ -435,10 +436,10 @@ def _ended_by_interrupts() -> Iterator[None]:
 
     def watch() -> None:
         while number := os.read(reader, 1):
-            if number[0] == signal.SIGINT and not has_ended.wait(_INTERRUPT_PATIENCE):
+            if not has_ended.wait(_SIGNAL_PATIENCE):
                 if sys.stderr is not None and sys.stderr.isatty():
                     os.write(sys.stderr.fileno(), b"\x1b[?25h\n")  # shows the cursor again
-                os._exit(_INTERRUPTED)
+                os._exit(128 + number[0])
         os.close(reader)
 
     threading.Thread(target=watch, daemon=True).start()

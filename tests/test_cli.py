@@ -539,7 +539,11 @@ def test_an_interrupt_ends_it_quietly() -> None:
     assert (process.returncode, output) == (130, b"")
 
 
-def test_an_interrupt_ends_it_while_it_reads_certificates_that_take_minutes() -> None:
+@pytest.mark.parametrize("command", ["check", "watch"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_while_it_reads_certificates_that_take_minutes(
+    command: str, number: int
+) -> None:
     shown = threading.Event()
     show = showing_in_tls_1_3([slow_certificate(serial) for serial in range(1, 261)])
 
@@ -551,7 +555,7 @@ def test_an_interrupt_ends_it_while_it_reads_certificates_that_take_minutes() ->
     with (
         endpoint(behave) as port,
         subprocess.Popen(
-            [*PORT_CHECKER, "check", "--server", f"https://localhost:{port}", str(free_port())],
+            [*PORT_CHECKER, command, "--server", f"https://localhost:{port}", str(free_port())],
             env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -561,11 +565,48 @@ def test_an_interrupt_ends_it_while_it_reads_certificates_that_take_minutes() ->
         try:
             assert shown.wait(60)
             wait_until(lambda: _cpu_seconds(process.pid) > 2, "the program to be busy with them")
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             output, _ = process.communicate(timeout=20)
         finally:
             process.kill()
-    assert (process.returncode, output) == (130, b"")
+    assert (process.returncode, output) == (128 + number, b"")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_a_signal_that_ends_it_leaves_the_terminal_its_cursor(number: int) -> None:
+    asked, done = threading.Event(), threading.Event()
+    ours, its = pty.openpty()
+    with (
+        scripted(never_answering(asked, done)) as server,
+        subprocess.Popen(
+            [*PORT_CHECKER, "check", "--server", server.url, str(free_port())],
+            stdin=its,
+            stdout=its,
+            stderr=its,
+            env=environment(TERM="xterm-256color"),
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0)),
+        ) as process,
+    ):
+        os.close(its)
+        try:
+            assert asked.wait(60)
+            process.send_signal(number)
+            output = _read_all(ours)
+        finally:
+            done.set()
+            process.kill()
+    assert process.returncode == -number
+    assert b"\x1b[?25l" in output
+    assert output.rindex(b"\x1b[?25h") > output.rindex(b"\x1b[?25l")
+
+
+def _read_all(terminal: int) -> bytes:
+    output = b""
+    with contextlib.suppress(OSError):  # EIO: nobody has the other end any more
+        while select.select([terminal], [], [], 60)[0] and (some := os.read(terminal, 65536)):
+            output += some
+    os.close(terminal)
+    return output
 
 
 def _cpu_seconds(process: int) -> float:
@@ -587,11 +628,7 @@ def test_no_escape_code_of_a_server_reaches_a_terminal(as_json: bool) -> None:
             preexec_fn=prepare,
         )
         os.close(its)
-        output = b""
-        with contextlib.suppress(OSError):  # EIO: nobody has the other end any more
-            while select.select([ours], [], [], 60)[0] and (some := os.read(ours, 65536)):
-                output += some
-        os.close(ours)
+        output = _read_all(ours)
         assert process.wait(60) == 1
     assert b"Goaway" in output
     for code in (b"\x1b[2J", b"\x1b]0", b"\x07", b"\x9b"):

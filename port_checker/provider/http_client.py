@@ -15,11 +15,10 @@ import re
 import socket
 import ssl
 import struct
-import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
-from typing import Any, Self
+from typing import Self
 from urllib.parse import unquote, urlsplit
 
 import h11
@@ -27,8 +26,8 @@ import h11
 from port_checker import __version__
 from port_checker.addresses import Address, parse_address
 from port_checker.linux import ephemeral_ports, reserved_ports
+from port_checker.resolver import Resolver
 
-AddressInfo = tuple[int, int, int, str, Any]  # as getaddrinfo() has it
 _FAMILIES = {None: socket.AF_UNSPEC, 4: socket.AF_INET, 6: socket.AF_INET6}
 _HOST_NAME = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?", re.IGNORECASE)
 # Characters of a server's text that are shown.
@@ -41,8 +40,6 @@ _NDJSON = "application/x-ndjson"
 # Called with the number of lines of an answer that have come.
 OnLines = Callable[[int], None]
 SILENCE = "does not answer in time"
-# Seconds for a look-up. The C library asks each DNS server twice for 5 s (resolv.conf(5)).
-_LOOKUP_TIMEOUT = 10.0
 
 
 class HttpError(Exception):
@@ -208,20 +205,24 @@ class HttpClient:
         family: 4 or 6: the only IP version that it uses; None for both.
         connect_timeout: Seconds for a connection, with its TLS handshake.
         answer_timeout: Seconds for the answer.
+        look_up_timeout: Seconds for the look-up of a host name.
+        resolver: What looks it up.
     """
 
     ports: LocalPorts
     family: int | None
     connect_timeout: float
     answer_timeout: float
+    look_up_timeout: float
+    resolver: Resolver = field(default_factory=Resolver, repr=False)
 
     async def families(self, url: ServerUrl) -> set[int]:
         """Return the IP versions of which a server has addresses; none if that is unknown."""
         try:
-            found = await _look_up(url, None)
+            found = await self._look_up(url, None)
         except (OSError, HttpError):
             return set()
-        return {4 if family == socket.AF_INET else 6 for family, *_ in found}
+        return {6 if ":" in address else 4 for address in found}
 
     async def reaches(self, url: ServerUrl) -> bool:
         """Whether a TCP connection to a server can be made."""
@@ -258,7 +259,7 @@ class HttpClient:
             HttpError: There is no answer that makes sense.
         """
         try:
-            async with asyncio.timeout(_LOOKUP_TIMEOUT + self.connect_timeout):
+            async with asyncio.timeout(self.look_up_timeout + self.connect_timeout):
                 reader, writer = await self._open(url)
             try:
                 async with asyncio.timeout(self.answer_timeout):
@@ -296,7 +297,7 @@ class HttpClient:
         """Connect to the first of the server's addresses that answers."""
         loop = asyncio.get_running_loop()
         try:
-            found = await _look_up(url, self.family)
+            found = await self._look_up(url, self.family)
         except socket.gaierror as error:
             if self.family and error.errno != socket.EAI_AGAIN and await self.families(url):
                 raise HttpError(f"has no IPv{self.family} address", passes=False) from None
@@ -305,15 +306,15 @@ class HttpClient:
                 f"host name cannot be resolved: {error.strerror}", passes=passes
             ) from None
         failures: list[OSError] = []
-        for family, kind, protocol, _, address in found:
-            sock = socket.socket(family, kind, protocol)
+        for address in found:
+            sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
             try:
                 sock.setblocking(False)
                 # A reset at the end leaves no connection in TIME_WAIT at the local port.
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self.ports.bind(sock)
                 async with asyncio.timeout(self.connect_timeout / len(found)):
-                    await loop.sock_connect(sock, address)
+                    await loop.sock_connect(sock, (address, url.port))
             except OSError as error:
                 sock.close()
                 failures.append(error)
@@ -324,44 +325,13 @@ class HttpClient:
                 return sock
         raise failures[0]
 
-
-async def _look_up(url: ServerUrl, family: int | None) -> Sequence[AddressInfo]:
-    """Look up a server's addresses in a thread that does not outlive the program.
-
-    Raises:
-        HttpError: There is no answer in time.
-        OSError: The name cannot be resolved.
-    """
-    loop = asyncio.get_running_loop()
-    found: asyncio.Future[Sequence[AddressInfo]] = loop.create_future()
-
-    def set_result(addresses: Sequence[AddressInfo], error: OSError | None) -> None:
-        if found.done():
-            return
-        if error:
-            found.set_exception(error)
-        else:
-            found.set_result(addresses)
-
-    def look_up() -> None:
-        addresses: Sequence[AddressInfo] = []
-        failure = None
+    async def _look_up(self, url: ServerUrl, family: int | None) -> list[str]:
         try:
-            addresses = socket.getaddrinfo(
-                url.host, url.port, family=_FAMILIES[family], type=socket.SOCK_STREAM
-            )
-        except OSError as error:
-            failure = error
-        with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
-            loop.call_soon_threadsafe(set_result, addresses, failure)
-
-    threading.Thread(target=look_up, daemon=True).start()
-    try:
-        async with asyncio.timeout(_LOOKUP_TIMEOUT):
-            return await found
-    except TimeoutError:
-        message = "host name cannot be resolved: no DNS server answers"
-        raise HttpError(message, passes=False) from None
+            async with asyncio.timeout(self.look_up_timeout):
+                return await self.resolver.resolve(url.host, _FAMILIES[family])
+        except TimeoutError:
+            message = "host name cannot be resolved: no DNS server answers"
+            raise HttpError(message, passes=False) from None
 
 
 def _head(

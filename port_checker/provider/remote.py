@@ -80,6 +80,8 @@ class Waits:
 
     Attributes:
         connect: For a connection to a server.
+        look_up: For the look-up of a server's name. The C library asks each DNS server twice, for
+            5 s (resolv.conf(5)).
         answer: For an answer. A server with default settings needs 17 at most, and must not need
             more than 30.
         pauses: Before each new attempt after failures in a row, where the server does not say how
@@ -95,6 +97,7 @@ class Waits:
     """
 
     connect: float = 10.0
+    look_up: float = 10.0
     answer: float = 35.0
     pauses: tuple[float, ...] = (1, 2, 4, 8, 15)
     patience: float = 120.0

@@ -116,7 +116,7 @@ async def verify(
         family = address.version
     elif not family:
         family = await _choose_family(urls, local_ports, waits)
-    http = HttpClient(local_ports, None if address else family, waits.connect, waits.answer)
+    http = _client(local_ports, None if address else family, waits)
     contacts = [
         Contact(Server(url, http, on_progress, waits), address, given=address is not None)
         for url in urls
@@ -596,7 +596,7 @@ def _is_accessible(answers: Mapping[str, Answers], pair: PortPair) -> bool:
 
 async def _choose_family(urls: Sequence[ServerUrl], ports: LocalPorts, waits: Waits) -> int:
     """Choose IPv4 where a server can be reached over it, else IPv6."""
-    http = HttpClient(ports, 4, waits.connect, waits.answer)
+    http = _client(ports, 4, waits)
     families = await asyncio.gather(*(http.families(url) for url in urls))
     if not any(6 in some for some in families):
         return 4
@@ -604,6 +604,10 @@ async def _choose_family(urls: Sequence[ServerUrl], ports: LocalPorts, waits: Wa
         *(http.reaches(url) for url, some in zip(urls, families, strict=True) if 4 in some)
     )
     return 4 if any(reached) else 6
+
+
+def _client(ports: LocalPorts, family: int | None, waits: Waits) -> HttpClient:
+    return HttpClient(ports, family, waits.connect, waits.answer, waits.look_up)
 
 
 def _server_urls(servers: Sequence[str]) -> list[ServerUrl]:
