@@ -13,6 +13,7 @@
 #   make bench        measure, side by side with the published version; needs wrk
 #   make soak         keep the service busy and watch what grows; SOAK_MINUTES sets for how long
 #   make pictures     take the pictures in the README anew; needs chromium
+#   make man          write port-checker.1 anew, of what --help says
 #   make wheel        build dist/*.whl
 #   make clean        delete all that these targets made
 
@@ -33,7 +34,7 @@ IN_PROCESSES = $(BIN)/pytest --numprocesses $(TEST_PROCESSES)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
     --constraint $(CONSTRAINTS)
 
-.PHONY: run test test-lowest cover lab systemd-test fuzz lint bench soak pictures wheel clean
+.PHONY: run test test-lowest cover lab systemd-test fuzz lint bench soak pictures man wheel clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/run.stamp
@@ -79,6 +80,9 @@ soak: $(VENV)/dev.stamp
 
 pictures: $(VENV)/dev.stamp
 	@PICTURES=$(CURDIR)/docs $(BIN)/pytest tests/browser -k pictures
+
+man: $(VENV)/run.stamp
+	@$(BIN)/python .ci/man_page.py > port-checker.1.new && mv port-checker.1.new port-checker.1
 
 wheel: | $(BIN)/python
 	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .

@@ -29,6 +29,7 @@ from port_checker.cli import app
 from port_checker.schemas import ErrorCode
 from tests.support.hostile_tls import showing_in_tls_1_3, slow_certificate
 from tests.support.loopback import free_port, free_ports, refused_port
+from tests.support.namespace import ROOT
 from tests.support.scripted import (
     REFUSED,
     Answer,
@@ -726,6 +727,15 @@ def test_help_and_version() -> None:
     assert "Exit status: 0 all ports are reachable" in of_check.out
     assert "Start the server" in of_serve.out
     assert version.out == f"port-checker {__version__}\n"
+
+
+def test_the_manual_page_has_the_words_of_the_help() -> None:
+    made = subprocess.run(
+        [sys.executable, ".ci/man_page.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert made.stdout == (ROOT / "port-checker.1").read_text(), "make man writes it anew"
+    for words in ("50800\\-50899", "\\-\\-on\\-change COMMAND", "Exit status: 0 all ports"):
+        assert words in made.stdout
 
 
 @pytest.mark.parametrize("words", [[], ["serve"]], ids=["no words", "serve"])

@@ -300,7 +300,7 @@ class Server:
         self, address: Address, ports: list[int], is_connecting: Callable[[], bool]
     ) -> Answers:
         """Have ports checked in one request; the answer is all verdicts, or ports to exclude."""
-        checking = f"{self.url} is checking {_count(ports)}"
+        checking = f"{self.url} is checking {_count(ports)} (at most {self._waits.answer:.0f} s)"
         self._on_progress(checking)
 
         def on_lines(lines: int) -> None:
