@@ -278,7 +278,8 @@ class HttpClient:
             message = f"does not speak HTTP: {printable(str(error))}"
             raise HttpError(message, passes=False) from None
         except OSError as error:
-            raise HttpError(f"cannot be reached: {_strerror(error)}", passes=True) from None
+            passes = error.errno != errno.EAFNOSUPPORT  # this machine has no IPv6
+            raise HttpError(f"cannot be reached: {_strerror(error)}", passes=passes) from None
 
     async def _open(self, url: ServerUrl) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         context, name = (self._tls_context, url.host) if url.tls else (None, None)

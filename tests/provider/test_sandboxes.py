@@ -1,0 +1,50 @@
+"""Machines that show less, or have less, than others."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+from port_checker import advice
+from tests.support.loopback import free_port, open_port
+from tests.support.namespace import ROOT, needs_root
+from tests.support.seccomp import refuse
+from tests.support.service import serve
+
+# As hidepid, subset=pid and Android have it: the tables of sockets are not there.
+HIDE_SOCKETS = 'mount -t proc -o subset=pid proc /proc && exec "$@"'
+
+
+def run(
+    *words: str, before: Callable[[], None] | None = None, behind: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*behind, sys.executable, "-m", "port_checker", "check", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        preexec_fn=before,
+    )
+
+
+@needs_root
+def test_what_is_hidden_is_no_evidence() -> None:
+    free = str(free_port())
+    with open_port() as busy, serve(retries=1) as client:
+        hidden = ("unshare", "--mount", "sh", "-c", HIDE_SOCKETS, "sh")
+        done = run("--server", str(client.base_url), free, str(busy), behind=hidden)
+    assert f"{busy}: in use; reachable." in done.stdout
+    assert f"{free}: bound; reachable." in done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_machine_without_ipv6() -> None:
+    """The server is not to blame: no port could be opened, which is status 1."""
+    port = free_port()
+    with serve(host="::1") as client:
+        words = ["-6", "--server", str(client.base_url), str(port)]
+        done = run(*words, before=lambda: refuse("socket of IPv6"))
+    advised = advice.NO_FAMILY.format(family="IPv6")
+    assert f"{port}: failed; not checked. {advised}\n" in done.stdout
+    assert (done.returncode, done.stderr) == (1, "")
