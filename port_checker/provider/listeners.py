@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Self
 
 from port_checker.addresses import Address, parse_host
-from port_checker.linux import TcpSocket, TcpState, ephemeral_ports, tcp_sockets
+from port_checker.linux import TcpSocket, TcpState, ephemeral_ports, half_open_ports, tcp_sockets
 from port_checker.provider.report import LocalBinding
 from port_checker.schemas import MAX_PORT
 
 # Listeners opened before the event loop goes round: one takes some 20 µs.
 _OPENED_PER_TURN = 50
+# Seconds between looks at half-open connections. Where a firewall of this machine keeps an answer
+# back, the kernel gives the connection up when it would repeat that, after a second (RFC 6298).
+_HALF_OPEN_INTERVAL = 0.5
 # Accepted connections that are kept open for the other end to close.
 MAX_HELD = 64
 # Other checks on this machine find this abstract socket in /proc/net/unix. The lowest and highest
@@ -57,6 +60,8 @@ class Listeners:
         self._mark = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._held: deque[socket.socket] = deque()
         self._arrival = asyncio.Event()
+        self._half_open: defaultdict[int, set[Address]] = defaultdict(set)
+        self._next_look: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Self:
         mark = _MARK.format(version=6 if self._ipv6 else 4)
@@ -78,10 +83,13 @@ class Listeners:
             for port, local in self.local.items()
             if local == "in use" and any(low <= port <= high for low, high in others)
         }
+        self._next_look = asyncio.get_running_loop().call_later(_HALF_OPEN_INTERVAL, self._look)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         loop = asyncio.get_running_loop()
+        if self._next_look:
+            self._next_look.cancel()
         for listener in self._listeners.values():
             loop.remove_reader(listener.fileno())
             listener.close()
@@ -97,6 +105,11 @@ class Listeners:
             for port, peers in self._arrivals.items()
         }
         return {port: peers for port, peers in found.items() if peers}
+
+    def half_open(self) -> dict[int, set[Address]]:
+        """Return from whom connections have arrived that were not established, by port."""
+        self._find_half_open()
+        return {port: set(peers) for port, peers in self._half_open.items()}
 
     async def wait_until_seen(
         self,
@@ -127,6 +140,14 @@ class Listeners:
                 while not is_done():
                     self._arrival.clear()
                     await self._arrival.wait()
+
+    def _look(self) -> None:
+        self._find_half_open()
+        self._next_look = asyncio.get_running_loop().call_later(_HALF_OPEN_INTERVAL, self._look)
+
+    def _find_half_open(self) -> None:
+        for port, peers in half_open_ports(frozenset(self._ports)).items():
+            self._half_open[port] |= peers
 
     def _other_listeners(self) -> dict[int, list[TcpSocket]]:
         """Find programs that listen over the other family alone: binding would not notice them.

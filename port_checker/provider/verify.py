@@ -14,7 +14,6 @@ from port_checker.connect import Verdict, VerdictKind
 from port_checker.linux import (
     accepts_from,
     descriptors_left,
-    half_open_ports,
     has_xdp_program,
     shows_sockets,
     tcp_sockets,
@@ -135,7 +134,7 @@ async def verify(
                 witness = Witness(listeners, capture)
                 check = _Check(part, witness, witness.now(), family, waits, on_progress)
                 contacts, answers = await check.ask(contacts)
-                half_open = half_open_ports(check.unreached(answers))
+                half_open = listeners.half_open() if check.unreached(answers) else {}
                 contacts = await check.identify(contacts, answers)
                 answers, passed, banned_now = await check.ask_in_groups(contacts, answers)
                 banned |= banned_now

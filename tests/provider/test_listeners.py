@@ -9,6 +9,7 @@ from ipaddress import ip_address
 
 import pytest
 
+from port_checker.addresses import Address
 from port_checker.linux import half_open_ports
 from port_checker.provider.listeners import Listeners
 from tests.support.loopback import (
@@ -19,7 +20,7 @@ from tests.support.loopback import (
     open_listener,
     refused_port,
 )
-from tests.support.namespace import ROOT
+from tests.support.namespace import ROOT, loopback_alone, needs_root
 
 
 @pytest.mark.parametrize(
@@ -105,6 +106,33 @@ def test_a_handshake_that_does_not_end_is_half_open(host: str) -> None:
             client.sendall(b"data")
             listener.accept()[0].close()
             assert not half_open_ports({port})
+
+
+KEEP_BACK = (
+    "nft add table inet filter",
+    "nft add chain inet filter output { type filter hook output priority 0 \\; }",
+)
+
+
+@needs_root
+def test_a_half_open_connection_is_remembered() -> None:
+    """The kernel gives it up after a second, since it cannot repeat its answer."""
+
+    async def remembered(port: int) -> dict[int, set[Address]]:
+        async with Listeners([port], 4) as listeners:
+            with socket.socket() as client:
+                client.setblocking(False)
+                client.connect_ex(("127.0.0.1", port))
+                while not listeners.half_open():
+                    await asyncio.sleep(0.01)
+            while half_open_ports({port}):
+                await asyncio.sleep(0.01)
+            return listeners.half_open()
+
+    port = free_port()
+    keep_back = f"nft add rule inet filter output tcp sport {port} drop"
+    with loopback_alone(*KEEP_BACK, keep_back):
+        assert asyncio.run(remembered(port)) == {port: {ip_address("127.0.0.1")}}
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
