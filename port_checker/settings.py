@@ -125,6 +125,18 @@ def _parse_host_names(text: object) -> object:
     return tuple(name.lower().removesuffix(".") for name in names)
 
 
+# What may stand in a link, as it is.
+_CONTACT = re.compile(
+    r"[\w.+-]{1,64}@[\w-]+(\.[\w-]+)*|https?://[\w.-]+(:[0-9]{1,5})?(/[\w./~%?=&#-]*)?", re.ASCII
+)
+
+
+def _parse_contact(text: object) -> object:
+    if isinstance(text, str) and text and not (len(text) <= 254 and _CONTACT.fullmatch(text)):
+        raise ValueError
+    return text
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """An address to listen on.
@@ -219,6 +231,11 @@ class Settings(BaseModel):
         "PORT_CHECKER_ALLOWED_HOSTS",
         (),
         "host names, such as checker.example,*.checker.example, or empty for any",
+    )
+    contact: Annotated[str, BeforeValidator(_parse_contact)] = _setting(
+        "PORT_CHECKER_CONTACT",
+        "",
+        "a mail address, such as operator@checker.example, or an https:// URL, or empty for none",
     )
     caller_rate_limit: _RateOrOff = _rate_setting("PORT_CHECKER_RATE_LIMIT", 300)
     rate_limit_store: str = _setting(

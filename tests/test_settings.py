@@ -31,6 +31,7 @@ DEFAULTS = {
         (IPv4Network("127.0.0.1/32"), IPv6Network("::1/128")),
     ),
     "PORT_CHECKER_ALLOWED_HOSTS": ("allowed_hosts", ()),
+    "PORT_CHECKER_CONTACT": ("contact", ""),
     "PORT_CHECKER_RATE_LIMIT": ("caller_rate_limit", Rate(300, timedelta(minutes=1))),
     "PORT_CHECKER_RATE_LIMIT_STORE": ("rate_limit_store", "memory://"),
     "PORT_CHECKER_PERSPECTIVES": ("perspectives", ()),
@@ -73,6 +74,8 @@ NETWORKS = (IPv4Network("10.0.0.0/8"), IPv4Network("192.0.2.7/32"), IPv6Network(
             "Checker.example., *.checker.example,my_box",
             ("checker.example", "*.checker.example", "my_box"),
         ),
+        ("PORT_CHECKER_CONTACT", "noc@checker.example", "noc@checker.example"),
+        ("PORT_CHECKER_CONTACT", "https://checker.example/who", "https://checker.example/who"),
         ("PORT_CHECKER_RATE_LIMIT", "off", None),
         ("PORT_CHECKER_RATE_LIMIT", "1/second", Rate(1, timedelta(seconds=1))),
         ("PORT_CHECKER_RATE_LIMIT", "999999999/hour", Rate(999_999_999, timedelta(hours=1))),
@@ -159,6 +162,10 @@ ALLOWED: dict[str, tuple[str, list[str]]] = {
             *("*", "http://checker.example", "checker.example:9000", "a b", "a..b", "-a.example"),
             *("a.*.example", "*a.example", "[::1]", "x" * 300, "\u00e9.example", "\udcff"),
         ],
+    ),
+    "PORT_CHECKER_CONTACT": (
+        "a mail address, such as operator@checker.example, or an https:// URL, or empty for none",
+        ["somebody", "javascript://x/%0aalert(1)", 'a"@b.example', "<b>@c.example", "ftp://x/"],
     ),
     "PORT_CHECKER_RATE_LIMIT": (RATE.format("300/minute"), BAD_RATES),
     "PORT_CHECKER_RATE_LIMIT_STORE": (

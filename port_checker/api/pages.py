@@ -6,6 +6,7 @@ All URLs in them are relative, so both work under any path that a proxy puts bef
 import functools
 import gzip
 import hashlib
+import html
 import json
 import re
 from dataclasses import dataclass
@@ -45,6 +46,12 @@ _LINKS = {
     "docs": "docs",
     "openapi": "openapi.json",
 }
+
+# For those who wonder who connects to them.
+_ABOUT: Final = (
+    "This service connects to TCP ports when somebody asks it to, sends nothing over the "
+    "connection but, for a certificate, a TLS handshake, and closes it at once."
+)
 
 _MEDIA_TYPES = {
     ".css": "text/css; charset=utf-8",
@@ -139,6 +146,7 @@ def add_pages(app: FastAPI, settings: Settings) -> None:
     wheel = installed_wheel()
     page = _fill_in(
         "page.html",
+        contact=_contact(settings.contact),
         # "<" could end the script element that holds it.
         data=json.dumps(data).replace("<", r"\u003c"),
         wheel=f"static/{wheel.name}" if wheel else "",
@@ -147,7 +155,8 @@ def add_pages(app: FastAPI, settings: Settings) -> None:
         no_wheel="" if wheel else "hidden",
     )
     docs = _fill_in("docs.html")
-    links = json.dumps({**_LINKS, **({"program": _program(wheel)} if wheel else {})})
+    about = {"about": _ABOUT, **({"contact": settings.contact} if settings.contact else {})}
+    links = json.dumps({**_LINKS, **about, **({"program": _program(wheel)} if wheel else {})})
     files = {file.name: file for file in _static_files().values()}
     vary = {"Vary": "Accept"}
 
@@ -197,6 +206,14 @@ def not_found_page(request: Request) -> Response:
 @functools.cache
 def _not_found_template() -> str:
     return _fill_in("not-found.html")
+
+
+def _contact(contact: str) -> str:
+    """The sentence about whom to write to, in HTML."""
+    if not contact:
+        return ""
+    link = contact if "://" in contact else f"mailto:{contact}"
+    return f'If that troubles you: <a href="{html.escape(link)}">{html.escape(contact)}</a>.'
 
 
 def _program(wheel: Wheel) -> dict[str, str]:

@@ -73,9 +73,23 @@ def test_programs_are_told_where_everything_is(client: httpx.Client, accept: str
     for name in "check_ports", "check_tls":
         assert client.post(links.pop(name)).status_code == 422
     client.get(links.pop("program")["wheel"]).raise_for_status()
+    assert "connects to TCP ports when somebody asks" in links.pop("about")
     assert set(links) == {"ip", "health", "docs", "openapi"}
     for link in links.values():
         client.get(link).raise_for_status()
+
+
+@pytest.mark.parametrize(
+    ("contact", "link"),
+    [
+        ("noc@checker.example", "mailto:noc@checker.example"),
+        ("https://checker.example/?a=1&b", "https://checker.example/?a=1&amp;b"),
+    ],
+)
+def test_people_and_programs_are_told_whom_to_write_to(contact: str, link: str) -> None:
+    with serve(contact=contact) as service:
+        assert service.get("/").json()["contact"] == contact
+        assert f'<a href="{link}">' in service.get("/", headers=BROWSER).text
 
 
 def test_static_files_are_kept_for_ever_under_names_that_follow_their_content(

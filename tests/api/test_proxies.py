@@ -15,7 +15,8 @@ import pytest
 
 from tests.support.http import HEALTH, read_answer
 from tests.support.loopback import open_port
-from tests.support.proxies import haproxy, needs_proxies, nginx
+from tests.support.namespace import ROOT, loopback_alone, needs_root
+from tests.support.proxies import as_shipped, haproxy, needs_proxies, nginx
 from tests.support.service import passing, program, serve
 from tests.support.waiting import wait_until
 
@@ -266,3 +267,20 @@ def test_a_relay_on_this_machine_hides_its_callers_from_the_first_that_shows(
             assert check(local, OUTSIDE, opened) == "TARGET_NOT_ALLOWED"
     warnings = [record for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1
+
+
+@needs_root
+@pytest.mark.parametrize("name", ["nginx.conf", "haproxy.cfg"])
+def test_what_operators_copy_works_as_it_stands(name: str, tmp_path: Path) -> None:
+    with (
+        loopback_alone(),  # with the ports of the files, which nobody else has there
+        program(PORT_CHECKER_PORT="9000"),
+        as_shipped(ROOT / "contrib" / name, tmp_path),
+        open_port(OUTSIDE) as opened,
+    ):
+        for headers in FORGED:
+            with outsider(80, headers=headers) as client:
+                assert ip(client) == OUTSIDE, headers
+                assert check(client, OUTSIDE, opened) == ACCESSIBLE
+        with httpx.Client(base_url="http://[::1]:80", timeout=30) as client:
+            client.get("/health").raise_for_status()

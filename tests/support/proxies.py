@@ -159,3 +159,15 @@ def _running(
             yield
         finally:
             process.kill()
+
+
+@contextmanager
+def as_shipped(file: Path, directory: Path) -> Iterator[None]:
+    """Run nginx or HAProxy with a file that operators copy; it serves port 80."""
+    answers = _passes_on("http://127.0.0.1:80/")
+    if file.name == "nginx.conf":
+        with nginx_of(directory, f"include {file};", answers):
+            yield
+    else:
+        with _running(answers, directory, _HAPROXY, "-db", "-f", file):
+            yield
