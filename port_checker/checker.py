@@ -103,13 +103,18 @@ class Reservation:
     """Ports in flight, reserved for one check; a context manager that gives them back."""
 
     def __init__(
-        self, in_flight: dict[Hashable, int], holders: Sequence[Hashable], ports: int
+        self,
+        in_flight: dict[Hashable, int],
+        holders: Sequence[Hashable],
+        ports: int,
+        handshake_holders: Sequence[Hashable] = (),
     ) -> None:
         self._in_flight = in_flight
         self._holders = holders
         self._ports = ports
-        for holder in holders:
-            in_flight[holder] = in_flight.get(holder, 0) + ports
+        self._handshake_holders = handshake_holders
+        self._take(holders, ports)
+        self._take(handshake_holders, 1)
 
     def __enter__(self) -> Self:
         return self
@@ -117,12 +122,20 @@ class Reservation:
     def __exit__(self, *_: object) -> None:
         if self._ports:
             self.release(self._ports)
+        self._give_back(self._handshake_holders, 1)
 
     def release(self, ports: int) -> None:
         """Give back ``ports``, which are no longer in flight."""
         self._ports -= ports
-        for holder in self._holders:
-            left = self._in_flight[holder] - ports
+        self._give_back(self._holders, ports)
+
+    def _take(self, holders: Sequence[Hashable], amount: int) -> None:
+        for holder in holders:
+            self._in_flight[holder] = self._in_flight.get(holder, 0) + amount
+
+    def _give_back(self, holders: Sequence[Hashable], amount: int) -> None:
+        for holder in holders:
+            left = self._in_flight[holder] - amount
             if left:
                 self._in_flight[holder] = left
             else:
@@ -178,6 +191,7 @@ class Checker:
         network: Hashable = None,
         is_own: bool = True,
         is_tls: bool = False,
+        places: int = 1,
     ) -> Reservation:
         """Make room for a check, or refuse it at once.
 
@@ -188,6 +202,7 @@ class Checker:
             is_own: Whether the target is the caller itself. All checks of others' addresses
                 together have at most half of the ports in flight.
             is_tls: Whether there will be a TLS handshake, of which a caller has a share of its own.
+            places: From how many places the ports are checked; each takes room for all of them.
 
         Shares shrink as room runs out: what a caller has and asks for may be at most half of what
         is free and its own. Up to 10 own ports find room until there is none.
@@ -212,36 +227,40 @@ class Checker:
             rooms.append((Limit.OTHERS_IN_FLIGHT, _STRANGERS, half, "of others' addresses"))
         has_shares = self._max_per_caller < self._max_in_flight
         is_small = is_own and ports <= _SMALL_CHECK
+        room = ports * places
         holders: list[Hashable] = []
         for limit, kind, size, whose_room in rooms:
             free = size - self._in_flight.get(kind, 0)
             for group_limit, *group, share, whose in groups:
                 holder = (kind, *group)
                 held = self._in_flight.get(holder, 0)
-                if held + ports > share:
-                    raise CallerOverLimit(group_limit, ports, share, whose, retry_after)
+                if held + room > share:
+                    raise CallerOverLimit(group_limit, ports, share // places, whose, retry_after)
                 # At most half of what is free and its own, so that nobody can take the last of it.
                 most = (free + held) // 2
-                if has_shares and not is_small and held + ports > most:
-                    room = f": there is room for {most - held} now" if most > held else ""
-                    if ports > size // 2:
-                        raise Overloaded(limit, ports, size // 2, whose, retry_after)
-                    raise Overloaded(limit, ports, size // 2, whose_room, retry_after, room)
+                if has_shares and not is_small and held + room > most:
+                    fitting = (most - held) // places
+                    now = f": there is room for {fitting} now" if fitting > 0 else ""
+                    largest = size // 2 // places
+                    if ports > largest:
+                        raise Overloaded(limit, ports, largest, whose, retry_after)
+                    raise Overloaded(limit, ports, largest, whose_room, retry_after, now)
                 holders.append(holder)
-            if ports > free:
-                raise Overloaded(limit, ports, size, whose_room, retry_after)
+            if room > free:
+                raise Overloaded(limit, ports, size // places, whose_room, retry_after)
             holders.append(kind)
+        handshake_holders: list[Hashable] = []
         if is_tls and has_shares:
             for _, *group, _, whose in groups:
                 is_network = group[0] == "network"
                 share = TLS_CHECKS_PER_CALLER * (_SHARES_OF_NETWORK if is_network else 1)
                 holder = ("tls", *group)
-                if self._in_flight.get(holder, 0) + ports > share:
+                if self._in_flight.get(holder, 0) == share:
                     whose = f"of TLS endpoints {whose}"
                     limit = Limit.NETWORK_TLS_CHECKS if is_network else Limit.CALLER_TLS_CHECKS
-                    raise CallerOverLimit(limit, ports, share, whose, retry_after)
-                holders.append(holder)
-        return Reservation(self._in_flight, holders, ports)
+                    raise CallerOverLimit(limit, 1, share, whose, retry_after)
+                handshake_holders.append(holder)
+        return Reservation(self._in_flight, holders, room, handshake_holders)
 
     async def check(
         self,

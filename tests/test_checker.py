@@ -171,12 +171,18 @@ def test_a_check_without_room_is_refused_at_once() -> None:
 
 
 def reserve(
-    checker: Checker, ports: int, caller: str, is_own: bool = True, is_tls: bool = False
+    checker: Checker,
+    ports: int,
+    caller: str,
+    is_own: bool = True,
+    is_tls: bool = False,
+    places: int = 1,
 ) -> str | None:
     """Take room for ever; what is said if there is none."""
+    network = caller.partition("/")[0]
     try:
         checker.reserve(
-            ports, caller=caller, network=caller.partition("/")[0], is_own=is_own, is_tls=is_tls
+            ports, caller=caller, network=network, is_own=is_own, is_tls=is_tls, places=places
         ).__enter__()
     except NoRoom as refusal:
         return f"{type(refusal).__name__}: {refusal}"
@@ -203,14 +209,16 @@ def refusing_limit(checker: Checker, ports: int, **who: Any) -> Limit | None:
 def test_a_refusal_names_what_was_full() -> None:
     checker = shared_checker(1000, 200)
     assert refusing_limit(checker, 201, caller="a") is Limit.CALLER_IN_FLIGHT
-    assert refusing_limit(checker, 17, caller="a", is_tls=True) is Limit.CALLER_TLS_CHECKS
+    for _ in range(TLS_CHECKS_PER_CALLER):
+        checker.reserve(1, caller="t", is_tls=True).__enter__()
+    assert refusing_limit(checker, 1, caller="t", is_tls=True) is Limit.CALLER_TLS_CHECKS
     for number in range(2):
         checker.reserve(190, caller=f"a/{number}", network="a").__enter__()
-    for number in range(3):
-        checker.reserve(10, caller=f"b/{number}", network="b", is_tls=True).__enter__()
+    for number in range(2 * TLS_CHECKS_PER_CALLER):
+        checker.reserve(1, caller=f"b/{number}", network="b", is_tls=True).__enter__()
     site = {"caller": "a/9", "network": "a"}
     assert refusing_limit(checker, 100, **site) is Limit.NETWORK_IN_FLIGHT
-    assert refusing_limit(checker, 15, caller="c", network="b", is_tls=True) is (
+    assert refusing_limit(checker, 1, caller="c", network="b", is_tls=True) is (
         Limit.NETWORK_TLS_CHECKS
     )
     full = shared_checker(1000, 1000)  # one caller's share is all
@@ -251,6 +259,23 @@ def test_a_caller_has_a_share_of_the_tls_checks() -> None:
     assert not reserve(checker, 1, "b/1", is_tls=True)
     unshared = shared_checker(1000, 1000)
     assert not any(reserve(unshared, 1, "a/1", is_tls=True) for _ in range(200))
+
+
+def test_each_place_takes_room_for_the_ports_and_none_for_handshakes_made_elsewhere() -> None:
+    checker = shared_checker(1000, 200)
+    assert reserve(checker, 67, "a/1", is_own=False, places=3) == (
+        "CallerOverLimit: This service checks at most 66 ports of one caller at once."
+    )
+    assert not reserve(checker, 66, "a/1", is_own=False, places=3)
+    assert checker.in_flight == 198
+    for _ in range(TLS_CHECKS_PER_CALLER):
+        assert not reserve(checker, 1, "b/1", is_own=False, is_tls=True, places=3)
+    assert reserve(checker, 1, "b/1", is_own=False, is_tls=True, places=3) == (
+        "CallerOverLimit: Too many checks of TLS endpoints of one caller are running."
+    )
+    with checker.reserve(1, caller="c", is_own=False, is_tls=True, places=17):
+        assert checker.in_flight == 198 + 3 * TLS_CHECKS_PER_CALLER + 17
+    assert checker.in_flight == 198 + 3 * TLS_CHECKS_PER_CALLER
 
 
 def test_shares_shrink_as_room_runs_out() -> None:

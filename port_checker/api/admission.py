@@ -67,17 +67,18 @@ class Admission:
             verify_local_binding(target)
         # The room comes before the ports are paid for, so that refusals cost nothing.
         is_own = have_one_subscriber(caller, target)
-        if not is_own:
-            ports *= places
+        if is_own:
+            places = 1
         room = self._checker.reserve(
             ports,
             caller=caller and subscriber(caller),
             network=caller and site(caller),
             is_own=is_own,
             is_tls=is_tls,
+            places=places,
         )
         try:
-            await self._limiter.pay_ports(caller, target, ports)
+            await self._limiter.pay_ports(caller, target, ports, places)
         except BaseException:
             room.__exit__()
             raise

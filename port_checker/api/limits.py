@@ -133,8 +133,10 @@ class RateLimiter:
             )
         await self._pay(payment)
 
-    async def pay_ports(self, caller: Address | None, target: Address, ports: int) -> None:
-        """Count ``ports`` that ``caller`` asks of ``target``.
+    async def pay_ports(
+        self, caller: Address | None, target: Address, ports: int, places: int = 1
+    ) -> None:
+        """Count ``ports`` that ``caller`` asks of ``target``, once for each of so many places.
 
         What a caller asks about itself has a limit of its own, and costs the target nothing:
         strangers must not be able to use up what an owner has left.
@@ -149,7 +151,7 @@ class RateLimiter:
         else:
             limit, site_limit, whose = self._others, self._site_others, "others' addresses"
             name, site_name = Limit.CALLER_OTHERS_PORTS, Limit.NETWORK_OTHERS_PORTS
-        payment = _Payment()
+        payment = _Payment(places)
         payment.add(limit, _key(caller), ports, f"You ask for too many ports of {whose}.", name)
         if caller and (network := site(caller)):
             payment.add(
@@ -198,15 +200,23 @@ def _limit(name: str, rate: Rate | None, factor: int = 1) -> _Limit | None:
 
 
 class _Payment:
-    """What is taken from several limits, and what to say when one of them refuses."""
+    """What is taken from several limits, and what to say when one of them refuses.
 
-    def __init__(self) -> None:
+    Args:
+        times: How often each cost is taken.
+    """
+
+    def __init__(self, times: int = 1) -> None:
+        self._times = times
         self.charges: list[Charge] = []
         self.refusals: list[tuple[str, Limit]] = []
 
     def add(self, limit: _Limit | None, key: str, cost: int, refusal: str, name: Limit) -> None:
         if limit:
-            self.charges.append(limit.charge(key, cost))
+            most = limit.capacity // self._times
+            if cost > most:  # no pause would help; the settings see to it where there is one place
+                refusal += f" Ask for at most {most} per request."
+            self.charges.append(limit.charge(key, cost * self._times))
             self.refusals.append((refusal, name))
 
 
