@@ -44,6 +44,9 @@ _MARGIN: Final = 1.0  # seconds that a place may take longer than a check
 _ANSWER_SIZE: Final = 16 * 1024
 _VERDICT_SIZE: Final = 256
 
+# Characters of an error. A host name, which is the longest part of one, has at most 253.
+_ERROR_LENGTH: Final = 400
+
 # Checks whose votes are compared at once, where places are only observed.
 _MOST_COMPARED: Final = 1000
 
@@ -302,9 +305,10 @@ class Perspectives:
             results = CheckPortsResponse.model_validate_json(answer).results
             if list(results) != [str(port) for port in ports]:
                 raise ValueError
-            return {
-                port: result.verdict for port, result in zip(ports, results.values(), strict=True)
-            }
+            verdicts = [result.verdict for result in results.values()]
+            for error in {verdict.error for verdict in verdicts}:
+                _require_one_line(error)
+            return dict(zip(ports, verdicts, strict=True))
 
         async def ask(url: str) -> dict[int, Verdict]:
             size = _ANSWER_SIZE + _VERDICT_SIZE * len(ports)
@@ -328,8 +332,9 @@ class Perspectives:
 
         def read(answer: bytes) -> dict[int, TlsVerdict]:
             result = CheckTlsResponse.model_validate_json(answer)
-            if result.peer != peer:
+            if result.peer != peer or result.valid != (result.error is None):
                 raise ValueError
+            _require_one_line(result.error)
             until = datetime.fromisoformat(result.not_after) if result.not_after else None
             if until and not until.tzinfo:
                 raise ValueError
@@ -512,6 +517,16 @@ class Perspectives:
         if url.startswith("http:") and answer.peer and not special_purpose(answer.peer):
             return "It is asked in plain text over the internet. Use https."
         return ""
+
+
+def _require_one_line(error: str | None) -> None:
+    """Refuse an error that could not be logged in one line, as ours are.
+
+    Raises:
+        ValueError: It is too long, or steers terminals or what reads the log.
+    """
+    if error and (len(error) > _ERROR_LENGTH or not error.isprintable() or '"' in error):
+        raise ValueError
 
 
 def _reason(error: httpx.HTTPError | OSError) -> str:

@@ -19,7 +19,7 @@ from port_checker.api.app import create_app
 from port_checker.api.perspectives import Ballot, NoVote, Perspectives, common_verdict
 from port_checker.checker import Checker, Reservation
 from port_checker.connect import OPEN, REFUSED, TIMED_OUT, CheckFailed, Verdict, VerdictKind
-from port_checker.schemas import PERSPECTIVE_MARK
+from port_checker.schemas import PERSPECTIVE_MARK, CheckTlsRequest
 from port_checker.settings import Settings
 from port_checker.tls import TlsVerdict, TlsVerdictKind
 from tests.support.loopback import free_port, open_port, refused_port
@@ -263,6 +263,33 @@ def test_a_place_that_closes_its_connection_votes() -> None:
             return await perspectives.check_ports(open_here(), None, parse_address("::1"), [80])
 
     assert asyncio.run(check()) == {80: OPEN}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"valid": False, "error": 'certificate expired"\nrefused caller=192.0.2.1'},
+        {"valid": False, "error": "certificate expired\x1b[2J"},
+        {"valid": False, "error": "x" * 1000},
+        {"valid": True, "error": "certificate expired"},
+    ],
+)
+def test_a_result_that_no_port_checker_has_is_no_vote(answer: dict[str, object]) -> None:
+    def respond(connection: socket.socket) -> None:
+        connection.sendall(body_of(answer | {"peer": "127.0.0.1:9", "not_after": None}))
+
+    async def valid_here() -> TlsVerdict:
+        return TlsVerdict(TlsVerdictKind.VALID)
+
+    async def check(url: str) -> None:
+        perspectives = Perspectives([url], 60)
+        asked = CheckTlsRequest.parse(b'{"host":"127.0.0.1","port":9}')
+        async with perspectives.connected():
+            with pytest.raises(CheckFailed, match="too few of 2 places"):
+                await perspectives.check_tls(valid_here(), None, asked)
+
+    with raw_place(respond) as strange:
+        asyncio.run(check(strange))
 
 
 def test_nobody_waits_for_a_place_that_cannot_change_the_outcome() -> None:
