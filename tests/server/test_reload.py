@@ -76,8 +76,9 @@ def test_a_reload_takes_other_settings_and_refuses_nobody(
         program(
             RUNTIME_DIRECTORY=str(tmp_path),
             PORT_CHECKER_WORKERS=before,
-            PORT_CHECK_RETRIES="1",
-            PORT_CHECK_TIMEOUT="20",
+            # The check shall last for longer than workers take to start on a busy machine.
+            PORT_CHECK_RETRIES="10",
+            PORT_CHECK_TIMEOUT="30",
         ) as running,
         open_listener() as opened,
         full_backlog() as (silent, make_room),
