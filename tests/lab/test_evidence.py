@@ -219,6 +219,33 @@ def test_what_a_server_nearby_reaches_is_not_reached_by_the_world(quick_lab: Lab
     assert nothing_about_the_world(report)
 
 
+def test_a_machine_that_servers_see_at_two_addresses(quick_lab: Lab) -> None:
+    """Only one of them is forwarded: what was reached there is not said of the other."""
+    ports, port = quick_lab.take(4), quick_lab.take(1)
+    here, other = network.ROUTER[4], "60.0.2.3"
+    quick_lab.run("router", "ip", "address", "add", f"{other}/24", "dev", "internet")
+    try:
+        rule = f"oifname internet ip daddr {network.THIRD[4]} snat ip to {other}"
+        quick_lab.run("router", "nft", "insert", "rule", "inet", "lab", "postrouting", rule)
+        forward = f"ip daddr {here} tcp dport {word(ports)} dnat ip to {OWN[4]}"
+        quick_lab._rule("router", "prerouting", f"iif internet {forward}")
+        quick_lab.serve("third", **{**QUICK, "PORT_CHECKER_PORT": str(port[0])})
+        one, second = url_of(network.CHECKER, 4), f"http://{network.THIRD[4]}:{port[0]}"
+        words = [word(ports), "--server", second, "--server", one]
+        status, report = run(quick_lab, "provider", *words)
+        strict, _ = run(quick_lab, "provider", *words, "--all")
+    finally:
+        quick_lab.run("router", "ip", "address", "delete", f"{other}/24", "dev", "internet")
+    assert (status, strict, report["ip"], report["reachable"]) == (0, 1, here, 4)
+    assert [server["ip"] for server in report["servers"]] == [other, here]
+    differ, disagree = report["notes"]
+    listed = f"{other} ({second}), {here} ({one})"
+    assert differ == advice.ADDRESSES_DIFFER.format(addresses=listed)
+    assert disagree == advice.SERVERS_DISAGREE.format(
+        url=second, ports=word(ports), ip=other, error="Connection refused"
+    )
+
+
 def test_servers_that_disagree(quick_lab: Lab) -> None:
     ports, port = quick_lab.take(6), quick_lab.take(1)
     quick_lab.forward(ports)
