@@ -1,14 +1,17 @@
 """/docs: Swagger UI in our own page."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from playwright.sync_api import expect
 
 from port_checker.schemas import ERROR_EXAMPLES
-from tests.support.browser import Visitor
+from tests.support.browser import ADDRESS, Visitor
 from tests.support.loopback import open_port
+from tests.support.proxies import needs_proxies, nginx
 from tests.support.service import serve
 
 pytestmark = pytest.mark.xdist_group("browser")
@@ -37,6 +40,21 @@ def test_the_prefilled_check_works_on_one_machine(url: str, visit: Visit) -> Non
     answer: dict[str, Any] = answered.value.json()
     assert answer["message"] == "Successfully verified 1 out of 1 ports"
     expect(visitor.page.locator(".live-responses-table")).to_contain_text(answer["message"])
+
+
+@needs_proxies
+def test_the_prefilled_check_is_of_the_visitors_own_address(
+    url: str, visit: Visit, tmp_path: Path
+) -> None:
+    forwards = "proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;"
+    host = "proxy_set_header Host $http_host;"
+    with nginx(tmp_path, httpx.URL(url).port or 0, forwards, host, host=ADDRESS) as port:
+        visitor = visit(f"http://{ADDRESS}:{port}/docs")
+        open_operation(visitor, "operations-checks-check_ports")
+        with visitor.page.expect_response("**/check-ports") as answered:
+            visitor.page.get_by_role("button", name="Execute").click()
+        assert answered.value.status == 200
+    assert visitor.checks == [{"provider_ip": ADDRESS, "ports": [7466, 50800, 50801]}]
 
 
 def test_every_error_shows_its_example(url: str, visit: Visit) -> None:
