@@ -482,11 +482,11 @@ def test_nothing_is_offered_for_a_shell_that_it_would_take_apart(
         visitor = visit(f"http://{ADDRESS}:{port}/p/{path}/")
         visitor.check(opened)
         visitor.expect_status("✓ The port can be reached")
-        for line in visitor.page.locator("pre").all_inner_texts():
+        for line in visitor.page.locator("pre").all_text_contents():
             assert " URL/" in line
             assert path not in line
         expect(visitor.page.get_by_role("button", name="Copy command")).to_have_count(0)
-        expect(visitor.page.locator("caption")).to_contain_text("by this service")
+        expect(visitor.page.locator("caption").first).to_contain_text("by this service")
 
 
 @needs_proxies
@@ -497,6 +497,7 @@ def test_the_result_can_be_copied_on_plain_http(url: str, visit: Visit, tmp_path
     ):
         visitor = visit(f"http://{SERVICE}:{port}")
         assert visitor.page.evaluate("() => navigator.clipboard") is None
+        expect(visitor.page.locator("#plain-http")).to_be_visible()
         visitor.check(refused)
         visitor.page.get_by_role("button", name="Copy as text").click()
         expect(visitor.page.get_by_text("Copied.")).to_be_visible()
