@@ -10,13 +10,15 @@ import threading
 import time
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, NamedTuple, Protocol
 
 from port_checker.connect import VerdictKind
 from port_checker.errors import ErrorCode, Limit
+from port_checker.settings import MOST_PERSPECTIVES
 from port_checker.tls import TlsVerdictKind
 
 
@@ -27,6 +29,14 @@ class CheckOutcome(StrEnum):
     CANCELLED = "cancelled"  # the caller left
     FAILED = "failed"  # the checker's own trouble
     BUG = "bug"
+
+
+class VoteOutcome(StrEnum):
+    """How the vote of another place compares with the verdict of all."""
+
+    AGREED = "agreed"
+    DISAGREED = "disagreed"
+    FAILED = "failed"  # it has none
 
 
 class Row(Protocol):
@@ -76,6 +86,14 @@ DURATION: Final = _counter(
     (*map(str, _BUCKETS), "+Inf", "sum"),
 )
 
+# A row counts by the number of the place, since its names depend on the settings.
+VOTES: Final = _counter(
+    "perspective_votes",
+    "Verdicts of other places on ports, compared with the common verdict.",
+    "vote",
+    (f"{place} {vote}" for place in range(MOST_PERSPECTIVES) for vote in VoteOutcome),
+)
+
 FAMILIES: Final = (
     _counter("checks", "Checks, by how they ended.", "outcome", CheckOutcome),
     _counter("ports", "Ports in completed checks, by verdict.", "verdict", VerdictKind),
@@ -99,6 +117,7 @@ FAMILIES: Final = (
         ("over_share", "made_way"),
     ),
     DURATION,
+    VOTES,
     Family("ports_in_flight", "Ports under check."),
     Family("ports_in_flight_limit", "Ports that may be under check at once."),
     Family("connections", "Clients' open connections."),
@@ -153,6 +172,10 @@ class Metrics:
             self.count("ports", kind, kinds.count(kind))
             kinds = [other for other in kinds if other is not kind]
 
+    def count_votes(self, place: int, vote: VoteOutcome, by: int = 1) -> None:
+        """Count votes of a place, which is given by its number among the perspectives."""
+        self.count(VOTES.name, f"{place} {vote}", by)
+
     def time_check(self, seconds: float) -> None:
         """Count a completed check that took so long."""
         self.count(DURATION.name, DURATION.values[bisect_left(_BUCKETS, seconds)])
@@ -177,11 +200,13 @@ class Snapshot:
         workers: The ids of the processes that serve.
         deaths: Workers that ended without being told to.
         has_gauges: Whether any process has read its gauges yet; else they are no figures.
+        votes: Other places' votes, by place and outcome.
     """
 
     workers: list[int]
     deaths: int
     has_gauges: bool
+    votes: Mapping[tuple[str, VoteOutcome], float]
     _figures: Row
 
     def __getitem__(self, key: tuple[str, str]) -> float:
@@ -194,19 +219,29 @@ class Totals:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._rows: list[tuple[int, Row]] = []
+        self._rows: list[tuple[int, Row, Sequence[str]]] = []
+        self._ended_votes: Counter[tuple[str, VoteOutcome]] = Counter()
         self._ended = array("d", bytes(8 * ROW_SIZE))
         self._deaths = 0
 
-    def add(self, row: Row, process: int | None = None) -> None:
-        """Take in the row of a process that starts: its id is given, or it is this one."""
+    def add(self, row: Row, process: int | None = None, perspectives: Sequence[str] = ()) -> None:
+        """Take in the row of a process that starts.
+
+        Args:
+            row: Where it counts.
+            process: Its id, if it is not this one.
+            perspectives: The names of the other places that it asks.
+        """
         with self._lock:
-            self._rows.append((process or os.getpid(), row))
+            self._rows.append((process or os.getpid(), row, perspectives))
 
     def end(self, row: Row, *, is_death: bool = True) -> None:
         """Keep what a process counted that has ended, whether it died or was stopped."""
         with self._lock:
-            self._rows = [(process, other) for process, other in self._rows if other is not row]
+            for _, other, perspectives in self._rows:
+                if other is row:
+                    self._ended_votes.update(_votes(row, perspectives))
+            self._rows = [each for each in self._rows if each[1] is not row]
             for slot, figure in enumerate(_FIGURES):
                 if figure.family.is_counter:
                     self._ended[slot] += row[slot]
@@ -215,8 +250,11 @@ class Totals:
     def snapshot(self) -> Snapshot:
         """Put all figures together."""
         with self._lock:
-            workers = [process for process, _ in self._rows]
-            rows = [[row[slot] for slot in range(ROW_SIZE)] for _, row in self._rows]
+            workers = [process for process, _, _ in self._rows]
+            rows = [[row[slot] for slot in range(ROW_SIZE)] for _, row, _ in self._rows]
+            votes = Counter(self._ended_votes)
+            for _, row, perspectives in self._rows:
+                votes.update(_votes(row, perspectives))
             figures = list(self._ended)
             deaths = self._deaths
         # Those of a process that has just begun are zeros, which would say that Redis is down.
@@ -224,7 +262,15 @@ class Totals:
         for slot, figure in enumerate(_FIGURES):
             if figures_of := rows if figure.family.is_counter else sampled:
                 figures[slot] += figure.family.combine(row[slot] for row in figures_of)
-        return Snapshot(workers, deaths, bool(sampled), figures)
+        return Snapshot(workers, deaths, bool(sampled), votes, figures)
+
+
+def _votes(row: Row, perspectives: Sequence[str]) -> "Counter[tuple[str, VoteOutcome]]":
+    votes: Counter[tuple[str, VoteOutcome]] = Counter()
+    for place, name in enumerate(perspectives):
+        for vote in VoteOutcome:
+            votes[name, vote] += int(row[_SLOTS[VOTES.name, f"{place} {vote}"]])
+    return votes
 
 
 class StatusLine:

@@ -169,7 +169,12 @@ _BASE_URL = re.compile(
 )
 
 # Each is asked at each check.
-_MOST_PERSPECTIVES = 16
+MOST_PERSPECTIVES = 16
+
+
+def place_name(url: str) -> str:
+    """Return what a perspective is called: its URL's host, and port if the URL has one."""
+    return urlsplit(url).netloc.lower()
 
 
 def _parse_base_urls(text: object) -> object:
@@ -178,7 +183,7 @@ def _parse_base_urls(text: object) -> object:
     urls = [url.rstrip("/") for entry in text.split(",") if (url := entry.strip())]
     if not all(_BASE_URL.fullmatch(url) and urlsplit(url).port != 0 for url in urls):
         raise ValueError
-    if len(urls) > _MOST_PERSPECTIVES:
+    if len(urls) > MOST_PERSPECTIVES:
         raise ValueError
     return tuple(dict.fromkeys(urls))
 
@@ -317,6 +322,11 @@ class Settings(BaseModel):
     def longest_check(self) -> float:
         """Upper bound in seconds for the duration of a check, give or take some milliseconds."""
         return self.retries * self.timeout + (self.retries - 1) * self.retry_delay
+
+    @property
+    def perspective_names(self) -> list[str]:
+        """What the other places are called."""
+        return [place_name(url) for url in self.perspectives]
 
     @field_validator("host")
     @classmethod

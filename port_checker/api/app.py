@@ -47,6 +47,7 @@ def create_app(
         own=settings.own_rate_limit,
     )
 
+    metrics = metrics or Metrics()
     perspectives: Perspectives | None = None
     if settings.perspectives:
         from port_checker.api import perspectives as other_places  # httpx takes a while to load
@@ -55,6 +56,7 @@ def create_app(
             settings.perspectives,
             settings.longest_check,
             observes=settings.perspectives_mode == "observe",
+            metrics=metrics,
         )
 
     @asynccontextmanager
@@ -87,7 +89,6 @@ def create_app(
         max_in_flight=settings.max_in_flight,
         max_per_caller=settings.max_in_flight_per_caller,
     )
-    metrics = metrics or Metrics()
     metrics.watch("ports_in_flight", lambda: checker.in_flight)
     metrics.watch("ports_in_flight_limit", lambda: settings.max_in_flight)
     metrics.watch("rate_limit_store_up", lambda: limits.store_is_available)

@@ -16,7 +16,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from datetime import datetime
 from http import HTTPStatus
 from typing import Any, Final, Generic, NamedTuple, TypeVar
-from urllib.parse import urlsplit
 
 import httpx
 from pydantic import ValidationError
@@ -25,6 +24,7 @@ from port_checker.addresses import Address, parse_host
 from port_checker.api.targets import special_purpose
 from port_checker.connect import CheckFailed, Verdict
 from port_checker.errors import ErrorCode, ServiceError
+from port_checker.metrics import Metrics, VoteOutcome
 from port_checker.schemas import (
     HERE,
     PERSPECTIVE_MARK,
@@ -35,6 +35,7 @@ from port_checker.schemas import (
     ErrorResponse,
     PortsSeen,
 )
+from port_checker.settings import place_name
 from port_checker.tls import TlsVerdict, TlsVerdictKind
 
 _CONNECT_TIMEOUT: Final = 2.0  # seconds
@@ -205,6 +206,19 @@ class Ballot(Generic[Vote]):
             raise CheckFailed(reason, missing if verdicts else ())
         return verdicts
 
+    def comparison(self, place: int) -> Counter[VoteOutcome]:
+        """Count how the votes of a place compare with the verdicts, once all are settled."""
+        votes = self.votes[place]
+        if isinstance(votes, ServiceError):
+            return Counter({VoteOutcome.FAILED: len(self.ports)})
+        return Counter(
+            VoteOutcome.AGREED
+            if is_good(votes[port]) == is_good(verdict)
+            else VoteOutcome.DISAGREED
+            for port, verdict in self._verdicts.items()
+            if verdict
+        )
+
     def _cast_on(self, port: int) -> list[Vote]:
         return [
             votes[port]
@@ -223,6 +237,7 @@ class Perspectives:
         urls: Their base URLs.
         longest_check: Seconds that a check takes at most.
         observes: Whether votes are only compared with this server's verdict, which is the answer.
+        metrics: Where votes are counted.
         sleep: What to wait with between looks.
 
     Attributes:
@@ -236,11 +251,13 @@ class Perspectives:
         longest_check: float,
         *,
         observes: bool = False,
+        metrics: Metrics | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.observes = observes
-        self.names = [urlsplit(url).netloc.lower() for url in urls]
+        self.names = [place_name(url) for url in urls]
         self._urls = urls
+        self._metrics = metrics or Metrics()
         self._timeout = longest_check + _MARGIN
         self._sleep = sleep
         self._compared: set[asyncio.Task[None]] = set()
@@ -435,7 +452,14 @@ class Perspectives:
                 task.cancel()
             if pending:
                 await asyncio.gather(*pending, return_exceptions=True)
+        self._count(ballot)
         return ballot.verdicts()
+
+    def _count(self, ballot: Ballot[Vote]) -> None:
+        """Count the votes that are in."""
+        for place in ballot.votes.keys() - {0}:
+            for vote, number in ballot.comparison(place).items():
+                self._metrics.count_votes(place - 1, vote, number)
 
     async def _ask(
         self,
@@ -482,17 +506,21 @@ class Perspectives:
 
     async def _look_again_and_again(self) -> None:
         while True:
-            await asyncio.gather(*map(self._look, self._urls))
+            await asyncio.gather(*map(self._look, range(len(self._urls))))
             await self._sleep(_LOOK_INTERVAL)
 
-    async def _look(self, url: str) -> None:
+    async def _look(self, place: int) -> None:
         """Warn once of what is wrong with a place, and log when it is well again."""
+        url = self._urls[place]
         try:
             trouble = await self._trouble_of(url)
         except NoVote as error:
             trouble = str(error)
         except TimeoutError:
             trouble = "It does not answer in time."
+        if trouble:
+            # Nobody waits for the votes of one that hangs, so that these do not fail.
+            self._metrics.count_votes(place, VoteOutcome.FAILED)
         if trouble == self._trouble.get(url, ""):
             return
         self._trouble[url] = trouble

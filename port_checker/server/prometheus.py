@@ -23,7 +23,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from port_checker import __version__
-from port_checker.metrics import DURATION, FAMILIES, Snapshot, Totals
+from port_checker.metrics import DURATION, FAMILIES, VOTES, Snapshot, Totals
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication
@@ -150,6 +150,9 @@ class _TotalsCollector(Collector):
             if family is DURATION:
                 yield _duration(totals)
                 continue
+            if family is VOTES:
+                yield _votes(totals)
+                continue
             kind = CounterMetricFamily if family.is_counter else GaugeMetricFamily
             labels = [family.label] if family.label else []
             metric = kind(_PREFIX + family.name, family.documentation, labels=labels)
@@ -164,6 +167,15 @@ class _TotalsCollector(Collector):
             "Workers that ended without being told to.",
             value=totals.deaths,
         )
+
+
+def _votes(totals: Snapshot) -> Metric:
+    metric = CounterMetricFamily(
+        _PREFIX + VOTES.name, VOTES.documentation, labels=["perspective", "vote"]
+    )
+    for labels, number in totals.votes.items():
+        metric.add_metric(labels, number)
+    return metric
 
 
 def _duration(totals: Snapshot) -> Metric:

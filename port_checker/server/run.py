@@ -185,7 +185,7 @@ class Service:
     def _serve_alone(self) -> None:
         """Serve in this process, until it is told to stop, or until a reload has made workers."""
         metrics = Metrics()
-        self._totals.add(metrics.row)
+        self._totals.add(metrics.row, perspectives=self._settings.perspective_names)
 
         def beat() -> None:
             self._heartbeat.beat()
@@ -566,13 +566,14 @@ def max_connections(settings: Settings) -> int:
 def _log_start(settings: Settings, listeners: Sequence[socket.socket]) -> None:
     logger.info(
         "Listening on %s; processes: %d, "
-        "ports in flight in each: %d; limits: %s requests per caller, %s ports per target; %s",
+        "ports in flight in each: %d; limits: %s requests per caller, %s ports per target; %s%s",
         ", ".join(map(_describe, listeners)),
         settings.workers,
         settings.max_in_flight,
         settings.caller_rate_limit or "unlimited",
         settings.target_rate_limit or "unlimited",
         _longest_check(settings),
+        _perspectives(settings),
     )
     if settings.longest_check > CLIENT_PATIENCE:
         logger.warning(
@@ -582,6 +583,13 @@ def _log_start(settings: Settings, listeners: Sequence[socket.socket]) -> None:
         )
     if advice := connection_tracking_advice(settings, connection_tracking()):
         logger.warning(advice)
+
+
+def _perspectives(settings: Settings) -> str:
+    if not settings.perspectives:
+        return ""
+    mode = ", only observed" if settings.perspectives_mode == "observe" else ""
+    return f"; perspectives: {', '.join(settings.perspective_names)}{mode}"
 
 
 def _describe(listener: socket.socket) -> str:

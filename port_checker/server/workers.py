@@ -234,7 +234,7 @@ class Supervisor:
                 self._count_failed_start()
             else:
                 self._workers.append(worker)
-                self._totals.add(worker.row, worker.process.pid)
+                self._totals.add(worker.row, worker.process.pid, worker.settings.perspective_names)
                 logger.debug("Worker %d started", worker.process.pid)
 
     def _lacks_worker(self) -> bool:

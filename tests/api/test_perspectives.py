@@ -9,7 +9,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -19,6 +20,7 @@ from port_checker.api.app import create_app
 from port_checker.api.perspectives import Ballot, NoVote, Perspectives, common_verdict
 from port_checker.checker import Checker, Reservation
 from port_checker.connect import OPEN, REFUSED, TIMED_OUT, CheckFailed, Verdict, VerdictKind
+from port_checker.metrics import Metrics, Totals, VoteOutcome
 from port_checker.schemas import PERSPECTIVE_MARK, CheckTlsRequest
 from port_checker.settings import Settings
 from port_checker.tls import TlsVerdict, TlsVerdictKind
@@ -379,6 +381,34 @@ def test_a_tls_request_that_asks_hears_what_each_place_says() -> None:
     assert here == {"name": "here", "result": result}
     assert there == {"name": other.removeprefix("http://"), "result": result}
     assert away["error"]["code"] == "CHECK_FAILED"
+
+
+@pytest.mark.parametrize("mode", ["decide", "observe"])
+def test_votes_are_counted(mode: Literal["decide", "observe"]) -> None:
+    metrics, totals = Metrics(), Totals()
+    expected_votes = (VoteOutcome.DISAGREED, VoteOutcome.FAILED, VoteOutcome.AGREED)
+    with open_port() as opened, place(TIMED_OUT) as filtered, place() as other:
+        urls = (filtered, dead(), other)
+        settings = Settings(
+            perspectives=urls, perspectives_mode=mode, retries=1, allowed_networks=LOOPBACK
+        )
+        totals.add(metrics.row, perspectives=settings.perspective_names)
+        body = {"provider_ip": "127.0.0.1", "ports": [opened], "perspectives": True}
+        with serve(create_app(settings, metrics)) as client:
+            assert client.post("/check-ports", json=body).json()["success"] is True
+
+            def votes() -> dict[str, float]:
+                counted = totals.snapshot().votes
+                return {
+                    f"{urlsplit(url).netloc} {vote}": counted[urlsplit(url).netloc, vote]
+                    for url, vote in zip(urls, expected_votes, strict=True)
+                }
+
+            # The place that is away failed to answer a look, too.
+            wait_until(lambda: sorted(votes().values()) == [1, 1, 2], "the votes")
+    totals.end(metrics.row)
+    assert sorted(votes().values()) == [1, 1, 2]
+    assert sum(totals.snapshot().votes.values()) == 4
 
 
 @pytest.mark.parametrize("wrong", ["yes", 1, [], None])
