@@ -432,9 +432,11 @@ def test_servers_that_list_each_other_and_themselves_ask_once(trusted: str) -> N
         allowed_networks=LOOPBACK,
     )
     first, second = (create_app(settings, checker=checker) for checker in checkers)
-    with serve(first, on_port=ports[0]) as client, serve(second, on_port=ports[1]) as other:
-        other.get("/health").raise_for_status()
-        assert ask(client, 80).json()["success"] is True
+    with serve(first, on_port=ports[0]) as client:
+        client.get("/health").raise_for_status()  # one starts after the other
+        with serve(second, on_port=ports[1]) as other:
+            other.get("/health").raise_for_status()
+            assert ask(client, 80).json()["success"] is True
     # Here, and what this server and the other were asked in turn before the outcome was settled.
     assert 2 <= sum(checker.checked for checker in checkers) <= 3
 
