@@ -13,7 +13,7 @@ import pytest
 from dotenv import dotenv_values
 
 from port_checker.api.errors import STATUS
-from port_checker.metrics import Totals
+from port_checker.metrics import Metrics, Totals
 from port_checker.schemas import ErrorCode
 from port_checker.server.prometheus import expose
 from tests.support.loopback import free_port
@@ -73,11 +73,16 @@ def test_docs_have_every_setting_with_its_default() -> None:
 
 def test_docs_have_every_metric_and_what_its_labels_say() -> None:
     port = free_port()
-    expose(Totals(), "127.0.0.1", port)
+    totals = Totals()
+    totals.add(Metrics().row, perspectives=["ams.checker.example"])
+    expose(totals, "127.0.0.1", port)
     text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
     names = re.findall(r"^# TYPE (port_checker_\w+)", text, re.MULTILINE)
-    labels = set(re.findall(r'^(\w+){(\w+)="', text, re.MULTILINE))
-    values = set(re.findall(r'^port_checker_\w+_total{\w+="(.*?)"', text, re.MULTILINE))
+    labels = {
+        (name, ",".join(re.findall(r'(\w+)="', pairs)))
+        for name, pairs in re.findall(r"^(\w+){(.*)}", text, re.MULTILINE)
+    }
+    values = set(re.findall(r'^port_checker_\w+_total{.*?="([^"]*)"}', text, re.MULTILINE))
 
     rows = table("operating.md", "## Metrics")
     documented = {name for cell, _ in rows for name in quoted(cell)} - {"process_*"}
