@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 
@@ -16,7 +15,6 @@ from port_checker.api.records import RefusalLog
 from port_checker.errors import ErrorCode, Limit
 from port_checker.metrics import DURATION, FAMILIES
 from tests.support.namespace import ROOT
-from tests.support.packages import is_missing
 
 PROMETHEUS = ROOT / "contrib" / "prometheus"
 
@@ -43,19 +41,6 @@ def test_promtool_finds_no_fault_with_the_rules(command: str) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
-
-
-@pytest.mark.skipif(is_missing("kubernetes_validate"), reason="it knows Kubernetes' schemas")
-@pytest.mark.parametrize("name", ["deployment", "service", "networkpolicy"])
-def test_kubernetes_understands_its_manifests(name: str) -> None:
-    manifest = ROOT / "contrib" / "kubernetes" / f"{name}.yaml"
-    done = subprocess.run(
-        [sys.executable, "-m", "kubernetes_validate", "--strict", str(manifest)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", ["rules.yml", "dashboard.json"])
