@@ -57,8 +57,8 @@ def test_the_service_does_what_its_schema_says(tmp_path: Path) -> None:
         "--continue-on-failure",
         "--no-color",
         "--warnings=off",  # it may happen that all addresses generated for a route are refused ones
-        # In CI the same requests every time.
-        "--generation-deterministic" if is_repeatable else "--generation-database=none",
+        "--generation-database=none",
+        *(["--seed=1"] if is_repeatable else []),  # in CI the same requests every time
     ]
     with loopback_alone(*ROUTE_TO_NOBODY), program(**QUICK) as running:
         url = f"http://127.0.0.1:{running.port}/openapi.json"
