@@ -88,7 +88,8 @@ def test_metrics_are_what_was_sent(workers: int) -> None:
 
         counted()
         assert scraper["port_checker_workers"] == workers
-        assert scraper["port_checker_ports_in_flight_limit"] == workers * 10_000
+        # A worker's gauges count from when it has read them for the first time.
+        wait_until(lambda: scraper["port_checker_ports_in_flight_limit"] == workers * 10_000)
         assert scraper["port_checker_connections_limit"] >= workers
         assert scraper["port_checker_rate_limit_store_up"] == 1
         (limit, _), processes = prlimit(running.process.pid, RLIMIT_NOFILE), 1
