@@ -296,6 +296,6 @@ def test_the_networks_next_provider_software(
         secure = stack.enter_context(kind(authority))
         vms = stack.enter_context(ports(100, open_port))
         # The documented settings for its patience, but less of it for who says nothing.
-        timeout = 0.3 if kind is silent else 3
+        timeout = 1.5 if kind is silent else 3
         client = stack.enter_context(serve(retries=2, timeout=timeout, retry_delay=0.5))
         assert join(client, web, secure, vms) == told

@@ -14,7 +14,7 @@ JSON = {"Accept": "application/json"}
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
-    with serve(caller_rate_limit=None, retries=1, timeout=0.2) as client:
+    with serve(caller_rate_limit=None, retries=1, timeout=1) as client:
         yield client
 
 
