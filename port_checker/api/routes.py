@@ -304,7 +304,7 @@ class _JsonResponse(Response):
     """An answer in JSON, which nobody may keep."""
 
     def init_headers(self, _: Mapping[str, str] | None = None) -> None:
-        """Write the fields as they are sent: Starlette takes three times as long (measured)."""
+        """Write the fields as they are sent: Starlette takes three times as long (by cProfile)."""
         length = b"content-length", b"%d" % len(self.body)
         self.raw_headers = [*_NO_STORE_FIELDS, length, (b"content-type", b"application/json")]
 
@@ -317,7 +317,7 @@ class _PlainRoute(APIRoute):
     """
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        """Tell by the path alone that this is not the route, in a fifth of the time (measured)."""
+        """Tell by the path that this is not the route, in a fifth of the time (by cProfile)."""
         if self.param_convertors or scope.get("root_path"):
             return super().matches(scope)
         if scope["type"] != "http" or scope["path"] != self.path:

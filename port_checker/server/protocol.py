@@ -706,7 +706,7 @@ class _BodyCallbacks:
 class _Cycle(RequestResponseCycle):
     """A request and its answer, whose head is written as it was when its fields were the same.
 
-    uvicorn checks and writes each field anew, which takes a tenth of ``/health`` (measured).
+    uvicorn checks and writes each field anew, about a tenth of ``/health`` (by cProfile).
     """
 
     async def send(self, message: Any) -> None:
