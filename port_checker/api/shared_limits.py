@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import random
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Final, Self, cast
@@ -48,6 +49,9 @@ _TURNS: Final = 5
 
 _CONNECT_TIMEOUT: Final = 0.5  # seconds, before anybody pays
 _PROBE_INTERVAL: Final = 0.5  # seconds between attempts to reach Redis again
+
+# Seconds, of the above, for one node of a cluster. Whoever answers later is too slow for payments.
+_CLUSTER_CONNECT_TIMEOUT: Final = 0.1
 
 # Payments that travel together, so that one call does not occupy Redis for long.
 _MOST_TOGETHER: Final = 100
@@ -277,34 +281,62 @@ class _Client:
 
 
 class _ClusterClient(_Client):
-    """The same of a Redis cluster, whose nodes it learns from the one that the URL names."""
+    """The same of a Redis cluster, whose nodes it learns from the one that the URL names.
+
+    Whichever node is gone, without a word even, the others are found: they are asked in another
+    order each time.
+    """
 
     def __init__(self, url: str) -> None:
         url = url.replace(REDIS_CLUSTER, "redis://")
         super().__init__(url)
         self._options = parse_url(url)
         self._cluster: RedisCluster | None = None
+        self._known: set[tuple[str, int]] = set()  # nodes of the cluster when it was last seen
 
     async def run(self, keys: Sequence[str], arguments: Sequence[float]) -> Sequence[Any]:
         """Run the script on the node that has the keys."""
         if not self._cluster:
-            port = self._options.get("port", 6379)
-            nodes = [ClusterNode(host, port) for host in await self._resolver.resolve(self._host)]
+            nodes = [ClusterNode(host, port) for host, port in await self._candidates()]
+            random.shuffle(nodes)
             self._cluster = RedisCluster(
                 startup_nodes=nodes,
                 username=self._options.get("username"),
                 password=self._options.get("password"),
-                socket_connect_timeout=1,
+                socket_connect_timeout=_CLUSTER_CONNECT_TIMEOUT,
                 retry=_ONCE,
             )
+            # Of the nodes that it learns of: they may have names, which it would look up.
+            options: dict[str, Any] = self._cluster.get_connection_kwargs()
+            options.update(connection_class=_Connection, resolver=self._resolver)
             # It has all that a script needs of a client.
             self._script = AsyncScript(cast(Redis, self._cluster), PAY_IN_REDIS)
         return await super().run(keys, arguments)
 
+    async def _candidates(self) -> set[tuple[str, int]]:
+        """Return the addresses and ports of nodes, as far as they are known.
+
+        Raises:
+            OSError: None is known, and the host of the URL has no address.
+        """
+        nodes = set(self._known)
+        try:
+            async with asyncio.timeout(_CLUSTER_CONNECT_TIMEOUT if nodes else None):
+                addresses = await self._resolver.resolve(self._host)
+        except OSError:  # TimeoutError is one
+            if not nodes:
+                raise
+        else:
+            nodes.update((address, self._options.get("port", 6379)) for address in addresses)
+        return nodes
+
     async def disconnect(self) -> None:
         """Close the connections. Which nodes there are is asked anew afterwards."""
-        if self._cluster:
-            await self._cluster.aclose()
+        if cluster := self._cluster:
+            self._cluster = None
+            known = {(node.host, int(node.port)) for node in cluster.get_nodes()}
+            self._known = known or self._known
+            await cluster.aclose()
 
 
 class _Connection(Connection):

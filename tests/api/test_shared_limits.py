@@ -61,12 +61,21 @@ class RedisServer:
     """A Redis on a port of its own, which keeps nothing on disk.
 
     The user of ``url`` may do what the service needs, and nothing else.
+
+    Args:
+        directory: Where it runs.
+        options: More of its options.
+        host: Its address.
+        port: Its port; else one that is free.
     """
 
-    def __init__(self, directory: Path, *options: str) -> None:
+    def __init__(
+        self, directory: Path, *options: str, host: str = "127.0.0.1", port: int | None = None
+    ) -> None:
         self._directory = directory
         self._options = options
-        self.port = free_port()
+        self._host = host
+        self.port = port or free_port()
         while not self.start():  # somebody else has got the port meanwhile
             self.port = free_port()
         self.url = self.url_by(self.port)
@@ -79,7 +88,7 @@ class RedisServer:
         user = f"checker on >{PASSWORD} {RIGHTS}"
         self.process = subprocess.Popen(
             [
-                *["redis-server", "--port", str(self.port), "--bind", "127.0.0.1"],
+                *["redis-server", "--port", str(self.port), "--bind", self._host],
                 *["--save", "", "--appendonly", "no", "--user", *user.split(), *self._options],
             ],
             cwd=self._directory,
@@ -101,7 +110,7 @@ class RedisServer:
         self.process.wait()
 
     def _client(self) -> redis.Redis:
-        return redis.Redis(port=self.port, retry=Retry(NoBackoff(), 0))
+        return redis.Redis(self._host, self.port, retry=Retry(NoBackoff(), 0))
 
     def command(self, *words: str) -> Any:
         with self._client() as client:
@@ -575,6 +584,55 @@ def test_a_resolver_that_is_silent_holds_up_nothing(tmp_path: Path) -> None:
             while True:
                 questions.add(resolver.recv(512)[2:])
         assert len(questions) <= 2  # A and AAAA, of one look-up
+
+
+@needs_root
+def test_a_name_that_moves_to_the_replica_that_takes_over(tmp_path: Path) -> None:
+    """As Sentinel has it, with a script that makes the name of the master lead to the new one."""
+    hosts, script = tmp_path / "hosts", tmp_path / "move"
+    hosts.write_text("127.0.0.1 redis.example\n")
+    # It is told the addresses of the old master and of the new one.
+    script.write_text(f'#!/bin/sh\necho "$6 redis.example" > {hosts}\n')
+    script.chmod(0o700)
+    with loopback_alone(), contextlib.ExitStack() as stack:
+        master = RedisServer(tmp_path)
+        stack.callback(master.kill)
+        options = ["--replicaof", "127.0.0.1", str(master.port)]
+        options += ["--replica-announce-ip", "127.0.0.2"]
+        replica = RedisServer(tmp_path, *options, host="127.0.0.2", port=master.port)
+        stack.callback(replica.kill)
+        configuration = tmp_path / "sentinel.conf"
+        configuration.write_text(
+            f"port {free_port()}\nbind 127.0.0.1\n"
+            f"sentinel monitor limits 127.0.0.1 {master.port} 1\n"
+            "sentinel down-after-milliseconds limits 1000\n"
+            f"sentinel client-reconfig-script limits {script}\n"
+        )
+        wait_until(lambda: "slave0" in master.command("INFO", "replication"), "the replica")
+        sentinel = subprocess.Popen(
+            ["redis-server", str(configuration), "--sentinel"],
+            stdout=subprocess.DEVNULL,
+            preexec_fn=end_with_parent,
+        )
+        stack.callback(sentinel.wait)
+        stack.callback(sentinel.kill)
+        bind = f'mount --bind {hosts} /etc/hosts && exec "$@"'
+        command = ["unshare", "--mount", "sh", "-c", bind, "sh", sys.executable, "-m"]
+        url = f"redis://checker:{PASSWORD}@redis.example:{master.port}"
+        with (
+            program(*command, "port_checker", PORT_CHECKER_RATE_LIMIT_STORE=url) as running,
+            running.client() as client,
+        ):
+            wait_until(lambda: master.connections() == 1)
+            assert SERVICE_KEY not in replica.key_names()
+            master.kill()
+
+            def pays_there() -> bool:
+                assert ask(client, running.port).status_code == 200
+                return SERVICE_KEY in replica.key_names()
+
+            wait_until(pays_there, "limits to be shared again")
+            assert running.stop() == 0
 
 
 def test_nobody_waits_for_a_redis_that_is_unavailable(relay: Relay, log: Log) -> None:

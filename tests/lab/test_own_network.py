@@ -9,6 +9,8 @@ import pytest
 from tests.lab import network
 from tests.lab.network import Answer, Lab, end
 
+pytestmark = pytest.mark.xdist_group("lab")
+
 VERSIONS = 4, 6
 
 # Addresses behind a gateway that nobody has, and behind a link without a carrier.
