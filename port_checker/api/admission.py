@@ -16,6 +16,10 @@ from port_checker.checker import Checker, Reservation
 _WATCH_AFTER = 0.05
 
 
+class CallerLeft(ClientDisconnect):
+    """The caller of a check left before its end."""
+
+
 class Admission:
     """Admits checks, one after the other.
 
@@ -53,7 +57,7 @@ class Admission:
         Returns:
             A context manager for the block that makes the check. It is to be entered at once: it
             gives the room for the ports, takes it back when the block ends, and raises
-            ``ClientDisconnect`` if the caller leaves, for which it cancels the block.
+            ``CallerLeft`` if the caller leaves, for which it cancels the block.
 
         Raises:
             TargetNotAllowed: The caller may not have this address checked.
@@ -86,7 +90,7 @@ class Admission:
 
 
 class _WhileConnected:
-    """Room for a block that is cancelled when the caller disconnects: ``ClientDisconnect``.
+    """Room for a block that is cancelled when the caller disconnects: ``CallerLeft``.
 
     Args:
         request: The caller's.
@@ -124,7 +128,7 @@ class _WhileConnected:
             and self._task.uncancel() <= self._cancelling
             and kind is asyncio.CancelledError
         ):
-            raise ClientDisconnect from None
+            raise CallerLeft from None
 
     def _begin_to_watch(self) -> None:
         self._watch = asyncio.create_task(self._wait_for_disconnect())

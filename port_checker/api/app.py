@@ -50,7 +50,7 @@ def create_app(
     metrics = metrics or Metrics()
     perspectives: Perspectives | None = None
     if settings.perspectives:
-        from port_checker.api import perspectives as other_places  # httpx takes a while to load
+        from port_checker.api import perspectives as other_places  # h11 takes a while to load
 
         perspectives = other_places.Perspectives(
             settings.perspectives,

@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from port_checker.api.accept import prefers_html
+from port_checker.api.admission import CallerLeft
 from port_checker.api.caller import CallerResolver
 from port_checker.api.records import RefusalLog
 from port_checker.errors import ErrorCode, ServiceError
@@ -92,6 +93,9 @@ def answer_errors(
     async def answer_incomplete_body(request: Request, _: Exception) -> Response:
         return respond(request, ApiError(ErrorCode.INVALID_REQUEST, "The body is incomplete."))
 
+    async def answer_nobody(_: Request, __: Exception) -> Response:
+        return Response()  # the check is on record as cancelled, and is no error besides
+
     async def answer_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101  # it is added for those alone
         if not _tells_that_no_route_fits(error):
@@ -108,6 +112,7 @@ def answer_errors(
 
     app.add_exception_handler(ServiceError, answer)
     app.add_exception_handler(ClientDisconnect, answer_incomplete_body)
+    app.add_exception_handler(CallerLeft, answer_nobody)
     app.add_exception_handler(HTTPException, answer_http_exception)
     app.add_exception_handler(Exception, answer)
     return answer

@@ -7,24 +7,24 @@ caller's request with ``X-Forwarded-For``, and votes.
 import asyncio
 import contextlib
 import functools
+import json
 import logging
-import os
-import socket
 import ssl
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from http import HTTPStatus
-from typing import Any, Final, Generic, NamedTuple, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
-import httpx
 from pydantic import ValidationError
 
-from port_checker.addresses import Address, parse_host
+from port_checker.addresses import Address
+from port_checker.api.place_client import NoAnswer, PlaceAnswer, PlaceClient
 from port_checker.api.targets import special_purpose
 from port_checker.connect import CheckFailed, Verdict
 from port_checker.errors import ErrorCode, ServiceError
 from port_checker.metrics import Metrics, VoteOutcome
+from port_checker.resolver import Resolver
 from port_checker.schemas import (
     HERE,
     PERSPECTIVE_MARK,
@@ -38,7 +38,6 @@ from port_checker.schemas import (
 from port_checker.settings import place_name
 from port_checker.tls import TlsVerdict, TlsVerdictKind
 
-_CONNECT_TIMEOUT: Final = 2.0  # seconds
 _MARGIN: Final = 1.0  # seconds that a place may take longer than a check
 
 # Bytes of an answer that are read: so many, and so many for each port.
@@ -50,6 +49,15 @@ _ERROR_LENGTH: Final = 400
 
 # Checks whose votes are compared at once, where places are only observed.
 _MOST_COMPARED: Final = 1000
+
+# Why a place that answered has no vote.
+_WORDS: Final = {
+    ErrorCode.CHECK_FAILED: "It failed to check.",
+    ErrorCode.OVERLOADED: "It is busy.",
+    ErrorCode.RATE_LIMITED: "It is asked too often, by this caller or about this address.",
+    ErrorCode.TARGET_NOT_ALLOWED: "It does not check this address for this caller.",
+}
+_REFUSED: Final = "It refuses the request."
 
 _LOOK_INTERVAL: Final = 60.0  # seconds
 _FORWARDED_TEST_ADDRESS: Final = "192.0.2.1"  # of documentation (RFC 5737)
@@ -126,12 +134,6 @@ def common_verdict(votes: Sequence[Vote], places: int) -> Vote | None:
 def _not_after(vote: Verdict | TlsVerdict) -> float:
     is_known = isinstance(vote, TlsVerdict) and vote.not_after
     return vote.not_after.timestamp() if is_known else float("inf")  # type: ignore[union-attr]
-
-
-class _Answer(NamedTuple):
-    status: int
-    body: bytes
-    peer: Address | None  # None if the connection has been reset
 
 
 class NoVote(ServiceError):
@@ -271,24 +273,18 @@ class Perspectives:
     @contextlib.asynccontextmanager
     async def connected(self) -> AsyncIterator[None]:
         """Have places answer in the block."""
-        async with httpx.AsyncClient(
-            # Not certifi's authorities, but the system's and those of SSL_CERT_FILE.
-            verify=ssl.create_default_context(),
-            trust_env=False,
-            follow_redirects=False,
-            timeout=httpx.Timeout(self._timeout, connect=_CONNECT_TIMEOUT),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=100),
-            # Not compressed: what it takes to read an answer is bounded by its size.
-            headers={PERSPECTIVE_MARK: "1", "Accept-Encoding": "identity"},
-        ) as self._client:
-            looking = asyncio.create_task(self._look_again_and_again())
-            try:
-                yield
-            finally:
-                running = [looking, *self._compared]
-                for task in running:
-                    task.cancel()
-                await asyncio.gather(*running, return_exceptions=True)
+        resolver, tls = Resolver(), _tls_context()
+        self._clients = [PlaceClient(url, resolver, tls) for url in self._urls]
+        looking = asyncio.create_task(self._look_again_and_again())
+        try:
+            yield
+        finally:
+            running = [looking, *self._compared]
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+            for client in self._clients:
+                client.close()
 
     async def check_ports(
         self,
@@ -318,18 +314,18 @@ class Perspectives:
         """
         body = {"provider_ip": str(target), "ports": list(ports)}
 
+        size = _ANSWER_SIZE + _VERDICT_SIZE * len(ports)
+
         def read(answer: bytes) -> dict[int, Verdict]:
-            results = CheckPortsResponse.model_validate_json(answer).results
+            results = CheckPortsResponse.model_validate_json(answer, strict=True).results
             if list(results) != [str(port) for port in ports]:
                 raise ValueError
-            verdicts = [result.verdict for result in results.values()]
-            for error in {verdict.error for verdict in verdicts}:
-                _require_one_line(error)
-            return dict(zip(ports, verdicts, strict=True))
+            for accessible, error in {(each.accessible, each.error) for each in results.values()}:
+                _require_result(accessible, error)
+            return {port: results[str(port)].verdict for port in ports}
 
-        async def ask(url: str) -> dict[int, Verdict]:
-            size = _ANSWER_SIZE + _VERDICT_SIZE * len(ports)
-            return await self._ask(f"{url}/check-ports", body, caller, size, read)
+        async def ask(client: PlaceClient) -> dict[int, Verdict]:
+            return await self._ask(client, "/check-ports", body, caller, size, read)
 
         ballot = Ballot(ports, self.places, on_final)
         return await self._decide(ballot, own, ask, target, by_place)
@@ -348,17 +344,17 @@ class Perspectives:
         peer = CheckTlsResponse.of(asked, TlsVerdict(TlsVerdictKind.VALID)).peer
 
         def read(answer: bytes) -> dict[int, TlsVerdict]:
-            result = CheckTlsResponse.model_validate_json(answer)
-            if result.peer != peer or result.valid != (result.error is None):
+            result = CheckTlsResponse.model_validate_json(answer, strict=True)
+            if result.peer != peer:
                 raise ValueError
-            _require_one_line(result.error)
+            _require_result(result.valid, result.error)
             until = datetime.fromisoformat(result.not_after) if result.not_after else None
-            if until and not until.tzinfo:
+            if until and until.utcoffset() != timedelta(0):
                 raise ValueError
             return {asked.port: TlsVerdict(result.kind, result.error, until)}
 
-        async def ask(url: str) -> dict[int, TlsVerdict]:
-            return await self._ask(f"{url}/check-tls", body, caller, _ANSWER_SIZE, read)
+        async def ask(client: PlaceClient) -> dict[int, TlsVerdict]:
+            return await self._ask(client, "/check-tls", body, caller, _ANSWER_SIZE, read)
 
         async def check_here() -> dict[int, TlsVerdict]:
             return {asked.port: await own}
@@ -378,7 +374,7 @@ class Perspectives:
         self,
         ballot: Ballot[Vote],
         own: Awaitable[dict[int, Vote]],
-        ask: Callable[[str], Awaitable[dict[int, Vote]]],
+        ask: Callable[[PlaceClient], Awaitable[dict[int, Vote]]],
         target: Address,
         by_place: list[tuple[str, Mapping[int, Vote] | ServiceError]] | None,
     ) -> dict[int, Vote]:
@@ -402,24 +398,24 @@ class Perspectives:
         self,
         ballot: Ballot[Vote],
         here: asyncio.Future[dict[int, Vote]],
-        ask: Callable[[str], Awaitable[dict[int, Vote]]],
+        ask: Callable[[PlaceClient], Awaitable[dict[int, Vote]]],
         target: Address,
     ) -> None:
         """Log what the places together would have said otherwise than this server."""
-        said: list[dict[int, str]] = []
-        for verdicts in (
-            asyncio.shield(here),
-            self._poll(ballot, asyncio.shield(here), ask, waits_for_all=True),
-        ):
+
+        async def words(verdicts: Awaitable[dict[int, Vote]]) -> dict[int, str]:
             try:
-                words = {
+                return {
                     port: "reachable" if is_good(vote) else vote.error or "not reachable"
                     for port, vote in (await verdicts).items()
                 }
             except CheckFailed:
-                words = {}
-            said.append(words)
-        alone, together = said
+                return {}
+
+        # At the same time as here: the provider may close its ports once it has the answer.
+        poll = self._poll(ballot, asyncio.shield(here), ask, waits_for_all=True)
+        together = await words(poll)
+        alone = await words(here)
         for port in ballot.ports:
             one, other = alone.get(port, "CHECK_FAILED"), together.get(port, "CHECK_FAILED")
             if one != other:
@@ -431,13 +427,13 @@ class Perspectives:
         self,
         ballot: Ballot[Vote],
         own: Awaitable[dict[int, Vote]],
-        ask: Callable[[str], Awaitable[dict[int, Vote]]],
+        ask: Callable[[PlaceClient], Awaitable[dict[int, Vote]]],
         *,
         waits_for_all: bool,
     ) -> dict[int, Vote]:
         """Have all places vote at once, until nothing can change a verdict, or until all have."""
         tasks = {asyncio.ensure_future(own): 0}
-        tasks |= {asyncio.ensure_future(ask(url)): n for n, url in enumerate(self._urls, 1)}
+        tasks |= {asyncio.ensure_future(ask(each)): n for n, each in enumerate(self._clients, 1)}
         pending = set(tasks)
         try:
             while pending and (waits_for_all or not ballot.is_settled):
@@ -463,7 +459,8 @@ class Perspectives:
 
     async def _ask(
         self,
-        url: str,
+        client: PlaceClient,
+        path: str,
         body: Mapping[str, Any],
         caller: Address | None,
         size: int,
@@ -474,35 +471,41 @@ class Perspectives:
         Raises:
             NoVote: It has none.
         """
-        headers = {"X-Forwarded-For": str(caller) if caller else "unknown"}
-        try:
-            async with asyncio.timeout(self._timeout):
-                answer = await self._request("POST", url, size, json=body, headers=headers)
-        except TimeoutError:
-            raise NoVote("It does not answer in time.") from None
+        forwarded_for = str(caller) if caller else "unknown"
+        request = (
+            "POST",
+            path,
+            forwarded_for,
+            json.dumps(body, separators=(",", ":")).encode(),
+            size,
+        )
+        answer = await self._request(client, *request)
         try:
             if answer.status == HTTPStatus.OK:
                 return read(answer.body)
-            detail = ErrorResponse.model_validate_json(answer.body).detail
-        except (ValidationError, ValueError):
+            code = ErrorResponse.model_validate_json(answer.body).detail.code
+        except ValueError:  # pydantic's is one
             raise NoVote(f"Its answer is not understood (HTTP status {answer.status}).") from None
-        raise NoVote(detail.message, detail.code)
+        # Not in its words, which may name addresses of its network, or ours.
+        raise NoVote(_WORDS.get(code, _REFUSED), code)
 
-    async def _request(self, method: str, url: str, size: int, **request: Any) -> _Answer:
-        answer = bytearray()
+    async def _request(
+        self,
+        client: PlaceClient,
+        method: str,
+        path: str,
+        forwarded_for: str,
+        body: bytes = b"",
+        size: int = _ANSWER_SIZE,
+    ) -> PlaceAnswer:
+        fields = {PERSPECTIVE_MARK: "1", "X-Forwarded-For": forwarded_for}
         try:
-            async with self._client.stream(method, url, **request) as response:
-                # Before the body, since the connection may close at its end.
-                peer = response.extensions["network_stream"].get_extra_info("server_addr")
-                async for data in response.aiter_raw():
-                    answer += data
-                    if len(answer) > size:
-                        raise NoVote("Its answer is too long.")
-                return _Answer(
-                    response.status_code, bytes(answer), parse_host(peer[0]) if peer else None
-                )
-        except (httpx.HTTPError, OSError) as error:  # ssl.SSLError, which httpx lets through
-            raise NoVote(f"It cannot be reached ({_reason(error)}).") from None
+            async with asyncio.timeout(self._timeout):
+                return await client.request(method, path, fields, body, size)
+        except NoAnswer as error:
+            raise NoVote(str(error)) from None
+        except TimeoutError:
+            raise NoVote("It does not answer in time.") from None
 
     async def _look_again_and_again(self) -> None:
         while True:
@@ -511,13 +514,12 @@ class Perspectives:
 
     async def _look(self, place: int) -> None:
         """Warn once of what is wrong with a place, and log when it is well again."""
-        url = self._urls[place]
+        client = self._clients[place]
+        url = client.url
         try:
-            trouble = await self._trouble_of(url)
+            trouble = await self._trouble_of(client)
         except NoVote as error:
             trouble = str(error)
-        except TimeoutError:
-            trouble = "It does not answer in time."
         if trouble:
             # Nobody waits for the votes of one that hangs, so that these do not fail.
             self._metrics.count_votes(place, VoteOutcome.FAILED)
@@ -529,10 +531,8 @@ class Perspectives:
         else:
             logger.info("The perspective %s is well again", url)
 
-    async def _trouble_of(self, url: str) -> str:
-        headers = {"X-Forwarded-For": _FORWARDED_TEST_ADDRESS}
-        async with asyncio.timeout(self._timeout):
-            answer = await self._request("GET", f"{url}/ip", _ANSWER_SIZE, headers=headers)
+    async def _trouble_of(self, client: PlaceClient) -> str:
+        answer = await self._request(client, "GET", "/ip", _FORWARDED_TEST_ADDRESS)
         try:
             seen = CallerAddress.model_validate_json(answer.body).ip
         except ValidationError:
@@ -542,32 +542,29 @@ class Perspectives:
                 "It does not trust this server. Add this server's address to its "
                 "PORT_CHECKER_TRUSTED_PROXIES."
             )
-        if url.startswith("http:") and answer.peer and not special_purpose(answer.peer):
+        if client.url.startswith("http:") and answer.peer and not special_purpose(answer.peer):
             return "It is asked in plain text over the internet. Use https."
         return ""
 
 
-def _require_one_line(error: str | None) -> None:
-    """Refuse an error that could not be logged in one line, as ours are.
+def _require_result(good: bool, error: str | None) -> None:
+    """Refuse a result that no port checker has.
 
     Raises:
-        ValueError: It is too long, or steers terminals or what reads the log.
+        ValueError: It has an error and is good, or neither; or the error could not be logged in
+            one line, as ours are: it is too long, or steers terminals or what reads the log.
     """
-    if error and (len(error) > _ERROR_LENGTH or not error.isprintable() or '"' in error):
+    if good != (error is None):
+        raise ValueError
+    if error is not None and (
+        len(error) > _ERROR_LENGTH or not error.strip() or not error.isprintable() or '"' in error
+    ):
         raise ValueError
 
 
-def _reason(error: httpx.HTTPError | OSError) -> str:
-    """Say what went wrong in the system's words, or name the kind of error."""
-    cause: BaseException | None = error
-    while cause:
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            return f"certificate verify failed: {cause.verify_message}"
-        if isinstance(cause, ssl.SSLError):
-            return f"TLS handshake failed: {cause.reason}"
-        if isinstance(cause, socket.gaierror):
-            return cause.strerror or "unknown name"
-        if isinstance(cause, OSError) and cause.errno:
-            return os.strerror(cause.errno)
-        cause = cause.__cause__ or cause.__context__
-    return "timed out" if isinstance(error, httpx.TimeoutException) else type(error).__name__
+def _tls_context() -> ssl.SSLContext:
+    """Trust what the system trusts, and the authorities of SSL_CERT_FILE."""
+    context = ssl.create_default_context()
+    # Python 3.13 sets this flag; here every Python judges alike.
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context

@@ -554,13 +554,13 @@ def warn_of_small_shares(settings: Settings) -> None:
 def max_connections(settings: Settings) -> int:
     """Return how many clients' connections the descriptor limit allows beside the ports in flight.
 
-    Each connection may run a check, which uses one more descriptor.
+    Each connection may run a check, which uses one more descriptor, and one for each other place.
     """
     limit = descriptor_limit()
     if limit == resource.RLIM_INFINITY:
         return _MAX_CONNECTIONS
     left = limit - settings.max_in_flight - _RESERVED_DESCRIPTORS
-    return min(_MAX_CONNECTIONS, max(1, left // 2))
+    return min(_MAX_CONNECTIONS, max(1, left // (2 + len(settings.perspectives))))
 
 
 def _log_start(settings: Settings, listeners: Sequence[socket.socket]) -> None:

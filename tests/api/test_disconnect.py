@@ -13,6 +13,8 @@ import pytest
 from port_checker.api.app import create_app
 from port_checker.checker import Checker
 from port_checker.connect import Verdict
+from port_checker.errors import ErrorCode
+from port_checker.metrics import CheckOutcome, Metrics, Totals
 from port_checker.server.connections import ConnectionLimits
 from port_checker.settings import Settings
 from tests.support.http import HEALTH, check_of, connected
@@ -55,12 +57,17 @@ def test_a_check_is_cancelled_when_its_caller_disconnects(
     loop: ManualLoop, behind: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     checker = EndlessChecker()
-    client = Client(loop, ConnectionLimits(9), create_app(Settings(), checker=checker))
+    metrics, totals = Metrics(), Totals()
+    totals.add(metrics.row)
+    client = Client(loop, ConnectionLimits(9), create_app(Settings(), metrics, checker=checker))
     client.send(check_of(80) + behind)
     loop.advance_to(10)
     assert checker.running == 1
     client.leave()
     assert (checker.running, checker.cancelled) == (0, 1)
+    counted = totals.snapshot()
+    assert counted["checks", CheckOutcome.CANCELLED] == 1
+    assert not any(counted["errors", code] for code in ErrorCode)  # one outcome, one name
     assert not [record for record in caplog.records if record.exc_info]
 
 

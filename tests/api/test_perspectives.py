@@ -1,6 +1,7 @@
 """Several places, one verdict: the rule, and servers that ask each other."""
 
 import asyncio
+import gzip
 import itertools
 import json
 import logging
@@ -24,7 +25,8 @@ from port_checker.metrics import Metrics, Totals, VoteOutcome
 from port_checker.schemas import PERSPECTIVE_MARK, CheckTlsRequest
 from port_checker.settings import Settings
 from port_checker.tls import TlsVerdict, TlsVerdictKind
-from tests.support.loopback import free_port, open_port, refused_port
+from tests.support.http import check_of, connected
+from tests.support.loopback import free_port, open_port, refused_port, silent_port
 from tests.support.service import ask, serve
 from tests.support.waiting import wait_until
 
@@ -231,6 +233,9 @@ STRANGE: dict[str, Callable[[socket.socket], object]] = {
     "garbage": lambda c: c.sendall(body_of(b"\x00\xff" * 99)),
     "no HTTP": lambda c: c.sendall(b"SSH-2.0-x\r\n"),
     "nothing": lambda _: None,
+    "compressed": lambda c: c.sendall(
+        body_of(gzip.compress(b"{}")).replace(b"OK\r\n", b"OK\r\nContent-Encoding: gzip\r\n")
+    ),
     "a gigabyte": flood,
     "a redirect": lambda c: c.sendall(b"HTTP/1.1 307 X\r\nLocation: http://127.0.0.1:1/\r\n\r\n"),
 }
@@ -294,6 +299,37 @@ def test_a_result_that_no_port_checker_has_is_no_vote(answer: dict[str, object])
         asyncio.run(check(strange))
 
 
+ACCESSIBLE = {"accessible": True, "error": None}
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        {"80": {"accessible": False, "error": None}, "81": ACCESSIBLE},
+        {"80": {"accessible": False, "error": " "}, "81": ACCESSIBLE},
+        {"80": {"accessible": True, "error": "Connection refused"}, "81": ACCESSIBLE},
+        {"80": {"accessible": "true", "error": None}, "81": ACCESSIBLE},
+        {"81": ACCESSIBLE, "80": ACCESSIBLE},
+        {"80": ACCESSIBLE},
+        {"80": ACCESSIBLE, "81": ACCESSIBLE, "82": ACCESSIBLE},
+    ],
+)
+def test_results_that_no_port_checker_has_are_no_vote(results: dict[str, object]) -> None:
+    document = {"success": True, "results": results, "message": ""}
+
+    async def open_here() -> dict[int, Verdict]:
+        return {80: OPEN, 81: OPEN}
+
+    async def check(url: str) -> None:
+        perspectives = Perspectives([url], 60)
+        async with perspectives.connected():
+            with pytest.raises(CheckFailed, match="too few of 2 places"):
+                await perspectives.check_ports(open_here(), None, parse_address("::1"), [80, 81])
+
+    with raw_place(lambda connection: connection.sendall(body_of(document))) as strange:
+        asyncio.run(check(strange))
+
+
 def test_nobody_waits_for_a_place_that_cannot_change_the_outcome() -> None:
     gone = threading.Event()
 
@@ -330,6 +366,39 @@ def test_observing_changes_no_answer_and_logs_what_would_have(
             "together='Connection timed out'"
         )
         wait_until(lambda: line in caplog.messages, "the comparison")
+
+
+def test_a_caller_that_leaves_while_places_are_observed_ends_the_comparison() -> None:
+    is_asked, is_closed = threading.Event(), threading.Event()
+
+    def wait(connection: socket.socket) -> None:
+        is_asked.set()
+        while connection.recv(65536):
+            pass
+        is_closed.set()
+
+    with (
+        silent_port() as silent,
+        raw_place(wait) as place,
+        asking(place, perspectives_mode="observe", timeout=30) as client,
+        connected(client) as caller,
+    ):
+        caller.sendall(check_of(silent))
+        assert is_asked.wait(60)
+        caller.close()
+        assert is_closed.wait(60)
+
+
+def test_the_words_of_a_place_about_its_own_trouble_are_not_passed_on() -> None:
+    """They may name addresses of its network."""
+    body = {"provider_ip": "127.0.0.1", "ports": [80], "perspectives": True}
+    trouble = CheckFailed("only the address 10.1.2.3")
+    with place(trouble) as troubled, place(OPEN) as other, asking(troubled, other) as client:
+        answer = client.post("/check-ports", json=body).json()
+    assert answer["perspectives"][1]["error"] == {
+        "code": "CHECK_FAILED",
+        "message": "It failed to check.",
+    }
 
 
 def test_a_request_that_asks_hears_what_each_place_says() -> None:
