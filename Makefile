@@ -14,6 +14,7 @@
 #   make soak         keep the service busy and watch what grows; SOAK_MINUTES sets for how long
 #   make pictures     take the pictures in the README anew; needs chromium
 #   make man          write port-checker.1 anew, of what --help says
+#   make provider-page  write the page on providers' software anew, of docs/golem-provider.md
 #   make wheel        build dist/*.whl
 #   make clean        delete all that these targets made
 
@@ -34,7 +35,8 @@ IN_PROCESSES = $(BIN)/pytest --numprocesses $(TEST_PROCESSES)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
     --constraint $(CONSTRAINTS)
 
-.PHONY: run test test-lowest cover lab systemd-test fuzz lint bench soak pictures man wheel clean
+.PHONY: run test test-lowest cover lab systemd-test fuzz lint bench soak pictures man provider-page \
+    wheel clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/run.stamp
@@ -83,6 +85,10 @@ pictures: $(VENV)/dev.stamp
 
 man: $(VENV)/run.stamp
 	@$(BIN)/python .ci/man_page.py > port-checker.1.new && mv port-checker.1.new port-checker.1
+
+provider-page: $(VENV)/dev.stamp
+	@$(BIN)/python .ci/provider_page.py > port_checker/api/web/golem-provider.html.new
+	@mv port_checker/api/web/golem-provider.html.new port_checker/api/web/golem-provider.html
 
 wheel: | $(BIN)/python
 	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .

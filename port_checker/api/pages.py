@@ -90,6 +90,9 @@ _WHEEL_TYPE = "application/octet-stream"
 # Of a path that a browser shows a page for: nobody makes that page long.
 _MAX_DEPTH = 20
 
+# Seconds by which a check of several places may take longer.
+_FOR_OTHER_PLACES: Final = 1.0
+
 # Stands on the page for the service's, which the page's script knows.
 _URL = '<var data-is="url">URL</var>'
 
@@ -140,7 +143,8 @@ def add_pages(app: FastAPI, settings: Settings) -> None:
         "reachable": advice.PAGE_REACHABLE,
         "allReachable": advice.PAGE_ALL_REACHABLE,
         "validCertificate": advice.PAGE_CERTIFICATE_VALID,
-        "longestCheck": settings.longest_check,
+        "longestCheck": settings.longest_check
+        + (_FOR_OTHER_PLACES if settings.perspectives else 0),
         "maxPorts": settings.max_ports,
     }
     wheel = installed_wheel()
@@ -155,6 +159,7 @@ def add_pages(app: FastAPI, settings: Settings) -> None:
         no_wheel="" if wheel else "hidden",
     )
     docs = _fill_in("docs.html")
+    provider = _fill_in("golem-provider.html")
     about = {"about": _ABOUT, **({"contact": settings.contact} if settings.contact else {})}
     links = json.dumps({**_LINKS, **about, **({"program": _program(wheel)} if wheel else {})})
     files = {file.name: file for file in _static_files().values()}
@@ -167,6 +172,9 @@ def add_pages(app: FastAPI, settings: Settings) -> None:
 
     async def api_docs(_: Request) -> Response:
         return Response(docs, media_type="text/html", headers=_DOCS_HEADERS)
+
+    async def golem_provider(_: Request) -> Response:
+        return Response(provider, media_type="text/html", headers=_PAGE_HEADERS)
 
     async def openapi(_: Request) -> Response:
         schema = json.dumps(app.openapi())
@@ -187,6 +195,7 @@ def add_pages(app: FastAPI, settings: Settings) -> None:
     for path, endpoint in {
         "/": home,
         "/docs": api_docs,
+        "/golem-provider": golem_provider,
         "/openapi.json": openapi,
         "/static/{name}": static,
     }.items():

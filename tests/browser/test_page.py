@@ -16,9 +16,13 @@ import trustme
 from playwright.sync_api import Browser, FloatRect, expect
 
 from port_checker import advice
+from port_checker.addresses import parse_networks
 from port_checker.api.app import create_app
 from port_checker.api.limits import RateLimiter
+from port_checker.checker import Checker
+from port_checker.connect import OPEN, TIMED_OUT, Verdict
 from port_checker.settings import Rate, Settings
+from port_checker.tls import TlsVerdict, TlsVerdictKind
 from tests.support.browser import ADDRESS, OTHER_SITE, OWN_NAME, SERVICE, Visitor
 from tests.support.loopback import open_listener, open_port, ports, refused_port, silent_port
 from tests.support.namespace import ROOT
@@ -69,7 +73,9 @@ def test_a_check_by_keyboard_alone(url: str, visit: Visit) -> None:
         expect(page.get_by_role("button", name="Copy as text")).to_be_focused()
         keyboard.press("Enter")
         expect(page.get_by_role("status").get_by_text("Copied.")).to_be_visible()
-    assert visitor.checks == [{"provider_ip": "127.0.0.1", "ports": [opened, refused]}]
+    assert visitor.checks == [
+        {"provider_ip": "127.0.0.1", "ports": [opened, refused], "perspectives": True}
+    ]
 
 
 def test_it_checks_over_ipv6_whoever_comes_over_it(visit: Visit) -> None:
@@ -112,6 +118,60 @@ def test_ports_with_the_same_result_share_a_row(url: str, visit: Visit) -> None:
     expect(visitor.page.get_by_role("table")).to_have_accessible_name(
         re.compile(f"Ports of 127.0.0.1, checked .* by {re.escape(url)}")
     )
+
+
+class FilteredChecker(Checker):
+    """A place that a filter keeps from everything but one port."""
+
+    def __init__(self, reached: int) -> None:
+        super().__init__(retries=1, retry_delay=0, timeout=1, max_in_flight=1000)
+        self._reached = reached
+
+    async def check(
+        self, _: object, ports: Sequence[int], __: object, ___: object = None
+    ) -> dict[int, Verdict]:
+        return {port: OPEN if port == self._reached else TIMED_OUT for port in ports}
+
+    async def check_tls(self, *_: object) -> TlsVerdict:
+        return TlsVerdict(TlsVerdictKind.VALID)
+
+
+def test_a_place_that_disagrees_has_a_line(visit: Visit) -> None:
+    # Forwarded by another server, this machine's address is nobody's own.
+    settings = Settings(retries=1, allowed_networks=parse_networks("127.0.0.0/8"))
+    with ExitStack() as stack:
+        first, second = [stack.enter_context(open_port()) for _ in range(2)]
+        refused = stack.enter_context(refused_port())
+        filtered = create_app(settings, checker=FilteredChecker(refused))
+        elsewhere = [
+            str(stack.enter_context(serve(app)).base_url)
+            for app in (filtered, create_app(settings))
+        ]
+        service = stack.enter_context(serve(retries=1, perspectives=tuple(elsewhere)))
+        place = httpx.URL(elsewhere[0]).netloc.decode()
+        visitor = visit(str(service.base_url))
+        visitor.check(first, second, refused)
+        visitor.expect_status("✕ 2 of 3 ports can be reached")
+        low, high = sorted((first, second))
+        both = f"{low}-{high}" if high == low + 1 else f"{low}, {high}"
+        assert visitor.rows() == [
+            (
+                str(refused),
+                "✕Connection refused",
+                advice.PAGE_REFUSED,
+                f"Reachable as seen from {place}.",
+            ),
+            (
+                both,
+                "✓Reachable",
+                advice.PAGE_REACHABLE,
+                f"Not from {place}: Connection timed out",
+            ),
+        ]
+        visitor.check_certificate(refused)
+        visitor.expect_status(f"✕ Port {refused} cannot be reached")
+        assert visitor.rows()[0][3] == f"Valid as seen from {place}."
+        assert visitor.violations() == {}
 
 
 def test_it_tells_how_long_a_check_takes(url: str, visit: Visit) -> None:
@@ -277,7 +337,9 @@ def test_a_certificate_is_valid_until_a_time_or_it_says_what_to_do(
         }.get(kind, f"✕ Port {port} has no valid certificate")
         visitor.expect_status(summary)
     assert visitor.rows() == [(str(port), verdict, sentence)]
-    assert visitor.checks == [{"host": "127.0.0.1", "port": port, "expected_ip": "127.0.0.1"}]
+    assert visitor.checks == [
+        {"host": "127.0.0.1", "port": port, "expected_ip": "127.0.0.1", "perspectives": True}
+    ]
     expect(visitor.page.get_by_role("table")).to_have_accessible_name(
         re.compile("Certificate at 127.0.0.1, checked ")
     )
@@ -315,12 +377,13 @@ def test_a_proxys_own_error_is_told_in_words(url: str, visit: Visit, tmp_path: P
 
 def test_a_service_that_is_gone_is_told_in_words(visit: Visit) -> None:
     with serve() as client:
-        visitor = visit(str(client.base_url))
+        visitor = visit(str(client.base_url), viewport={"width": 390, "height": 664})
         expect(visitor.page.get_by_text("127.0.0.1 (IPv4)")).to_be_visible()
     visitor.check(7466)
     visitor.expect_status(
         "The service cannot be reached. See whether you are online, and try again."
     )
+    expect(visitor.page.locator("#status")).to_be_in_viewport(ratio=1)
     visitor.forgive("ERR_CONNECTION_REFUSED")
 
 
@@ -346,7 +409,8 @@ def test_a_result_comes_into_view(url: str, visit: Visit, width: int, height: in
     visitor.check_certificate(1)
     visitor.expect_status("✕ Port 1 cannot be reached")
     expect(visitor.page.locator("#status")).to_be_in_viewport(ratio=1)
-    assert [verdict for _, verdict, _ in visitor.rows()] == ["✓Reachable", "✕Connection refused"]
+    expect(visitor.page.locator("tbody .verdict").first).to_be_in_viewport(ratio=1)
+    assert [verdict for _, verdict, _ in visitor.rows()] == ["✕Connection refused", "✓Reachable"]
 
 
 def test_a_link_fills_in_the_ports_and_checks_nothing(url: str, visit: Visit) -> None:
@@ -371,7 +435,7 @@ def test_the_lines_for_a_shell_are_for_this_server_and_these_ports(url: str, vis
     expect(visitor.page.get_by_text("Of outer:inner, the outer port is checked.")).to_be_visible()
     wheel = f"{url}/{httpx.get(url).json()['program']['wheel']}"
     check = f"port-checker check 60800:50800 1-2 --server {url}"
-    *program_lines, curl = visitor.page.locator("pre").all_text_contents()
+    *program_lines, curl, variable = visitor.page.locator("pre").all_text_contents()
     assert program_lines == [
         f"pipx run --spec {wheel} {check}",
         f"uv tool run --python 3.12 --from {wheel} {check}",
@@ -379,8 +443,27 @@ def test_the_lines_for_a_shell_are_for_this_server_and_these_ports(url: str, vis
         f"python3 -m venv golem-check && golem-check/bin/pip install {wheel}"
         f" && golem-check/bin/{check}",
     ]
+    assert variable == f"GOLEM_PROVIDER_PORT_CHECK_TLS_URL={url}"
     done = subprocess.run(["sh", "-c", curl], capture_output=True, check=True)
     assert list(json.loads(done.stdout)["results"]) == ["1", "2", "60800"]
+
+
+def test_an_ipv6_address_is_quoted_for_shells_that_would_look_for_files(visit: Visit) -> None:
+    with serve(host="::1") as client:
+        url = str(client.base_url)
+        command = visit(url).page.locator("#command")
+        expect(command).to_contain_text(f"--server '{url}'")
+        expect(command).to_contain_text(f"--spec '{url}'/static/")
+
+
+def test_the_page_about_providers_software_is_for_phones_and_axe(url: str, visit: Visit) -> None:
+    visitor = visit(url, viewport={"width": 320, "height": 700})
+    visitor.page.get_by_role("link", name="Other versions").click()
+    expect(visitor.page.get_by_role("heading", name="Golem providers’ software")).to_be_visible()  # noqa: RUF001
+    assert visitor.page.evaluate("() => document.documentElement.scrollWidth") <= 320
+    assert visitor.violations() == {}
+    visitor.page.get_by_role("link", name="0.1.63", exact=True).click()
+    expect(visitor.page.get_by_role("heading", name="0.1.63", exact=True)).to_be_in_viewport()
 
 
 @pytest.mark.parametrize(
@@ -483,7 +566,7 @@ def test_nothing_is_offered_for_a_shell_that_it_would_take_apart(
         visitor.check(opened)
         visitor.expect_status("✓ The port can be reached")
         for line in visitor.page.locator("pre").all_text_contents():
-            assert " URL/" in line
+            assert re.search("[ =]URL(/|$)", line)
             assert path not in line
         expect(visitor.page.get_by_role("button", name="Copy command")).to_have_count(0)
         expect(visitor.page.locator("caption").first).to_contain_text("by this service")

@@ -42,14 +42,15 @@ portsField.addEventListener("input", followPorts);
 httpsPortField.addEventListener("input", () => showFault(httpsPortField, ""));
 addEventListener("hashchange", readLink);
 find("copy-results").addEventListener("click", ({ target }) => copy([...texts.values()].join("\n"), target));
-for (const button of document.querySelectorAll("[data-copies]")) {
-  button.hidden = !here;
-  const command = button.parentElement.previousElementSibling;
+for (const command of here ? document.querySelectorAll("pre") : []) {
+  const button = element("button", { type: "button" }, "Copy command");
   button.addEventListener("click", () => copy(command.textContent, button));
+  command.after(element("p", { class: "actions" }, button, " ", element("span", { role: "status" })));
 }
 // Where it is secure, nobody on the way can change what comes.
 find("plain-http").hidden = isSecureContext;
-if (here) fill("url", here);
+// Some shells look for files by what is in the brackets of an IPv6 address.
+if (here) fill("url", here.includes("[") ? `'${here}'` : here);
 readLink();
 findAddress().catch((error) => say(error.message, "bad"));
 
@@ -92,7 +93,8 @@ async function check(field, parse, run, table) {
 async function checkPorts(address, ports) {
   sayChecking(`${count(ports.length)} of ${address}`, ports.length);
   const errors = new Map(); // of the ports that are done
-  const { results } = await post("check-ports", { provider_ip: address, ports }, (lines) => {
+  const asked = { provider_ip: address, ports, perspectives: true };
+  const { results, perspectives } = await post("check-ports", asked, (lines) => {
     for (const { port, error } of lines) errors.set(port, error);
     showProgress(errors.size, ports.length);
     showResults(portsTable, `Ports of ${address}, so far`, rowsOf(errors, address));
@@ -103,36 +105,55 @@ async function checkPorts(address, ports) {
     last.length === 1
       ? `The port ${good ? "can" : "cannot"} be reached`
       : `${{ 0: "None", [last.length]: "All" }[good] ?? good} ${good === last.length ? "" : "of "}${last.length} ports can be reached`;
-  conclude(portsTable, `Ports of ${address}`, rowsOf(new Map(last), address), summary, good === last.length);
+  const rows = rowsOf(new Map(last), address, perspectives);
+  conclude(portsTable, `Ports of ${address}`, rows, summary, good === last.length);
   find("next").textContent = allReachable;
   find("next").hidden = good !== last.length;
 }
 
-/** Return a row for each result, whose ports share it. */
-function rowsOf(errors, address) {
-  const groups = new Map();
+/** Return a row for each result, whose ports share it; what is worst first. */
+function rowsOf(errors, address, perspectives) {
+  const rows = new Map();
   for (const [port, error] of errors) {
-    if (!groups.has(error)) groups.set(error, []);
-    groups.get(error).push(port);
+    const places = disagreements(perspectives, !error, "Reachable", ({ results }) => results?.[port]);
+    const key = JSON.stringify([error, places]);
+    const row = {
+      ports: [],
+      isGood: !error,
+      verdict: error ?? "Reachable",
+      sentence: error ? adviceFor(error, address) : reachable,
+      places,
+    };
+    if (!rows.has(key)) rows.set(key, row);
+    rows.get(key).ports.push(port);
   }
-  return [...groups].map(([error, ports]) => ({
-    ports,
-    isGood: !error,
-    verdict: error ?? "Reachable",
-    sentence: error ? adviceFor(error, address) : reachable,
-  }));
+  return [...rows.values()].sort(
+    (one, other) => one.isGood - other.isGood || other.places.length - one.places.length,
+  );
+}
+
+/** Return a line for each place that disagrees; `good` is a word for a good result, and `find` finds the place's. */
+function disagreements(perspectives, isGood, good, find) {
+  return (perspectives ?? []).flatMap(({ name, ...place }) => {
+    const result = find(place); // there is none if the place was in trouble itself
+    if (!result || !result.error === isGood) return [];
+    const where = name === "here" ? location.host : name;
+    return isGood ? `Not from ${where}: ${result.error}` : `${good} as seen from ${where}.`;
+  });
 }
 
 async function checkCertificate(address, port) {
   sayChecking(`the certificate on port ${port} of ${address}`);
-  const asked = { host: address, port, expected_ip: address };
-  const { valid, error, not_after: until } = await post("check-tls", asked);
+  const asked = { host: address, port, expected_ip: address, perspectives: true };
+  const { valid, error, not_after: until, perspectives } = await post("check-tls", asked);
   const row = valid
     ? { verdict: `Valid until ${formatTime(until)}`, sentence: validCertificate }
     : { verdict: error, sentence: adviceFor(error, address) };
   const isReached = valid || tlsErrors.some((words) => error.startsWith(words));
   const summary = `Port ${port} ${isReached ? `has ${valid ? "a" : "no"} valid certificate` : "cannot be reached"}`;
-  conclude(certificateTable, `Certificate at ${address}`, [{ ports: [port], isGood: valid, ...row }], summary, valid);
+  const places = disagreements(perspectives, valid, "Valid", ({ result }) => result);
+  const rows = [{ ports: [port], isGood: valid, ...row, places }];
+  conclude(certificateTable, `Certificate at ${address}`, rows, summary, valid);
 }
 
 function post(path, body, onLines) {
@@ -205,7 +226,10 @@ function adviceFor(error, address) {
 function conclude(table, what, rows, summary, isGood) {
   const caption = `${what}, checked ${new Date().toLocaleString()} by ${here ?? "this service"}`;
   showResults(table, caption, rows);
-  const lines = rows.map(({ ports, verdict, sentence }) => `${formatPorts(ports)}: ${verdict}. ${sentence}`);
+  const lines = rows.flatMap(({ ports, verdict, sentence, places }) => [
+    `${formatPorts(ports)}: ${verdict}. ${sentence}`,
+    ...places.map((line) => `  ${line}`),
+  ]);
   texts.set(table, [caption, ...lines, summary, ""].join("\n"));
   find("copy-results").parentElement.hidden = false;
   say(`${isGood ? "✓" : "✕"} ${summary}`, isGood ? "good" : "bad");
@@ -214,21 +238,23 @@ function conclude(table, what, rows, summary, isGood) {
 function showResults(table, caption, rows) {
   table.caption.textContent = caption;
   table.tBodies[0].replaceChildren(
-    ...rows.map(({ ports, isGood, verdict, sentence }) => {
+    ...rows.map(({ ports, isGood, verdict, sentence, places }) => {
       const sign = element("span", { class: "sign", "aria-hidden": "true" }, isGood ? "✓" : "✕");
       return element(
         "tr",
         { role: "row", class: isGood ? "good" : "bad" },
-        element("th", { role: "rowheader", scope: "row" }, listOf(ports)),
+        element("th", { role: "rowheader", scope: "row", translate: "no" }, listOf(ports)),
         element(
           "td",
           { role: "cell" },
           element("p", { class: "verdict" }, sign, verdict),
           element("p", {}, sentence),
+          ...places.map((line) => element("p", { class: "place" }, line)),
         ),
       );
     }),
   );
+  find("results").prepend(table); // what is new is near the status
   table.hidden = false;
   find("results").hidden = false;
 }
@@ -364,9 +390,9 @@ function say(text, kind = "") {
 
 /** Scroll to how it goes, unless all that there is of it can be seen. */
 function bringIntoView() {
-  const { top } = find("status").getBoundingClientRect();
-  const { bottom } = find(isChecking || find("results").hidden ? "progress" : "results").getBoundingClientRect();
-  if (top < 0 || Math.max(top, bottom) > innerHeight) find("status").scrollIntoView();
+  const { top, bottom } = find("status").getBoundingClientRect();
+  const more = find(isChecking ? "progress" : "results").getBoundingClientRect();
+  if (top < 0 || Math.max(bottom, more.bottom) > innerHeight) find("status").scrollIntoView();
 }
 
 function count(ports) {
