@@ -1,9 +1,7 @@
 """POST /check-ports with Accept: application/x-ndjson: a line for each port when it is final."""
 
-import asyncio
 import contextlib
 import json
-import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,12 +10,20 @@ import pytest
 
 from port_checker.addresses import Address
 from port_checker.api.app import create_app
-from port_checker.checker import Checker, Reservation
-from port_checker.connect import OPEN, CheckFailed, OnVerdict, Verdict, VerdictKind
+from port_checker.checker import Reservation
+from port_checker.connect import CheckFailed, OnVerdict, Verdict, VerdictKind
 from port_checker.server.connections import ConnectionLimits
 from port_checker.settings import Settings
+from tests.support.checkers import HeldChecker
 from tests.support.http import connected
-from tests.support.loopback import open_port, ports, refused_port, silent_port
+from tests.support.loopback import (
+    free_ports,
+    full_backlog,
+    open_port,
+    ports,
+    refused_port,
+    silent_port,
+)
 from tests.support.service import serve
 from tests.support.waiting import wait_until
 
@@ -58,20 +64,38 @@ def test_a_line_for_each_port_and_then_the_usual_answer() -> None:
     ]
 
 
-def test_each_of_many_ports_has_one_line() -> None:
+def test_each_of_a_thousand_ports_has_one_line_though_most_are_tried_again() -> None:
     with (
         serve(**UNLIMITED, retries=2, retry_delay=0, timeout=0.3, max_ports=1000) as client,
-        ports(300, open_port) as opened,
+        ports(100, open_port) as opened,
         ports(20, silent_port) as silent,
-        refused_port() as refused,
     ):
-        checked = [*silent, refused, *opened]
+        checked = [*silent, *free_ports(880), *opened]
         with progress(client, checked) as answer:
             *lines, last = [json.loads(line) for line in answer.iter_lines()]
+        usual = client.post("/check-ports", json=body_of(checked))
     told = {str(it.pop("port")): it for it in lines}
     assert len(lines) == len(told)
     assert told == last["results"]
     assert list(last["results"]) == [str(port) for port in checked]
+    assert last == usual.json()
+    assert last["message"] == "Successfully verified 100 out of 1000 ports"
+
+
+def test_a_port_that_answers_a_later_attempt_has_one_line_which_is_good() -> None:
+    with (
+        serve(retries=10, retry_delay=0, timeout=0.9) as client,
+        open_port() as opened,
+        full_backlog() as (late, make_room),
+        progress(client, [late, opened]) as answer,
+    ):
+        lines = answer.iter_lines()
+        first = json.loads(next(lines))
+        make_room()
+        second, last = [json.loads(line) for line in lines]
+    assert first == {"port": opened, "accessible": True, "error": None}
+    assert second == {"port": late, "accessible": True, "error": None}
+    assert last["message"] == "Successfully verified 2 out of 2 ports"
 
 
 def test_refusals_have_their_status() -> None:
@@ -86,35 +110,6 @@ def test_refusals_have_their_status() -> None:
         (429, "RATE_LIMITED"),
     ]
     assert {it.headers["Content-Type"] for it in answers} == {"application/json"}
-
-
-class HeldChecker(Checker):
-    """A checker that finds one port open, and waits before what comes then.
-
-    Attributes:
-        may_go_on: Set by the test.
-    """
-
-    def __init__(self, error: Exception | None = None) -> None:
-        super().__init__(retries=1, retry_delay=0, timeout=1, max_in_flight=200)
-        self.may_go_on = threading.Event()
-        self._error = error
-
-    async def check(
-        self,
-        target: Address,
-        ports: Any,
-        room: Reservation,
-        on_final: OnVerdict | None = None,
-    ) -> dict[int, Verdict]:
-        """Tell of the first port."""
-        if on_final:
-            on_final(ports[0], OPEN)
-        while not self.may_go_on.is_set():
-            await asyncio.sleep(0.001)
-        if self._error:
-            raise self._error
-        return await super().check(target, ports, room)
 
 
 def test_a_line_is_sent_before_the_check_ends() -> None:

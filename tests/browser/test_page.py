@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,10 +21,11 @@ from port_checker.addresses import parse_networks
 from port_checker.api.app import create_app
 from port_checker.api.limits import RateLimiter
 from port_checker.checker import Checker
-from port_checker.connect import OPEN, TIMED_OUT, Verdict
+from port_checker.connect import OPEN, TIMED_OUT, CheckFailed, Verdict
 from port_checker.settings import Rate, Settings
 from port_checker.tls import TlsVerdict, TlsVerdictKind
 from tests.support.browser import ADDRESS, OTHER_SITE, OWN_NAME, SERVICE, Visitor
+from tests.support.checkers import HeldChecker
 from tests.support.loopback import open_listener, open_port, ports, refused_port, silent_port
 from tests.support.namespace import ROOT
 from tests.support.proxies import needs_proxies, nginx
@@ -385,6 +387,46 @@ def test_a_service_that_is_gone_is_told_in_words(visit: Visit) -> None:
     )
     expect(visitor.page.locator("#status")).to_be_in_viewport(ratio=1)
     visitor.forgive("ERR_CONNECTION_REFUSED")
+
+
+def test_a_bar_tells_how_far_a_check_is_and_results_appear(visit: Visit) -> None:
+    checker = HeldChecker()
+    with serve(create_app(Settings(), checker=checker)) as client, open_port() as opened:
+        visitor = visit(str(client.base_url))
+        visitor.check(opened, 1)
+        expect(visitor.page.get_by_text("1 of 2 ports done")).to_be_visible()
+        bar = visitor.page.get_by_role("progressbar")
+        assert bar.evaluate("bar => [bar.value, bar.max]") == [1, 2]
+        assert visitor.page.locator("#results .verdict").all_inner_texts() == ["✓Reachable"]
+        expect(visitor.page.get_by_role("button", name="Copy as text")).to_be_hidden()
+        checker.may_go_on.set()
+        visitor.expect_status("✕ 1 of 2 ports can be reached")
+        expect(bar).to_be_hidden()
+
+
+def test_nothing_counts_of_a_check_that_fails_in_the_middle(visit: Visit) -> None:
+    checker = HeldChecker(CheckFailed("no descriptors"))
+    with serve(create_app(Settings(), checker=checker)) as client:
+        visitor = visit(str(client.base_url))
+        visitor.check(80, 81)
+        expect(visitor.page.locator("#results .verdict")).to_have_text("✓Reachable")
+        checker.may_go_on.set()
+        visitor.expect_status(
+            "This service failed to check (no descriptors). That says nothing about your ports. "
+            "Try again later."
+        )
+        expect(visitor.page.locator("#results")).to_be_hidden()
+
+
+def test_a_service_that_ends_in_the_middle_of_its_answer_is_told_in_words(visit: Visit) -> None:
+    with program() as running, open_port() as opened, silent_port() as silent:
+        visitor = visit(f"http://127.0.0.1:{running.port}")
+        visitor.check(opened, silent)
+        expect(visitor.page.locator("#results .verdict")).to_have_text("✓Reachable")
+        running.stop(signal.SIGKILL)
+        visitor.expect_status("The answer broke off, so nothing of it counts. Check again.")
+        expect(visitor.page.locator("#results")).to_be_hidden()
+        visitor.forgive("ERR_INCOMPLETE_CHUNKED_ENCODING")
 
 
 def test_without_javascript_it_says_what_to_do_instead(url: str, visit: Visit) -> None:
