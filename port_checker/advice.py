@@ -74,6 +74,13 @@ CALLER_HIDDEN = (
     "server: give this machine's public address with --ip."
 )
 
+REACHED_FROM_SOME_PLACES = (
+    "The port can be reached from some places and not from most: a firewall lets in connections "
+    "from certain addresses alone, or a network on the way keeps others out. Allow the port for "
+    "all addresses in this machine's firewall and in that of your router, hosting company or "
+    "network."
+)
+
 # Connections were made, but not to this port of this machine.
 
 ANSWERED_ELSEWHERE = (

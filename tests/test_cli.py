@@ -184,6 +184,7 @@ def test_a_json_document() -> None:
                 "answers": {url: {"accessible": True, "error": None}},
                 "inner": port,
                 "arrives_at": None,
+                "places": {},
             },
             {
                 "port": busy,
@@ -195,6 +196,7 @@ def test_a_json_document() -> None:
                 "answers": {url: {"accessible": False, "error": REFUSED}},
                 "inner": busy,
                 "arrives_at": None,
+                "places": {},
             },
         ],
         "notes": [advice.SERVER_HERE.format(url=url)],

@@ -28,11 +28,11 @@ from port_checker.provider.http_client import (
 )
 from port_checker.provider.report import TlsAnswer
 from port_checker.schemas import (
+    HERE,
     CallerAddress,
-    CheckPortsResponse,
-    CheckTlsResponse,
     ErrorCode,
     PortResult,
+    TlsResult,
 )
 
 # How this service says whom it would check instead.
@@ -42,9 +42,11 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 # Ports in one request: what a server with default settings accepts.
 MAX_PORTS_PER_REQUEST = 1000
-# Bytes of an answer that are read: so many, and so many for each port. A verdict has about 70.
+# Bytes of an answer that are read: so many, and so many for each port and place. A verdict has
+# about 70.
 _ANSWER_SIZE = 64 * 1024
 _VERDICT_SIZE = 256
+_MOST_PLACES = 17  # from which a server looks: it may ask 16 others
 # What an older server's error number says about the port. Others are its own trouble: no files or
 # ports left, no route, a firewall of its own.
 _BY_ERRNO = {
@@ -138,6 +140,27 @@ class _ErrorBody(BaseModel):
     detail: _ErrorDetail
 
 
+class _PlaceResults(BaseModel):
+    """What a place says from which a server looks, if it could check."""
+
+    name: str
+    results: dict[str, PortResult] | None = None
+
+
+class _PortsAnswer(BaseModel):
+    results: dict[str, PortResult]
+    perspectives: list[_PlaceResults] | None = None
+
+
+class _PlaceTls(BaseModel):
+    name: str
+    result: TlsResult | None = None
+
+
+class _TlsAnswer(TlsResult):
+    perspectives: list[_PlaceTls] | None = None
+
+
 @dataclass(frozen=True)
 class Introduction:
     """What the first exchange with a server shows.
@@ -165,6 +188,7 @@ class Answers:
         local: The address of this machine from which it was asked; None without an answer.
         remote: The address at which it was asked.
         address: The address about which it was asked; None without an answer.
+        places: What each place says from which it looked, by port and name, where it asks others.
     """
 
     verdicts: Mapping[int, Verdict] = field(default_factory=dict)
@@ -174,6 +198,7 @@ class Answers:
     remote: Address | None = None
     failures: Mapping[int, str] = field(default_factory=dict)
     address: Address | None = None
+    places: Mapping[int, Mapping[str, Verdict]] = field(default_factory=dict)
 
     def __or__(self, later: "Answers") -> "Answers":
         """Add later answers, which count where both have one."""
@@ -185,6 +210,10 @@ class Answers:
             later.remote or self.remote,
             {**self.failures, **later.failures},
             later.address or self.address,
+            {
+                port: later.places.get(port, {}) if port in later.verdicts else places
+                for port, places in {**self.places, **later.places}.items()
+            },
         )
 
 
@@ -283,18 +312,28 @@ class Server:
         """
         self._on_progress(f"{self.url} is checking the certificate at port {port}")
         request = {"host": str(address), "port": port, "expected_ip": str(address)}
-        body = json.dumps(request).encode()
+        body = json.dumps(request | {"perspectives": True}).encode()
         response = await self._request("POST", "/check-tls", body, _ANSWER_SIZE)
         if response.status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
             raise ServerError("does not check certificates")
         if response.status != HTTPStatus.OK:
             raise ServerError(_describe(response, self.url))
-        answer = _parse(CheckTlsResponse, response, self.url)
+        answer = _parse(_TlsAnswer, response, self.url)
+        places = answer.perspectives or []
         return TlsAnswer(
             answer.kind,
-            None if answer.valid else printable(answer.error or "no reason given"),
+            _tls_error(answer),
             answer.not_after and printable(answer.not_after),
+            {
+                self._place(place.name): _tls_error(place.result)
+                for place in places[:_MOST_PLACES]
+                if place.result and len(places) > 1
+            },
         )
+
+    def _place(self, name: str) -> str:
+        """Return what a place is called: the server itself, too."""
+        return self.url.authority if name == HERE else printable(name)
 
     async def _check(
         self, address: Address, ports: list[int], is_connecting: Callable[[], bool]
@@ -306,14 +345,17 @@ class Server:
         def on_lines(lines: int) -> None:
             self._on_progress(f"{checking}: {min(lines, len(ports))} done")
 
-        document = json.dumps({"provider_ip": str(address), "ports": ports}).encode()
-        size = _ANSWER_SIZE + _VERDICT_SIZE * len(ports)
+        request = {"provider_ip": str(address), "ports": ports, "perspectives": True}
+        document = json.dumps(request).encode()
+        # The lines, the verdicts, and those of each place.
+        size = _ANSWER_SIZE + _VERDICT_SIZE * len(ports) * (2 + _MOST_PLACES)
         response = await self._request(
             "POST", "/check-ports", document, size, len(ports), is_connecting, on_lines
         )
         ends = response.local, response.remote
         if response.status == HTTPStatus.OK:
-            results = _parse(CheckPortsResponse, response, self.url).results
+            answer = _parse(_PortsAnswer, response, self.url)
+            results = answer.results
             if results.keys() != {str(port) for port in ports}:
                 raise ServerError("reported on other ports than it was asked about")
             found = {port: _read_verdict(results[str(port)]) for port in ports}
@@ -323,6 +365,7 @@ class Server:
                 None,
                 *ends,
                 {port: said for port, said in found.items() if isinstance(said, str)},
+                places=self._places(ports, answer.perspectives or []),
             )
         detail = _error_detail(response)
         if detail and detail.code == ErrorCode.TARGET_NOT_ALLOWED:
@@ -333,6 +376,19 @@ class Server:
         if detail and (excluded := frozenset(detail.ports or ()) & frozenset(ports)):
             return Answers({}, excluded, None, *ends)
         raise ServerError(_describe(response, self.url))
+
+    def _places(
+        self, ports: list[int], places: list[_PlaceResults]
+    ) -> dict[int, dict[str, Verdict]]:
+        """Return what each place says of each port; nothing if there are no others."""
+        found: dict[int, dict[str, Verdict]] = {}
+        for place in places[:_MOST_PLACES] if len(places) > 1 else ():
+            results = place.results or {}
+            for port in ports:
+                result = results.get(str(port))
+                if result and isinstance(verdict := _read_verdict(result), Verdict):
+                    found.setdefault(port, {})[self._place(place.name)] = verdict
+        return found
 
     async def _request(
         self,
@@ -378,6 +434,10 @@ class Server:
             await self._waits.sleep(pause)
             if detail and detail.code == ErrorCode.OVERLOADED and ports > 1:
                 raise _TooManyPorts
+
+
+def _tls_error(result: TlsResult) -> str | None:
+    return None if result.valid else printable(result.error or "no reason given")
 
 
 def _read_verdict(result: PortResult) -> Verdict | str:

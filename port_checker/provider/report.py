@@ -68,6 +68,8 @@ class PortReport:
         inner: The port of this machine that was listened on.
         arrives_at: The other port of this machine at which connections arrive; None if there is
             none.
+        places: What each place says from which a server looked, by URL and name, where the server
+            asks others.
     """
 
     port: int
@@ -79,6 +81,7 @@ class PortReport:
     answers: dict[str, Verdict]
     inner: int
     arrives_at: int | None = None
+    places: dict[str, dict[str, Verdict]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,11 +93,14 @@ class TlsAnswer:
         error: Why it does not trust the certificate; None if it does.
         not_after: Until when the certificate is good, in ISO 8601; None if its chain was not
             verified.
+        places: The error of each place from which the server looked, by name, where it asks
+            others; None for those that trust the certificate.
     """
 
     kind: TlsVerdictKind
     error: str | None
     not_after: str | None
+    places: dict[str, str | None] = field(default_factory=dict)
 
     @property
     def valid(self) -> bool:
@@ -225,6 +231,7 @@ class Observation:
         other_family: Whether the program that has it listens over the other IP version alone.
         excluded: Whether a server may not connect to it.
         reason: Why no server checked it.
+        places: What each place says from which a server looked, by URL and name.
     """
 
     ports: PortPair
@@ -245,6 +252,17 @@ class Observation:
     other_family: bool = False
     excluded: bool = False
     reason: str = "there is no server"
+    places: dict[str, dict[str, Verdict]] = field(default_factory=dict)
+
+    @property
+    def is_reached_from_some_place(self) -> bool:
+        """Whether a place could connect from which a server looked that says something."""
+        return any(
+            verdict.accessible
+            for url, places in self.places.items()
+            if self.counted is None or url in self.counted
+            for verdict in places.values()
+        )
 
 
 def judge(observed: Observation, place: Place) -> PortReport:
@@ -268,6 +286,7 @@ def judge(observed: Observation, place: Place) -> PortReport:
         answers=answers,
         inner=observed.ports.inner,
         arrives_at=observed.arrives_at,
+        places=observed.places,
     )
 
 
@@ -319,6 +338,8 @@ def _advise(observed: Observation, place: Place, kinds: Sequence[VerdictKind]) -
         return fault
     if VerdictKind.OPEN in kinds:
         return advice_for.REDIRECTED_HERE if observed.attempt else advice_for.ANSWERED_ELSEWHERE
+    if observed.is_reached_from_some_place:
+        return advice_for.REACHED_FROM_SOME_PLACES
     return _advise_on_way(observed, place, kinds[0])
 
 

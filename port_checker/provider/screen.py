@@ -1,7 +1,7 @@
 """Shows a report: a table on a terminal, plain lines elsewhere."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +35,7 @@ from port_checker.provider.report import (
 
 # A narrower terminal has no room for four columns and readable advice.
 _MIN_TABLE_WIDTH = 100
+_NOT_FROM = "; not from "
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,10 @@ def show(report: Report, console: Console) -> None:
     rows = [*_rows(report.ports), *map(_tls_row, report.tls)]
     rows.sort(key=lambda row: not row.advice)  # what is bad first
     all_good = not report.tls and not any(row.advice for row in rows)
-    if console.is_terminal and (all_good or _is_unchecked(report)):
+    if console.is_terminal and _is_unchecked(report):
         rows = []
+    elif console.is_terminal and all_good:
+        rows = [row for row in rows if _NOT_FROM in row.outside]
     if not console.is_terminal:
         for row in rows:
             line = f"{row.ports}: {row.local}; {row.outside}. {row.advice}".rstrip()
@@ -171,6 +174,8 @@ def _tls_row(endpoint: TlsReport) -> _Row:
         said = endpoint.answers.items()
         answers = [f"{url}: {_certificate(a.valid, a.error, a.not_after)}" for url, a in said]
         outside += f" ({', '.join(answers)})"
+    places = {name: e for a in endpoint.answers.values() for name, e in a.places.items()}
+    outside += _from_places(places, good=endpoint.valid, word="valid")
     ports = port_ranges([PortPair(endpoint.port, endpoint.inner)])
     return _Row(ports, "TLS", outside, endpoint.advice or "")
 
@@ -193,7 +198,20 @@ def _outside(port: PortReport) -> str:
     if len({verdict.accessible for verdict in port.answers.values()}) > 1:
         answers = [f"{url}: {said.error or 'accessible'}" for url, said in port.answers.items()]
         outside += f" ({', '.join(answers)})"
-    return outside
+    places = {name: said.error for at in port.places.values() for name, said in at.items()}
+    return outside + _from_places(places, good=port.reachable, word="reachable")
+
+
+def _from_places(errors: Mapping[str, str | None], *, good: bool, word: str) -> str:
+    """Say from which places it is otherwise than the verdict says."""
+    if not good:
+        others = [name for name, error in errors.items() if not error]
+        return f"; {word} from {', '.join(others)}" if others else ""
+    by_error: dict[str, list[str]] = {}
+    for name, error in errors.items():
+        if error:
+            by_error.setdefault(error, []).append(name)
+    return "".join(f"{_NOT_FROM}{', '.join(names)} ({e})" for e, names in by_error.items())
 
 
 def _is_unchecked(report: Report) -> bool:

@@ -470,6 +470,11 @@ class _Check:
                 other_family=pair.inner in listeners.other_family,
                 excluded=any(pair.outer in answer.excluded for answer in answers.values()),
                 reason=_join(errors | _failures(answers, pair)) or "no server was asked",
+                places={
+                    url: dict(answer.places[pair.outer])
+                    for url, answer in answers.items()
+                    if answer.places.get(pair.outer)
+                },
             )
             url = next((c.url for c in counted if c.url in verdicts), None)
             reports.append(judge(observed, places[url] if url else nowhere))

@@ -680,3 +680,44 @@ def test_lines_without_a_good_last_one_count_for_nothing(body: bytes) -> None:
         report = check([port], server.url)
     assert report.reachable == 1
     assert server.asked == [[port], [port]]
+
+
+# What a server says of other places
+
+
+def test_what_each_place_says_is_in_the_report_whatever_else_there_is() -> None:
+    port, other = free_ports(2)
+    names = [f"place{number}.example" for number in range(15)]
+
+    def results(ports: list[int], error: str | None = None) -> dict[str, object]:
+        return {str(port): {"accessible": error is None, "error": error} for port in ports}
+
+    def check_everywhere(ports: list[int]) -> Answer:
+        connect(ports)
+        document = accessible(ports).document
+        assert isinstance(document, dict)
+        failed = {"name": "new.example", "error": {"code": "ONE_OF_TOMORROW", "message": "x"}}
+        places = [
+            {"name": "here", "results": results(ports)},
+            {"name": "sgp\x1b[2J.example", "results": results(ports[:1], "timed\x1b out")},
+            failed,
+            *({"name": name, "results": results(ports)} for name in names),
+        ]
+        return Answer(document | {"perspectives": places})
+
+    with scripted(check_everywhere) as server:
+        report = check([port, other], server.url)
+    assert report.reachable == 2
+    said = dict.fromkeys((server.url.removeprefix("http://"), *names[:14]))
+    found = [
+        {name: verdict.error for name, verdict in each.places[server.url].items()}
+        for each in report.ports
+    ]
+    assert sorted(found, key=len) == [said, said | {"sgp?[2J.example": "timed? out"}]
+
+
+def test_a_server_without_other_places_says_nothing_of_them() -> None:
+    port = free_port()
+    with serve(retries=1) as client:
+        report = check([port], str(client.base_url))
+    assert report.ports[0].places == {}

@@ -9,11 +9,19 @@ import pytest
 from rich.console import Console
 
 from port_checker import advice
-from port_checker.connect import OPEN, REFUSED, Verdict
+from port_checker.connect import OPEN, REFUSED, TIMED_OUT, Verdict
 from port_checker.linux import TcpSocket, TcpState
 from port_checker.provider import PortReport, Report, ServerReport
-from port_checker.provider.report import Observation, Place, PortPair, judge
+from port_checker.provider.report import (
+    Observation,
+    Place,
+    PortPair,
+    TlsAnswer,
+    TlsReport,
+    judge,
+)
 from port_checker.provider.screen import show
+from port_checker.tls import TlsVerdictKind
 
 URL, OTHER = "https://checker.example", "https://other.example"
 
@@ -187,3 +195,41 @@ def test_a_narrow_terminal_loses_nothing(encoding: str) -> None:
 )
 def test_each_result_and_failure_in_words(given: Report, lines: Sequence[str]) -> None:
     assert shown(given).splitlines() == lines
+
+
+# Where a server looks from several places
+
+SGP, LON = "sgp.checker.example", "lon.checker.example"
+
+
+def test_who_cannot_reach_a_port_is_named_though_the_verdict_is_good() -> None:
+    places = {"checker.example": OPEN, SGP: TIMED_OUT, LON: TIMED_OUT}
+    some = report(port(80, OPEN), port(81, OPEN, places={URL: places}))
+    total = "2 of 2 ports of 203.0.113.7 are reachable over IPv4."
+    assert shown(some).splitlines() == [
+        "80: bound; reachable.",
+        f"81: bound; reachable; not from {SGP}, {LON} (Connection timed out).",
+        total,
+    ]
+    on_terminal = without_colours(shown(some, 200))
+    assert f"reachable; not from {SGP}, {LON} (Connection timed out)" in on_terminal
+    assert "80 " not in on_terminal
+    assert without_colours(shown(report(port(80, OPEN)), 200)).splitlines() == [
+        "1 of 1 port of 203.0.113.7 is reachable over IPv4."
+    ]
+
+
+def test_who_can_reach_a_port_is_named_though_the_verdict_is_bad() -> None:
+    places = {"checker.example": TIMED_OUT, SGP: OPEN, LON: TIMED_OUT}
+    # The connection that was seen is that of the place which got through.
+    result = report(port(80, TIMED_OUT, seen=True, places={URL: places}))
+    assert shown(result).splitlines()[0] == (
+        f"80: bound; Connection timed out; reachable from {SGP}. {advice.REACHED_FROM_SOME_PLACES}"
+    )
+
+
+def test_a_certificate_that_some_place_does_not_trust() -> None:
+    answer = TlsAnswer(TlsVerdictKind.VALID, None, "2030", {SGP: "certificate expired", LON: None})
+    endpoint = TlsReport(443, 443, True, None, "2030", None, {URL: answer})
+    line = f"443: TLS; certificate valid until 2030; not from {SGP} (certificate expired)."
+    assert shown(report(tls=[endpoint])).splitlines()[0] == line
