@@ -590,14 +590,14 @@ class TcpSocket:
 def tcp_sockets(ports: Container[int], *, listening: bool = False) -> list[TcpSocket]:
     """Return this machine's TCP sockets whose local port is one of ``ports``.
 
-    Of the network namespace that this process is in; every user may read that.
+    Of the network namespace that this thread is in; every user may read that.
 
     Args:
         ports: The ports.
         listening: Whether to return only those that listen: there are few, and they come first.
     """
     sockets = []
-    for table, ipv6 in ("/proc/net/tcp", False), ("/proc/net/tcp6", True):
+    for table, ipv6 in ("/proc/thread-self/net/tcp", False), ("/proc/thread-self/net/tcp6", True):
         with contextlib.suppress(OSError), open(table) as lines:
             next(lines)
             for line in lines:
@@ -625,7 +625,7 @@ def tcp_sockets(ports: Container[int], *, listening: bool = False) -> list[TcpSo
 
 def shows_sockets() -> bool:
     """Whether this process may read the tables of sockets: in some sandboxes it may not."""
-    return os.access("/proc/net/tcp", os.R_OK)
+    return os.access("/proc/thread-self/net/tcp", os.R_OK)
 
 
 def _kernels_address(text: str) -> Address:

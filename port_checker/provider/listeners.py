@@ -168,7 +168,7 @@ class Listeners:
     def _checks(self, ipv6: bool) -> list[tuple[int, int]]:
         """Return the lowest and highest port of each check of a family that is running."""
         mark = f"@{_MARK.format(version=6 if ipv6 else 4)}([0-9]+)-([0-9]+)-"
-        found = re.findall(mark, _read_text("/proc/net/unix"))
+        found = re.findall(mark, _read_text("/proc/thread-self/net/unix"))
         return [(int(low), int(high)) for low, high in found]
 
     def _open(self, port: int, others: list[TcpSocket]) -> None:

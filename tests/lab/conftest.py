@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.lab.checks import QUICK
 from tests.lab.network import Lab, add_namespace, delete_namespace, open_lab
 
 
@@ -20,6 +21,13 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         give_up(f"the lab cannot be built: {obstacle}")
     with open_lab(tmp_path_factory.mktemp("lab")) as lab:
         yield lab
+
+
+@pytest.fixture(scope="session")
+def quick_lab(lab: Lab) -> Lab:
+    """The same with a second service, which is quick to call something lost."""
+    lab.serve(**QUICK)
+    return lab
 
 
 def _obstacle() -> str | None:

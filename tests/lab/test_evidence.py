@@ -5,32 +5,20 @@ and in which servers are not where they seem to be.
 """
 
 import contextlib
-import json
-import os
 import re
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from port_checker import advice
+from port_checker.provider import Report, Waits
 from tests.lab import network
+from tests.lab.checks import QUICK, advised, check, results, url_of, word
 from tests.lab.network import Lab, end
-from tests.lab.test_provider import (
-    ONE_COMMAND,
-    QUICK,
-    check,
-    quick_lab,
-    results,
-    url_of,
-    word,
-)
-
-__all__ = ["quick_lab"]  # a fixture
 
 TRAFFIC = str(Path(__file__).parent / "traffic.py")
 OWN = {4: network.PROVIDER_BEHIND_NAT, 6: network.PROVIDER[6]}
@@ -51,12 +39,10 @@ def traffic(lab: Lab, name: str, *words: object) -> Iterator[None]:
         end(process)
 
 
-def monitor(lab: Lab, name: str, host: str, ports: range, kind: str = "connect") -> Any:
+def monitor(
+    lab: Lab, name: str, host: str, ports: range, kind: str = "connect"
+) -> AbstractContextManager[None]:
     return traffic(lab, name, kind, host, ports[0], ports[-1], 0.3)
-
-
-def advised(report: Any) -> set[str | None]:
-    return {port["advice"] for port in report["ports"]}
 
 
 def only(chain: str, lab: Lab, name: str, rule: str) -> None:
@@ -79,8 +65,8 @@ def test_others_connections_are_not_the_servers(
     host = LOOPBACK[version] if where == "loopback" else OWN[version]
     machine = "neighbour" if where == "neighbour" else "provider"
     with monitor(quick_lab, machine, host, ports):
-        report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, version))
-    assert (report["reachable"], advised(report)) == (0, {advice.ANSWERED_ELSEWHERE})
+        report = check(quick_lab, "provider", ports, url_of(network.CHECKER, version))
+    assert (report.reachable, advised(report)) == (0, {advice.ANSWERED_ELSEWHERE})
 
 
 @BOTH
@@ -95,15 +81,15 @@ def test_others_connections_do_not_prove_that_replies_get_lost(
     quick_lab._rule("internet", "forward", f"{source} tcp dport {word(ports)} drop")
     host = network.PROVIDER[version] if machine == "third" else OWN[version]
     with monitor(quick_lab, machine, host, ports, kind):
-        report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, version))
-    assert (report["reachable"], advised(report)) == (0, {LOST[version]})
+        report = check(quick_lab, "provider", ports, url_of(network.CHECKER, version))
+    assert (report.reachable, advised(report)) == (0, {LOST[version]})
 
 
 def test_a_monitor_and_no_forward(quick_lab: Lab) -> None:
     ports = quick_lab.take(3)
     with monitor(quick_lab, "provider", "127.0.0.1", ports):
-        report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, 4))
-    assert (report["reachable"], advised(report)) == (0, {advice.NOT_FORWARDED})
+        report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
+    assert (report.reachable, advised(report)) == (0, {advice.NOT_FORWARDED})
 
 
 # Where a server connects from
@@ -117,8 +103,8 @@ def test_a_server_that_connects_from_another_address(quick_lab: Lab, count: int)
     rule = f"ip daddr {network.PROVIDER[4]} tcp dport {word(ports)} snat ip to 60.0.1.3"
     translate(quick_lab, "checker", rule)
     with monitor(quick_lab, "provider", "127.0.0.1", ports):
-        report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, 4))
-    assert (report["reachable"], report["notes"]) == (count, [])
+        report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
+    assert (report.reachable, report.notes) == (count, [])
 
 
 def translate(lab: Lab, name: str, rule: str) -> None:
@@ -134,8 +120,8 @@ def test_a_router_that_hides_who_connects(quick_lab: Lab, count: int) -> None:
     quick_lab.forward(ports)
     hide = f"oifname provider tcp dport {word(ports)} masquerade"
     quick_lab._rule("router", "postrouting", hide)
-    report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, 4))
-    assert (report["reachable"], report["notes"]) == (count, [])
+    report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
+    assert (report.reachable, report.notes) == (count, [])
 
 
 # Ports in use
@@ -158,7 +144,7 @@ def test_a_program_that_cannot_have_answered(quick_lab: Lab, who: str) -> None:
 
     held = quick_lab.submit("provider", hold).result()
     try:
-        report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, 4))
+        report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
     finally:
         for sock in held:
             sock.close()
@@ -174,8 +160,8 @@ def test_a_program_that_cannot_have_answered(quick_lab: Lab, who: str) -> None:
 # Servers that are not outside
 
 
-def nothing_about_the_world(report: Any) -> bool:
-    return any("says nothing about the world" in note for note in report["notes"])
+def nothing_about_the_world(report: Report) -> bool:
+    return any("says nothing about the world" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("way", ["private", "hairpin"])
@@ -188,7 +174,7 @@ def test_a_server_behind_the_same_router(quick_lab: Lab, way: str) -> None:
         quick_lab._rule("router", "prerouting", public)
     host = network.NEIGHBOUR[4] if way == "private" else network.ROUTER[4]
     server = f"http://{host}:{port[0]}"
-    report = check(quick_lab, "provider", word(ports), "--ip", network.ROUTER[4], server=server)
+    report = check(quick_lab, "provider", ports, server, ip=network.ROUTER[4])
     assert nothing_about_the_world(report)
 
 
@@ -196,25 +182,18 @@ def test_a_server_behind_the_same_router(quick_lab: Lab, way: str) -> None:
 def test_a_server_in_the_same_network(quick_lab: Lab, version: int) -> None:
     quick_lab.serve("internet", **QUICK)
     host = {4: "60.0.3.1", 6: "2a00:3::1"}
-    report = check(quick_lab, "third", word(quick_lab.take(3)), server=url_of(host, version))
-    assert report["reachable"] == 3
+    report = check(quick_lab, "third", quick_lab.take(3), url_of(host, version))
+    assert report.reachable == 3
     assert nothing_about_the_world(report)
-
-
-def run(lab: Lab, machine: str, *words: str) -> tuple[int, Any]:
-    """Run the program; return its exit status and its document."""
-    program = lab.popen(machine, *ONE_COMMAND, *words, env={**os.environ}, output=subprocess.PIPE)
-    output, _ = program.communicate(timeout=120)
-    return program.returncode, json.loads(output)
 
 
 def test_what_a_server_nearby_reaches_is_not_reached_by_the_world(quick_lab: Lab) -> None:
     ports, port = quick_lab.take(5), quick_lab.take(1)
     quick_lab.serve("internet", **{**QUICK, "PORT_CHECKER_PORT": str(port[0])})
     quick_lab.filter("internet", "forward", ports, "drop")
-    outside, nearby = url_of(network.CHECKER, 4), f"http://60.0.3.1:{port[0]}"
-    status, report = run(quick_lab, "third", word(ports), "--server", nearby, "--server", outside)
-    assert (status, report["reachable"]) == (1, 0)
+    outside, nearby = url_of(network.CHECKER), f"http://60.0.3.1:{port[0]}"
+    report = check(quick_lab, "third", ports, nearby, outside)
+    assert report.reachable == 0
     assert advised(report) == {advice.NETWORK_FIREWALL}
     assert nothing_about_the_world(report)
 
@@ -225,20 +204,19 @@ def test_a_machine_that_servers_see_at_two_addresses(quick_lab: Lab) -> None:
     here, other = network.ROUTER[4], "60.0.2.3"
     quick_lab.run("router", "ip", "address", "add", f"{other}/24", "dev", "internet")
     try:
-        rule = f"oifname internet ip daddr {network.THIRD[4]} snat ip to {other}"
+        to_second = f"ip daddr {network.THIRD[4]} tcp dport {port[0]}"
+        rule = f"oifname internet {to_second} snat ip to {other}"
         quick_lab.run("router", "nft", "insert", "rule", "inet", "lab", "postrouting", rule)
         forward = f"ip daddr {here} tcp dport {word(ports)} dnat ip to {OWN[4]}"
         quick_lab._rule("router", "prerouting", f"iif internet {forward}")
         quick_lab.serve("third", **{**QUICK, "PORT_CHECKER_PORT": str(port[0])})
-        one, second = url_of(network.CHECKER, 4), f"http://{network.THIRD[4]}:{port[0]}"
-        words = [word(ports), "--server", second, "--server", one]
-        status, report = run(quick_lab, "provider", *words)
-        strict, _ = run(quick_lab, "provider", *words, "--all")
+        one, second = url_of(network.CHECKER), f"http://{network.THIRD[4]}:{port[0]}"
+        report = check(quick_lab, "provider", ports, second, one)
     finally:
         quick_lab.run("router", "ip", "address", "delete", f"{other}/24", "dev", "internet")
-    assert (status, strict, report["ip"], report["reachable"]) == (0, 1, here, 4)
-    assert [server["ip"] for server in report["servers"]] == [other, here]
-    differ, disagree = report["notes"]
+    assert (report.ip, report.reachable) == (here, 4)
+    assert [server.ip for server in report.servers] == [other, here]
+    differ, disagree = report.notes
     listed = f"{other} ({second}), {here} ({one})"
     assert differ == advice.ADDRESSES_DIFFER.format(addresses=listed)
     assert disagree == advice.SERVERS_DISAGREE.format(
@@ -252,16 +230,13 @@ def test_servers_that_disagree(quick_lab: Lab) -> None:
     quick_lab.serve("third", **{**QUICK, "PORT_CHECKER_PORT": str(port[0])})
     source = f"ip saddr {network.THIRD[4]} tcp dport {word(ports[:3])}"
     quick_lab._rule("internet", "forward", f"{source} reject with tcp reset")
-    one, other = url_of(network.CHECKER, 4), f"http://{network.THIRD[4]}:{port[0]}"
-    words = [word(ports), "--server", one, "--server", other]
-    status, report = run(quick_lab, "provider", *words)
-    assert (status, report["reachable"]) == (0, 6)
-    (note,) = report["notes"]
+    one, other = url_of(network.CHECKER), f"http://{network.THIRD[4]}:{port[0]}"
+    report = check(quick_lab, "provider", ports, one, other)
+    assert report.reachable == 6
+    (note,) = report.notes
     assert other in note
     assert word(ports[:3]) in note
     assert "cannot reach" in note
-    status, report = run(quick_lab, "provider", *words, "--all")
-    assert status == 1
 
 
 # Advice about the right device
@@ -280,7 +255,7 @@ def test_a_firewall_that_allows_the_ports_is_not_blamed_for_background_packets(
     if version == 6:
         quick_lab.filter("router", "forward", ports, "reject with tcp reset", 6)
     with traffic(quick_lab, "router", "noise", "192.168.1.1"):
-        report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, version))
+        report = check(quick_lab, "provider", ports, url_of(network.CHECKER, version))
     assert advised(report) == {NOT_HERE[version]}
 
 
@@ -292,14 +267,14 @@ def test_each_port_has_its_own_cause(quick_lab: Lab, version: int) -> None:
     quick_lab.forward(good)
     quick_lab.filter("provider", "input", dropped, "drop")
     quick_lab.filter("router", "forward", lost, "drop")
-    report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, version))
+    report = check(quick_lab, "provider", ports, url_of(network.CHECKER, version))
     expected = {4: advice.NOT_FORWARDED, 6: advice.NETWORK_FIREWALL}[version]
     assert results(report) == (
         dict.fromkeys(dropped, (False, advice.OWN_FIREWALL))
         | dict.fromkeys(lost, (False, expected))
         | dict.fromkeys(good, (True, None))
     )
-    assert report["notes"] == []
+    assert report.notes == []
 
 
 def test_the_reverse_path_filter(quick_lab: Lab) -> None:
@@ -314,12 +289,12 @@ def test_the_reverse_path_filter(quick_lab: Lab) -> None:
     setting = Path("/proc/sys/net/ipv4/conf/router/rp_filter")
     quick_lab.submit("provider", setting.write_text, "1").result()
     try:
-        report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, 4))
+        report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
     finally:
         quick_lab.submit("provider", setting.write_text, "0").result()
         quick_lab.run("provider", "ip", "link", "delete", "wg7")
     assert advised(report) == {advice.REVERSE_PATH.format(interface="router", other="wg7")}
-    assert report["notes"] == []
+    assert report.notes == []
 
 
 @BOTH
@@ -331,7 +306,7 @@ def test_packets_that_are_dropped_before_they_are_counted(quick_lab: Lab, versio
     drop = f"tcp dport {word(ports)} drop"
     quick_lab.run("provider", "nft", "add", "rule", "netdev", "lab", "in", *drop.split())
     try:
-        report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, version))
+        report = check(quick_lab, "provider", ports, url_of(network.CHECKER, version))
     finally:
         quick_lab.run("provider", "nft", "delete", "table", "netdev", "lab")
     assert advised(report) == {advice.OWN_FIREWALL}
@@ -344,8 +319,8 @@ def test_a_forward_to_a_port_that_nobody_listens_on(
 ) -> None:
     ports, wrong = quick_lab.take(count), quick_lab.take(count)
     quick_lab.cross(ports, wrong[0] - ports[0])
-    report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, version))
-    assert [port["advice"] for port in report["ports"]] == [
+    report = check(quick_lab, "provider", ports, url_of(network.CHECKER, version))
+    assert [port.advice for port in report.ports] == [
         advice.ARRIVES_UNUSED.format(port=port) for port in wrong
     ]
 
@@ -373,12 +348,12 @@ def test_a_container_that_takes_the_ports(quick_lab: Lab, version: int, answers:
     for name in forwarding:
         quick_lab.submit("provider", Path("/proc/sys", name).write_text, "1").result()
     try:
-        report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, version))
+        report = check(quick_lab, "provider", ports, url_of(network.CHECKER, version))
     finally:
         for name in forwarding:
             quick_lab.submit("provider", Path("/proc/sys", name).write_text, "0").result()
         quick_lab.run("provider", "nft", "delete", "table", "inet", "nat")
-    assert (report["reachable"], advised(report)) == (0, {advice.PASSED_ON.format(address=to)})
+    assert (report.reachable, advised(report)) == (0, {advice.PASSED_ON.format(address=to)})
 
 
 @BOTH
@@ -386,8 +361,8 @@ def test_replies_that_this_machine_keeps_back(quick_lab: Lab, version: int) -> N
     ports = quick_lab.take(5)
     quick_lab.forward(ports)
     only("output", quick_lab, "provider", f"tcp sport {word(ports)} drop")
-    report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, version))
-    assert (advised(report), report["notes"]) == ({advice.WAY_BACK}, [])
+    report = check(quick_lab, "provider", ports, url_of(network.CHECKER, version))
+    assert (advised(report), report.notes) == ({advice.WAY_BACK}, [])
 
 
 @pytest.mark.parametrize("count", [1, 5])
@@ -397,8 +372,8 @@ def test_an_address_of_the_other_family_than_the_servers(quick_lab: Lab, count: 
     for arrange, expected in (None, None), ("drop", advice.OWN_FIREWALL):
         if arrange:
             quick_lab.filter("provider", "input", ports, arrange)
-        words = [word(ports), "--ip", network.PROVIDER[4]]
-        report = check(quick_lab, "provider", *words, server=url_of(network.CHECKER, 6))
+        server = url_of(network.CHECKER, 6)
+        report = check(quick_lab, "provider", ports, server, ip=network.PROVIDER[4])
         if expected and count == 1:  # it stays unclear who came: nothing is said for certain
             assert advised(report) == {advice.TIMED_OUT}
         else:
@@ -417,12 +392,12 @@ def test_a_defence_against_scans(
     banned = f"tcp dport {word(ports)} ct state new"
     count = f"numgen inc mod 100000 >= {limit} {statement}"
     quick_lab._rule(machine, chain, f"{banned} {count}")
-    report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, 4))
-    assert 0 < report["reachable"] <= limit
+    report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
+    assert 0 < report.reachable <= limit
     assert advised(report) == {None, advice.BANNED}
-    (note,) = report["notes"]
+    (note,) = report.notes
     assert "fail2ban" in note
-    assert f"The first {report['reachable']} connections" in note
+    assert f"The first {report.reachable} connections" in note
 
 
 @pytest.mark.parametrize("count", [5])
@@ -437,22 +412,15 @@ def test_a_defence_that_cuts_the_server_off(quick_lab: Lab, count: int) -> None:
         "add @banned { ip saddr } drop\n}\n}"
     )
     quick_lab.run("provider", "nft", "-f", "-", stdin=table)
-    program = quick_lab.popen(
-        "provider",
-        sys.executable,
-        str(Path(__file__).parent / "impatient.py"),
-        word(ports),
-        url_of(network.CHECKER, 4),
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent.parent)},
-        output=subprocess.PIPE,
-    )
+    impatient = Waits(connect=2, answer=5, patience=10)
     try:
-        output = program.communicate(timeout=120)[0].decode()
+        report = check(quick_lab, "provider", ports, url_of(network.CHECKER), waits=impatient)
     finally:
         quick_lab.run("provider", "nft", "delete", "table", "inet", "ban")
-    assert output.startswith("0\n")
-    assert "fail2ban" in output
-    assert f"The first {count} connections" in output
+    notes = "\n".join(report.notes)
+    assert report.reachable == 0
+    assert "fail2ban" in notes
+    assert f"The first {count} connections" in notes
 
 
 def test_a_temporary_address(quick_lab: Lab) -> None:
@@ -465,12 +433,11 @@ def test_a_temporary_address(quick_lab: Lab) -> None:
     try:
         listed = quick_lab.run("third", "ip", "-6", "address", "show", "temporary").stdout
         (temporary,) = re.findall("inet6 (2a00:3:[0-9a-f:]+)/64", listed)
-        words = [word(ports), "--ip", temporary]
-        report = check(quick_lab, "third", *words, server=url_of(network.CHECKER, 6))
+        report = check(quick_lab, "third", ports, url_of(network.CHECKER, 6), ip=temporary)
     finally:
         quick_lab.submit("third", setting.write_text, "0").result()
         quick_lab.run("third", "ip", "address", "delete", "2a00:3::7/64", "dev", "internet")
-    assert report["reachable"] == 3
-    (note,) = report["notes"]
+    assert report.reachable == 3
+    (note,) = report.notes
     assert temporary in note
     assert "2a00:3::2" in note

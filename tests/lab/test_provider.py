@@ -7,69 +7,28 @@ machine has its public addresses itself.
 
 import contextlib
 import html
-import json
 import os
 import re
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
-from pydantic import TypeAdapter
 from rich.console import Console
 
 from port_checker import advice
-from port_checker.provider import Report
 from port_checker.provider.screen import show
-from port_checker.schemas import PortResult
 from tests.lab import network
+from tests.lab.checks import QUICK, QUICK_PORT, check, results, url_of, word
 from tests.lab.network import Lab
 
 pytestmark = pytest.mark.xdist_group("lab")
 
 ONE_COMMAND = [sys.executable, "-m", "port_checker", "check", "--json"]
-# A service that is quicker to call something lost than the defaults are.
-QUICK_PORT = 9001
-QUICK = {
-    "PORT_CHECKER_PORT": str(QUICK_PORT),
-    "PORT_CHECK_RETRIES": "2",
-    "PORT_CHECK_TIMEOUT": "1.0",
-    "PORT_CHECK_RETRY_DELAY": "0.1",
-}
 REFUSED, TIMED_OUT, NO_ROUTE = "Connection refused", "Connection timed out", "No route to host"
-
-
-@pytest.fixture(scope="module")
-def quick_lab(lab: Lab) -> Lab:
-    lab.serve(**QUICK)
-    return lab
-
-
-def url_of(hosts: Mapping[int, str], version: int, port: int = QUICK_PORT) -> str:
-    host = hosts[version]
-    return f"http://[{host}]:{port}" if version == 6 else f"http://{host}:{port}"
-
-
-def check(lab: Lab, machine: str, *words: str, server: str) -> Any:
-    """Run the program on a machine; return its document."""
-    program = lab.popen(
-        machine,
-        *ONE_COMMAND,
-        *words,
-        "--server",
-        server,
-        env={**os.environ},
-        output=subprocess.PIPE,
-    )
-    output, _ = program.communicate(timeout=120)
-    document = json.loads(output)
-    assert program.returncode == (document["reachable"] < document["total"])
-    return document
 
 
 # Networks
@@ -79,9 +38,9 @@ def forwarded(lab: Lab, ports: range) -> None:
     lab.forward(ports)
 
 
-def lossy(lab: Lab, ports: range) -> None:
+def the_first_packet_is_lost(lab: Lab, ports: range) -> None:
     lab.forward(ports)
-    lab.lose(ports, 3)  # percent: enough to lose some packets, and too few to lose three attempts
+    lab.drop_at_first(ports, 0.5)
 
 
 def not_forwarded(_lab: Lab, _ports: range) -> None:
@@ -183,7 +142,7 @@ STATEMENTS = {
 }
 SITUATIONS = [
     Situation(forwarded, both(*REACHABLE)),
-    Situation(lossy, both(*REACHABLE), count=5),
+    Situation(the_first_packet_is_lost, both(*REACHABLE), count=5),
     Situation(a_program_has_them, both("in use", None, None)),
     Situation(not_forwarded, {4: ("bound", REFUSED, advice.NOT_FORWARDED)}, CGNAT),
     Situation(not_forwarded, {4: ("bound", REFUSED, advice.NOT_FORWARDED)}, CGNAT, count=1),
@@ -247,32 +206,23 @@ SITUATIONS = [
 def test_each_situation_has_its_sentences(quick_lab: Lab, situation: Situation) -> None:
     ports = quick_lab.take(situation.count)
     situation.arrange(quick_lab, ports)
-    word = f"{ports[0]}-{ports[-1]}"
     with ThreadPoolExecutor() as pool:
         checks = {
             version: pool.submit(
-                check, quick_lab, situation.machine, word, server=url_of(network.CHECKER, version)
+                check, quick_lab, situation.machine, ports, url_of(network.CHECKER, version)
             )
             for version in situation.expected
         }
     for version, running in checks.items():
         report = running.result()
-        rows = {(port["local"], port["error"], port["advice"]) for port in report["ports"]}
+        rows = {(port.local, port.error, port.advice) for port in report.ports}
         assert rows == {situation.expected[version]}, version
         notes = situation.notes.get(version, [])
         if situation.arrange is connections_are_limited:
-            (note,) = report["notes"]
+            (note,) = report.notes
             assert "limits how many new connections it lets in per second" in note
         else:
-            assert report["notes"] == notes, version
-
-
-def word(ports: range) -> str:
-    return f"{ports[0]}-{ports[-1]}"
-
-
-def results(report: Any) -> dict[int, tuple[bool, str | None]]:
-    return {port["port"]: (port["reachable"], port["advice"]) for port in report["ports"]}
+            assert report.notes == notes, version
 
 
 @pytest.mark.parametrize("version", [4, 6])
@@ -281,12 +231,12 @@ def test_crossed_forwards_are_named(quick_lab: Lab, version: int) -> None:
     ports = quick_lab.take(50)
     quick_lab.cross(ports[:-1], 1)
     quick_lab.filter("internet", "forward", ports[-1:], "reject with tcp reset")
-    report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, version))
-    assert report["reachable"] == 0
+    report = check(quick_lab, "provider", ports, url_of(network.CHECKER, version))
+    assert report.reachable == 0
     assert {results(report)[port] for port in ports[:-1]} == {(False, advice.CROSSED)}
-    assert report["ports"][-1]["error"] == REFUSED
-    assert [port["arrives_at"] for port in report["ports"]] == [*ports[1:], None]
-    assert report["notes"] == [
+    assert report.ports[-1].error == REFUSED
+    assert [port.arrives_at for port in report.ports] == [*ports[1:], None]
+    assert report.notes == [
         advice.FORWARDS_CROSSED.format(
             outer=word(ports[:-1]),
             inner=word(ports[1:]),
@@ -302,9 +252,9 @@ def test_two_ports_that_are_exchanged_are_found_behind_a_router(quick_lab: Lab) 
     quick_lab.cross(ports[4:5], -1)
     quick_lab.forward(ports[:3])
     quick_lab.forward(ports[5:])
-    report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, 4))
-    assert [port["port"] for port in report["ports"] if not port["reachable"]] == list(ports[3:5])
-    assert [port["arrives_at"] for port in report["ports"][3:5]] == [ports[4], ports[3]]
+    report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
+    assert [port.port for port in report.ports if not port.reachable] == list(ports[3:5])
+    assert [port.arrives_at for port in report.ports[3:5]] == [ports[4], ports[3]]
 
 
 @pytest.mark.parametrize("version", [4, 6])
@@ -313,14 +263,14 @@ def test_outer_and_inner_ports_may_differ(quick_lab: Lab, version: int) -> None:
     outer, inner = ports[:20], ports[20:]
     quick_lab.cross(outer, 20)
     server = url_of(network.CHECKER, version)
-    report = check(quick_lab, "provider", f"{word(outer)}:{word(inner)}", server=server)
+    report = check(quick_lab, "provider", [*zip(outer, inner, strict=True)], server)
     assert results(report) == dict.fromkeys(outer, (True, None))
-    assert report["notes"] == []
+    assert report.notes == []
     # Who does not say so is not told falsehoods.
-    report = check(quick_lab, "provider", word(ports), server=server)
+    report = check(quick_lab, "provider", ports, server)
     assert {results(report)[port] for port in outer} == {(False, advice.CROSSED)}
     # Without translation the inner ports can be reached as well.
-    assert report["reachable"] == (20 if version == 6 else 0)
+    assert report.reachable == (20 if version == 6 else 0)
 
 
 def test_a_hundred_ports_of_which_ten_are_not_forwarded(quick_lab: Lab) -> None:
@@ -328,10 +278,10 @@ def test_a_hundred_ports_of_which_ten_are_not_forwarded(quick_lab: Lab) -> None:
     forgotten = ports[40:50]
     quick_lab.forward(ports[:40])
     quick_lab.forward(ports[50:])
-    report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, 4))
+    report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
     assert [port for port, (good, _) in results(report).items() if not good] == list(forgotten)
     assert {results(report)[port][1] for port in forgotten} == {advice.NOT_FORWARDED}
-    assert report["notes"] == []
+    assert report.notes == []
 
 
 def test_ports_that_the_server_may_not_connect_to_cost_no_other_its_verdict(
@@ -340,29 +290,27 @@ def test_ports_that_the_server_may_not_connect_to_cost_no_other_its_verdict(
     ports = quick_lab.take(20)
     quick_lab.forward(ports)
     quick_lab.filter("checker", "output", ports[3:5], "reject")
-    report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, 4))
-    assert report["reachable"] == 18
+    report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
+    assert report.reachable == 18
     assert [results(report)[port] for port in ports[3:5]] == [(False, advice.SERVER_CANNOT)] * 2
-    assert report["notes"] == []
+    assert report.notes == []
 
 
 def test_a_server_on_this_machine_says_nothing_about_the_world(quick_lab: Lab) -> None:
     quick_lab.serve("provider", **QUICK)
     for host in ("127.0.0.1", network.PROVIDER_BEHIND_NAT):
         server = f"http://{host}:{QUICK_PORT}"
-        report = check(quick_lab, "provider", word(quick_lab.take(5)), server=server)
-        assert report["reachable"] == 5
-        assert report["notes"] == [advice.SERVER_HERE.format(url=server)]
+        report = check(quick_lab, "provider", quick_lab.take(5), server)
+        assert report.reachable == 5
+        assert report.notes == [advice.SERVER_HERE.format(url=server)]
 
 
 def test_a_server_on_the_same_network_says_nothing_about_the_world(quick_lab: Lab) -> None:
     quick_lab.serve("neighbour", **QUICK)
     server = url_of(network.NEIGHBOUR, 4)
-    report = check(quick_lab, "provider", word(quick_lab.take(5)), server=server)
-    assert report["reachable"] == 5
-    assert report["notes"] == [
-        advice.SERVER_NEARBY.format(url=server, ip=network.PROVIDER_BEHIND_NAT)
-    ]
+    report = check(quick_lab, "provider", quick_lab.take(5), server)
+    assert report.reachable == 5
+    assert report.notes == [advice.SERVER_NEARBY.format(url=server, ip=network.PROVIDER_BEHIND_NAT)]
 
 
 def test_a_nat_before_the_server_hides_its_callers(quick_lab: Lab) -> None:
@@ -373,23 +321,16 @@ def test_a_nat_before_the_server_hides_its_callers(quick_lab: Lab) -> None:
     masquerade = f"oifname neighbour tcp dport {port[0]} masquerade"
     quick_lab.run("router", "nft", "add", "rule", "inet", "lab", "postrouting", masquerade)
     server = f"http://{network.ROUTER[4]}:{port[0]}"
-    program = quick_lab.popen(
-        "third",
-        *ONE_COMMAND,
-        word(ports),
-        "--server",
-        server,
-        env={**os.environ},
-        output=subprocess.PIPE,
-    )
-    report = json.loads(program.communicate(timeout=120)[0])
-    assert report["notes"] == [advice.NAT_BEFORE_SERVER.format(url=server, ip="192.168.2.1")]
-    assert not report["reachable"]
-    for port_report in report["ports"]:
-        told = advice.CALLER_HIDDEN, advice.NOT_CHECKED.format(reason="")[:-2]
-        assert port_report["advice"].startswith(told)
-    given = check(quick_lab, "third", word(ports), "--ip", network.THIRD[4], server=server)
-    assert (given["reachable"], given["notes"]) == (5, [])
+    report = check(quick_lab, "third", ports, server)
+    assert report.notes == [advice.NAT_BEFORE_SERVER.format(url=server, ip="192.168.2.1")]
+    assert not report.reachable
+    for port_report in report.ports:
+        assert port_report.advice
+        assert port_report.advice.startswith(
+            (advice.CALLER_HIDDEN, advice.NOT_CHECKED.format(reason="")[:-2])
+        )
+    given = check(quick_lab, "third", ports, server, ip=network.THIRD[4])
+    assert (given.reachable, given.notes) == (5, [])
 
 
 def test_connections_of_this_machine_do_not_get_in_the_way(quick_lab: Lab) -> None:
@@ -414,18 +355,18 @@ def test_connections_of_this_machine_do_not_get_in_the_way(quick_lab: Lab) -> No
     before = quick_lab.submit("provider", set_range, f"{ports[0]} {ports[-1]}").result()
     try:
         for _ in range(3):
-            report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, 4))
-            assert report["reachable"] == 100
+            report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
+            assert report.reachable == 100
             quick_lab.submit("provider", bind_all_without_reuseaddr).result()
         # Another program's outgoing connection takes one of them.
         where = (network.CHECKER[4], QUICK_PORT)
         outgoing = quick_lab.submit("provider", socket.create_connection, where, 30).result()
         with outgoing:
             port = outgoing.getsockname()[1]
-            report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, 4))
-        assert report["reachable"] == 99
+            report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
+        assert report.reachable == 99
         assert results(report)[port] == (False, advice.OUTGOING_CONNECTION)
-        assert report["notes"] == [advice.RESERVE_PORTS.format(ports=word(ports))]
+        assert report.notes == [advice.RESERVE_PORTS.format(ports=word(ports))]
         quick_lab.submit("provider", Path(reserved).write_text, word(ports)).result()
         with pytest.raises(OSError, match="Cannot assign"):
             quick_lab.submit("provider", socket.create_connection, where, 30).result()
@@ -458,11 +399,11 @@ def test_programs_that_have_a_port_and_are_not_reached(quick_lab: Lab) -> None:
     quick_lab.filter("provider", "input", range(firewalled, firewalled + 1), "drop")
     held = quick_lab.submit("provider", hold).result()
     try:
-        report = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, 4))
+        report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
     finally:
         for sock in held:
             sock.close()
-    assert {port["local"] for port in report["ports"]} == {"in use"}
+    assert {port.local for port in report.ports} == {"in use"}
     assert {port: text for port, (_, text) in results(report).items()} == {
         loopback: advice.IN_USE_LOCALLY.format(addresses="127.0.0.1"),
         ipv6_only: advice.IN_USE_OTHER_FAMILY.format(family="IPv4"),
@@ -480,10 +421,7 @@ def test_the_picture_of_the_terminal_is_of_a_real_report(quick_lab: Lab) -> None
     ports = range(50800, 50900)
     quick_lab.forward(ports[:40])
     quick_lab.forward(ports[50:])
-    document = check(quick_lab, "provider", word(ports), server=url_of(network.CHECKER, 4))
-    for port in document["ports"]:
-        answers = {url: PortResult(**answer).verdict for url, answer in port["answers"].items()}
-        port["answers"] = answers
+    report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
     with open(os.devnull, "w") as nowhere:
         console = Console(
             record=True,
@@ -497,7 +435,7 @@ def test_the_picture_of_the_terminal_is_of_a_real_report(quick_lab: Lab) -> None
         )
         command = "$ port-checker check --server https://checker.example"
         console.print(command)
-        show(TypeAdapter(Report).validate_python(document), console)
+        show(report, console)
         picture = console.export_svg(title="port-checker check", unique_id="check")
     # Its fonts would be loaded from elsewhere.
     picture = re.sub(r"@font-face \{.*?\}", "", picture, flags=re.DOTALL)

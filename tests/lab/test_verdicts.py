@@ -134,7 +134,7 @@ KINDS = [
     Kind("taken over by the router", Lab.take_over, ACCESSIBLE, ACCESSIBLE),
     Kind(
         "open behind loss",
-        behind(lambda lab, ports: lab.lose(ports, 20)),
+        behind(lambda lab, ports: lab.lose(ports, 10)),
         ACCESSIBLE,
         ACCESSIBLE,
     ),
