@@ -23,6 +23,7 @@ from port_checker.linux import (
     RouteType,
     answers_itself,
     could_not_retransmit,
+    refuses_itself,
     report_icmp_errors,
     round_trip_time,
     route_to,
@@ -55,6 +56,12 @@ HELD_UP = "it was held up while it waited for answers"
 # Whoever accepts a connection to each address: a service mesh's sidecar, a transparent proxy.
 _ANSWERS_ITSELF = (
     "something on this machine, a redirect of a proxy or a service mesh, answers in its place"
+)
+
+
+_REFUSES_ITSELF = (
+    "this machine itself refuses in its place: a rule of its firewall resets what it sends, or "
+    "leads it to a closed port here"
 )
 
 
@@ -365,6 +372,7 @@ class _Round:
         self._target = target
         self._is_here: bool | None = None  # whether the target is this machine, once it is known
         self._nearby: list[tuple[socket.SocketType, int]] = []  # connected; to whom is not known
+        self._failed_at_once: dict[int, int] = {}  # the error, by port
         self._held_up = False  # while it waited
         self._known_route: Route | None = None
         self._is_network_fine = False
@@ -413,6 +421,8 @@ class _Round:
             if error != errno.EINPROGRESS:
                 raise OSError(error, os.strerror(error))
             self._epoll.register(descriptor, select.EPOLLOUT)
+            if error := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                self._failed_at_once[port] = error
 
     def collect(self) -> None:
         """Collect the verdicts known so far: a loopback target's are when connect() returns."""
@@ -470,6 +480,16 @@ class _Round:
                 sock.close()
             else:
                 self._accept(sock, port)
+
+    def _is_refused_here(self, port: int) -> bool:
+        """Whether this machine refuses connections to a port, though the target is another one."""
+        if self._target.is_loopback:
+            return False
+        if (route := self._route()) and route.type is RouteType.LOCAL:
+            return False
+        with suppress(OSError):  # not every kernel tells
+            return refuses_itself(self._target, port)
+        return False
 
     async def wait(self, timeout: float, hold_ups: HoldUps) -> None:
         """Wait until each attempt has ended, at most ``timeout`` seconds."""
@@ -529,6 +549,11 @@ class _Round:
         """The verdict of an attempt that an event has ended; None if it goes on."""
         if events == select.EPOLLOUT:
             return REFUSED if self._is_echo(sock, port) else OPEN
+        if error := self._failed_at_once.pop(port, 0):
+            verdict = self._verdict_of(sock, error)
+            if verdict is REFUSED and self._is_refused_here(port):
+                raise _Forbidden(_REFUSES_ITSELF)
+            return verdict
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         # The kernel queues an ICMP error, which is an event, before it sets SO_ERROR: in between
         # there is no verdict yet (seen on Linux 6.18). The event will come again.

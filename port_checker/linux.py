@@ -30,6 +30,7 @@ _RTM_GETADDR, _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 22, 1, 2, 8  # and linux/if
 _IFA_F_TEMPORARY, _IFA_F_DEPRECATED = 0x01, 0x20
 _RTM_GETLINK, _IFLA_XDP, _IFLA_XDP_ATTACHED = 18, 43, 2  # and linux/if_link.h
 _IFLA_IFNAME, _IFLA_LINKINFO, _IFLA_INFO_KIND = 3, 18, 1
+_IFLA_STATS64, _LOOPBACK = 23, 1  # the interface's index, in every network namespace
 _RTA_GATEWAY, _RTA_MULTIPATH, _RTA_VIA, _NLM_F_DUMP, _NLMSG_DONE = 5, 9, 18, 0x300, 3
 _NLA_TYPE_MASK = 0x3FFF
 
@@ -47,6 +48,9 @@ _OPEN_STATES = 1 << 1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 12
 
 _IPV6_RECVERR = 25  # linux/in6.h; the socket module lacks it
 _ORIGIN_ICMP = 2  # linux/errqueue.h: SO_EE_ORIGIN_ICMP; ICMPv6 is the other one that we meet
+
+# Connections that have to be refused before this machine is held to refuse them itself.
+_ATTEMPTS = 3
 
 _TCP_INFO_SIZE = 104  # bytes of struct tcp_info, up to tcpi_total_retrans (linux/tcp.h)
 
@@ -231,10 +235,26 @@ def route_to(address: Address) -> Route | None:
 
 def _is_up(interface: int) -> bool:
     """Whether an interface is on, and has a link (RTM_GETLINK; netdevice(7), IFF_RUNNING)."""
-    (flags,) = struct.unpack_from(
-        "=8xI", _ask(_RTM_GETLINK, struct.pack("=BxHiII", socket.AF_UNSPEC, 0, interface, 0, 0))
-    )
+    (flags,) = struct.unpack_from("=8xI", _link(interface))
     return bool(flags & _IFF_RUNNING)
+
+
+def loopback_packets() -> int:
+    """Return how many packets this machine has sent to itself.
+
+    Raises:
+        OSError: The kernel cannot tell.
+    """
+    statistics = dict(_attributes(_link(_LOOPBACK)[16:])).get(_IFLA_STATS64)
+    if not statistics:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    (received,) = struct.unpack_from("=Q", statistics)
+    return int(received)
+
+
+def _link(interface: int) -> bytes:
+    """Return what the kernel knows of an interface: a struct ifinfomsg with attributes."""
+    return _ask(_RTM_GETLINK, struct.pack("=BxHiII", socket.AF_UNSPEC, 0, interface, 0, 0))
 
 
 def _is_silent(neighbour: Address, interface: int) -> bool:
@@ -526,6 +546,27 @@ def answers_itself(source: Address, target: Address) -> bool:
     ends = _ends_without_another(source, target)
     # One that a program has closed meanwhile is gone when we look again.
     return bool(ends) and not ends.isdisjoint(_ends_without_another(source, target))
+
+
+def refuses_itself(target: Address, port: int) -> bool:
+    """Whether this machine itself refuses its connections to a port of another one.
+
+    A rule of the firewall may reset them, or lead them to a port here on which nobody listens. That
+    happens within the call of connect(), and with packets that this machine sends to itself. It may
+    send others at the same moment, so connections are made until one is refused without any.
+
+    Raises:
+        OSError: The kernel cannot tell, or no connection can be made.
+    """
+    family = socket.AF_INET if target.version == 4 else socket.AF_INET6
+    for _ in range(_ATTEMPTS):
+        before = loopback_packets()
+        with socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
+            sock.connect_ex((str(target), port))
+            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error != errno.ECONNREFUSED or loopback_packets() == before:
+            return False
+    return True
 
 
 def _ends_without_another(source: Address, target: Address) -> set[tuple[Address, int, int]]:

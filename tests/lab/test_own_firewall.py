@@ -11,11 +11,13 @@ pytestmark = pytest.mark.xdist_group("lab")
 
 DROPS = "this machine's own firewall or a full queue drops what it sends"
 REJECTS = "this machine's own firewall rejects what it sends"
+RESETS = "this machine itself refuses in its place: a rule of its firewall resets what it sends"
 STATEMENTS = {
     "drop": DROPS,
     "reject": REJECTS,
     "reject with icmpx admin-prohibited": REJECTS,
     "reject with icmpx no-route": REJECTS,
+    "reject with tcp reset": RESETS,
 }
 
 

@@ -22,6 +22,7 @@ DEAD_LINK = {4: "60.8.0.1/24", 6: "2a00:8::1/64"}
 
 NO_GATEWAY = "the gateway of this machine's route does not answer"
 LINK_DOWN = "the link of this machine's route is down"
+REFUSES_ITSELF = "this machine itself refuses in its place: a rule of its firewall resets what it "
 ANSWERS_ITSELF = "something on this machine, a redirect of a proxy or a service mesh, answers in "
 
 
@@ -145,6 +146,32 @@ def test_what_answers_in_the_targets_place_blames_and_clears_nobody(
         assert all(result["accessible"] for result in answered.body["results"].values())
     after = lab.ask("third", network.PROVIDER[version], opened).result()
     assert all(result["accessible"] for result in after.body["results"].values())
+
+
+@pytest.mark.parametrize(
+    ("version", "to"),
+    [
+        (4, "redirect to :{closed}"),
+        (6, "redirect to :{closed}"),
+        (4, "dnat ip to 60.0.1.3:{closed}"),
+        (6, "dnat ip6 to [2a00:1::3]:{closed}"),
+    ],
+)
+def test_what_refuses_in_the_targets_place_blames_nobody(lab: Lab, version: int, to: str) -> None:
+    """A sidecar whose proxy is gone, say."""
+    led_here, elsewhere, (closed,) = open_ports(lab, 3), lab.take(3), lab.take(1)
+    lab.forward(elsewhere)
+    target = network.PROVIDER[version]
+    rule = f"tcp dport {led_here[0]}-{led_here[-1]} " + to.format(closed=closed)
+    with redirected(lab, "checker", rule):
+        for asked in led_here, [*led_here, *elsewhere]:
+            answer = lab.ask("third", target, asked).result()
+            assert not wrong([(answer, REFUSES_ITSELF)])
+            assert answer.body["detail"]["ports"] == [*led_here]
+        # What another machine refuses, or this one on its own address, is a verdict.
+        for caller, address in ("third", target), ("checker", network.CHECKER[version]):
+            results = lab.ask(caller, address, elsewhere).result().body["results"]
+            assert {result["error"] for result in results.values()} == {"Connection refused"}
 
 
 @pytest.mark.parametrize("version", VERSIONS)
