@@ -571,6 +571,7 @@ class _Round:
             raise _Forbidden(os.strerror(error))
         if error == errno.ETIMEDOUT:  # or the kernel gave up before we did (tcp_syn_retries)
             if could_not_retransmit(sock):
+                self._require_network()  # or it is the gateway that is gone
                 raise _Forbidden(_DROPPED)
             if not self.verdicts:  # what has answered shows that the network is fine
                 self._require_network()

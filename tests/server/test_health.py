@@ -87,6 +87,24 @@ def test_a_service_on_all_addresses_where_ipv6_is_switched_off() -> None:
     assert in_namespace(IPV6_IS_OFF, off) == "(0, '')\n"
 
 
+IPV6_ALONE = """
+from tests.server.test_health import health
+from tests.support.service import program
+from tests.support.waiting import wait_until
+
+host = {"PORT_CHECKER_HOST": "::", "PORT_CHECKER_PORT": "9000"}
+with program(ready=False, **host) as running:
+    wait_until(lambda: health(**host) == (0, ""))
+    print(running.lines[0])
+"""
+
+
+@needs_root
+def test_a_service_on_all_addresses_where_there_is_no_ipv4() -> None:
+    printed = in_namespace(IPV6_ALONE, "ip address delete 127.0.0.1/8 dev lo")
+    assert "Listening on [::]:9000, page at http://localhost:9000/" in printed
+
+
 def test_a_wrong_setting_is_one_line() -> None:
     status, message = health(PORT_CHECKER_PORT="99999")
     wrong = "PORT_CHECKER_PORT='99999' is wrong: it must be a port to listen on, from 1 to 65535"
