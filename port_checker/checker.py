@@ -99,6 +99,20 @@ def max_for_caller(max_in_flight: int, share: int) -> int:
     return share if share >= max_in_flight else min(share, max_in_flight // 2)
 
 
+def max_request_for_others(max_in_flight: int, share: int, places: int) -> int:
+    """Return how many ports of somebody else's address one request may ask for, at the very most.
+
+    Args:
+        max_in_flight: Ports that may be in flight at once.
+        share: Those of one caller.
+        places: From how many places they are checked.
+    """
+    room = max_for_others(max_in_flight)
+    if share < max_in_flight:  # at most half of what is free: see Checker.reserve
+        room //= 2
+    return min(share, room) // places
+
+
 class Reservation:
     """Ports in flight, reserved for one check; a context manager that gives them back."""
 

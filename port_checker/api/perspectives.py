@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from port_checker.addresses import Address
 from port_checker.api.place_client import NoAnswer, PlaceAnswer, PlaceClient
 from port_checker.api.targets import special_purpose
-from port_checker.connect import CheckFailed, Verdict
+from port_checker.connect import OPEN, CheckFailed, Verdict
 from port_checker.errors import ErrorCode, ServiceError
 from port_checker.metrics import Metrics, VoteOutcome
 from port_checker.resolver import Resolver
@@ -156,6 +156,8 @@ class Ballot(Generic[Vote]):
         ports: What is voted on.
         places: How many may vote; 0 is this server.
         on_final: Called once with each port and its verdict, as soon as nothing can change it.
+        hears_all: Whether all votes are waited for: those that come late change no outcome, but
+            the words of an error, or until when a certificate is good.
 
     Attributes:
         ports: As given.
@@ -167,8 +169,11 @@ class Ballot(Generic[Vote]):
         ports: Sequence[int],
         places: int,
         on_final: Callable[[int, Vote], object] | None = None,
+        *,
+        hears_all: bool = False,
     ) -> None:
         self.ports = ports
+        self.hears_all = hears_all
         self._places = places
         self._on_final: Callable[[int, Vote], object] | None = on_final
         self.votes: dict[int, Mapping[int, Vote] | ServiceError] = {}
@@ -189,7 +194,10 @@ class Ballot(Generic[Vote]):
             cast = self._cast_on(port)
             good = sum(map(is_good, cast))
             if is_settled(good, len(cast) - good, pending, self._places):
-                verdict = self._verdicts[port] = common_verdict(cast, self._places)
+                verdict = common_verdict(cast, self._places)
+                if self.hears_all and pending and verdict not in (OPEN, None):
+                    continue
+                self._verdicts[port] = verdict
                 if verdict and self._on_final:
                     self._on_final(port, verdict)
 
@@ -327,7 +335,8 @@ class Perspectives:
         async def ask(client: PlaceClient) -> dict[int, Verdict]:
             return await self._ask(client, "/check-ports", body, caller, size, read)
 
-        ballot = Ballot(ports, self.places, on_final)
+        hears_all = self.observes or by_place is not None
+        ballot = Ballot(ports, self.places, on_final, hears_all=hears_all)
         return await self._decide(ballot, own, ask, target, by_place)
 
     async def check_tls(
@@ -359,7 +368,8 @@ class Perspectives:
         async def check_here() -> dict[int, TlsVerdict]:
             return {asked.port: await own}
 
-        ballot = Ballot[TlsVerdict]([asked.port], self.places)
+        hears_all = self.observes or by_place is not None
+        ballot = Ballot[TlsVerdict]([asked.port], self.places, hears_all=hears_all)
         seen: list[tuple[str, Mapping[int, TlsVerdict] | ServiceError]] | None = None
         if by_place is not None:
             seen = []
@@ -379,7 +389,7 @@ class Perspectives:
         by_place: list[tuple[str, Mapping[int, Vote] | ServiceError]] | None,
     ) -> dict[int, Vote]:
         if not self.observes:
-            verdicts = await self._poll(ballot, own, ask, waits_for_all=by_place is not None)
+            verdicts = await self._poll(ballot, own, ask)
             if by_place is not None:
                 names = [HERE, *self.names]
                 by_place += [(names[place], ballot.votes[place]) for place in range(self.places)]
@@ -413,7 +423,7 @@ class Perspectives:
                 return {}
 
         # At the same time as here: the provider may close its ports once it has the answer.
-        poll = self._poll(ballot, asyncio.shield(here), ask, waits_for_all=True)
+        poll = self._poll(ballot, asyncio.shield(here), ask)
         together = await words(poll)
         alone = await words(here)
         for port in ballot.ports:
@@ -428,17 +438,15 @@ class Perspectives:
         ballot: Ballot[Vote],
         own: Awaitable[dict[int, Vote]],
         ask: Callable[[PlaceClient], Awaitable[dict[int, Vote]]],
-        *,
-        waits_for_all: bool,
     ) -> dict[int, Vote]:
         """Have all places vote at once, until nothing can change a verdict, or until all have."""
         tasks = {asyncio.ensure_future(own): 0}
         tasks |= {asyncio.ensure_future(ask(each)): n for n, each in enumerate(self._clients, 1)}
         pending = set(tasks)
         try:
-            while pending and (waits_for_all or not ballot.is_settled):
+            while pending and (ballot.hears_all or not ballot.is_settled):
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
+                for task in sorted(done, key=tasks.__getitem__):
                     try:
                         ballot.cast(tasks[task], task.result())
                     except (CheckFailed, NoVote) as error:

@@ -21,7 +21,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn import Config
 
-from port_checker.checker import max_for_caller, max_for_others
+from port_checker.checker import max_for_caller, max_for_others, max_request_for_others
 from port_checker.handshake import trust_trouble
 from port_checker.linux import (
     ConnectionTracking,
@@ -549,6 +549,47 @@ def warn_of_small_shares(settings: Settings) -> None:
                 whose,
                 share,
             )
+    if settings.perspectives and settings.targets != "caller":
+        _warn_of_places_that_do_not_fit(settings)
+
+
+def _warn_of_places_that_do_not_fit(settings: Settings) -> None:
+    """Log a warning if a full request about somebody else can never be admitted.
+
+    Each of its ports takes room and is paid for once for each place.
+    """
+    places = 1 + len(settings.perspectives)
+    least = settings.max_ports * places
+    in_flight, share = settings.max_in_flight, settings.max_in_flight_per_caller
+    rates = {
+        "PORT_CHECK_OTHERS_RATE_LIMIT": settings.others_rate_limit,
+        "PORT_CHECK_TARGET_RATE_LIMIT": settings.target_rate_limit,
+    }
+    counts = [rate.count for rate in rates.values() if rate]
+    fitting = min(
+        max_request_for_others(in_flight, share, places), *(count // places for count in counts)
+    )
+    if fitting >= settings.max_ports:
+        return
+    needed = [
+        f"{name}={Rate(least, rate.period)}"
+        for name, rate in rates.items()
+        if rate and rate.count < least
+    ]
+    if share < least:
+        needed.append(f"PORT_CHECK_MAX_IN_FLIGHT_PER_CALLER={least}")
+    if max_request_for_others(in_flight, least, places) < settings.max_ports:
+        # Half of them are for others' addresses, and half of that for one request.
+        needed.append(f"PORT_CHECK_MAX_IN_FLIGHT={4 * least}")
+    logger.warning(
+        "A request for more than %d ports of an address that is not the caller's own will be "
+        "refused, since each counts once for each of %d places. For PORT_CHECK_MAX_PORTS=%d, set "
+        "at least %s.",
+        fitting,
+        places,
+        settings.max_ports,
+        ", ".join(needed),
+    )
 
 
 def max_connections(settings: Settings) -> int:

@@ -88,6 +88,21 @@ def test_each_port_is_voted_on_alone_and_told_once() -> None:
     assert ballot.verdicts() == {1: OPEN, 2: REFUSED}
 
 
+def test_late_votes_change_the_words_of_a_verdict_if_all_are_heard() -> None:
+    told: list[tuple[int, Verdict]] = []
+    for hears_all, words in (False, TIMED_OUT), (True, REFUSED):
+        told.clear()
+        ballot = Ballot[Verdict](
+            [1, 2], 3, lambda port, verdict: told.append((port, verdict)), hears_all=hears_all
+        )
+        ballot.cast(0, {1: OPEN, 2: TIMED_OUT})
+        ballot.cast(2, {1: OPEN, 2: REFUSED})
+        assert (1, OPEN) in told
+        ballot.cast(1, {1: OPEN, 2: REFUSED})
+        assert told == [(1, OPEN), (2, words)]
+        assert ballot.verdicts() == {1: OPEN, 2: words}
+
+
 def test_ports_without_a_verdict_are_named_if_others_have_one() -> None:
     ballot = Ballot[Verdict]([1, 2], 2)
     ballot.cast(0, CheckFailed("no descriptors"))

@@ -1,13 +1,14 @@
 """A small internet, made of network namespaces, in which the truth about every port is known.
 
     checker ──── internet ──── router ──── provider
-                    │             │
-                  third       neighbour
+                  │ │ │             │
+            third ams sgp       neighbour
 
 The checker runs the service. The router is the provider's: for IPv4 it translates addresses and
 forwards ports, for IPv6 it only forwards. The neighbour is another machine behind it, and the third
-is somebody else on the internet. No namespace has a link to the machine's own network, and nothing
-outside them dials these addresses, so public ones are free to be used.
+is somebody else on the internet. Two more are places for other services. No namespace has a link to
+the machine's own network, and nothing outside them dials these addresses, so public ones are free
+to be used.
 """
 
 import ctypes
@@ -38,6 +39,8 @@ CHECKER = {4: "60.0.1.2", 6: "2a00:1::2"}
 CHECKER_SECONDARY = {4: "60.0.1.3", 6: "2a00:1::3"}
 ROUTER = {4: "60.0.2.2", 6: "2a00:2::2"}
 THIRD = {4: "60.0.3.2", 6: "2a00:3::2"}
+AMS = {4: "60.0.5.2", 6: "2a00:5::2"}
+SGP = {4: "60.0.6.2", 6: "2a00:6::2"}
 PROVIDER = {4: ROUTER[4], 6: "2a00:4:0:1::2"}  # as the internet sees it
 PROVIDER_BEHIND_NAT = "192.168.1.2"
 NEIGHBOUR = {4: "192.168.2.2", 6: "2a00:4:0:2::2"}
@@ -53,6 +56,8 @@ _INTERFACES = {
         "checker": ["60.0.1.1/24", "2a00:1::1/64"],
         "router": ["60.0.2.1/24", "2a00:2::1/64"],
         "third": ["60.0.3.1/24", "2a00:3::1/64"],
+        "ams": ["60.0.5.1/24", "2a00:5::1/64"],
+        "sgp": ["60.0.6.1/24", "2a00:6::1/64"],
     },
     "router": {
         "internet": ["60.0.2.2/24", "2a00:2::2/64"],
@@ -62,6 +67,8 @@ _INTERFACES = {
     "provider": {"router": ["192.168.1.2/24", "2a00:4:0:1::2/64"]},
     "neighbour": {"router": ["192.168.2.2/24", "2a00:4:0:2::2/64"]},
     "third": {"internet": ["60.0.3.2/24", "2a00:3::2/64"]},
+    "ams": {"internet": ["60.0.5.2/24", "2a00:5::2/64"]},
+    "sgp": {"internet": ["60.0.6.2/24", "2a00:6::2/64"]},
 }
 # The checker has no default route, so that there are addresses that it has no route to.
 _ROUTES = {
@@ -71,6 +78,8 @@ _ROUTES = {
     "provider": ["default via 192.168.1.1", "default via 2a00:4:0:1::1"],
     "neighbour": ["default via 192.168.2.1", "default via 2a00:4:0:2::1"],
     "third": ["default via 60.0.3.1", "default via 2a00:3::1"],
+    "ams": ["default via 60.0.5.1", "default via 2a00:5::1"],
+    "sgp": ["default via 60.0.6.1", "default via 2a00:6::1"],
 }
 _SYSCTLS = {
     "net/ipv6/conf/all/disable_ipv6": "0",
@@ -160,9 +169,10 @@ class Lab:
     """The network, and what one can do in it.
 
     Namespaces are called by their short names: ``checker``, ``internet``, ``router``, ``provider``,
-    ``neighbour`` and ``third``. Ports come from ``take``; nothing has been said about them yet, so
-    they are refused: by the router for IPv4, since it does not forward them, and by the provider
-    for IPv6. The other methods say what is true of them from then on, for both families.
+    ``neighbour``, ``third``, ``ams`` and ``sgp``. Ports come from ``take``; nothing has been said
+    about them yet, so they are refused: by the router for IPv4, since it does not forward them, and
+    by the provider for IPv6. The other methods say what is true of them from then on, for both
+    families.
 
     Args:
         directory: Where the service runs and leaves its log.

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from port_checker.checker import Checker, NoRoom, max_request_for_others
 from port_checker.linux import ConnectionTracking
 from port_checker.server import health
 from port_checker.server.run import (
@@ -407,3 +408,45 @@ def test_a_stalled_reader_of_the_log_holds_up_nobody() -> None:
             for _ in range(100):
                 assert ask(client, opened).json()["success"] is True
         assert running.stop() == 0
+
+
+PLACES = ("https://ams.checker.example", "https://sgp.checker.example")
+
+
+def test_a_request_that_does_not_fit_once_the_places_are_counted_is_told_at_the_start(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    warn_of_small_shares(Settings(perspectives=PLACES))
+    (line,) = caplog.messages
+    assert line == (
+        "A request for more than 333 ports of an address that is not the caller's own will be "
+        "refused, since each counts once for each of 3 places. For PORT_CHECK_MAX_PORTS=1000, set "
+        "at least PORT_CHECK_OTHERS_RATE_LIMIT=3000/minute, "
+        "PORT_CHECK_TARGET_RATE_LIMIT=3000/minute, PORT_CHECK_MAX_IN_FLIGHT_PER_CALLER=3000, "
+        "PORT_CHECK_MAX_IN_FLIGHT=12000."
+    )
+    words = line.partition("at least ")[2].rstrip(".").split(", ")
+    named = {str(field.validation_alias): name for name, field in Settings.model_fields.items()}
+    values: dict[str, Any] = {
+        named[name]: value for name, _, value in (word.partition("=") for word in words)
+    }
+    caplog.clear()
+    warn_of_small_shares(Settings(perspectives=PLACES, **values))
+    warn_of_small_shares(Settings(perspectives=PLACES, targets="caller"))
+    warn_of_small_shares(Settings(perspectives=PLACES, max_ports=333))
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(("in_flight", "share"), [(10_000, 2000), (10_000, 10_000), (700, 300)])
+def test_the_largest_request_about_others_finds_room_and_one_port_more_never_does(
+    in_flight: int, share: int
+) -> None:
+    checker = Checker(
+        retries=1, retry_delay=0, timeout=1, max_in_flight=in_flight, max_per_caller=share
+    )
+    for places in 1, 3, 17:
+        most = max_request_for_others(in_flight, share, places)
+        with checker.reserve(most, is_own=False, places=places):
+            pass
+        with pytest.raises(NoRoom):
+            checker.reserve(most + 1, is_own=False, places=places)

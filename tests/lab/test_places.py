@@ -1,0 +1,341 @@
+"""Servers on three networks, and what each of them can reach, compared with the rule."""
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import trustme
+
+from port_checker import advice
+from port_checker.addresses import parse_networks
+from port_checker.provider import Report, Waits, verify
+from tests.lab import network
+from tests.lab.network import Lab
+from tests.support.http import client_of
+from tests.support.service import serve
+from tests.support.tls import endpoint, server_context, speaking_tls, trust
+
+pytestmark = pytest.mark.xdist_group("lab")
+
+ADDRESSES = {"checker": network.CHECKER, "ams": network.AMS, "sgp": network.SGP}
+PLACES = tuple(ADDRESSES)
+REFUSED, TIMED_OUT = "Connection refused", "Connection timed out"
+
+# A service that is quicker to call something lost than the defaults are.
+QUICK: dict[str, Any] = {
+    "retries": 2,
+    "timeout": 1.0,
+    "retry_delay": 0.1,
+    "caller_rate_limit": "off",
+    "own_rate_limit": "off",
+    "others_rate_limit": "off",
+    "target_rate_limit": "off",
+}
+FROM_HERE = parse_networks(",".join(network.CHECKER.values()))
+
+
+def url(place: str, port: int) -> str:
+    return f"http://{ADDRESSES[place][4]}:{port}"
+
+
+@contextmanager
+def service(lab: Lab, place: str, port: int, **settings: Any) -> Iterator[None]:
+    """Run a service in a thread, which is in the place's network."""
+    with ExitStack() as stack:
+        running = serve(host="::", on_port=port, **{**QUICK, "trusted_proxies": (), **settings})
+        client = lab.submit(place, stack.enter_context, running).result()
+        lab.submit(place, client.get, "/health").result().raise_for_status()
+        yield
+
+
+@pytest.fixture(scope="module")
+def ports_of_services(lab: Lab) -> Iterator[list[int]]:
+    """The port of the services in all three places; and one at which another here asks them."""
+    ordinary, asking = lab.take(2)
+    with ExitStack() as stack:
+        for place in "ams", "sgp":
+            stack.enter_context(service(lab, place, ordinary, trusted_proxies=FROM_HERE))
+        others = url("ams", ordinary), url("sgp", ordinary)
+        stack.enter_context(service(lab, "checker", asking, perspectives=others))
+        yield [ordinary, asking]
+
+
+def ask(lab: Lab, port: int, version: int, ports: Sequence[int], **more: object) -> Any:
+    """Have the third machine ask about itself."""
+    host = network.CHECKER[version]
+    base = f"http://[{host}]:{port}" if version == 6 else f"http://{host}:{port}"
+
+    def post() -> httpx.Response:
+        with client_of(base) as client:
+            body = {"provider_ip": network.THIRD[version], "ports": [*ports], **more}
+            return client.post("/check-ports", json=body)
+
+    return lab.submit("third", post).result().json()
+
+
+def errors(answer: Any) -> list[str | None]:
+    return [result["error"] for result in answer["results"].values()]
+
+
+def keep_away(lab: Lab, place: str, ports: Sequence[int], how: str) -> None:
+    """Have the internet do something with what a place sends to ports."""
+    to = f"tcp dport {{ {', '.join(map(str, ports))} }}"
+    lab.run("internet", "nft", f"add rule inet lab forward iifname {place} {to} {how}")
+
+
+DROP, RESET = "drop", "reject with tcp reset"
+WORDS = {"": None, DROP: TIMED_OUT, RESET: REFUSED}
+
+
+def arrange(lab: Lab) -> dict[int, Sequence[str]]:
+    """Listen on a port for each combination of what is in the way of the three places."""
+    combinations = [*product(WORDS, repeat=3)]
+    ports = lab.take(len(combinations))
+    lab.listen("third", ports)
+    arranged: dict[int, Sequence[str]] = dict(zip(ports, combinations, strict=True))
+    for (number, place), how in product(enumerate(PLACES), (DROP, RESET)):
+        keep_away(lab, place, [port for port in ports if arranged[port][number] == how], how)
+    return arranged
+
+
+def expected(votes: Sequence[str | None]) -> str | None:
+    """What must come of the words of those that have a vote, here first; it is the rule again."""
+    bad = [words for words in votes if words]
+    if len(bad) <= (1 if len(votes) == 3 else 0):
+        return None
+    return max(bad, key=bad.count)
+
+
+@pytest.fixture(scope="module")
+def arranged(lab: Lab) -> dict[int, Sequence[str]]:
+    return arrange(lab)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_what_is_in_the_way_of_each_place_decides_by_the_rule(
+    lab: Lab, ports_of_services: list[int], arranged: dict[int, Sequence[str]], version: int
+) -> None:
+    _, asking = ports_of_services
+    answer = ask(lab, asking, version, [*arranged], perspectives=True)
+    seen = [
+        [result["error"] for result in place["results"].values()]
+        for place in answer["perspectives"]
+    ]
+    ways = [[WORDS[how] for how in combination] for combination in arranged.values()]
+    assert [*zip(*seen, strict=True)] == [*map(tuple, ways)]
+    assert errors(answer) == [*map(expected, ways)]
+    # Whoever does not ask for all of them hears the words of those that came first.
+    early = errors(ask(lab, asking, version, [*arranged]))
+    assert [not error for error in early] == [not error for error in errors(answer)]
+
+
+def says(accessible: bool) -> type[BaseHTTPRequestHandler]:
+    """A place that does not look, and says one thing of every port; it knows of no places."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            result = {"accessible": accessible, "error": None if accessible else REFUSED}
+            results = {str(port): result for port in asked["ports"]}
+            body = json.dumps({"success": accessible, "results": results, "message": ""}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Stay quiet."""
+
+    return Handler
+
+
+@contextmanager
+def liar(lab: Lab, port: int, *, accessible: bool) -> Iterator[None]:
+    server = lab.submit("sgp", HTTPServer, ("", port), says(accessible)).result()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@contextmanager
+def hung(lab: Lab, port: int) -> Iterator[None]:
+    lab.listen("sgp", range(port, port + 1))  # nobody accepts what its kernel does
+    yield
+
+
+@contextmanager
+def dead(_: Lab, __: int) -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def cut_off(lab: Lab, port: int) -> Iterator[None]:
+    lab.filter("internet", "forward", range(port, port + 1), DROP)
+    yield
+
+
+Vote = Callable[[str | None], Sequence[str | None]]
+TROUBLES: Mapping[str, tuple[Callable[[Lab, int], Any], Vote]] = {
+    "dead": (dead, lambda _: ()),
+    "cut off": (cut_off, lambda _: ()),
+    "hung": (hung, lambda _: ()),
+    "sees everything": (lambda lab, port: liar(lab, port, accessible=True), lambda _: (None,)),
+    "sees nothing": (lambda lab, port: liar(lab, port, accessible=False), lambda _: (REFUSED,)),
+}
+
+
+@pytest.mark.parametrize(("trouble", "vote"), TROUBLES.values(), ids=TROUBLES.keys())
+def test_a_place_in_trouble_or_that_lies_has_no_more_than_its_vote(
+    lab: Lab,
+    ports_of_services: list[int],
+    arranged: dict[int, Sequence[str]],
+    trouble: Callable[[Lab, int], Any],
+    vote: Vote,
+) -> None:
+    ordinary, _ = ports_of_services
+    port, asking = lab.take(2)
+    others = url("ams", ordinary), url("sgp", port)
+    with trouble(lab, port), service(lab, "checker", asking, perspectives=others):
+        found = errors(ask(lab, asking, 4, [*arranged]))
+    ways = [[WORDS[how] for how in combination] for combination in arranged.values()]
+    assert [not error for error in found] == [
+        not expected([here, ams, *vote(sgp)]) for here, ams, sgp in ways
+    ]
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_the_target_gets_one_connection_from_each_place_however_they_list_each_other(
+    lab: Lab, trusted: bool
+) -> None:
+    *ports, here, ams = lab.take(12)
+    lab.listen("third", range(ports[0], ports[-1] + 1))
+    addresses = {place: ADDRESSES[place][4] for place in ("checker", "ams")}
+    for address in addresses.values():
+        count = f"ip saddr {address} tcp flags & (syn | ack) == syn counter"
+        lab.filter("third", "input", range(ports[0], ports[-1] + 1), count)
+    networks = parse_networks("60.0.0.0/16") if trusted else ()
+    settings = {
+        "perspectives": (url("checker", here), url("ams", ams)),
+        "trusted_proxies": networks,
+    }
+    with service(lab, "checker", here, **settings), service(lab, "ams", ams, **settings):
+        answer = ask(lab, here, 4, ports, perspectives=True)
+    assert errors(answer) == [None] * len(ports)
+    rules = lab.run("third", "nft", "--json", "list", "chain", "inet", "lab", "input").stdout
+    counted = {
+        address: sum(
+            each["counter"]["packets"]
+            for rule in json.loads(rules)["nftables"]
+            if str(ports[0]) in str(rule) and address in str(rule)
+            for each in rule["rule"]["expr"]
+            if "counter" in each
+        )
+        for address in addresses.values()
+    }
+    # This server is in its own list: that is one place more.
+    assert counted == {addresses["checker"]: 2 * len(ports), addresses["ams"]: len(ports)}
+
+
+# /check-tls
+
+
+def test_a_certificate_is_trusted_if_enough_places_reach_it(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    authority = trustme.CA()
+    trust(authority, monkeypatch, tmp_path)
+    context = server_context(authority.issue_cert(network.THIRD[4]))
+    here, ordinary, *ports = lab.take(5)
+    ways = (["ams"], ["checker"], ["ams", "sgp"])
+    for port, places in zip(ports, ways, strict=True):
+        for place in places:
+            keep_away(lab, place, [port], DROP)
+
+    def post(port: int) -> Any:
+        with client_of(f"http://{network.CHECKER[4]}:{here}") as client:
+            body = {"host": network.THIRD[4], "port": port, "perspectives": True}
+            return client.post("/check-tls", json=body).json()
+
+    with ExitStack() as stack:
+        for place in "ams", "sgp":
+            stack.enter_context(service(lab, place, ordinary, trusted_proxies=FROM_HERE))
+        others = url("ams", ordinary), url("sgp", ordinary)
+        stack.enter_context(service(lab, "checker", here, perspectives=others))
+        for port in ports:
+            serving = endpoint(speaking_tls(context), network.THIRD[4], port)
+            lab.submit("third", stack.enter_context, serving).result()
+        answers = [lab.submit("third", post, port).result() for port in ports]
+    assert [answer["error"] for answer in answers] == [None, None, TIMED_OUT]
+    names = [f"{network.AMS[4]}:{ordinary}", f"{network.SGP[4]}:{ordinary}"]
+    assert [place["name"] for place in answers[0]["perspectives"]] == ["here", *names]
+
+
+# The provider's side
+
+
+def check(lab: Lab, server: str, ports: Sequence[int]) -> Report:
+    """Check ports of the provider's machine, behind its router."""
+
+    def run() -> Report:
+        return asyncio.run(verify(ports, servers=[server], waits=Waits(late_connections=1)))
+
+    return lab.submit("provider", run).result()
+
+
+@contextmanager
+def stranger(lab: Lab, ports: Sequence[int]) -> Iterator[None]:
+    """Have the third machine connect to ports again and again."""
+    is_over = threading.Event()
+
+    def connect() -> None:
+        while not is_over.wait(0.1):
+            for port in ports:
+                with contextlib.suppress(OSError):
+                    socket.create_connection((network.PROVIDER[4], port), 0.2).close()
+
+    connecting = lab.submit("third", connect)
+    try:
+        yield
+    finally:
+        is_over.set()
+        connecting.result()
+
+
+def test_connections_of_other_places_are_the_servers_and_strangers_are_not(
+    lab: Lab, ports_of_services: list[int]
+) -> None:
+    _, asking = ports_of_services
+    ways = ("checker",), ("checker", "ams"), PLACES
+    groups = [lab.take(2) for _ in ways]
+    for ports, places in zip(groups, ways, strict=True):
+        lab.forward(ports)
+        for place in places:
+            keep_away(lab, place, ports, DROP)
+    everything = [port for ports in groups for port in ports]
+    with stranger(lab, everything):
+        report = check(lab, url("checker", asking), everything)
+    found = [(port.reachable, port.confirmed, port.advice) for port in report.ports[::2]]
+    reached_by_some = (False, False, advice.REACHED_FROM_SOME_PLACES)
+    assert found[:2] == [(True, True, None), reached_by_some]
+    assert not report.ports[4].reachable
+    assert not report.ports[4].confirmed
+    assert report.ports[4].advice != advice.REACHED_FROM_SOME_PLACES
+    here = f"{network.CHECKER[4]}:{asking}"
+    for port in report.ports[:2]:
+        (seen,) = port.places.values()
+        assert {name: said.error for name, said in seen.items() if said.error} == {here: TIMED_OUT}
