@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -99,14 +98,20 @@ def run(*words: str, files: tuple[int, int] | None = None, **more: str) -> Done:
     return Done(done.returncode, done.stdout, done.stderr)
 
 
-def invoke(words: Sequence[str]) -> Done:
-    """Run the program in this process: for what it says without doing anything."""
-    result = CliRunner().invoke(app, words, prog_name="port-checker")
+def invoke(*words: str, **more: str) -> Done:
+    """Run the program in this process: for what does not concern a process."""
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    try:
+        result = CliRunner().invoke(app, words, prog_name="port-checker", env=more)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return Done(result.exit_code, result.stdout, result.stderr)
 
 
-def check(url: str, *words: str, **more: Any) -> Done:
-    return run("check", "--server", url, *words, **more)
+def check(url: str, *words: str, **more: str) -> Done:
+    return invoke("check", "--server", url, *words, **more)
 
 
 def written(ports: Sequence[int]) -> str:
@@ -125,7 +130,8 @@ BROKEN_SAYS = "unexpected answer, HTTP status 500 (Internal Server Error)"
 def test_all_reachable(host: str) -> None:
     ports = free_ports(12)
     with serve(host=host, retries=1) as client:
-        done = check(str(client.base_url), str(ports[0]), written(ports[2:]))
+        url = str(client.base_url)
+        done = run("check", "--server", url, str(ports[0]), written(ports[2:]))
     assert done == Done(
         0,
         f"{ports[0]}, {written(ports[2:])}: bound; reachable.\n"
@@ -144,7 +150,7 @@ def test_some_not_reachable_and_one_server_of_two_down() -> None:
 
     with scripted(lambda _: BROKEN) as broken, scripted(check_the_first) as server:
         urls = f"{broken.url} {server.url}"
-        done = run("check", str(one), str(other), PORT_CHECKER_URL=urls)
+        done = invoke("check", str(one), str(other), PORT_CHECKER_URL=urls)
     assert done.out.splitlines() == [
         f"{other}: bound; {REFUSED}. {advice.NETWORK_FIREWALL}",
         f"{one}: bound; reachable.",
@@ -211,7 +217,7 @@ def test_a_json_document() -> None:
 def test_it_raises_its_limit_of_open_files_and_does_with_what_there_is() -> None:
     ports = free_ports(1000)
     with scripted(connected) as server:
-        done = check(server.url, written(ports), files=(64, 256))
+        done = run("check", "--server", server.url, written(ports), files=(64, 256))
     assert done.out.startswith(f"{written(ports)}: bound; reachable.\n")
     assert (done.status, done.err) == (0, "")
     assert sorted(port for asked in server.asked for port in asked) == ports
@@ -225,7 +231,7 @@ def test_servers_that_are_named_count_instead_of_the_environments() -> None:
     port = free_port()
     with scripted() as one, scripted() as other, scripted() as third:
         words = ["--server", one.url, "--server", other.url, str(port)]
-        done = run("check", *words, PORT_CHECKER_URL=third.url)
+        done = invoke("check", *words, PORT_CHECKER_URL=third.url)
     assert done.status == 0
     assert one.asked == other.asked == [[port]]
     assert third.asked == []
@@ -280,7 +286,7 @@ WRONG = {
 def test_wrong_use_is_a_sentence(said: str) -> None:
     words = WRONG[said]
     server = [] if words is None else ["--server", "http://127.0.0.1:1"]
-    done = invoke(["check", *server, *(words or ["50800"])])
+    done = invoke("check", *server, *(words or ["50800"]))
     assert said in done.complaint
     assert (done.status, done.out) == (2, "")
     assert ESCAPE not in done.err
@@ -310,7 +316,7 @@ def test_both_families_one_after_the_other() -> None:
     with serve(host="::", retries=1) as client:
         urls = [f"http://{host}:{client.base_url.port}" for host in ("127.0.0.1", "[::1]")]
         words = ["check", "--server", urls[0], "--server", urls[1], "-4", "-6", str(port)]
-        done, as_json = run(*words), run(*words, "--json")
+        done, as_json = invoke(*words), invoke(*words, "--json")
     assert [line for line in done.out.splitlines() if line.startswith("1 of 1")] == [
         "1 of 1 port of 127.0.0.1 is reachable over IPv4.",
         "1 of 1 port of ::1 is reachable over IPv6.",
@@ -462,7 +468,7 @@ def test_what_it_waits_for_and_success_on_a_terminal(tmp_path: Path) -> None:
     ],
 )
 def test_what_was_meant(words: list[str], expected: str) -> None:
-    done = run("check", *words)
+    done = invoke("check", *words)
     assert done.status == 2
     assert expected in done.complaint
 
@@ -470,9 +476,9 @@ def test_what_was_meant(words: list[str], expected: str) -> None:
 def test_ports_that_may_be_meant_otherwise_make_a_note() -> None:
     ports = free_ports(1)
     with scripted(refused) as server:
-        done = run("check", "50810:50899", "--server", server.url)
+        done = check(server.url, "50810:50899")
         assert "If you mean the ports from 50810 to 50899, write 50810-50899." in done.out
-        done = run("check", f"{ports[0]}", "--server", server.url)
+        done = check(server.url, f"{ports[0]}")
         assert "If you mean" not in done.out
 
 
@@ -542,8 +548,9 @@ def test_an_interrupt_ends_it_quietly() -> None:
     assert (process.returncode, output) == (130, b"")
 
 
-@pytest.mark.parametrize("command", ["check", "watch"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("command", "number"), [("check", signal.SIGTERM), ("watch", signal.SIGINT)]
+)
 def test_a_signal_ends_it_while_it_reads_certificates_that_take_minutes(
     command: str, number: int
 ) -> None:
@@ -717,7 +724,7 @@ def test_markup_in_a_message_is_only_text() -> None:
 
 def test_help_and_version() -> None:
     words = [["--help"], ["-h"], ["check", "--help"], ["serve", "--help"], ["--version"]]
-    overview, short, of_check, of_serve, version = map(invoke, words)
+    overview, short, of_check, of_serve, version = (invoke(*each) for each in words)
     for done in (overview, short, of_check, of_serve, version):
         assert (done.status, done.err) == (0, "")
         assert ESCAPE not in done.out
@@ -756,6 +763,6 @@ def test_a_wrong_setting_is_one_line() -> None:
 
 
 def test_an_unknown_command() -> None:
-    done = run("chekc")
+    done = invoke("chekc")
     assert "No such command 'chekc'." in done.complaint
     assert done.status == 2
