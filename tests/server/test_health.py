@@ -10,9 +10,9 @@ import pytest
 from port_checker.server.health import DEFAULT_HOST, DEFAULT_PORT
 from port_checker.settings import Settings
 from tests.support.loopback import refused_port
-from tests.support.namespace import in_namespace, needs_root
+from tests.support.namespace import loopback_alone, needs_root
 from tests.support.scripted import scripted
-from tests.support.service import program
+from tests.support.service import program, serve
 from tests.support.waiting import wait_until
 
 
@@ -31,8 +31,8 @@ def health(*words: str, **environment: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize(("host", "reached"), [("0.0.0.0", "127.0.0.1"), ("::", "[::1]")])  # noqa: S104
 def test_a_healthy_service(host: str, reached: str) -> None:
-    with program(PORT_CHECKER_HOST=host) as running:
-        port = str(running.port)
+    with serve(host=host) as client:
+        port = str(client.base_url.port)
         assert health(PORT_CHECKER_HOST=host, PORT_CHECKER_PORT=port) == (0, "")
         url = f"http://{reached}:{port}"
         assert health(url) == health(f"{url}/health") == (0, "")
@@ -56,8 +56,8 @@ def test_a_server_that_is_none_of_ours() -> None:
 
 def test_the_service_of_a_settings_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with program() as running:
-        (tmp_path / ".env").write_text(f"PORT_CHECKER_PORT={running.port}\n")
+    with serve() as client:
+        (tmp_path / ".env").write_text(f"PORT_CHECKER_PORT={client.base_url.port}\n")
         assert health() == (0, "")
 
 
@@ -72,19 +72,13 @@ def test_a_service_on_a_unix_socket(tmp_path: Path) -> None:
     assert message.startswith(f"port-checker: {host} does not answer: ")
 
 
-IPV6_IS_OFF = """
-from tests.server.test_health import health
-from tests.support.service import program
-
-with program(PORT_CHECKER_HOST="::", PORT_CHECKER_PORT="9000") as running:
-    print(health(PORT_CHECKER_HOST="::", PORT_CHECKER_PORT="9000"))
-"""
-
-
 @needs_root
 def test_a_service_on_all_addresses_where_ipv6_is_switched_off() -> None:
-    off = "echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6"
-    assert in_namespace(IPV6_IS_OFF, off) == "(0, '')\n"
+    with (
+        loopback_alone("echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6"),
+        program(PORT_CHECKER_HOST="::", PORT_CHECKER_PORT="9000"),
+    ):
+        assert health(PORT_CHECKER_HOST="::", PORT_CHECKER_PORT="9000") == (0, "")
 
 
 IPV6_ALONE = """

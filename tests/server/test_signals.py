@@ -53,10 +53,9 @@ def test_the_first_process_of_a_container_ends_when_it_is_told_while_it_is_loade
             process.kill()
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize(
-    ("ignored", "other"),
-    [("INT", signal.SIGTERM), ("HUP", signal.SIGINT), ("TERM", signal.SIGHUP)],
+    ("ignored", "other", "workers"),
+    [("INT", signal.SIGTERM, "1"), ("HUP", signal.SIGINT, "1"), ("TERM", signal.SIGHUP, "2")],
 )
 def test_what_was_ignored_at_the_start_stays_ignored(
     ignored: str, other: int, workers: str
@@ -72,10 +71,9 @@ def test_what_was_ignored_at_the_start_stays_ignored(
         assert running.stop(other) == 0
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_signals_without_a_meaning_end_nothing(workers: str) -> None:
+def test_signals_without_a_meaning_end_nothing() -> None:
     numbers = ["USR1", "USR2", "ALRM", "VTALRM", "PROF", "IO", "PWR", "RTMIN", "RTMAX"]
-    with program(PORT_CHECKER_WORKERS=workers) as running:
+    with program(PORT_CHECKER_WORKERS="2") as running:
         processes = {running.process.pid, *running.workers()}
         for process in processes:
             for name in numbers:
@@ -107,10 +105,9 @@ def test_any_number_of_signals_stops_workers_once() -> None:
         assert running.wait() == 0
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_standard_descriptors_that_are_closed_do_no_harm(workers: str) -> None:
+def test_standard_descriptors_that_are_closed_do_no_harm() -> None:
     words = ["sh", "-c", f"{SERVE} <&- >&- 2>&-"]
-    with program(*words, PORT_CHECKER_WORKERS=workers) as running, open_port() as opened:
+    with program(*words, PORT_CHECKER_WORKERS="2") as running, open_port() as opened:
         with running.client() as client:
             assert ask(client, opened).json()["success"] is True
         descriptors = Path(f"/proc/{running.process.pid}/fd")

@@ -47,7 +47,7 @@ def is_healthy(running: Program) -> bool:
         return client.get("/health").status_code == 200
 
 
-@pytest.mark.parametrize("workers", ["1", "3"])
+@pytest.mark.parametrize("workers", ["1", "2"])
 def test_it_tells_when_it_is_ready_that_it_lives_and_that_it_stops(
     workers: str, tmp_path: Path
 ) -> None:
