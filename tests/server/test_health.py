@@ -81,22 +81,15 @@ def test_a_service_on_all_addresses_where_ipv6_is_switched_off() -> None:
         assert health(PORT_CHECKER_HOST="::", PORT_CHECKER_PORT="9000") == (0, "")
 
 
-IPV6_ALONE = """
-from tests.server.test_health import health
-from tests.support.service import program
-from tests.support.waiting import wait_until
-
-host = {"PORT_CHECKER_HOST": "::", "PORT_CHECKER_PORT": "9000"}
-with program(ready=False, **host) as running:
-    wait_until(lambda: health(**host) == (0, ""))
-    print(running.lines[0])
-"""
-
-
 @needs_root
 def test_a_service_on_all_addresses_where_there_is_no_ipv4() -> None:
-    printed = in_namespace(IPV6_ALONE, "ip address delete 127.0.0.1/8 dev lo")
-    assert "Listening on [::]:9000, page at http://localhost:9000/" in printed
+    with (
+        loopback_alone("ip address delete 127.0.0.1/8 dev lo"),
+        program(ready=False, PORT_CHECKER_HOST="::", PORT_CHECKER_PORT="9000") as running,
+    ):
+        asked = {"PORT_CHECKER_HOST": "::", "PORT_CHECKER_PORT": "9000"}
+        wait_until(lambda: health(**asked) == (0, ""), "the program to answer")
+        assert "Listening on [::]:9000, page at http://localhost:9000/" in running.lines[0]
 
 
 def test_a_wrong_setting_is_one_line() -> None:
