@@ -12,7 +12,8 @@
 #   make lint         ruff and mypy
 #   make bench        measure, side by side with the published version; needs wrk
 #   make soak         keep the service busy and watch what grows; SOAK_MINUTES sets for how long
-#   make pictures     take the pictures in the README anew; needs chromium
+#   make pictures     take the README's pictures of the page and the terminal anew; needs what
+#                     the tests of pages and make lab need
 #   make man          write port-checker.1 anew, of what --help says
 #   make provider-page  write the page on providers' software anew, of docs/golem-provider.md
 #   make wheel        build dist/*.whl
@@ -81,7 +82,7 @@ soak: $(VENV)/dev.stamp
 	@$(BIN)/python -m benchmarks.soak $(SOAK_MINUTES)
 
 pictures: $(VENV)/dev.stamp
-	@PICTURES=$(CURDIR)/docs $(BIN)/pytest tests/browser -k pictures
+	@PICTURES=$(CURDIR)/docs $(BIN)/pytest tests/browser tests/lab -k pictures
 
 man: $(VENV)/run.stamp
 	@$(BIN)/python .ci/man_page.py > port-checker.1.new && mv port-checker.1.new port-checker.1

@@ -6,9 +6,6 @@ machine has its public addresses itself.
 """
 
 import contextlib
-import html
-import os
-import re
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from port_checker import advice
-from port_checker.provider.screen import show
 from tests.lab import network
 from tests.lab.checks import QUICK, QUICK_PORT, check, results, url_of, word
 from tests.lab.network import Lab
@@ -411,43 +406,3 @@ def test_programs_that_have_a_port_and_are_not_reached(quick_lab: Lab) -> None:
         bound: advice.IN_USE_NOT_LISTENING,
         firewalled: advice.OWN_FIREWALL,
     }
-
-
-PICTURE = Path(__file__).parent.parent.parent / "docs" / "check.svg"
-
-
-def test_the_picture_of_the_terminal_is_of_a_real_report(quick_lab: Lab) -> None:
-    """With UPDATE_PICTURE set, it is made anew."""
-    ports = range(50800, 50900)
-    quick_lab.forward(ports[:40])
-    quick_lab.forward(ports[50:])
-    report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
-    with open(os.devnull, "w") as nowhere:
-        console = Console(
-            record=True,
-            file=nowhere,
-            force_terminal=True,
-            width=100,
-            markup=False,
-            emoji=False,
-            highlight=False,
-            color_system="truecolor",
-        )
-        command = "$ port-checker check --server https://checker.example"
-        console.print(command)
-        show(report, console)
-        picture = console.export_svg(title="port-checker check", unique_id="check")
-    # Its fonts would be loaded from elsewhere.
-    picture = re.sub(r"@font-face \{.*?\}", "", picture, flags=re.DOTALL)
-    if os.environ.get("UPDATE_PICTURE"):
-        PICTURE.parent.mkdir(exist_ok=True)
-        PICTURE.write_text(picture)
-    assert words_of(PICTURE.read_text()) == words_of(picture)
-    assert "90 of 100 ports of 60.0.2.2 are reachable over IPv4." in words_of(picture)
-    assert PICTURE.stat().st_size < 100_000
-
-
-def words_of(picture: str) -> str:
-    """The text on a picture."""
-    lines = re.findall(r"<text[^>]*>(.*?)</text>", picture)
-    return " ".join(html.unescape(" ".join(lines)).split())
