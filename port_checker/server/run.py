@@ -565,9 +565,9 @@ def _warn_of_places_that_do_not_fit(settings: Settings) -> None:
         "PORT_CHECK_OTHERS_RATE_LIMIT": settings.others_rate_limit,
         "PORT_CHECK_TARGET_RATE_LIMIT": settings.target_rate_limit,
     }
-    counts = [rate.count for rate in rates.values() if rate]
     fitting = min(
-        max_request_for_others(in_flight, share, places), *(count // places for count in counts)
+        max_request_for_others(in_flight, share, places),
+        *(rate.count // places if rate else sys.maxsize for rate in rates.values()),
     )
     if fitting >= settings.max_ports:
         return

@@ -202,21 +202,23 @@ class Lab:
         self.run("router", "nft", "-f", "-", stdin=_TRANSLATION)
 
     def _add_namespace(self, name: str) -> None:
-        add_namespace(self._full(name))
-        self._stack.callback(delete_namespace, self._full(name))
+        add_namespace(self.full_name(name))
+        self._stack.callback(delete_namespace, self.full_name(name))
         # A thread can be in another network than its process. These never come back from theirs:
         # whatever they run cannot reach the machine's own network. Each request under way has one.
-        threads = ThreadPoolExecutor(128, name, _enter, (self._full(name),))
+        threads = ThreadPoolExecutor(128, name, _enter, (self.full_name(name),))
         self._stack.callback(threads.shutdown)
         self._threads[name] = threads
         forwarding = _FORWARDING if name in ("internet", "router") else {}
         self.submit(name, _set_sysctls, _SYSCTLS | forwarding).result()
 
     def _link(self, one: str, other: str) -> None:
-        ends = f"{other} netns {self._full(one)} type veth peer {one} netns {self._full(other)}"
+        here, there = self.full_name(one), self.full_name(other)
+        ends = f"{other} netns {here} type veth peer {one} netns {there}"
         _run("ip", "link", "add", *ends.split())
 
-    def _full(self, name: str) -> str:
+    def full_name(self, name: str) -> str:
+        """Return what a namespace is called on this machine."""
         return f"port-checker-lab-{os.getpid()}-{name}"
 
     # Programs, functions and requests.
@@ -225,7 +227,7 @@ class Lab:
         self, name: str, *argv: str, stdin: str | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Run a program in a namespace and wait for it; it must succeed."""
-        return _run("ip", "netns", "exec", self._full(name), *argv, stdin=stdin)
+        return _run("ip", "netns", "exec", self.full_name(name), *argv, stdin=stdin)
 
     def popen(
         self,
@@ -236,7 +238,7 @@ class Lab:
     ) -> subprocess.Popen[bytes]:
         """Start a program in a namespace; it is ended with the lab, if not before."""
         process = subprocess.Popen(
-            ["ip", "netns", "exec", self._full(name), *argv],
+            ["ip", "netns", "exec", self.full_name(name), *argv],
             cwd=self._directory,
             env=env,
             stdin=subprocess.DEVNULL,

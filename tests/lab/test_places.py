@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import re
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,8 +22,10 @@ from port_checker import advice
 from port_checker.addresses import parse_networks
 from port_checker.provider import Report, Waits, verify
 from tests.lab import network
-from tests.lab.network import Lab
+from tests.lab.network import Lab, end
 from tests.support.http import client_of
+from tests.support.namespace import ROOT
+from tests.support.proxies import needs_proxies, nginx_of
 from tests.support.service import serve
 from tests.support.tls import endpoint, server_context, speaking_tls, trust
 
@@ -283,6 +287,81 @@ def test_a_certificate_is_trusted_if_enough_places_reach_it(
     assert [answer["error"] for answer in answers] == [None, None, TIMED_OUT]
     names = [f"{network.AMS[4]}:{ordinary}", f"{network.SGP[4]}:{ordinary}"]
     assert [place["name"] for place in answers[0]["perspectives"]] == ["here", *names]
+
+
+# As the manual has it
+
+
+def settings_of_the_manual() -> list[dict[str, str]]:
+    """The settings of the first machine, and of the others."""
+    page = (ROOT / "docs" / "operating.md").read_text()
+    section = page.partition("\n## Several places\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    # The first one's address here is another.
+    lines = [block.replace("203.0.113.10", network.CHECKER[4]).splitlines() for block in blocks]
+    return [dict(line.split("=", 1) for line in each) for each in lines]
+
+
+@contextmanager
+def named(namespace: str, names: Mapping[str, str]) -> Iterator[None]:
+    """Give addresses names in a namespace, as ip-netns(8) has it."""
+    directory = Path("/etc/netns", namespace)
+    directory.mkdir(parents=True)
+    try:
+        hosts = "".join(f"{address} {name}\n" for name, address in names.items())
+        (directory / "hosts").write_text(f"127.0.0.1 localhost\n{hosts}")
+        yield
+    finally:
+        shutil.rmtree(directory)
+        with contextlib.suppress(OSError):  # others are there
+            directory.parent.rmdir()
+
+
+def is_listening() -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", 443)) == 0
+
+
+@needs_proxies
+def test_three_machines_work_with_what_the_manual_says(lab: Lab, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "authority.pem"))
+    first, others = settings_of_the_manual()
+    quick = {"PORT_CHECK_RETRIES": "1"}
+    names = {f"{place}.checker.example": ADDRESSES[place][4] for place in ("ams", "sgp")}
+    shipped = (ROOT / "contrib" / "nginx.conf").read_text()
+    asking, open_, filtered = lab.take(3)
+    lab.listen("third", range(open_, filtered + 1))
+    keep_away(lab, "ams", [filtered], DROP)
+    keep_away(lab, "sgp", [filtered], DROP)
+    keep_away(lab, "sgp", [open_], DROP)
+    with ExitStack() as stack:
+        for place in "ams", "sgp":
+            lab.serve(place, **quick, **others)
+            certificate = tmp_path / f"{place}.pem"
+            issued = authority.issue_cert(f"{place}.checker.example")
+            trustme.Blob(
+                issued.private_key_pem.bytes() + issued.cert_chain_pems[0].bytes()
+            ).write_to_path(str(certificate))
+            tls = (
+                f"listen 443 ssl; ssl_certificate {certificate}; ssl_certificate_key {certificate};"
+            )
+            proxy = nginx_of(tmp_path, shipped.replace("listen 80;", tls), is_listening)
+            lab.submit(place, stack.enter_context, proxy).result()
+        stack.enter_context(named(lab.full_name("checker"), names))
+        log = lab.log.stat().st_size
+        server = lab.serve(
+            PORT_CHECKER_PORT=str(asking),
+            **quick,
+            SSL_CERT_FILE=str(tmp_path / "authority.pem"),
+            **first,
+        )
+        stack.callback(end, server)
+        answer = ask(lab, asking, 4, [open_, filtered], perspectives=True)
+    assert errors(answer) == [None, TIMED_OUT]
+    assert [place["name"] for place in answer["perspectives"]] == ["here", *names]
+    assert not any("error" in place for place in answer["perspectives"])
+    assert "The perspective" not in lab.log.read_text()[log:]  # nothing to warn of
 
 
 # The provider's side

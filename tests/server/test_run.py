@@ -429,6 +429,8 @@ def test_a_request_that_does_not_fit_once_the_places_are_counted_is_told_at_the_
     }
     caplog.clear()
     warn_of_small_shares(Settings(perspectives=PLACES, **values))
+    values |= {"others_rate_limit": None, "target_rate_limit": None}
+    warn_of_small_shares(Settings(perspectives=PLACES, **values))
     warn_of_small_shares(Settings(perspectives=PLACES, targets="caller"))
     warn_of_small_shares(Settings(perspectives=PLACES, max_ports=333))
     assert caplog.messages == []
