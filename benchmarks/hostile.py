@@ -1,4 +1,4 @@
-"""``python -m benchmarks.hostile [SECONDS] [ATTACK ...]``: hostile callers beside honest ones.
+"""``python -m benchmarks.hostile [--pin] [SECONDS] [ATTACK ...]``: hostile and honest callers.
 
 The service runs with its default settings in a network namespace of its own. Another one is the
 whole internet to it: its addresses look public, and no packet leaves the two. Needs root, ip of
@@ -14,6 +14,13 @@ on new connections. Each attack takes place at the same time, from addresses of 
 - ``crowd``: 400 connections of one address ask for ``/health`` again and again, 3,000 only connect.
 - ``requests``: 490 connections of one address pipeline what costs most to read, at 28 Mbit/s.
 - ``heads``: ten addresses with 300 connections each that send all of a head but its end.
+- ``room``: five addresses with two checks at a time of 1,000 silent ports of their own.
+- ``tls``: one address with 16 checks at a time of a TLS endpoint of its own, whose 260 certificates
+  take OpenSSL minutes to read.
+
+The attackers take as much of this machine as they get. ``--pin`` gives the service one processor,
+and everything else the others: so their work, which takes place elsewhere in the world, does not
+slow the service down, and the processes that it starts have no processor more.
 
 ``--python PATH`` attacks the service that is installed for that interpreter.
 """
@@ -59,6 +66,10 @@ PIPELINING = 490
 PIPELINED_BYTES = 3_500_000  # a second, together
 HEADS = 300  # of each of so many addresses:
 HEAD_ADDRESSES = 10
+ROOM_ADDRESSES = 5
+ROOM_CHECKS = 2  # at a time, of each of these
+TLS_CHECKS = 16
+CERTIFICATES = 260
 RECONNECT_PAUSE = 1.0  # seconds
 SETTLED = 5.0  # seconds after the attack, when memory and descriptors must be back
 
@@ -140,20 +151,24 @@ def main() -> None:
     parser.add_argument("attacks", nargs="*", default=[*ATTACKS])
     parser.add_argument("--inside", action="store_true")
     parser.add_argument("--part", action="store_true")
+    parser.add_argument("--pin", action="store_true")
     parser.add_argument("--python", default=sys.executable)
     given = parser.parse_args()
     seconds = min(given.seconds, MAX_SECONDS)
     if given.part:
+        if given.attacks[0] not in ATTACKS:
+            with suppress(PermissionError):
+                os.setpriority(os.PRIO_PROCESS, 0, -20)
         uvloop.run(PARTS[given.attacks[0]](seconds))
     else:
-        sys.exit(uvloop.run(run(seconds, given.attacks, given.python)))
+        sys.exit(uvloop.run(run(seconds, given.attacks, given.python, pin=given.pin)))
 
 
-async def run(seconds: float, attacks: Sequence[str], python: str) -> int:
+async def run(seconds: float, attacks: Sequence[str], python: str, *, pin: bool) -> int:
     """Return the exit status: 0 if every honest check was served."""
     honest, single, health = Tally(), Tally(), Tally()
     load = os.getloadavg()[0]
-    async with service(python) as (log, pid), listeners():
+    async with service(python, pin=pin) as (log, pid), listeners():
         before = state(pid)
         async with asyncio.TaskGroup() as group:
             until = time.monotonic() + seconds
@@ -201,11 +216,12 @@ def state(pid: int) -> State:
 
 
 @asynccontextmanager
-async def service(python: str) -> AsyncIterator[tuple[Path, int]]:
+async def service(python: str, *, pin: bool) -> AsyncIterator[tuple[Path, int]]:
     """Build the network, and run the service in it.
 
     Args:
         python: The interpreter.
+        pin: Whether it gets a processor of its own.
 
     Yields:
         Its log and process id.
@@ -227,6 +243,10 @@ async def service(python: str) -> AsyncIterator[tuple[Path, int]]:
         subprocess.run(["nft", "-f", "-"], check=True, input=_FILTERS, text=True)
         shell(_WITHIN_SERVICE, "nsenter", f"--net=/proc/{process.pid}/ns/net")
         assert process.stdin
+        if pin:
+            first, *others = os.sched_getaffinity(0)
+            os.sched_setaffinity(process.pid, {first})
+            os.sched_setaffinity(0, others)
         process.stdin.write(b"\n")
         process.stdin.close()
         started = Tally()
@@ -300,7 +320,10 @@ async def run_part(name: str, seconds: float) -> bytes:
 
 
 async def watch(part: str, seconds: float, tally: Tally) -> None:
-    """Ask again and again, from a process of its own: it must not wait for its turn."""
+    """Ask again and again, from a process of its own: it must not wait for its turn.
+
+    Nor for a processor, if the machine gives it precedence.
+    """
     for outcome, took in json.loads(await run_part(part, seconds)):
         tally.add(outcome, took)
 
@@ -416,6 +439,41 @@ async def attack_by_heads(seconds: float) -> None:
     await crowd(seconds, [(address, begin) for address in addresses] * HEADS)
 
 
+async def attack_by_room(seconds: float) -> None:
+    """Be those who have their own silent ports checked, as many as they may."""
+    until = time.monotonic() + seconds
+    tally = Tally()
+
+    async def ask_for_own(address: str) -> None:
+        request = check_request(address, [*range(1, HOSTILE_PORTS + 1)])
+        await repeat(until, HOSTILE_PAUSE, lambda: ask(request, address, tally))
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(ROOM_ADDRESSES):
+            for _ in range(ROOM_CHECKS):
+                group.create_task(ask_for_own(f"61.0.2.{number + 1}"))
+    print(f"room:      {tally}")
+
+
+async def attack_by_tls(seconds: float) -> None:
+    """Be the caller whose certificates take OpenSSL minutes to read."""
+    # They take a second to import, which all other parts need not wait for.
+    from tests.support.hostile_tls import showing_in_tls_1_2, slow_certificate
+    from tests.support.tls import endpoint
+
+    until = time.monotonic() + seconds
+    tally, address = Tally(), "61.0.0.12"
+    certificates = [slow_certificate(serial) for serial in range(1, 1 + CERTIFICATES)]
+    with endpoint(showing_in_tls_1_2(certificates), address) as port:
+        request = post_request("/check-tls", {"host": address, "port": port})
+        async with asyncio.TaskGroup() as group:
+            for _ in range(TLS_CHECKS):
+                group.create_task(
+                    repeat(until, HOSTILE_PAUSE, lambda: ask(request, address, tally))
+                )
+    print(f"tls:       {tally}")
+
+
 async def read_to_the_end(reader: asyncio.StreamReader) -> None:
     """Read until the service closes the connection, however it does."""
     with suppress(OSError):
@@ -467,8 +525,13 @@ async def ask_for_much(until: float, number: int, tally: Tally) -> None:
 
 def check_request(target: str, ports: list[int]) -> str:
     """Return a request for a check."""
-    body = json.dumps({"provider_ip": target, "ports": ports})
-    head = f"POST /check-ports HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    return post_request("/check-ports", {"provider_ip": target, "ports": ports})
+
+
+def post_request(path: str, document: object) -> str:
+    """Return a request with a document in JSON."""
+    body = json.dumps(document)
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
     return f"{head}Connection: close\r\n\r\n{body}"
 
 
@@ -497,6 +560,8 @@ ATTACKS = {
     "crowd": attack_by_crowd,
     "requests": attack_by_requests,
     "heads": attack_by_heads,
+    "room": attack_by_room,
+    "tls": attack_by_tls,
 }
 PARTS = {**ATTACKS, "health": probe_health, "single": probe_single}
 

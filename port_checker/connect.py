@@ -11,7 +11,7 @@ import os
 import select
 import socket
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -40,6 +40,9 @@ _CLOSED_AFTER = 3
 # close (measured), so everything else waits for about 2 ms at the most, however many there are.
 _OPENED_PER_TURN = 64
 
+# Of these, what one round gets while others wait; those who want no more than that go first.
+_OPENED_PER_ROUND = 16
+
 
 # The loop is late by some milliseconds now and then. What is later than this is a hold-up; and
 # seconds of these, and the part of a timeout, from which on silence proves nothing.
@@ -50,6 +53,9 @@ _MOST_HELD_UP_PART = 0.25
 # Seconds in which something on this machine answers, however busy it is. Only of what has answered
 # within that time, it is worth to ask whether it is this machine: a look at all connections.
 _NEARBY = 0.02
+
+# Pauses between such looks, in lengths of these.
+_PAUSE = 3
 
 HELD_UP = "it was held up while it waited for answers"
 
@@ -194,10 +200,13 @@ class HoldUps:
 
     A callback that takes long, or a pause of the process or of the whole machine: from within, all
     look alike.
+
+    Attributes:
+        waiting: How many wait.
     """
 
     def __init__(self) -> None:
-        self._waiting = 0
+        self.waiting = 0
         self._seconds = 0.0
         self._due: float | None = None  # when the loop is to call next
 
@@ -205,14 +214,14 @@ class HoldUps:
     def measured(self) -> Iterator[Callable[[], float]]:
         """Measure while the block runs; yields what returns the seconds of hold-ups in it."""
         loop = asyncio.get_running_loop()
-        self._waiting += 1
+        self.waiting += 1
         if self._due is None:
             self._call_again(loop)
         before = self._total(loop)
         try:
             yield lambda: self._total(loop) - before
         finally:
-            self._waiting -= 1
+            self.waiting -= 1
 
     def _total(self, loop: asyncio.AbstractEventLoop) -> float:
         late = loop.time() - self._due if self._due else 0.0
@@ -225,7 +234,7 @@ class HoldUps:
     def _on_call(self, loop: asyncio.AbstractEventLoop) -> None:
         self._seconds = self._total(loop)
         self._due = None
-        if self._waiting:
+        if self.waiting:
             self._call_again(loop)
 
 
@@ -233,23 +242,32 @@ class OpenConnectionPacer:
     """Spreads the opening of connections, and the end of attempts, over the turns of an event loop.
 
     All rounds share it, so that many which begin together do not hold up everything else. Those
-    that wait are served in order.
+    that want little go first, and the others take turns.
 
     Attributes:
         hold_ups: Of the loop, while rounds wait for answers.
+        self_answers: For all rounds.
     """
 
     def __init__(self) -> None:
         self.hold_ups = HoldUps()
+        self.self_answers = SelfAnswers()
         self._left = _OPENED_PER_TURN
-        self._waiting: deque[tuple[asyncio.Future[int], int]] = deque()
+        self._small: deque[tuple[asyncio.Future[int], int]] = deque()
+        self._large: deque[tuple[asyncio.Future[int], int]] = deque()
+
+    @property
+    def share(self) -> int:
+        """How many answers one round may take in one turn, so that all take few enough."""
+        return max(1, _OPENED_PER_TURN // self.hold_ups.waiting)
 
     async def take(self, wanted: int) -> int:
         """Wait until it is the caller's turn; return how many it may do now, at least one."""
         loop = asyncio.get_running_loop()
         if not self._left:
             waiter: asyncio.Future[int] = loop.create_future()
-            self._waiting.append((waiter, wanted))
+            waiting = self._small if wanted <= _OPENED_PER_ROUND else self._large
+            waiting.append((waiter, min(wanted, _OPENED_PER_ROUND)))
             return await waiter
         if self._left == _OPENED_PER_TURN:
             loop.call_soon(self._begin_turn, loop)
@@ -262,12 +280,61 @@ class OpenConnectionPacer:
 
     def _begin_turn(self, loop: asyncio.AbstractEventLoop) -> None:
         self._left = _OPENED_PER_TURN
-        while self._waiting and self._left:
-            waiter, wanted = self._waiting.popleft()
+        while (self._small or self._large) and self._left:
+            # Half of the turn is for those who want much, however many others there are.
+            is_small = self._small and (not self._large or self._left > _OPENED_PER_TURN // 2)
+            waiter, wanted = (self._small if is_small else self._large).popleft()
             if not waiter.done():  # it is if the round was cancelled
                 waiter.set_result(self._grant(wanted))
         if self._left < _OPENED_PER_TURN:
             loop.call_soon(self._begin_turn, loop)
+
+
+class SelfAnswers:
+    """Finds out whether something on this machine answers in the place of targets.
+
+    The kernel looks through all connections of this machine for that, and how many these are,
+    strangers decide (10 ms beside 10,000: measured). So it does that in a thread, in one look for
+    all who ask meanwhile, and with pauses that are longer than the looks.
+
+    Args:
+        look: Takes a source and targets; returns to which of these connections end here.
+    """
+
+    def __init__(
+        self, look: Callable[[Address, Iterable[Address]], set[Address]] = answers_itself
+    ) -> None:
+        self._look_at = look
+        self._asked: dict[Address, dict[Address, asyncio.Future[bool]]] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    def ask(self, source: Address, target: Address) -> asyncio.Future[bool]:
+        """Return whether connections from ``source`` to ``target`` end here, once that is known."""
+        loop = asyncio.get_running_loop()
+        targets = self._asked.setdefault(source, {})
+        if target not in targets:
+            targets[target] = loop.create_future()
+        if not self._task:
+            self._task = loop.create_task(self._look(loop))
+        return targets[target]
+
+    async def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        while self._asked:
+            source, targets = self._asked.popitem()
+            started = loop.time()
+            here: set[Address] = set()
+            try:
+                here = await loop.run_in_executor(None, self._look_at, source, targets.keys())
+            except OSError:
+                pass  # not every kernel tells
+            except (MemoryError, RuntimeError) as error:  # no thread can be started
+                for answer in targets.values():
+                    answer.set_exception(error)
+                continue
+            for target, answer in targets.items():
+                answer.set_result(target in here)
+            await asyncio.sleep(_PAUSE * (loop.time() - started))
+        self._task = None
 
 
 # Takes a port and what was found out about it.
@@ -302,9 +369,9 @@ async def attempt(
             network is down; or it cannot connect to some of the ports, and names them all.
     """
     with own_failures("could not connect"):
-        round_ = _Round(target, on_verdict)
+        round_ = _Round(target, pacer, on_verdict)
         try:
-            await round_.run(ports, timeout, pacer)
+            await round_.run(ports, timeout)
         finally:
             round_.close()
     return round_.verdicts
@@ -323,9 +390,9 @@ async def connect(
         CheckFailed: As for ``attempt``.
     """
     with own_failures("could not connect"):
-        round_ = _Round(target, keep_connected=True)
+        round_ = _Round(target, pacer, keep_connected=True)
         try:
-            await round_.run([port], timeout, pacer)
+            await round_.run([port], timeout)
             if not (connected := round_.connected.pop(port, None)):
                 if verdict := round_.verdicts.get(port):
                     return verdict
@@ -360,10 +427,12 @@ class _Round:
     def __init__(
         self,
         target: Address,
+        pacer: OpenConnectionPacer,
         on_verdict: OnVerdict | None = None,
         *,
         keep_connected: bool = False,
     ) -> None:
+        self._pacer = pacer
         self.verdicts: dict[int, Verdict] = {}
         self.forbidden: dict[int, str] = {}  # why this machine cannot connect, by port
         self.connected: dict[int, socket.SocketType] = {}  # by port; empty unless they are kept
@@ -371,7 +440,11 @@ class _Round:
         self._keep_connected = keep_connected
         self._target = target
         self._is_here: bool | None = None  # whether the target is this machine, once it is known
-        self._nearby: list[tuple[socket.SocketType, int]] = []  # connected; to whom is not known
+        # Connected; to whom is not known, or asked for now.
+        self._nearby: list[tuple[socket.SocketType, int]] = []
+        self._asked_about: list[tuple[socket.SocketType, int]] = []
+        self._ended: asyncio.Future[None] | None = None  # awaited: all attempts
+        self._error: Exception | None = None  # why it cannot go on
         self._failed_at_once: dict[int, int] = {}  # the error, by port
         self._held_up = False  # while it waited
         self._known_route: Route | None = None
@@ -381,20 +454,22 @@ class _Round:
         self._waiting: dict[int, tuple[socket.SocketType, int]] = {}  # by descriptor
         self._epoll = select.epoll()
 
-    async def run(self, ports: Sequence[int], timeout: float, pacer: OpenConnectionPacer) -> None:
+    async def run(self, ports: Sequence[int], timeout: float) -> None:
         """Try each of ``ports`` once; then there are verdicts, or it raises ``CheckFailed``."""
         opened = 0
         while opened < len(ports):
-            few = await pacer.take(len(ports) - opened)
+            few = await self._pacer.take(len(ports) - opened)
             self.open(ports[opened : opened + few])
-            self.collect()
+            self.collect(few)
             opened += few
-        await self.wait(timeout, pacer.hold_ups)
+        await self.wait(timeout)
         while self.unanswered:
-            granted = await pacer.take(self.unanswered)
+            granted = await self._pacer.take(self.unanswered)
             # A loop that is held up comes to its timers before it looks at what has arrived.
-            self.collect()
+            granted -= self.collect(granted)
             self.give_up(min(granted, self.unanswered))
+        if self._asked_about:
+            await self._until_ended()
         if self.forbidden:
             reason = next(iter(self.forbidden.values()))
             raise CheckFailed(
@@ -424,9 +499,18 @@ class _Round:
             if error := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 self._failed_at_once[port] = error
 
-    def collect(self) -> None:
-        """Collect the verdicts known so far: a loopback target's are when connect() returns."""
-        for descriptor, events in self._epoll.poll(0):
+    def collect(self, most: int) -> int:
+        """Collect the verdicts known so far: a loopback target's are when connect() returns.
+
+        Args:
+            most: How many answers to look at; the others are there the next time.
+
+        Returns:
+            How many attempts have ended by that.
+        """
+        answers = self._epoll.poll(0, most)
+        before = self.unanswered
+        for descriptor, events in answers:
             sock, port = self._waiting[descriptor]
             try:
                 verdict = self._verdict(sock, port, events)
@@ -439,14 +523,16 @@ class _Round:
                         self._accept(sock, port)
                     else:
                         self._nearby.append((sock, port))
+                        self._epoll.unregister(descriptor)
                 elif verdict:
                     self._add(port, verdict)
                     sock.close()
                 else:
                     continue
             del self._waiting[descriptor]
-        if self._nearby:
-            self._accept_what_is_elsewhere()
+        if self._nearby and not self._asked_about:
+            self._ask_who_answers()
+        return before - self.unanswered
 
     def _add(self, port: int, verdict: Verdict) -> None:
         self.verdicts[port] = verdict
@@ -467,19 +553,12 @@ class _Round:
         route = self._route()
         return not route or route.type is not RouteType.LOCAL
 
-    def _accept_what_is_elsewhere(self) -> None:
-        """Forbid these ports, if it is this machine itself that answers such connections."""
-        source = parse_host(self._nearby[0][0].getsockname()[0])
-        is_answered_here = False
-        with suppress(OSError):  # not every kernel tells
-            is_answered_here = answers_itself(source, self._target)
-        while self._nearby:
-            sock, port = self._nearby.pop()
-            if is_answered_here:
-                self.forbidden[port] = _ANSWERS_ITSELF
-                sock.close()
-            else:
-                self._accept(sock, port)
+    def _ask_who_answers(self) -> None:
+        """Have those accepted that something else than this machine answers."""
+        self._asked_about, self._nearby = self._nearby, []
+        source = parse_host(self._asked_about[0][0].getsockname()[0])
+        answer = self._pacer.self_answers.ask(source, self._target)
+        answer.add_done_callback(self._accept_what_is_elsewhere)
 
     def _is_refused_here(self, port: int) -> bool:
         """Whether this machine refuses connections to a port, though the target is another one."""
@@ -491,30 +570,65 @@ class _Round:
             return refuses_itself(self._target, port)
         return False
 
-    async def wait(self, timeout: float, hold_ups: HoldUps) -> None:
+    def _accept_what_is_elsewhere(self, answer: asyncio.Future[bool]) -> None:
+        try:
+            is_answered_here = answer.result()
+            while self._asked_about:
+                sock, port = self._asked_about.pop()
+                if is_answered_here:
+                    self.forbidden[port] = _ANSWERS_ITSELF
+                    sock.close()
+                else:
+                    self._accept(sock, port)
+            if self._nearby:
+                self._ask_who_answers()
+        except Exception as error:
+            self._end(error)
+        self._end_if_done()
+
+    async def wait(self, timeout: float) -> None:
         """Wait until each attempt has ended, at most ``timeout`` seconds."""
-        if not self._waiting:
+        if not (self._waiting or self._asked_about):
             return
         loop = asyncio.get_running_loop()
-        ended = loop.create_future()
 
         def on_events() -> None:
             try:
-                self.collect()
+                self.collect(self._pacer.share)
             except OSError as error:
-                _settle(ended, error)
-            if not self._waiting:
-                _settle(ended)
+                self._end(error)
+            self._end_if_done()
 
         loop.add_reader(self._epoll.fileno(), on_events)
-        timer = loop.call_later(timeout, _settle, ended)
-        with hold_ups.measured() as held_up:
+        with self._pacer.hold_ups.measured() as held_up:
             try:
-                await ended
+                await self._until_ended(timeout)
             finally:
-                timer.cancel()
                 loop.remove_reader(self._epoll.fileno())
             self._held_up = held_up() > max(_MOST_HELD_UP, timeout * _MOST_HELD_UP_PART)
+
+    async def _until_ended(self, timeout: float | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        self._ended = loop.create_future()
+        timer = None if timeout is None else loop.call_later(timeout, self._end)
+        try:
+            if not self._error:
+                await self._ended
+        finally:
+            if timer:
+                timer.cancel()
+        if self._error:
+            raise self._error
+
+    def _end_if_done(self) -> None:
+        if not (self._waiting or self._asked_about):
+            self._end()
+
+    def _end(self, error: Exception | None = None) -> None:
+        """Wait for nothing more."""
+        self._error = self._error or error
+        if self._ended and not self._ended.done():
+            self._ended.set_result(None)
 
     @property
     def unanswered(self) -> int:
@@ -540,8 +654,10 @@ class _Round:
         for sock, _ in self._waiting.values():
             sock.close()
         self._waiting.clear()
-        for sock, _ in self._nearby:
-            sock.close()
+        for waiting in self._nearby, self._asked_about:
+            for sock, _ in waiting:
+                sock.close()
+            waiting.clear()
         for sock in self.connected.values():
             close_for_good(sock)
 
@@ -632,11 +748,3 @@ class _Round:
         if self._is_here is None:
             self._is_here = parse_host(host) == self._target
         return self._is_here and bool(local_port == port)
-
-
-def _settle(future: asyncio.Future[None], error: OSError | None = None) -> None:
-    if not future.done():
-        if error:
-            future.set_exception(error)
-        else:
-            future.set_result(None)

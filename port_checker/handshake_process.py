@@ -44,6 +44,10 @@ TOO_BUSY: Final = "too busy for a TLS handshake"
 _AT_ONCE: Final = 8
 _SLICE: Final = 0.02
 
+# How much precedence forks give to others, the service first, and slow ones (nice(2)).
+_NICE: Final = 10
+_SLOW_NICE: Final = 19
+
 # Slow forks, and forks that wait for their peer, at most. One takes about 1 MB (measured). Of those
 # that wait, the one that has waited for the longest makes way: an honest peer answers at once.
 _MOST_SLOW: Final = 64
@@ -109,6 +113,12 @@ class _Fork:
         with suppress(OSError):  # it has ended
             return time.clock_gettime(~self.pid << 3 | 2)  # clock_getcpuclockid(3)
         return 0.0
+
+    def stop(self) -> None:
+        """Have it wait for its turn, and give precedence to everybody from then on."""
+        self.send_signal(signal.SIGSTOP)
+        with suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, self.pid, _SLOW_NICE)
 
     def send_signal(self, number: signal.Signals) -> None:
         # It is a child that has not been waited for, so the number is its own.
@@ -233,6 +243,8 @@ class _Process:
         """Take steps until the handshake ends, or until nothing is lost if the fork does."""
         status = 1
         try:
+            with suppress(PermissionError):  # a sandbox's
+                os.nice(_NICE)
             signal.setitimer(signal.ITIMER_PROF, max(BUDGET - kept.cpu, 0.001))
             gc.disable()
             for key in list(self._selector.get_map().values()):
@@ -319,7 +331,7 @@ class _Process:
     def _begin_slice(self) -> None:
         """Stop the forks that are slow, and let one of these run."""
         for fork in [fork for fork in self._running if fork.is_slow()]:
-            fork.send_signal(signal.SIGSTOP)
+            fork.stop()
             self._running.remove(fork)
             self._slow.append(fork)
             if len(self._slow) > _MOST_SLOW:

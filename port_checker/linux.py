@@ -12,7 +12,7 @@ import resource
 import signal
 import socket
 import struct
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from ipaddress import ip_address, ip_network
@@ -39,7 +39,7 @@ _LEADS_NOWHERE = {6, 7, 8, 9}  # RTN_BLACKHOLE, RTN_UNREACHABLE, RTN_PROHIBIT, R
 _NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL}
 
 # linux/sock_diag.h and linux/inet_diag.h
-_NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY = 4, 20
+_NETLINK_SOCK_DIAG, _TCPDIAG_GETSOCK = 4, 18
 _INET_DIAG_REQ_BYTECODE, _INET_DIAG_BC_D_COND = 1, 8
 # Sets of states (net/tcp_states.h): all but LISTEN and CLOSE; and those of a socket whose other end
 # is open: ESTABLISHED, SYN_RECV, FIN_WAIT1, FIN_WAIT2, NEW_SYN_RECV.
@@ -532,8 +532,11 @@ def _tcp_info(sock: socket.SocketType) -> bytes:
     return info.ljust(_TCP_INFO_SIZE, b"\0")
 
 
-def answers_itself(source: Address, target: Address) -> bool:
-    """Whether connections of this machine from ``source`` to ``target`` have their other end here.
+_End = tuple[Address, int, int]
+
+
+def answers_itself(source: Address, targets: Iterable[Address]) -> set[Address]:
+    """Return to which targets this machine's connections from ``source`` have their other end here.
 
     A rule of the firewall may lead them here, wherever their sockets believe that they lead
     (``redirect``, ``dnat`` and ``tproxy`` of nftables). Then this machine has an end of a
@@ -543,9 +546,12 @@ def answers_itself(source: Address, target: Address) -> bool:
     Raises:
         OSError: The kernel cannot tell.
     """
-    ends = _ends_without_another(source, target)
-    # One that a program has closed meanwhile is gone when we look again.
-    return bool(ends) and not ends.isdisjoint(_ends_without_another(source, target))
+    suspects = _ends_without_another(source, targets)
+    if any(suspects.values()):
+        # One that a program has closed meanwhile is gone when we look again.
+        still_there = _ends_without_another(source, targets)
+        suspects = {target: ends & still_there[target] for target, ends in suspects.items()}
+    return {target for target, ends in suspects.items() if ends}
 
 
 def refuses_itself(target: Address, port: int) -> bool:
@@ -569,39 +575,39 @@ def refuses_itself(target: Address, port: int) -> bool:
     return True
 
 
-def _ends_without_another(source: Address, target: Address) -> set[tuple[Address, int, int]]:
+def _ends_without_another(source: Address, targets: Iterable[Address]) -> dict[Address, set[_End]]:
     ends = _connected_to(source, _OPEN_STATES)
     others = {address: _connected_to(address, _STATES) for address, _, _ in ends}
-    return {
+    lonely = {
         (address, port, remote_port)
         for address, port, remote_port in ends
-        if address == target or (source, remote_port, port) not in others[address]
+        if (source, remote_port, port) not in others[address]
     }
+    return {target: lonely | {end for end in ends if end[0] == target} for target in targets}
 
 
-def _connected_to(remote: Address, states: int) -> set[tuple[Address, int, int]]:
+def _connected_to(remote: Address, states: int) -> set[_End]:
     """Return this machine's TCP connections to an address: local address and port, remote port.
 
     Of the network namespace that this process is in, whatever program has them, those included
-    that no program has accepted yet. The kernel looks through all its connections (sock_diag(7),
-    with a filter: linux/inet_diag.h).
+    that no program has accepted yet. The kernel looks through all its connections, with a filter
+    (linux/inet_diag.h): once, for sockets of both families, as the request has it that is older
+    than the one in sock_diag(7). That of an IPv4 connection may be an IPv6 one.
 
     Raises:
         OSError: The kernel cannot tell.
     """
+    family = socket.AF_INET if remote.version == 4 else socket.AF_INET6
+    condition = struct.pack("=BBxxi", family, remote.max_prefixlen, -1) + remote.packed
+    size = 4 + len(condition)
+    is_remote_end = struct.pack("=BBH", _INET_DIAG_BC_D_COND, size, size + 4) + condition
+    question = struct.pack("=4x48xI4x", states)  # struct inet_diag_req
+    question += _attribute(_INET_DIAG_REQ_BYTECODE, is_remote_end)
     found = set()
-    # The socket of an IPv4 connection may be an IPv6 one, which has the mapped address.
-    own_family = socket.AF_INET if remote.version == 4 else socket.AF_INET6
-    for family in {own_family, socket.AF_INET6}:
-        condition = struct.pack("=BBxxi", own_family, remote.max_prefixlen, -1) + remote.packed
-        size = 4 + len(condition)
-        is_remote_end = struct.pack("=BBH", _INET_DIAG_BC_D_COND, size, size + 4) + condition
-        question = struct.pack("=BBBxI48x", family, socket.IPPROTO_TCP, 0, states)
-        question += _attribute(_INET_DIAG_REQ_BYTECODE, is_remote_end)
-        for answer in _dump(_SOCK_DIAG_BY_FAMILY, question, _NETLINK_SOCK_DIAG):
-            packed = answer[8:12] if family == socket.AF_INET else answer[8:24]
-            port, remote_port = struct.unpack_from("!4xHH", answer)
-            found.add((parse_address(str(ip_address(packed))), port, remote_port))
+    for answer in _dump(_TCPDIAG_GETSOCK, question, _NETLINK_SOCK_DIAG):
+        packed = answer[8:12] if answer[0] == socket.AF_INET else answer[8:24]
+        port, remote_port = struct.unpack_from("!4xHH", answer)
+        found.add((parse_address(str(ip_address(packed))), port, remote_port))
     return found
 
 

@@ -8,14 +8,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 import uvloop
 
-from port_checker.addresses import parse_address
+from port_checker.addresses import Address, parse_address
 from port_checker.connect import (
     OPEN,
     REFUSED,
@@ -23,7 +23,9 @@ from port_checker.connect import (
     CheckFailed,
     HoldUps,
     OpenConnectionPacer,
+    SelfAnswers,
     Verdict,
+    _Round,
     attempt,
     connect,
     own_failures,
@@ -330,6 +332,77 @@ class CountingPacer(OpenConnectionPacer):
         return granted
 
 
+def test_a_round_of_few_ports_waits_for_nobody_elses_many() -> None:
+    async def run() -> int:
+        pacer = CountingPacer()
+
+        async def take_many() -> None:
+            remaining = 1000
+            while remaining:
+                remaining -= await pacer.take(remaining)
+
+        many = [asyncio.create_task(take_many()) for _ in range(10)]
+        await asyncio.sleep(0)
+        await pacer.take(1)
+        before = pacer.granted
+        await asyncio.gather(*many)
+        return before
+
+    assert asyncio.run(run()) <= 4 * 64
+
+
+def test_rounds_of_few_ports_leave_room_for_one_of_many() -> None:
+    async def run() -> int:
+        pacer = OpenConnectionPacer()
+        few = 0
+
+        async def take_few() -> None:
+            nonlocal few
+            while True:
+                few += await pacer.take(1)
+
+        others = [asyncio.create_task(take_few()) for _ in range(200)]
+        await asyncio.sleep(0)
+        remaining = 320
+        async with asyncio.timeout(60):
+            while remaining:
+                remaining -= await pacer.take(remaining)
+        for other in others:
+            other.cancel()
+        return few
+
+    assert asyncio.run(run()) < 320 * 10
+
+
+def test_answers_that_arrive_together_do_not_hold_up_the_loop() -> None:
+    """Of 1,000 ports that are open, no more are looked at in one turn than may be opened."""
+    in_turn = [0]
+
+    def on_verdict(_: int, __: Verdict) -> None:
+        in_turn[-1] += 1
+
+    with ports(100, open_port) as opened, ExitStack() as stack:
+
+        async def run() -> None:
+            loop = asyncio.get_running_loop()
+
+            def count_turns() -> None:
+                in_turn.append(0)
+                loop.call_soon(count_turns)
+
+            pacer = OpenConnectionPacer()
+            rounds = [_Round(LOOPBACK, pacer, on_verdict) for _ in range(10)]
+            for round_ in rounds:
+                stack.callback(round_.close)
+                round_.open(opened)
+            loop.call_soon(count_turns)
+            await asyncio.gather(*(round_.wait(5) for round_ in rounds))
+
+        asyncio.run(run())
+    assert sum(in_turn) == 1000
+    assert max(in_turn) <= 64
+
+
 def test_the_end_of_many_silent_attempts_does_not_hold_up_the_loop() -> None:
     """It is spread over the turns like their beginning."""
     pacer = CountingPacer()
@@ -348,6 +421,31 @@ def test_a_connection_made_by_the_second_packet_is_not_the_firewalls_fault() -> 
         socket.create_connection(listener.getsockname()) as client,
     ):
         assert not could_not_retransmit(client)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_this_machines_connections_are_looked_through_once_for_all_who_ask(fails: bool) -> None:
+    targets = [parse_address(f"203.0.113.{number}") for number in range(100)]
+    looks: list[int] = []
+    loop_goes_on = threading.Event()
+
+    def look(_: Address, asked: Iterable[Address]) -> set[Address]:
+        assert loop_goes_on.wait(60)
+        looks.append(len([*asked]))
+        if fails:
+            raise OSError
+        return {targets[99]}
+
+    async def run() -> list[bool]:
+        answers = SelfAnswers(look)
+        first = answers.ask(LOOPBACK, targets[0])
+        await asyncio.sleep(0)
+        others = [answers.ask(LOOPBACK, target) for target in (*targets, targets[0])]
+        loop_goes_on.set()
+        return [await answer for answer in (first, *others)]
+
+    assert asyncio.run(run()) == [False] * 100 + [not fails, False]
+    assert looks == [1, 100]
 
 
 # A loop that is held up, and a process that is stopped
@@ -379,12 +477,17 @@ def test_what_has_arrived_is_looked_at_before_an_attempt_is_given_up(
 ) -> None:
     """The kernel sends the SYN again after a second, while the loop sleeps past the timeout."""
 
-    async def check(port: int, make_room: Callable[[], None]) -> dict[int, Verdict]:
-        with held_up(2.5, make_room):
-            return await attempt(LOOPBACK, [port], 0.3, OpenConnectionPacer())
+    async def check(waiting: dict[int, Callable[[], None]]) -> dict[int, Verdict]:
+        def make_room() -> None:
+            for make_room_of in waiting.values():
+                make_room_of()
 
-    with full_backlog() as (port, make_room):
-        assert run(check(port, make_room)) == {port: OPEN}
+        with held_up(2.5, make_room):
+            return await attempt(LOOPBACK, [*waiting], 0.3, OpenConnectionPacer())
+
+    with ExitStack() as stack:
+        waiting = dict(stack.enter_context(full_backlog()) for _ in range(5))
+        assert run(check(waiting)) == dict.fromkeys(waiting, OPEN)
 
 
 @pytest.mark.parametrize("hold_up", [1.5, 3.0])  # before the timeout ends, and past it

@@ -1,6 +1,7 @@
 """Who has how many of a process's connections, how much room, and how much of the event loop."""
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -30,10 +31,13 @@ _WORTH_RETURNING = 4 * 1024 * 1024
 # An IPv6 /48, which one site may have, counts as so many addresses (RFC 6177).
 _SITE = 2
 
-# Bytes of requests that are read for one address in one turn of the event loop. Trusted proxies
-# have so much together, since many callers are behind them.
-_PER_TURN = 8 * 1024
-_PER_TURN_OF_PROXIES = 128 * 1024
+# Bytes of requests that are read in one turn of the event loop: for all addresses together (and so
+# for trusted proxies, since many callers are behind them), and for one.
+_PER_TURN = 24 * 1024
+_PER_TURN_OF_ADDRESS = 8 * 1024
+
+# Of these, what is kept for addresses that come up within the turn, and had nothing to do before.
+_KEPT = 8 * 1024
 
 # A request costs time besides its bytes, as much as so many: a new connection does, too.
 MIN_COST = 1024
@@ -43,19 +47,79 @@ MIN_COST = 1024
 LogRefusal = Callable[[Address | None, ErrorCode, Limit | None], object]
 
 
+class Turns:
+    """Shares out the turns of an event loop: a bounded amount of work in each, for all addresses.
+
+    The first request of an address that had none goes first, and those that have more than they
+    may do in one turn take turns. So a newcomer waits for nobody's pile, however many have one (as
+    flows of packets do with FQ-CoDel: RFC 8290 section 4.2).
+
+    Args:
+        per_turn: The amount.
+        kept: What those who take turns leave of it to newcomers.
+    """
+
+    def __init__(self, per_turn: int, kept: int = 0) -> None:
+        self.left = per_turn
+        self.number = 0
+        self._per_turn = per_turn
+        self._kept = kept
+        self._time = 0.0
+        self._new: deque[WorkQueue] = deque()
+        self._old: deque[WorkQueue] = deque()
+        self._is_scheduled = False
+
+    def look(self, now: float) -> None:
+        """See whether another turn has begun by now, unless queues wait for that."""
+        if now != self._time and not self._is_scheduled:  # uvloop's clock stands still in a turn
+            self._time = now
+            self._begin()
+
+    def add(self, queue: "WorkQueue", loop: asyncio.AbstractEventLoop, *, is_new: bool) -> None:
+        """Have a queue served in later turns."""
+        (self._new if is_new else self._old).append(queue)
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            loop.call_soon(self._serve, loop)
+
+    def _begin(self) -> None:
+        self.number += 1
+        self.left = self._per_turn
+
+    def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._begin()
+        served: list[WorkQueue] = []
+        try:
+            while (self._new or self._old) and self.left > self._kept:
+                # Half of the time is for those who take turns, however many newcomers there are.
+                if self._new and (not self._old or self.left > self._per_turn // 2):
+                    served.append(self._new.popleft())
+                    served[-1].serve(MIN_COST)
+                else:
+                    served.append(self._old.popleft())
+                    served[-1].serve()
+        finally:
+            self._old.extend(queue for queue in served if queue.is_waiting)
+            self._is_scheduled = bool(self._new or self._old)
+            if self._is_scheduled:
+                loop.call_soon(self._serve, loop)
+
+
 class WorkQueue:
     """What one address wants done: a bounded amount in each turn of the event loop, in order.
 
     Args:
+        turns: Shared by all addresses.
         per_turn: The amount.
     """
 
-    def __init__(self, per_turn: int) -> None:
+    def __init__(self, turns: Turns, per_turn: int) -> None:
+        self._turns = turns
         self._per_turn = per_turn
-        self._left = per_turn
-        self._turn = 0.0
+        self._left: float = per_turn
+        self._turn = -1  # the last one in which something was done
         self._deferred: deque[Callable[[], object]] = deque()
-        self._is_scheduled = False
+        self._is_being_served = False
 
     def may_start(
         self, cost: int, loop: asyncio.AbstractEventLoop, resume: Callable[[], object]
@@ -67,26 +131,37 @@ class WorkQueue:
             loop: The event loop.
             resume: If there is none, it is called in a later turn, to ask again.
         """
-        now = loop.time()  # uvloop's clock stands still within a turn
-        if now != self._turn and not self._deferred:
-            self._turn = now
+        turns = self._turns
+        if not self._is_being_served:
+            turns.look(loop.time())
+        is_new = self._turn != turns.number
+        if is_new and not self._deferred:
             self._left = self._per_turn
-        if self._left > 0:
+        may_start = self._left > 0 and turns.left > 0
+        if may_start and (self._is_being_served or not self._deferred):
+            self._turn = turns.number
             self._left -= cost
+            turns.left -= cost
             return True
+        if not (self._deferred or self._is_being_served):
+            turns.add(self, loop, is_new=is_new)
         self._deferred.append(resume)
-        if not self._is_scheduled:
-            self._is_scheduled = True
-            loop.call_soon(self._begin_turn, loop)
         return False
 
-    def _begin_turn(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._left = self._per_turn
-        while self._deferred and self._left > 0:
-            self._deferred.popleft()()
-        self._is_scheduled = bool(self._deferred)
-        if self._is_scheduled:
-            loop.call_soon(self._begin_turn, loop)
+    @property
+    def is_waiting(self) -> bool:
+        """Whether something is left to do."""
+        return bool(self._deferred)
+
+    def serve(self, most: float = math.inf) -> None:
+        """Do what there is time for in this turn, and no more than ``most``."""
+        self._left = min(self._per_turn, most)
+        self._is_being_served = True
+        try:
+            while self._deferred and self._left > 0 and self._turns.left > 0:
+                self._deferred.popleft()()
+        finally:
+            self._is_being_served = False
 
 
 class ConnectionGroup:
@@ -248,8 +323,9 @@ class ConnectionLimits:
         self.is_leaving = False
         self._log_refusal = log_refusal
         self._trusted_proxies = trusted_proxies
+        self._turns = Turns(_PER_TURN, _KEPT)
         self._all = ConnectionGroup(
-            max_connections, _MAX_HELD_BY_ALL, WorkQueue(_PER_TURN_OF_PROXIES)
+            max_connections, _MAX_HELD_BY_ALL, WorkQueue(self._turns, _PER_TURN)
         )
         self._share = max(1, min(max_connections // _SHARE, _MAX_SHARE))
         self._groups: dict[str, ConnectionGroup] = {}
@@ -310,7 +386,7 @@ class ConnectionLimits:
             group = self._groups[key] = ConnectionGroup(
                 shares * self._share,
                 shares * _MAX_HELD,
-                WorkQueue(shares * _PER_TURN),
+                WorkQueue(self._turns, shares * _PER_TURN_OF_ADDRESS),
                 when_empty=lambda: self._groups.pop(key, None),
             )
         return group

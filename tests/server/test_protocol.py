@@ -15,7 +15,7 @@ from uvicorn.server import ServerState
 from port_checker.addresses import Address, parse_address, parse_host, parse_networks
 from port_checker.metrics import Totals
 from port_checker.schemas import ErrorCode
-from port_checker.server.connections import DEADLINE, ConnectionLimits
+from port_checker.server.connections import DEADLINE, MIN_COST, ConnectionLimits
 from port_checker.server.protocol import MAX_FRAMING, ClientTransport
 from tests.support.http import HEALTH, connected, read_answer
 from tests.support.manual import Client, ManualLoop
@@ -682,6 +682,63 @@ def test_in_one_turn_one_address_has_a_few_requests_read(service: Service) -> No
     assert [client.statuses for client in crowd] == [[200]] * 100
     assert pipelining.statuses == [200] * 100
     assert [client.statuses for client in service.clients[101:]] == [[200]] * 20
+
+
+def test_in_one_turn_all_addresses_together_have_a_few_requests_read(service: Service) -> None:
+    crowd = [service.connect(f"203.0.113.{number}") for number in range(100)]
+    for client in crowd:
+        client.send(HEALTH * 9, turns=0)
+    while service.started < 500:
+        before = service.started
+        service.loop.settle(turns=1)
+        assert service.started - before <= 3 * 24
+
+
+def test_a_newcomer_waits_for_nobodys_pile(service: Service) -> None:
+    crowd = [service.connect(f"203.0.113.{number % 50}") for number in range(800)]
+    for client in crowd:
+        client.send(HEALTH, turns=0)
+    service.loop.settle(turns=1)
+    newcomers = [service.connect(f"198.51.100.{number}") for number in range(20)]
+    for newcomer in newcomers:
+        newcomer.send(HEALTH, turns=0)
+    service.loop.settle(turns=6)
+    assert [newcomer.statuses for newcomer in newcomers] == [[200]] * 20
+    assert service.started < 400
+    service.loop.settle()
+    assert service.started == 820
+
+
+def test_newcomers_leave_time_for_those_who_take_turns(service: Service) -> None:
+    patient = [service.connect("203.0.113.7") for _ in range(20)]
+    for client in patient:
+        client.send(HEALTH, turns=0)
+    for turn in range(5):
+        for number in range(100):
+            service.connect(f"198.51.{turn}.{number}").send(HEALTH, turns=0)
+        service.loop.settle(turns=1)
+    assert [client.statuses for client in patient] == [[200]] * 20
+
+
+def test_a_bug_in_one_request_does_not_stop_the_turns_of_others() -> None:
+    loop, limits = ManualLoop(), ConnectionLimits(100)
+    done: list[int] = []
+    works = [
+        place.work
+        for number in (1, 2)
+        if (place := limits.admit(parse_address(f"203.0.113.{number}"), 0.0, lambda: False))
+    ]
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    for work in works:
+        while work.may_start(MIN_COST, loop, fail if work is works[0] else lambda: done.append(1)):
+            pass
+    loop.settle()
+    loop.close()
+    assert [str(failure["exception"]) for failure in loop.failures] == [""]
+    assert done == [1]
 
 
 def test_a_client_may_leave_while_it_waits_for_its_turn(service: Service) -> None:
