@@ -183,7 +183,11 @@ def add_pages(app: FastAPI, settings: Settings) -> None:
     async def static(request: Request) -> Response:
         name = request.path_params["name"]
         if wheel and name == wheel.name:
-            return Response(wheel.content, media_type=_WHEEL_TYPE, headers=_REVALIDATED)
+            tag = f'"{wheel.sha256}"'
+            headers = {**_REVALIDATED, "ETag": tag}
+            if tag in request.headers.get("If-None-Match", ""):
+                return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
+            return Response(wheel.content, media_type=_WHEEL_TYPE, headers=headers)
         file = files.get(name)
         if not file:
             raise HTTPException(HTTPStatus.NOT_FOUND)

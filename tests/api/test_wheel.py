@@ -7,6 +7,8 @@ import zipfile
 from io import BytesIO
 from pathlib import Path
 
+import pytest
+
 import port_checker
 from port_checker.api.wheel import Wheel
 from tests.support.loopback import free_ports
@@ -48,6 +50,22 @@ def test_it_is_the_same_whenever_it_is_made() -> None:
     assert {entry.date_time for entry in zipfile.ZipFile(BytesIO(one.content)).infolist()} == {
         (1980, 1, 1, 0, 0, 0)
     }
+
+
+@pytest.mark.parametrize("tags", ["{}", "W/{}", '"other", {}'])
+def test_who_has_the_wheel_need_not_get_it_again(tags: str) -> None:
+    with serve() as client:
+        wheel = client.get("/").json()["program"]["wheel"]
+        full, head = client.get(wheel), client.head(wheel)
+        again = client.get(wheel, headers={"If-None-Match": tags.format(full.headers["ETag"])})
+        other = client.get(wheel, headers={"If-None-Match": '"other"'})
+    assert (head.status_code, head.headers["Content-Length"]) == (200, str(len(full.content)))
+    assert (again.status_code, again.content, again.headers["ETag"]) == (
+        304,
+        b"",
+        full.headers["ETag"],
+    )
+    assert other.content == full.content
 
 
 def test_pip_installs_what_the_service_serves_and_it_checks(tmp_path: Path) -> None:

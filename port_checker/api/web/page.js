@@ -43,7 +43,8 @@ httpsPortField.addEventListener("input", () => showFault(httpsPortField, ""));
 addEventListener("hashchange", readLink);
 find("copy-results").addEventListener("click", ({ target }) => copy([...texts.values()].join("\n"), target));
 for (const command of here ? document.querySelectorAll("pre") : []) {
-  const button = element("button", { type: "button" }, "Copy command");
+  const heading = command.closest("section").getAttribute("aria-labelledby");
+  const button = element("button", { type: "button", "aria-describedby": heading }, "Copy command");
   button.addEventListener("click", () => copy(command.textContent, button));
   command.after(element("p", { class: "actions" }, button, " ", element("span", { role: "status" })));
 }
