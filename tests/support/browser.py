@@ -21,6 +21,7 @@ FLAGS = [
     "--disable-gpu",
     "--disable-lcd-text",  # for pictures without coloured edges
     "--disable-quic",
+    "--explicitly-allowed-ports=10080",  # a test may get it, and browsers refuse it
     "--no-first-run",
     "--disable-background-networking",
     "--disable-component-update",
