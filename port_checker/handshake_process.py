@@ -53,6 +53,11 @@ _SLOW_NICE: Final = 19
 _MOST_SLOW: Final = 64
 _MOST_WAITING: Final = 64
 
+# Handshakes that it keeps at most, each of which takes 41 KB (measured), and bytes of their peers.
+# Here, too, the one that has begun first makes way.
+_MOST_KEPT: Final = 1024
+_MOST_HELD: Final = 16 * 1024 * 1024
+
 # Seconds without work after which the process ends by itself. The other end sees to it sooner,
 # unless its event loop is gone.
 _IDLE: Final = 90.0
@@ -126,13 +131,23 @@ class _Fork:
 
 
 class _Process:
-    """Makes handshakes, for the other end of ``control``, until that is closed."""
+    """Makes handshakes, for the other end of ``control``, until that is closed.
 
-    def __init__(self, control: socket.socket) -> None:
+    Args:
+        control: A socket that keeps messages apart.
+        most_kept: Handshakes at once.
+        most_held: Bytes of their peers.
+    """
+
+    def __init__(
+        self, control: socket.socket, most_kept: int = _MOST_KEPT, most_held: int = _MOST_HELD
+    ) -> None:
         self._control = control
+        self._most_handshakes, self._most_held = most_kept, most_held
         self._context = make_context()
         self._kept: dict[int, _Kept] = {}
         self._most_kept = 0  # since memory was last given back
+        self._held = 0  # bytes of their peers
         self._queue: list[_Kept] = []  # those that need a fork
         self._running: list[_Fork] = []
         self._slow: list[_Fork] = []  # stopped
@@ -170,8 +185,8 @@ class _Process:
         match head["do"]:
             case "begin":
                 self._begin(number, head["caller"], head["name"], head["addresses"])
-            case "step":
-                self._step(number, data)
+            case "keep" | "step" as word:
+                self._receive(number, data, is_all=word == "step")
             case "end":
                 self._end(number)
         return True
@@ -186,22 +201,37 @@ class _Process:
             self._most_kept = max(self._most_kept, len(self._kept) + 1)
             self._kept[number] = _Kept(number, caller, handshake)
             self._reply(number, hello)
+            if len(self._kept) > self._most_handshakes:
+                self._give_up(next(iter(self._kept)))
 
-    def _step(self, number: int, data: bytes) -> None:
+    def _receive(self, number: int, data: bytes, *, is_all: bool) -> None:
+        """Take a step with what a peer has sent, as soon as all of it is here."""
         kept = self._kept.get(number)
         if not kept:
-            self._reply(number, trouble=TOO_BUSY)  # it had to make way
+            if is_all:
+                self._reply(number, trouble=TOO_BUSY)  # it had to make way
         elif kept.fork:
-            del self._waiting[kept.fork]
-            kept.fork.begin_slice()
-            self._running.append(kept.fork)
-            kept.fork.channel.send(data)
+            if kept.fork in self._waiting:
+                del self._waiting[kept.fork]
+                kept.fork.begin_slice()
+                self._running.append(kept.fork)
+            kept.fork.channel.send(bytes([is_all]) + data)
         else:
             kept.received += data
-            self._queue.append(kept)
+            self._held += len(data)
+            if is_all:
+                self._queue.append(kept)
+            while self._held > self._most_held:
+                self._give_up(next(number for number, kept in self._kept.items() if kept.received))
+
+    def _give_up(self, number: int) -> None:
+        self._end(number)
+        self._reply(number, trouble=TOO_BUSY)
 
     def _end(self, number: int) -> None:
         kept = self._kept.pop(number, None)
+        if kept:
+            self._held -= len(kept.received)
         if not self._kept and self._most_kept > FEW:
             self._most_kept = 0
             return_free_memory()
@@ -262,7 +292,7 @@ class _Process:
                     "stays": stays,
                 }
                 channel.send(encode(report, output))
-                received = channel.recv(LARGEST_MESSAGE) if stays else b""
+                received = _receive_all(channel) if stays else b""
             status = 0
         except (Trouble, MemoryError) as error:
             report = {"trouble": str(error) or "out of memory", "cpu": 0.0, "stays": False}
@@ -335,8 +365,7 @@ class _Process:
             self._running.remove(fork)
             self._slow.append(fork)
             if len(self._slow) > _MOST_SLOW:
-                self._end(fork.kept.number)
-                self._reply(fork.kept.number, trouble=TOO_BUSY)
+                self._give_up(fork.kept.number)
         if not self._slow_turn and self._slow:
             forks = Counter(fork.kept.caller for fork in self._slow)
             self._slow_turn = min(self._slow, key=lambda fork: forks[fork.kept.caller])
@@ -347,6 +376,18 @@ class _Process:
         """End all forks."""
         for kept in list(self._kept.values()):
             self._end(kept.number)
+
+
+def _receive_all(channel: socket.socket) -> bytes:
+    """Return what a fork is sent for its next step; empty if there is none."""
+    received, is_all = b"", False
+    while not is_all:
+        message = channel.recv(LARGEST_MESSAGE)
+        if not message:
+            return b""
+        is_all = bool(message[0])
+        received += message[1:]
+    return received
 
 
 def main(descriptor: int) -> None:

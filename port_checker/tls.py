@@ -17,7 +17,7 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Awaitable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -47,8 +47,23 @@ _LARGEST_RECORD = 16 * 1024 + 256
 # is small. But it ignores requests to renegotiate during a handshake, however many come.
 _MOST_RECEIVED = 128 * 1024
 
-# Received bytes that a step is taken with: as much as goes into one message to the process.
-_MOST_IN_STEP = LARGEST_MESSAGE - 2 * _LARGEST_RECORD
+# Received bytes that a step is taken with where messages are encrypted: the more there are, the
+# fewer steps, but it may be a chain that is too long.
+_MOST_IN_STEP = 48 * 1024
+
+# Bytes that go into one message to the process that makes handshakes, besides its head.
+_LARGEST_PIECE = LARGEST_MESSAGE - 1024
+
+# Bytes of the longest message that OpenSSL takes in a handshake: a chain of certificates.
+_LARGEST_CHAIN = 100 * 1024
+
+# Bytes of all peers that wait for more. Of those that have sent some, the one that has begun first
+# makes way: an honest peer sends all at once.
+_MOST_HELD = 16 * 1024 * 1024
+
+# A kind of TLS record, and how much there is in one (RFC 8446 section 5.1).
+_HANDSHAKE = 22
+_LARGEST_CONTENT = 16 * 1024
 
 # Seconds to wait for more records after a step that led to nothing; the second time twice that, and
 # so on. A peer that sends its records one by one does not decide how many steps there are.
@@ -87,11 +102,13 @@ class TlsClient:
 
     Args:
         idle: Seconds without a handshake after which that process ends.
+        most_held: Bytes that wait for more, of all peers together.
     """
 
-    def __init__(self, idle: float = _IDLE) -> None:
+    def __init__(self, idle: float = _IDLE, most_held: int = _MOST_HELD) -> None:
         self._idle = idle
         self._process: _HandshakeProcess | None = None
+        self._buffers = _Buffers(most_held)
         self._under_way = 0
         self._most_under_way = 0  # since there were none
         self._end_when_idle: asyncio.TimerHandle | None = None
@@ -154,8 +171,11 @@ class TlsClient:
             return TlsVerdict(TlsVerdictKind.NO_CONNECTION, connection.error, try_again=True)
         try:
             process = await self._start(clock)
-            with process.handshake(expected, caller) as handshake:
-                return await _shake_hands(handshake, connection, clock, pacer)
+            with (
+                process.handshake(expected, caller) as handshake,
+                closing(_Incoming(connection, clock, pacer, self._buffers)) as incoming,
+            ):
+                return await _shake_hands(handshake, connection, clock, incoming)
         except _Failed as failure:
             return failure.verdict
         finally:
@@ -279,10 +299,9 @@ async def _shake_hands(
     handshake: "_Handshake",
     connection: socket.socket,
     clock: _Clock,
-    pacer: OpenConnectionPacer,
+    incoming: "_Incoming",
 ) -> TlsVerdict:
     loop = asyncio.get_running_loop()
-    incoming = _Incoming(connection, clock, pacer)
     fruitless = 0  # steps in a row that led to nothing
     step = await clock.ours(handshake.begin())
     while True:
@@ -301,53 +320,92 @@ async def _shake_hands(
 
 
 class _Incoming:
-    """What a peer sends during a handshake, record by record."""
+    """What a peer sends during a handshake, in whole messages as far as they can be told."""
 
     def __init__(
-        self, connection: socket.socket, clock: _Clock, pacer: OpenConnectionPacer
+        self,
+        connection: socket.socket,
+        clock: _Clock,
+        pacer: OpenConnectionPacer,
+        buffers: "_Buffers",
     ) -> None:
         self._connection = connection
         self._clock = clock
         self._pacer = pacer
         self._buffer = bytearray()
+        self._messages = _Messages()
+        self._buffers = buffers
         self._received = 0
+        self._readable: asyncio.Future[None] | None = None  # awaited
         self._ending: _Failed | CheckFailed | None = None  # why no more will arrive
 
     async def records(self, pause: float) -> bytes:
-        """Return the records that have arrived when one has, after so many seconds.
+        """Return the records that have arrived when a step can be taken, after so many seconds.
 
         Raises:
             CheckFailed: This machine was too slow to receive it, or has trouble of its own.
-            _Failed: The peer ended the connection, or did not send a record in its time.
+            _Failed: The peer ended the connection, or did not send enough in its time.
         """
-        loop = asyncio.get_running_loop()
         with suppress(TimeoutError):
             async with asyncio.timeout_at(self._clock.deadline):
                 await asyncio.sleep(pause)
-                while not (self._ending or _complete(self._buffer)):
-                    # The kernel wakes us when all of it is there: a peer that sends byte by byte
-                    # costs nothing.
-                    missing = _missing(self._buffer)
+                while not (self._ending or self._messages.whole(self._buffer)):
+                    # The kernel wakes us when all of it is there, and keeps it until then: a peer
+                    # that sends byte by byte, or half of a message, costs nothing.
+                    missing = self._messages.missing(self._buffer)
+                    if missing > _LARGEST_RECORD:  # which does not fit the usual buffer well
+                        self._connection.setsockopt(
+                            socket.SOL_SOCKET, socket.SO_RCVBUF, 2 * missing
+                        )
                     self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, missing)
-                    try:
-                        self._add(await loop.sock_recv(self._connection, _LARGEST_RECORD))
-                    except OSError as error:
-                        self._ending = _connection_failure(error)
+                    await self._until_readable()
+                    self._receive(_LARGEST_RECORD)
         # More may have arrived, also before the timer was looked at; and a lot that arrives is
         # followed by more. One step with all of it spares several.
-        while self._receive_all() > _LARGEST_RECORD:
+        while self._receive(_MOST_IN_STEP - len(self._buffer)) > _LARGEST_RECORD:
             await asyncio.sleep(_PAUSE)
-        size = _complete(self._buffer)
+        size = self._messages.whole(self._buffer)
         if not size:
             raise self._ending or await self.timed_out()
         records = bytes(self._buffer[:size])
         del self._buffer[:size]
+        self._messages.forget(size)
+        self._buffers.hold(self, len(self._buffer))
         return records
 
-    def _receive_all(self) -> int:
-        """Receive what has arrived, as much as goes into one step; return how much it was."""
+    async def _until_readable(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._readable = loop.create_future()
+        loop.add_reader(self._connection, self._end_waiting)
+        try:
+            await self._readable
+        finally:
+            loop.remove_reader(self._connection)
+
+    def _end_waiting(self) -> None:
+        if self._readable and not self._readable.done():
+            self._readable.set_result(None)
+
+    def give_up(self) -> None:
+        """Make way for others."""
+        self._end(CheckFailed(TOO_BUSY))
+        self._end_waiting()
+
+    def close(self) -> None:
+        """Hold nothing any more."""
+        self._buffer.clear()
+        self._buffers.hold(self, 0)
+
+    def _end(self, ending: "_Failed | CheckFailed") -> None:
+        """Say why nothing of what has arrived will be used."""
+        self._ending = ending
+        self._messages = _Messages()
+        self.close()
+
+    def _receive(self, most: int) -> int:
+        """Receive what has arrived, ``most`` bytes and a record at most; return how much it was."""
         before = self._received
-        while not self._ending and len(self._buffer) < _MOST_IN_STEP:
+        while not self._ending and self._received - before < most:
             try:
                 self._add(self._connection.recv(_LARGEST_RECORD))
             except BlockingIOError:
@@ -372,26 +430,85 @@ class _Incoming:
         if not data:
             self._ending = _Failed(handshake_failed("connection closed by peer", try_again=True))
         elif self._received > _MOST_RECEIVED:
-            self._buffer.clear()
-            self._ending = _Failed(handshake_failed(f"more than {_MOST_RECEIVED} bytes received"))
+            self._end(_Failed(handshake_failed(f"more than {_MOST_RECEIVED} bytes received")))
+        else:
+            self._buffers.hold(self, len(self._buffer))
 
 
-def _complete(data: bytearray) -> int:
-    """Return how many bytes of ``data`` are whole TLS records; all of them if it is not TLS."""
-    size = 0
-    while len(data) >= size + 5:
-        end = _end_of_record(data, size)
-        if not end:
-            return len(data)
-        if end > len(data):
-            break
-        size = end
-    return size
+class _Buffers:
+    """What all peers have sent that waits for more, in bytes."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._sizes: dict[_Incoming, int] = {}
+        self._total = 0
+
+    def hold(self, incoming: _Incoming, size: int) -> None:
+        """Note how much one holds; if that is too much for all, end those that began first."""
+        self._total += size - self._sizes.get(incoming, 0)
+        if size:
+            self._sizes[incoming] = size
+        else:
+            self._sizes.pop(incoming, None)
+        while self._total > self._most:
+            next(iter(self._sizes)).give_up()
 
 
-def _missing(data: bytearray) -> int:
-    """Return how many bytes are missing until the header of the first record, or it, is whole."""
-    return (_end_of_record(data, 0) if len(data) >= 5 else 5) - len(data)
+class _Messages:
+    """Tells where records end, and messages as long as they are not encrypted.
+
+    OpenSSL can do nothing with a part of a message (RFC 8446 section 4, RFC 5246 section 7.4).
+    """
+
+    def __init__(self) -> None:
+        self._looked_at = 0  # bytes of whole records
+        self._can_be_told = True
+        self._head = b""  # of a message that is not whole
+        self._left = 0  # bytes of such a message
+
+    def whole(self, data: bytearray) -> int:
+        """Return how many bytes of ``data`` a step can be taken with: of whole records.
+
+        None of them within a message; all of them if it is not TLS.
+        """
+        while len(data) >= self._looked_at + 5:
+            end = _end_of_record(data, self._looked_at)
+            if not end:
+                return len(data)
+            if end > len(data):
+                break
+            self._look_at(data[self._looked_at], data[self._looked_at + 5 : end])
+            self._looked_at = end
+        return 0 if self._head or self._left else self._looked_at
+
+    def missing(self, data: bytearray) -> int:
+        """Return how many bytes must at least arrive before that can change."""
+        begun = len(data) - self._looked_at  # of the next record
+        of_record = (_end_of_record(data, self._looked_at) - len(data)) if begun >= 5 else 5 - begun
+        records = -(-self._left // _LARGEST_CONTENT)  # rounded up
+        return max(of_record, self._left + 5 * records - begun)
+
+    def forget(self, size: int) -> None:
+        """Go on with what is behind so many bytes."""
+        self._looked_at -= size
+
+    def _look_at(self, kind: int, content: bytearray) -> None:
+        self._can_be_told &= kind == _HANDSHAKE  # what follows another kind may be encrypted
+        position = 0
+        while self._can_be_told and position < len(content):
+            if self._left:
+                size = min(self._left, len(content) - position)
+                self._left -= size
+            else:
+                size = min(4 - len(self._head), len(content) - position)
+                self._head += content[position : position + size]
+                if len(self._head) == 4:
+                    self._left = int.from_bytes(self._head[1:])
+                    self._head = b""
+                    self._can_be_told = self._left <= _LARGEST_CHAIN  # or OpenSSL refuses it
+            position += size
+        if not self._can_be_told:
+            self._head, self._left = b"", 0
 
 
 def _end_of_record(data: bytearray, start: int) -> int:
@@ -579,5 +696,8 @@ class _Handshake:
 
     async def go_on(self, records: bytes) -> _Step:
         """Take a step with what the peer has sent."""
+        while len(records) > _LARGEST_PIECE:
+            piece, records = records[:_LARGEST_PIECE], records[_LARGEST_PIECE:]
+            self._process.send(encode({"number": self._number, "do": "keep"}, piece))
         message = encode({"number": self._number, "do": "step"}, records)
         return await self._process.ask(self._number, message)

@@ -10,7 +10,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -29,11 +29,13 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import NameOID
 
+from port_checker import handshake_process
 from port_checker.addresses import Address, parse_address
 from port_checker.checker import Checker
 from port_checker.connect import HELD_UP, CheckFailed, OpenConnectionPacer
+from port_checker.handshake_process import decode, encode
 from port_checker.schemas import CheckTlsResponse
-from port_checker.tls import TlsClient, TlsVerdict, TlsVerdictKind
+from port_checker.tls import TlsClient, TlsVerdict, TlsVerdictKind, _Messages
 from tests.support.hostile_tls import (
     showing_in_tls_1_2,
     showing_in_tls_1_3,
@@ -687,3 +689,121 @@ def test_what_a_certificate_says_is_final(authority: trustme.CA, names: Sequence
     with endpoint(in_turn(speaks)) as port:
         check(port, waits=waits)
     assert waits == []
+
+
+# What peers have sent that is no whole message
+
+
+def whole(*records: bytes) -> tuple[int, int]:
+    """How many of the bytes that arrive record by record a step is taken with, and what is missing.
+
+    The last one may be the beginning of a record.
+    """
+    messages, data = _Messages(), bytearray()
+    for record in records:
+        data += record
+        size = messages.whole(data)
+    return size, 0 if size else messages.missing(data)
+
+
+def record(content: bytes, kind: int = 22) -> bytes:
+    return bytes([kind, 3, 3]) + len(content).to_bytes(2) + content
+
+
+HELLO = b"\2\0\0\3abc"
+CHAIN = b"\x0b\0\x90\0" + bytes(0x9000)
+
+
+@pytest.mark.parametrize(
+    ("records", "expected"),
+    [
+        ([b""], (0, 5)),
+        ([b"\x16\3\3"], (0, 2)),
+        ([record(HELLO)[:-1]], (0, 1)),
+        ([record(HELLO)], (12, 0)),
+        ([record(HELLO), record(HELLO)[:7]], (12, 0)),
+        ([record(HELLO + b"\x0b")], (0, 5)),
+        ([record(HELLO + CHAIN[:3])], (0, 5)),
+        ([record(HELLO + CHAIN[:3]), record(CHAIN[3:4])], (0, 0x9000 + 15)),
+        ([record(HELLO + CHAIN[:0x4000])], (0, 0x5004 + 10)),
+        ([record(CHAIN[:0x4000]), record(CHAIN[0x4000:0x8000])[:-7]], (0, 7 + 0x1004 + 5)),
+        (
+            [record(CHAIN[:0x4000]), record(CHAIN[0x4000:0x8000]), record(CHAIN[0x8000:])],
+            (36883, 0),
+        ),
+        ([record(b"\0\0\0\0" * 5)], (25, 0)),
+        ([record(b"")], (5, 0)),
+        ([record(CHAIN[:9]), record(b"\2\x28", 21)], (21, 0)),  # an alert in the middle
+        ([record(b"\1", 20), record(b"\x14\0\0")], (14, 0)),  # encrypted from there on
+        ([record(b"\x0b\1\x90\1")], (9, 0)),  # longer than OpenSSL takes
+        ([b"HTTP/"], (5, 0)),
+    ],
+)
+def test_a_step_is_taken_with_whole_messages(
+    records: list[bytes], expected: tuple[int, int]
+) -> None:
+    assert whole(*records) == expected
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_chain_that_is_almost_too_long(authority: trustme.CA, version: ssl.TLSVersion) -> None:
+    leaf = authority.issue_cert("127.0.0.1")
+    certificate = authority.cert_pem.bytes()
+    size = len(ssl.PEM_cert_to_DER_cert(certificate.decode()))
+    many = [certificate] * (95 * 1024 // size)
+    key, chain = leaf.private_key_pem.bytes(), [pem.bytes() for pem in leaf.cert_chain_pems]
+    context = server_context(trustme.LeafCert(key, chain[0], chain[1:] + many))
+    context.maximum_version = version
+    with endpoint(speaking_tls(context)) as port:
+        assert judge(port).valid
+
+
+def test_of_peers_that_stall_in_a_message_those_make_way_that_began_first() -> None:
+    """A message in small records is read as it arrives, since nobody knows how many there are."""
+
+    def behave(connection: socket.socket) -> None:
+        connection.recv(1000)
+        for start in range(0, len(CHAIN) - 1, 1024):
+            connection.sendall(record(CHAIN[start : start + 1024][: len(CHAIN) - 1 - start]))
+        wait_for_close(connection)
+
+    async def run(port: int) -> list[object]:
+        client, pacer = TlsClient(most_held=len(CHAIN) * 5 // 2), OpenConnectionPacer()
+        attempts = []
+        for _ in range(4):
+            attempt = client.attempt(LOOPBACK, port, [LOOPBACK], 2, pacer)
+            attempts.append(asyncio.create_task(attempt))
+            await asyncio.sleep(0.2)
+        return await asyncio.gather(*attempts, return_exceptions=True)
+
+    with endpoint(behave) as port:
+        first, second, *others = uvloop.run(run(port))
+    assert [str(first), str(second)] == ["too busy for a TLS handshake"] * 2
+    assert others == [failed("timed out", try_again=True)] * 2
+
+
+@pytest.mark.parametrize("limits", [{"most_kept": 2}, {"most_held": 500}])
+def test_the_process_keeps_a_bounded_number_of_handshakes_and_bytes(
+    limits: Mapping[str, int],
+) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs, ours:
+        process = handshake_process._Process(theirs, **limits)
+
+        def say(number: int, word: str, data: bytes = b"") -> None:
+            head = {"number": number, "do": word, "caller": "", "name": None, "addresses": []}
+            ours.send(encode(head, data))
+            process._read_message()
+
+        for number in 1, 2, 3:
+            say(number, "begin")
+            assert decode(ours.recv(10_000))[0]["trouble"] is None
+            say(number, "keep", bytes(200))
+        assert decode(ours.recv(10_000))[0] == {
+            "number": 1,
+            "verdict": None,
+            "trouble": "too busy for a TLS handshake",
+        }
+        assert sorted(process._kept) == [2, 3]
+        process.close()
+        assert process._held == 0
