@@ -21,35 +21,7 @@ from port_checker.settings import (
 )
 from tests.support.namespace import ROOT, needs_root
 
-DEFAULTS = {
-    "PORT_CHECKER_HOST": ("host", "0.0.0.0"),  # noqa: S104  # compared, not bound
-    "PORT_CHECKER_PORT": ("port", 9000),
-    "PORT_CHECKER_DEBUG": ("debug", False),
-    "PORT_CHECKER_WORKERS": ("workers", 1),
-    "PORT_CHECKER_TRUSTED_PROXIES": (
-        "trusted_proxies",
-        (IPv4Network("127.0.0.1/32"), IPv6Network("::1/128")),
-    ),
-    "PORT_CHECKER_ALLOWED_HOSTS": ("allowed_hosts", ()),
-    "PORT_CHECKER_CONTACT": ("contact", ""),
-    "PORT_CHECKER_RATE_LIMIT": ("caller_rate_limit", Rate(300, timedelta(minutes=1))),
-    "PORT_CHECKER_RATE_LIMIT_STORE": ("rate_limit_store", "memory://"),
-    "PORT_CHECKER_PERSPECTIVES": ("perspectives", ()),
-    "PORT_CHECKER_PERSPECTIVES_MODE": ("perspectives_mode", "decide"),
-    "PORT_CHECKER_METRICS": ("metrics", None),
-    "PORT_CHECK_RETRIES": ("retries", 3),
-    "PORT_CHECK_RETRY_DELAY": ("retry_delay", 1.0),
-    "PORT_CHECK_TIMEOUT": ("timeout", 5.0),
-    "PORT_CHECK_MAX_PORTS": ("max_ports", 1000),
-    "PORT_CHECK_MAX_IN_FLIGHT": ("max_in_flight", 10_000),
-    "PORT_CHECK_MAX_IN_FLIGHT_PER_CALLER": ("max_in_flight_per_caller", 2000),
-    "PORT_CHECK_TARGETS": ("targets", "public"),
-    "PORT_CHECK_ALLOWED_NETWORKS": ("allowed_networks", ()),
-    "PORT_CHECK_DENIED_NETWORKS": ("denied_networks", ()),
-    "PORT_CHECK_OWN_RATE_LIMIT": ("own_rate_limit", Rate(20_000, timedelta(minutes=1))),
-    "PORT_CHECK_OTHERS_RATE_LIMIT": ("others_rate_limit", Rate(1000, timedelta(minutes=1))),
-    "PORT_CHECK_TARGET_RATE_LIMIT": ("target_rate_limit", Rate(2000, timedelta(minutes=1))),
-}
+FIELDS = {str(field.validation_alias): name for name, field in Settings.model_fields.items()}
 NETWORKS = (IPv4Network("10.0.0.0/8"), IPv4Network("192.0.2.7/32"), IPv6Network("fd00::/8"))
 
 
@@ -117,9 +89,9 @@ def test_a_good_value(
     monkeypatch: pytest.MonkeyPatch, variable: str, text: str, value: object
 ) -> None:
     monkeypatch.setenv(variable, text)
-    name, _ = DEFAULTS[variable]
+    name = FIELDS[variable]
     loaded = dict(load_settings())
-    assert loaded == dict(DEFAULTS.values()) | {name: value}
+    assert loaded == dict(Settings()) | {name: value}
     assert type(loaded[name]) is type(value)
 
 
@@ -250,7 +222,7 @@ def complaint() -> str:
 
 
 def test_every_setting_is_tried_with_bad_values() -> None:
-    assert list(ALLOWED) == list(DEFAULTS)
+    assert list(ALLOWED) == list(FIELDS)
 
 
 @pytest.mark.parametrize("variable", ALLOWED)
@@ -435,10 +407,10 @@ def test_dotenv_of_other_programs_is_left_alone() -> None:
 
 
 def test_other_names_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable, (name, _) in DEFAULTS.items():
+    for variable, name in FIELDS.items():
         for other in variable.lower(), name, name.upper():
             monkeypatch.setenv(other, "7")
-    assert dict(load_settings()) == dict(DEFAULTS.values())
+    assert dict(load_settings()) == dict(Settings())
 
 
 def test_arguments_are_field_names_and_the_environment_does_not_count(
@@ -485,16 +457,14 @@ def test_unknown_names_and_the_nearest_setting() -> None:
 def test_the_example_lists_all_settings_with_their_defaults(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert dict(load_settings()) == dict(DEFAULTS.values())
     example = dotenv_values(ROOT / ".env.example")
-    assert list(example) == list(DEFAULTS)
-    assert list(example) == [it.validation_alias for it in Settings.model_fields.values()]
+    assert list(example) == list(FIELDS)
     for variable, text in example.items():
         assert text is not None
         monkeypatch.setenv(variable, text)
     settings = load_settings()
     assert settings.model_fields_set == set(Settings.model_fields)
-    assert dict(settings) == dict(DEFAULTS.values())
+    assert dict(settings) == dict(Settings())
     assert unknown_names(os.environ) == {}
 
 
