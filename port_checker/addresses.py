@@ -74,9 +74,9 @@ def lies_in(address: Address, networks: Iterable[Network]) -> bool:
 
 @functools.lru_cache(maxsize=1024)  # a request needs the same two or three, several times
 def subscriber(address: Address) -> str:
-    """Return what one subscriber of a network has: an IPv4 address, or an IPv6 /64 (RFC 6177).
+    """Return the network that one subscriber has: an IPv4 address, or an IPv6 /64 (RFC 6177).
 
-    Whoever has one address of a /64 has all of them, so that to count by address would be in vain.
+    Whoever has one address of a /64 has all of them, so counting by address would be pointless.
     """
     if isinstance(address, IPv6Address):
         return _prefix(address, 64)
@@ -90,7 +90,7 @@ def site(address: Address) -> str | None:
 
 
 def have_one_subscriber(one: Address | None, other: Address | None) -> bool:
-    """Whether two addresses are one subscriber's; an address that is not known is nobody's."""
+    """Whether two addresses belong to one subscriber; an unknown address belongs to nobody."""
     if one is None or other is None:
         return False
     return one == other or subscriber(one) == subscriber(other)

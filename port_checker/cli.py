@@ -169,8 +169,8 @@ def health(
 def _refuse_name(parameter: typer.CallbackParam, value: list[str] | None) -> None:
     """Say what was meant by an option that there is not."""
     if value:
-        meant = "--server" if parameter.name == "url" else "ports without an option"
-        raise typer.BadParameter(f"there is no such option: did you mean {meant}?")
+        intended = "--server" if parameter.name == "url" else "ports without an option"
+        raise typer.BadParameter(f"there is no such option: did you mean {intended}?")
 
 
 _Ports = Annotated[

@@ -47,11 +47,11 @@ class Row(Protocol):
 
 
 class Family(NamedTuple):
-    """A metric, and all that it can be about.
+    """A metric, with all values of its label.
 
     Attributes:
         name: As Prometheus knows it, without ``port_checker_``; a counter's without ``_total``.
-        documentation: What it tells.
+        documentation: What it measures.
         combine: Puts the figures of several processes together.
         is_counter: Whether the figures are kept when a process ends.
         label: The name of its label; empty if it has none.
@@ -132,7 +132,7 @@ FAMILIES: Final = (
 
 
 class Figure(NamedTuple):
-    """One number of a row: what a family tells of one value of its label."""
+    """One number of a row: a family's figure for one value of its label."""
 
     family: Family
     value: str
@@ -177,7 +177,7 @@ class Metrics:
         self.count(VOTES.name, f"{place} {vote}", by)
 
     def time_check(self, seconds: float) -> None:
-        """Count a completed check that took so long."""
+        """Count a completed check that took so many seconds."""
         self.count(DURATION.name, DURATION.values[bisect_left(_BUCKETS, seconds)])
         self.count(DURATION.name, "sum", seconds)
 
@@ -274,11 +274,11 @@ def _votes(row: Row, perspectives: Sequence[str]) -> "Counter[tuple[str, VoteOut
 
 
 class StatusLine:
-    """What the service does, in a line for people.
+    """What the service is doing, in a line for people.
 
     Args:
         totals: The figures.
-        clock: Tells the seconds.
+        clock: Returns the time in seconds.
     """
 
     def __init__(self, totals: Totals, clock: Callable[[], float] = time.monotonic) -> None:

@@ -1,8 +1,8 @@
-"""Host names to addresses, for those who cannot wait for a resolver that is silent.
+"""Host names to addresses, for callers that cannot wait for a silent resolver.
 
 ``getaddrinfo()`` blocks for as long as the system's resolver likes, and nothing interrupts it. The
-event loop runs it in threads that the end of the process waits for, and starts a look-up for each
-question. Here it runs in a thread that nobody waits for, and one serves all who ask meanwhile.
+event loop would run it in threads that the end of the process waits for, and start a look-up for
+each question. Here it runs in a daemon thread, and one look-up serves all who ask meanwhile.
 """
 
 import asyncio

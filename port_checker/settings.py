@@ -37,7 +37,7 @@ CLIENT_PATIENCE = 30.0
 # The rate limit store that is not Redis.
 IN_PROCESS = "memory://"
 
-# How the URL of a Redis cluster begins.
+# The scheme of a Redis cluster's URL.
 REDIS_CLUSTER = "redis+cluster://"
 
 _LOGIN = r"([^\s:@/?#\[\]]*:[^\s@/?#\[\]]+@)?"
@@ -51,7 +51,7 @@ _REDIS_URL = re.compile(
 
 _STORE_SCHEME = re.compile(r"(memory|rediss?|redis\+cluster|unix)(:/*|$)", re.IGNORECASE)
 
-# How the names of our variables begin.
+# The prefixes of our variables' names.
 PREFIXES = ("PORT_CHECK_", "PORT_CHECKER_")
 
 # Not a setting of the server: `port-checker check` reads it.
@@ -63,7 +63,7 @@ _EXPLAINED = "explained"
 _LONGEST_SHOWN = 80  # characters of a wrong value, so that the message stays one line
 
 
-# How a host begins that is a Unix socket, and how long the path after it may be (unix(7)).
+# The prefix of a host that is a Unix socket, and the longest path after it (unix(7)).
 UNIX = "unix:"
 _LONGEST_SOCKET_PATH = 107
 
@@ -125,7 +125,7 @@ def _parse_host_names(text: object) -> object:
     return tuple(name.lower().removesuffix(".") for name in names)
 
 
-# What may stand in a link, as it is.
+# What a link may contain as it is.
 _CONTACT = re.compile(
     r"[\w.+-]{1,64}@[\w-]+(\.[\w-]+)*|https?://[\w.-]+(:[0-9]{1,5})?(/[\w./~%?=&#-]*)?", re.ASCII
 )
@@ -346,7 +346,7 @@ class Settings(BaseModel):
             return store
         match = _REDIS_URL.fullmatch(store)
         if not match or urlsplit(store).port == 0:  # ValueError from 65536
-            if store != store.strip():  # a secret from a file ends with a newline, often
+            if store != store.strip():  # a secret from a file often ends with a newline
                 raise _wrong_store("it begins or ends with white space (a newline, say)")
             raise ValueError
         if match["authorities"]:

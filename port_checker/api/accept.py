@@ -1,4 +1,4 @@
-"""What a caller says that it takes: ``Accept`` and ``Accept-Encoding``."""
+"""What a caller accepts: ``Accept`` and ``Accept-Encoding``."""
 
 import re
 
@@ -11,7 +11,7 @@ _MAX_PARAMETERS = 10
 
 
 def accepts(connection: HTTPConnection, field: bytes, *names: str) -> bool:
-    """Tell whether the caller takes something.
+    """Tell whether the caller accepts something.
 
     Args:
         connection: The request.

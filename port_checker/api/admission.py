@@ -55,9 +55,9 @@ class Admission:
             is_tls: Whether there will be a TLS handshake.
 
         Returns:
-            A context manager for the block that makes the check. It is to be entered at once: it
-            gives the room for the ports, takes it back when the block ends, and raises
-            ``CallerLeft`` if the caller leaves, for which it cancels the block.
+            A context manager for the block that makes the check. Enter it at once: it
+            holds the room for the ports until the block ends, and if the caller leaves, it
+            cancels the block and raises ``CallerLeft``.
 
         Raises:
             TargetNotAllowed: The caller may not have this address checked.

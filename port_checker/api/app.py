@@ -35,7 +35,7 @@ def create_app(
 
     Args:
         settings: How it behaves.
-        metrics: Where to count; else nobody sees it.
+        metrics: Where to count; by default, where nobody reads the figures.
         limiter: Used instead of one made of the settings.
         checker: Used instead of one made of the settings.
     """

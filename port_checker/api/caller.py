@@ -57,9 +57,9 @@ class Unknown(Enum):
     """Why a caller is unknown."""
 
     NOT_FORWARDED = auto()  # a trusted proxy shows itself, but forwards no address
-    NAMELESS = auto()  # what it forwards last says that the client has no address
-    NO_ADDRESS = auto()  # what it forwards last is none
-    NO_ADDRESS_BEFORE = auto()  # nor is what another proxy forwarded
+    NAMELESS = auto()  # what it forwards last stands for a client without an address
+    NO_ADDRESS = auto()  # what it forwards last is no address
+    NO_ADDRESS_BEFORE = auto()  # what another proxy forwarded is no address
     ONLY_PROXIES = auto()
     NOT_KNOWN_NOW = auto()  # the kernel could not be asked whether an address is this machine's
     IMPOSSIBLE = auto()  # the forwarded address cannot be that of a caller beyond the proxy

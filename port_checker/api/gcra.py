@@ -68,7 +68,7 @@ class MemoryStore:
         for key, arrival in arrivals.items():
             if not is_refused:
                 self._arrivals[key] = arrival
-            if key in self._arrivals:  # used, also by who is refused
+            if key in self._arrivals:  # a refused payment uses it, too
                 self._arrivals.move_to_end(key)
         while len(self) > self._max_keys:
             self._arrivals.popitem(last=False)

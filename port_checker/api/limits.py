@@ -1,4 +1,4 @@
-"""How often a caller may ask, and for how many ports of whom."""
+"""How often callers may ask, and how many ports they may have checked."""
 
 import contextlib
 import math
@@ -60,7 +60,7 @@ class RateLimiter:
         answer_timeout: Seconds that a payment waits for Redis before it is made in this process;
             None for the default.
         max_keys: How many keys the process remembers.
-        clock: Tells the seconds by which limits are given back in this process.
+        clock: Returns the seconds by which limits recover in this process.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The schema that ``app.openapi()`` returns and ``/openapi.json`` serves.
 
-FastAPI makes it of the routes. Here is what it cannot see there: the routes read their bodies
-themselves.
+FastAPI generates it from the routes. This adds what it cannot see there: the routes read their
+bodies themselves.
 """
 
 from collections.abc import Mapping

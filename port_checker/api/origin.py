@@ -57,7 +57,7 @@ def is_name_of_this_machine(
     is_own: Callable[[Address], bool],
     names: Callable[[], Collection[str]] = local_names,
 ) -> bool:
-    """Whether a ``Host`` field says this machine: localhost, an address or a name of its own.
+    """Whether a ``Host`` field names this machine: localhost, an address or a name of its own.
 
     Args:
         host: The field; without one (HTTP/1.0), nothing speaks against it.
@@ -81,9 +81,9 @@ def require_same_origin(
 ) -> None:
     """Refuse a request that another site's page makes.
 
-    Browsers tell by ``Sec-Fetch-Site``, but over plain HTTP only by ``Origin``
+    Browsers say so in ``Sec-Fetch-Site``, but over plain HTTP only in ``Origin``
     (https://www.w3.org/TR/fetch-metadata/). A page whose host name its owner has pointed at
-    127.0.0.1 (DNS rebinding) is of the same origin, and is told by that name in ``Host``.
+    127.0.0.1 (DNS rebinding) has the same origin; that name in ``Host`` gives it away.
 
     Args:
         connection: The request.

@@ -84,7 +84,7 @@ def _is_plain_port(port: str) -> bool:
 
 
 def _require_healthy(urls: Iterable[str]) -> None:
-    """Ask the first of these that takes a connection.
+    """Ask the first of these URLs that accepts a connection.
 
     Raises:
         _Unhealthy: None does, or it does not answer that it is well.

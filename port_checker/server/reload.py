@@ -1,7 +1,7 @@
-"""Reloading: ``port-checker reload`` has the running service go on with the settings as they are.
+"""Reloading: ``port-checker reload`` has the running service take up changed settings.
 
-They meet at a socket in the folder that systemd makes for the service (RuntimeDirectory=), which no
-other user may enter. systemd reads the files of EnvironmentFile= anew for ExecReload=, so the
+The two meet at a socket in the folder that systemd makes for the service (RuntimeDirectory=), which
+no other user may enter. systemd reads the files of EnvironmentFile= anew for ExecReload=, so the
 settings come from the environment of the program that asks.
 """
 
@@ -59,7 +59,7 @@ class ReloadRequest:
         self._program = program
 
     def answer(self, error: str | None = None) -> None:
-        """Say how it ended: in error, or well."""
+        """Say how the reload ended: with an error, or well."""
         with self._program, contextlib.suppress(OSError):
             self._program.send(json.dumps(error).encode())
 

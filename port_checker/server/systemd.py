@@ -1,6 +1,6 @@
-"""What is between systemd and us: notices (sd_notify(3)), passed sockets, the journal.
+"""What systemd and the service exchange: notices (sd_notify(3)), passed sockets, the journal.
 
-No notice can fail the service.
+A notice that cannot be sent does the service no harm.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ def notify(*assignments: str) -> None:
 
 
 class Heartbeat:
-    """What a service manager is told while the service runs: systemd, or the parent of workers.
+    """Tells a service manager (systemd, or the parent of workers) how the service is.
 
     Args:
         status: Makes a line about what the service does, if anybody reads it.
@@ -52,7 +52,7 @@ class Heartbeat:
         self._beats = 0
 
     def beat(self) -> None:
-        """Tell that the service is ready and alive; and how it is, now and then."""
+        """Say that the service is ready and alive; and how it is, now and then."""
         # Each says that it is ready, in case one gets lost: systemd ignores what it knows.
         assignments = ["READY=1", "WATCHDOG=1"]
         if self._status and self._beats % _BEATS_OF_STATUS == 0:
@@ -61,7 +61,7 @@ class Heartbeat:
         notify(*assignments)
 
     def stop(self) -> None:
-        """Tell that the service is stopping."""
+        """Say that the service is stopping."""
         notify("STOPPING=1", "STATUS=Finishing the checks in flight")
 
 
@@ -74,9 +74,9 @@ def passed_sockets() -> list[socket.socket]:
 
 
 def refuse_waiting() -> None:
-    """Answer those who wait at the passed sockets that there is no service.
+    """Tell clients that wait at the passed sockets that there is no service.
 
-    systemd would start it again for them, and again, although it cannot start.
+    Otherwise systemd would start it for them again and again, although it cannot start.
     """
     clients: list[socket.socket] = []
     for listener in passed_sockets():
@@ -89,7 +89,7 @@ def refuse_waiting() -> None:
         with contextlib.suppress(OSError):
             client.sendall(_REFUSAL)
             client.shutdown(socket.SHUT_WR)
-    # To close before they have sent their request would take the answer from them.
+    # Closing before they have sent their requests would lose them the answer.
     deadline = time.monotonic() + _REFUSAL_PATIENCE
     for client in clients:
         with client, contextlib.suppress(OSError):
