@@ -292,13 +292,17 @@ PAGE_REACHABLE = (
     "program or another machine."
 )
 PAGE_ALL_REACHABLE = "Your provider can work with these ports: start it, if it is not running yet."
+PAGE_NEARBY = (
+    "{ip} is a private address, so this says nothing about the world: ask a service on the "
+    "internet."
+)
 PAGE_REFUSED = (
     "The address answers, but nothing accepts connections on this port. Start your provider and "
     "check again. If it is running, forward the port to its machine in your router."
 )
 PAGE_TIMED_OUT = (
-    "Nothing answers. Allow the port in the firewall of the provider's machine, and forward it to "
-    "that machine in your router."
+    "Nothing answers. Allow the port in the firewall of the machine that your provider runs on, "
+    "and forward it to that machine in your router."
 )
 PAGE_UNREACHABLE = (
     "A router on the way could not or would not deliver the connection. Check the firewall of your "

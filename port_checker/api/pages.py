@@ -142,6 +142,7 @@ def add_pages(app: FastAPI, settings: Settings) -> None:
         "tlsErrors": [words for words in TLS_KINDS if words],
         "reachable": advice.PAGE_REACHABLE,
         "allReachable": advice.PAGE_ALL_REACHABLE,
+        "nearby": advice.PAGE_NEARBY,
         "validCertificate": advice.PAGE_CERTIFICATE_VALID,
         "longestCheck": settings.longest_check
         + (_FOR_OTHER_PLACES if settings.perspectives else 0),

@@ -208,6 +208,7 @@ def test_the_page_is_told_what_the_program_says() -> None:
         "tlsErrors": [words for words in TLS_KINDS if words],
         "reachable": advice.PAGE_REACHABLE,
         "allReachable": advice.PAGE_ALL_REACHABLE,
+        "nearby": advice.PAGE_NEARBY,
         "validCertificate": advice.PAGE_CERTIFICATE_VALID,
         "longestCheck": 7.5,  # a second more for the other place
         "maxPorts": 7,

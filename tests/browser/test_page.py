@@ -249,6 +249,22 @@ def test_ports_may_be_written_as_people_do(
     assert visit(url).page.evaluate("text => parsePorts(text, 1000)", text) == expected
 
 
+@pytest.mark.parametrize(
+    ("addresses", "private"),
+    [
+        ("10.0.0.1 127.0.0.1 169.254.0.1 172.16.0.1 172.31.0.1 192.168.0.1", True),
+        ("100.64.0.1 100.99.0.1 100.127.0.1 ::1 fc00::1 fd00::1 fe80::1", True),
+        ("1.0.0.10 100.63.0.1 100.128.0.1 101.64.0.1 172.15.0.1 172.32.0.1 192.169.0.1", False),
+        ("203.0.113.7 2600::7 2a00:fc::1", False),
+    ],
+)
+def test_what_is_seen_of_a_private_address_says_nothing_about_the_world(
+    url: str, visit: Visit, addresses: str, private: bool
+) -> None:
+    judge = "addresses => addresses.map(isPrivate)"
+    assert {*visit(url).page.evaluate(judge, addresses.split())} == {private}
+
+
 def test_after_a_limit_it_counts_down_and_tries_again(visit: Visit) -> None:
     now = 0.0
     settings = Settings(retries=1)
@@ -446,7 +462,8 @@ def test_a_result_comes_into_view(url: str, visit: Visit, width: int, height: in
         visitor.check(opened)
         visitor.expect_status("✓ The port can be reached")
     expect(visitor.page.locator("#status")).to_be_in_viewport(ratio=1)
-    expect(visitor.page.locator("#next")).to_have_text(advice.PAGE_ALL_REACHABLE)
+    nearby = advice.PAGE_NEARBY.format(ip="127.0.0.1")
+    expect(visitor.page.locator("#next")).to_have_text(nearby)
     expect(visitor.page.locator("tbody .verdict")).to_be_in_viewport(ratio=1)
     visitor.check_certificate(1)
     visitor.expect_status("✕ Port 1 cannot be reached")
@@ -676,6 +693,7 @@ def test_the_pictures_in_the_readme(visit: Visit, tmp_path: Path, scheme: str) -
         )
         visitor.check(DEFAULT_PORTS)
         visitor.expect_status("✓ All 101 ports can be reached")
+        expect(visitor.page.locator("#next")).to_have_text(advice.PAGE_ALL_REACHABLE)
         visitor.page.locator("h1").click()  # takes the focus off the button
         visitor.page.evaluate("() => scrollTo(0, 0)")
         results = visitor.page.locator("#results").bounding_box()

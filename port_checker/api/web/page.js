@@ -3,9 +3,8 @@
 // What the service knows: the longest a check takes (seconds), how many ports one request may have, a
 // sentence for each result, those for errors by how these begin, and how the errors begin of a port that
 // could be connected to.
-const { advice, reachable, allReachable, validCertificate, tlsErrors, longestCheck, maxPorts } = JSON.parse(
-  find("page-data").textContent,
-);
+const { advice, reachable, allReachable, nearby, validCertificate, tlsErrors, longestCheck, maxPorts } =
+  JSON.parse(find("page-data").textContent);
 
 // The page may stand under any path: all that it asks for is beside it.
 const url = new URL(".", location.href).href.replace(/\/$/, "");
@@ -16,8 +15,8 @@ const here = /^[A-Za-z0-9._~/:[\]-]+$/.test(url) ? url : null;
 // After an answer that says when to ask again: how often that is done, and the longest wait (seconds).
 const MAX_REPEATS = 3;
 const LONGEST_WAIT = 120;
-// Characters of a link that are read; of a list of ports that is shown whole.
-const LONGEST_LINK = 8000;
+// Characters of a link that is read, which may have commas as "%2C"; of a list of ports that is shown whole.
+const LONGEST_LINK = 8 * maxPorts + 100;
 const LONGEST_LIST = 200;
 
 const portsField = find("ports");
@@ -108,8 +107,8 @@ async function checkPorts(address, ports) {
       : `${{ 0: "None", [last.length]: "All" }[good] ?? good} ${good === last.length ? "" : "of "}${last.length} ports can be reached`;
   const rows = rowsOf(new Map(last), address, perspectives);
   conclude(portsTable, `Ports of ${address}`, rows, summary, good === last.length);
-  find("next").textContent = allReachable;
-  find("next").hidden = good !== last.length;
+  find("next").textContent = isPrivate(address) ? nearby.replace("{ip}", address) : allReachable;
+  find("next").hidden = good !== last.length && !isPrivate(address);
 }
 
 /** Return a row for each result, whose ports share it; what is worst first. */
@@ -214,6 +213,12 @@ async function findAddress() {
   return ip;
 }
 
+/** Tell whether a visitor's address means something only here, and so what the service sees of it, too. */
+function isPrivate(address) {
+  const ipv4 = /^(10|127|169\.254|192\.168|172\.(1[6-9]|2\d|3[01])|100\.(6[4-9]|[7-9]\d|1[01]\d|12[0-7]))\./;
+  return ipv4.test(address) || /^(::|f[cde])/.test(address);
+}
+
 /** Write a time of the service's in the visitor's words and time zone. */
 function formatTime(text) {
   return new Date(text).toLocaleString(undefined, { dateStyle: "long", timeStyle: "long" });
@@ -278,7 +283,8 @@ function hide(table) {
 
 /** Read the ports of the page's link, such as #7466,50800-50899 or #tls=443. */
 function readLink() {
-  let text = location.hash.slice(1, LONGEST_LINK);
+  let text = location.hash.slice(1);
+  if (text.length > LONGEST_LINK) return;
   try {
     text = decodeURIComponent(text);
   } catch {
