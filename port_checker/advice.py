@@ -28,20 +28,20 @@ OWN_FIREWALL_FIRST = (
     "firewall of your hosting company or network."
 )
 NETWORK_FIREWALL = (
-    "Nothing arrived at this machine, which has the address itself: check the firewall of your "
-    "hosting company or network (a security group, say), then this machine's own."
+    "Nothing arrived at this machine, which has the address itself: check the firewall before it, "
+    "your router's or your hosting company's (a security group, say)."
 )
 NOT_FORWARDED = (
-    "The address refuses the connection, and nothing arrived at this machine: forward the port to "
-    "it on your router."
+    "The address refuses the connection, and nothing arrived at this machine: forward the port "
+    "(TCP) to its present address on your router."
 )
 REFUSED = (
     "The address refuses the connection: forward the port to this machine on your router. If you "
     "have, check this machine's own firewall."
 )
 NOTHING_ARRIVED = (
-    "Nothing arrived at this machine: forward the port to it on your router, and allow it in the "
-    "router's firewall."
+    "Nothing arrived at this machine: forward the port (TCP) to its present address on your "
+    "router, and allow it in the router's firewall."
 )
 TIMED_OUT = (
     "The connections get lost on the way: forward the port to this machine on your router, and "
@@ -60,6 +60,18 @@ BEHIND_VPN = (
     "This machine's traffic leaves through a VPN ({interface}), and the VPN's exit does not pass "
     "the connections on: give your own public address with --ip and check that, let the provider "
     "bypass the VPN, or have the VPN forward the port."
+)
+BEHIND_PROVIDERS_NAT = (
+    "Nothing arrives at this machine, nor can it: its internet provider's own NAT does not pass "
+    "the connections on, as described below."
+)
+NOT_IN_SHARE = (
+    "Nothing arrived at this machine, nor can it: your internet provider gives this port of the "
+    "address to another customer, as described below."
+)
+XDP_FIRST = (
+    "A program at {interface} of this machine (XDP) sees packets before all else and may drop "
+    "them: allow the port there first (bpftool net shows it)."
 )
 IN_CLOUD = (
     "Nothing arrives at this machine: allow the port in your cloud's firewall (security group, "
@@ -87,6 +99,11 @@ ANSWERED_ELSEWHERE = (
     "Something else answered instead of this machine (another machine, a proxy, a firewall that "
     "accepts everything): forward the port to this machine."
 )
+ANSWERED_BEFORE = (
+    "Something before this machine answered in its place (a protection against attacks, or a "
+    "firewall or proxy that accepts everything): let your router, hosting company or network pass "
+    "the port on to this machine."
+)
 REDIRECTED_HERE = (
     "The connections arrive at this machine, but its translation rules lead them to another "
     "program: remove those for this port (nft list ruleset, iptables -t nat -S)."
@@ -95,6 +112,10 @@ PASSED_ON = (
     "The connections arrive, and this machine passes them on to {address} (a container, say): "
     "stop the container or the rule that publishes the port (docker ps, iptables -t nat -S, nft "
     "list ruleset), or use another port."
+)
+CONTAINER_SILENT = (
+    "The connections arrive, and this machine passes them on to {address} (a container, say), "
+    "where nothing accepts them: check the program there."
 )
 ARRIVES_UNUSED = (
     "Connections to this port arrive at port {port} of this machine, on which nobody listens: "
@@ -116,6 +137,11 @@ REPLIES_LOST = (
     "Connections arrive here and this machine replies, but the replies get lost on the way: check "
     "the firewall of your router or network, and that replies leave by the way that connections "
     "come (with two routers or a VPN, they may not)."
+)
+REPLIES_ELSEWHERE = (
+    "The connections arrive at {interface}, but this machine's replies leave by {other} (a VPN's "
+    "route, say) and get lost: let replies leave by {interface} (a rule by source address, ip "
+    "rule), or let the provider bypass {other}."
 )
 REVERSE_PATH = (
     "The connections arrive at {interface}, and this machine drops them because replies would "
@@ -247,6 +273,33 @@ SHARED_ADDRESS = (
     "provider shares {ip} among its customers (CGNAT), and forwards on your router cannot work: "
     "ask it for a public address, or use IPv6."
 )
+PORTS_SHARED = (
+    "Only {ports} got through, in aligned blocks of {size} at equal distances: your internet "
+    "provider gives each customer only some ports of {ip} (MAP-E, v6plus). Use those, ask it for "
+    "an address of your own, or use IPv6."
+)
+PORTS_PERHAPS_SHARED = (
+    "Only {ports} got through, an aligned block of {size}. If you have forwarded the others, too, "
+    "your internet provider gives each customer only some ports of {ip} (MAP-E, v6plus): use "
+    "those, ask it for an address of your own, or use IPv6."
+)
+ADDRESS_CHANGED = (
+    "This machine's address changed from {before} to {after} during the check (a new one of your "
+    "internet provider, or a second uplink), so what is said of {before} may be past: check again."
+)
+LOW_PORTS_BLOCKED = (
+    "Others got through, but not {ports}: many internet providers block well-known ports such as "
+    "25, 80, 443 and 445. If you have forwarded them, use ports from 1024 up."
+)
+LOOPED_BACK = (
+    "Your router loops connections to {ip} back to this machine (hairpin NAT): your own network "
+    "reaches it at that address, too."
+)
+NOT_LOOPED_BACK = (
+    "Your router does not loop connections to {ip} back (no hairpin NAT): from your own network "
+    "the provider cannot be reached at that address, though the world reaches it. A test from "
+    "inside fails."
+)
 SHARED_ADDRESS_HERE = (
     "This machine has {local}, an address that internet providers share out behind their own NAT "
     "(CGNAT), so forwards cannot work: ask your internet provider for a public address, or use "
@@ -284,7 +337,14 @@ READ_AS_FORWARD = (
 READ_AS_LIST = "{word} is two ports, {low} and {high}. If you mean one, write {number}."
 
 # The advice that blames what is before this machine, where nothing got through to it.
-NOTHING_GOT_THROUGH = {NOT_FORWARDED, REFUSED, NOTHING_ARRIVED, TIMED_OUT, ROUTER_REJECTS}
+NOTHING_GOT_THROUGH = {
+    NOT_FORWARDED,
+    REFUSED,
+    NOTHING_ARRIVED,
+    TIMED_OUT,
+    ROUTER_REJECTS,
+    BEHIND_PROVIDERS_NAT,
+}
 
 # For the page in a browser, which cannot listen: whether anything runs on a port it does not know.
 PAGE_REACHABLE = (

@@ -288,15 +288,25 @@ class Way:
     source: Address | None
 
 
-def way_to(address: Address) -> Way | None:
-    """Ask the kernel how packets to ``address`` leave; None if it has no route or cannot tell."""
+def way_to(address: Address, source: Address | None = None) -> Way | None:
+    """Ask the kernel how packets to ``address`` leave; None if it has no route or cannot tell.
+
+    Args:
+        address: Their destination.
+        source: The address of this machine that they have, which rules may look at.
+    """
     try:
-        route = _route(address)
+        if source is None:
+            route = _route(address)
+        else:
+            packed = _RTA_SRC, source.packed
+            route = _route(address, packed, source_bits=source.max_prefixlen)
         found = dict(_attributes(route[12:])) if route else {}
         (index,) = struct.unpack("=I", found.get(_RTA_OIF, bytes(4)))
-        source = found.get(_RTA_PREFSRC)
+        preferred = found.get(_RTA_PREFSRC)
         return Way(
-            socket.if_indextoname(index), parse_address(str(ip_address(source))) if source else None
+            socket.if_indextoname(index),
+            parse_address(str(ip_address(preferred))) if preferred else None,
         )
     except OSError:
         return None
@@ -446,14 +456,15 @@ def interface_kind(name: str) -> str:
     return ""
 
 
-def has_xdp_program() -> bool:
-    """Whether a program at an interface of this machine sees packets before everything else."""
+def xdp_interface() -> str:
+    """Return an interface at which a program sees packets before everything else; empty if none."""
     with contextlib.suppress(OSError):
         for message in _dump(_RTM_GETLINK, struct.pack("=B15x", socket.AF_UNSPEC)):
-            xdp = dict(_attributes(dict(_attributes(message[16:])).get(_IFLA_XDP, b"")))
+            attributes = dict(_attributes(message[16:]))
+            xdp = dict(_attributes(attributes.get(_IFLA_XDP, b"")))
             if any(xdp.get(_IFLA_XDP_ATTACHED, b"")):
-                return True
-    return False
+                return attributes[_IFLA_IFNAME].rstrip(b"\0").decode(errors="replace")
+    return ""
 
 
 # Connections

@@ -5,6 +5,17 @@ As a library::
     report = await verify([7466, 50800], servers=["https://checker.example"])
     for port in report.ports:
         print(port.port, port.reachable, port.advice)
+
+How a check goes, and where each part of it is. ``verify`` has the flow, and nothing else knows all:
+
+1. Listen on the ports (``listeners``) and at the interfaces (``evidence``, where this process may).
+2. Ask the servers (``remote``) for this machine's address, and then about the ports.
+3. Find out whose the connections are that came (``origin``): only those of the servers count.
+4. Ask again what is unclear (``second_look``): is the server banned, are connections limited, are
+   forwards crossed? These phases, for the ports that are listened on, are in ``phases``.
+5. Judge each port by what was seen here and said there (``report``), for the place where this
+   machine is (``place``), and say what is true of all of them (``notes``).
+6. Show it (``screen``), or how it changes (``watch``).
 """
 
 from port_checker.connect import Verdict

@@ -1,10 +1,42 @@
 """The result for a TLS endpoint, and the advice that follows from what servers say of it."""
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Mapping, Sequence
 
 from port_checker import advice as advice_for
+from port_checker.linux import tcp_sockets
+from port_checker.provider.origin import Contact, is_own
+from port_checker.provider.remote import ServerError
 from port_checker.provider.report import PortPair, TlsAnswer, TlsReport
 from port_checker.tls import TlsVerdictKind
+
+
+async def check_tls(contacts: Sequence[Contact], pair: PortPair) -> TlsReport:
+    """Have each server check the certificate at one port."""
+    answers: dict[str, TlsAnswer] = {}
+    reasons = [f"{contact.url} {contact.error}" for contact in contacts if contact.error]
+    able = [(c, c.address) for c in contacts if c.address and not c.error]
+    results = await asyncio.gather(
+        *(contact.server.check_tls(address, pair.outer) for contact, address in able),
+        return_exceptions=True,
+    )
+    for (contact, _), result in zip(able, results, strict=True):
+        if isinstance(result, TlsAnswer):
+            answers[contact.url] = result
+        elif isinstance(result, ServerError):
+            reasons.append(f"{contact.url} {result}")
+        else:
+            raise result
+    is_listened_on = bool(tcp_sockets({pair.inner}, listening=True))
+    ip = next((contact.address for contact in contacts if contact.address), None)
+    return judge_tls(
+        pair,
+        answers,
+        reason="; ".join(reasons) or "no server was asked",
+        is_listened_on=is_listened_on,
+        own_address=bool(ip and is_own(ip)),
+        ip=str(ip),
+    )
 
 
 def judge_tls(

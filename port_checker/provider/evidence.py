@@ -72,7 +72,7 @@ class Attempt:
     Attributes:
         address: The address to which the peer connects.
         interface: The name of the interface at which its packets arrive.
-        answered: Whether this machine accepted.
+        answered_at: The interface at which this machine's answer left; empty if it did not accept.
         refused: Whether it refused with a RST.
         passed_to: The address to which it passed the packets on instead.
         last: When the latest began, by the capture's clock.
@@ -80,7 +80,7 @@ class Attempt:
 
     address: Address
     interface: str
-    answered: bool = False
+    answered_at: str = ""
     refused: bool = False
     passed_to: Address | None = None
     last: int = 0
@@ -184,7 +184,8 @@ class Capture:
             if attempt and attempt.address != _address(destination):
                 attempt.passed_to = _address(destination)
         elif attempt := self._attempts.get((destination, from_port)):
-            attempt.answered |= bool(flags & _SYN)
+            if flags & _SYN:  # at a bridge before its port, which is seen last when it comes in
+                attempt.answered_at = attempt.answered_at or interface
             attempt.refused |= not flags & _SYN
 
     def _record_begin(

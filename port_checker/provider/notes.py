@@ -2,31 +2,50 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from ipaddress import IPv4Address, IPv4Network
+from dataclasses import dataclass, field
 
 from port_checker import advice
+from port_checker.addresses import Address
 from port_checker.linux import ephemeral_ports, own_addresses, reserved_ports
 from port_checker.provider.origin import Contact, Nearness, is_own
+from port_checker.provider.place import Share, is_shared, place_of
 from port_checker.provider.report import PortPair, PortReport, port_ranges
 
-_SHARED = IPv4Network("100.64.0.0/10")  # RFC 6598
-_DS_LITE = IPv4Network("192.0.0.0/29")  # RFC 7335
+_PRIVILEGED = 1024  # ports below are well-known ones
+# What rows say of ports at which nothing arrived.
+_LOST = {*advice.NOTHING_GOT_THROUGH, advice.NETWORK_FIREWALL, advice.IN_CLOUD}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found out besides the results of each port.
+
+    Attributes:
+        retried: How many ports answered only when a few were asked for at a time.
+        banned: The servers that seem to be banned as scanners, and how many of their connections
+            got through before.
+        moved: The address before and after, where it changed during the check.
+        share: The customer's part of an address that is shared by ports.
+        loops_back: Whether the router loops this machine's public address back; None if nobody
+            knows.
+    """
+
+    retried: int = 0
+    banned: Mapping[str, int] = field(default_factory=dict)
+    moved: tuple[Address, Address] | None = None
+    share: Share | None = None
+    loops_back: bool | None = None
 
 
 def notes(
-    contacts: Sequence[Contact],
-    ports: Sequence[PortReport],
-    retried: int,
-    banned: Mapping[str, int],
+    contacts: Sequence[Contact], ports: Sequence[PortReport], found: Findings
 ) -> Iterator[str]:
     """Yield the notes of a report.
 
     Args:
         contacts: The servers.
         ports: The results.
-        banned: The servers that seem to be banned as scanners, and how many of their connections
-            got through before.
-        retried: How many ports answered only when a few were asked for at a time.
+        found: What was found out besides.
     """
     for contact in contacts:
         yield from _notes_on_server(contact)
@@ -36,10 +55,15 @@ def notes(
         yield advice.ADDRESSES_DIFFER.format(addresses=listed)
     yield from _temporary_addresses(contacts)
     yield from _disagreements(ports, addresses)
-    yield from _notes_on_address(contacts, ports)
-    if retried:
-        yield advice.CONNECTION_LIMIT.format(retried=retried)
-    for url, reached in banned.items():
+    if found.moved:
+        before, after = found.moved
+        yield advice.ADDRESS_CHANGED.format(before=before, after=after)
+    else:
+        yield from _notes_on_address(contacts, ports, found)
+    yield from _low_ports(ports)
+    if found.retried:
+        yield advice.CONNECTION_LIMIT.format(retried=found.retried)
+    for url, reached in found.banned.items():
         contact = next(contact for contact in contacts if contact.url == url)
         peer = next(iter(contact.peers), contact.remote)
         yield advice.SERVER_BANNED.format(url=url, reached=reached, peer=peer)
@@ -98,18 +122,34 @@ def _disagreements(ports: Sequence[PortReport], addresses: dict[str, str]) -> It
         )
 
 
-def _notes_on_address(contacts: Sequence[Contact], ports: Sequence[PortReport]) -> Iterator[str]:
-    """Name a shared address, where all that the rows say is that nothing got through to it."""
+def _low_ports(ports: Sequence[PortReport]) -> Iterator[str]:
+    """Name well-known ports, where they are all that does not get through."""
+    lost = [PortPair(port.port, port.inner) for port in ports if port.advice in _LOST]
+    if lost and any(port.reachable for port in ports) and max(lost).outer < _PRIVILEGED:
+        yield advice.LOW_PORTS_BLOCKED.format(ports=port_ranges(lost))
+
+
+def _notes_on_address(
+    contacts: Sequence[Contact], ports: Sequence[PortReport], found: Findings
+) -> Iterator[str]:
+    """Tell what the router does with the address, or who else has it."""
     contact = next((contact for contact in contacts if contact.address), None)
+    if contact and found.loops_back is not None:
+        note = advice.LOOPED_BACK if found.loops_back else advice.NOT_LOOPED_BACK
+        yield note.format(ip=contact.address)
+    if contact and found.share:
+        note = advice.PORTS_SHARED if found.share.certain else advice.PORTS_PERHAPS_SHARED
+        reached = port_ranges(PortPair(p.port, p.inner) for p in ports if p.reachable)
+        yield note.format(ports=reached, size=found.share.size, ip=contact.address)
     answered = [port for port in ports if port.answers]
     if not contact or not contact.address or not answered:
         return
     if not {port.advice for port in answered} <= advice.NOTHING_GOT_THROUGH:
         return
-    address, local = contact.address, contact.local
+    address = contact.address
     if address.version == 6 or not address.is_global or is_own(address):
         return
-    if isinstance(local, IPv4Address) and (local in _SHARED or local in _DS_LITE):
+    if is_shared(local := place_of(contact, address.version).address):
         yield advice.SHARED_ADDRESS_HERE.format(local=local)
     else:
         yield advice.SHARED_ADDRESS.format(ip=address)

@@ -26,6 +26,8 @@ from port_checker.provider.report import PortPair
 # Rounds of halves. A stranger who connects to one port at random moments would have to meet the
 # right half in each, and in none of the others.
 _ROUNDS = 3
+# One in so many ports may get others' connections from the same address meanwhile.
+_FEW = 4
 # Peers that are looked at more closely: those who came to the most ports.
 _MAX_CANDIDATES = 32
 # Sites get at least a /56, as a rule (RFC 6177).
@@ -199,8 +201,10 @@ async def learn_peers(
             ports = by_peer(witness.seen(start))
             for peer in list(remaining):
                 came = ports.get(peer, set())
-                # Where forwards are crossed, the number alone fits.
-                if not (came <= inner or 1 < len(came) <= reached):
+                # Where forwards are crossed, the number alone fits; behind a NAT that hides who
+                # connects, some of others' come with the server's.
+                is_whole = inner <= came and _FEW * len(came - inner) <= len(pairs)
+                if not (came <= inner or is_whole or 1 < len(came) <= reached):
                     remaining.discard(peer)
                 arrived[peer] |= came
         remaining = {peer for peer in remaining if arrived[peer]}

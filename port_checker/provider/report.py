@@ -183,6 +183,7 @@ class Router(StrEnum):
     CONTAINER = "container"
     VPN = "vpn"
     CLOUD = "cloud"
+    SHARED = "shared"  # its internet provider's, which shares addresses out
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,7 @@ class Place:
         address: The address at which connections arrive here, if it is known.
         router: What forwards connections, if the address is not this machine's.
         interface: Where connections to the internet leave; empty if that is unknown.
+        xdp: An interface at which a program sees packets before everything else; empty if none.
     """
 
     own_address: bool = False
@@ -205,6 +207,19 @@ class Place:
     address: Address | None = None
     router: Router = Router.ROUTER
     interface: str = ""
+    xdp: str = ""
+
+
+class WrongWay(NamedTuple):
+    """Answers leave by another interface than the one at which connections arrive.
+
+    Attributes:
+        interface: The one by which they leave.
+        filtered: Whether the kernel drops the connections for that.
+    """
+
+    interface: str
+    filtered: bool
 
 
 @dataclass(frozen=True)
@@ -218,8 +233,8 @@ class Observation:
         half_open: Whether one began and was not completed.
         attempt: Their connections as the interfaces see them; None if there are none.
         captured: Whether all packets at the interfaces were seen.
-        wrong_way: Where answers would leave instead of the interface at which the connections
-            arrive, if the kernel drops them for it.
+        wrong_way: By where answers leave, if not where the connections arrive.
+        in_container: Whether this machine passes the connections on to a container of its own.
         answers: The verdicts, by server.
         counted: The servers that say something about the world; by default all.
         banned: Whether a server seems to be banned as a scanner.
@@ -240,7 +255,8 @@ class Observation:
     half_open: bool = False
     attempt: Attempt | None = None
     captured: bool = False
-    wrong_way: str | None = None
+    wrong_way: WrongWay | None = None
+    in_container: bool = False
     answers: dict[str, Verdict] = field(default_factory=dict)
     counted: Collection[str] | None = None
     banned: bool = False
@@ -294,7 +310,8 @@ def _is_programs(observed: Observation, place: Place) -> bool:
     """Whether the program that has the port can have been the one that answered."""
     if observed.local != "in use" or observed.other_family or observed.checked:
         return False
-    arrived = observed.attempt and not observed.attempt.passed_to
+    # What publishes a container's port holds it, too (docker-proxy, conmon).
+    arrived = observed.attempt and (observed.in_container or not observed.attempt.passed_to)
     if observed.captured and not arrived:
         return False
     if observed.holders is None:
@@ -333,11 +350,15 @@ def _advise(observed: Observation, place: Place, kinds: Sequence[VerdictKind]) -
         sentence = advice_for.ARRIVES_UNUSED if observed.unused else advice_for.CROSSED
         return sentence.format(port=observed.arrives_at)
     if observed.attempt and observed.attempt.passed_to:
-        return advice_for.PASSED_ON.format(address=observed.attempt.passed_to)
+        published = observed.local == "in use" and observed.in_container
+        sentence = advice_for.CONTAINER_SILENT if published else advice_for.PASSED_ON
+        return sentence.format(address=observed.attempt.passed_to)
     if observed.local == "in use" and (fault := _advise_on_program(observed, place, kinds)):
         return fault
     if VerdictKind.OPEN in kinds:
-        return advice_for.REDIRECTED_HERE if observed.attempt else advice_for.ANSWERED_ELSEWHERE
+        if observed.attempt:
+            return advice_for.REDIRECTED_HERE
+        return _advise_on_what_is_before(observed, place, VerdictKind.OPEN)
     if observed.is_reached_from_some_place:
         return advice_for.REACHED_FROM_SOME_PLACES
     return _advise_on_way(observed, place, kinds[0])
@@ -348,17 +369,26 @@ def _advise_on_way(observed: Observation, place: Place, kind: VerdictKind) -> st
     attempt = observed.attempt
     if observed.banned:
         return advice_for.BANNED
-    if attempt and attempt.answered:
+    began = observed.seen or observed.half_open or (attempt and attempt.answered_at)
+    if attempt and (way := observed.wrong_way) and (began or way.filtered):
+        sentence = advice_for.REPLIES_ELSEWHERE if began else advice_for.REVERSE_PATH
+        return sentence.format(interface=attempt.interface, other=way.interface)
+    if attempt and attempt.answered_at:
         return advice_for.REPLIES_LOST
-    if observed.seen or observed.half_open:
+    if began:
         return advice_for.WAY_BACK if attempt else advice_for.WAY_BACK_FIRST
-    if attempt and observed.wrong_way:
-        return advice_for.REVERSE_PATH.format(interface=attempt.interface, other=observed.wrong_way)
     if attempt:
         return advice_for.OWN_FIREWALL
     if place.caller_hidden:
         return advice_for.CALLER_HIDDEN
-    if place.own_address:
+    before = _advise_on_what_is_before(observed, place, kind)
+    return f"{advice_for.XDP_FIRST.format(interface=place.xdp)} {before}" if place.xdp else before
+
+
+def _advise_on_what_is_before(observed: Observation, place: Place, kind: VerdictKind) -> str:
+    """Name what keeps connections from this machine, or answers in its place."""
+    answered = kind is VerdictKind.OPEN
+    if place.own_address and not answered:
         captured = observed.captured
         return advice_for.NETWORK_FIREWALL if captured else advice_for.OWN_FIREWALL_FIRST
     match place.router:
@@ -366,9 +396,14 @@ def _advise_on_way(observed: Observation, place: Place, kind: VerdictKind) -> st
             return advice_for.IN_CONTAINER
         case Router.VPN:
             return advice_for.BEHIND_VPN.format(interface=place.interface)
-        case Router.CLOUD:
+        case Router.CLOUD if not answered:
             return advice_for.IN_CLOUD
+        case Router.SHARED:
+            return advice_for.BEHIND_PROVIDERS_NAT
     match kind:
+        case VerdictKind.OPEN:
+            no_router = place.own_address or place.router is Router.CLOUD
+            return advice_for.ANSWERED_BEFORE if no_router else advice_for.ANSWERED_ELSEWHERE
         case VerdictKind.REFUSED:
             return advice_for.NOT_FORWARDED if observed.captured else advice_for.REFUSED
         case VerdictKind.TIMED_OUT:

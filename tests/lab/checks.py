@@ -1,10 +1,24 @@
 """Checks in the lab, as a provider's owner makes them."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from pathlib import Path
 
+import pytest
+from pydantic import TypeAdapter
+
+from port_checker import advice
 from port_checker.provider import Report, Waits, verify
-from tests.lab.network import Lab
+from port_checker.schemas import PortResult
+from tests.lab import network
+from tests.lab.network import Lab, end
 
 # A service that is quicker to call something lost than the defaults are.
 QUICK_PORT = 9001
@@ -14,6 +28,32 @@ QUICK = {
     "PORT_CHECK_TIMEOUT": "1.0",
     "PORT_CHECK_RETRY_DELAY": "0.1",
 }
+TRAFFIC = str(Path(__file__).parent / "traffic.py")
+OWN = {4: network.PROVIDER_BEHIND_NAT, 6: network.PROVIDER[6]}
+LOOPBACK = {4: "127.0.0.1", 6: "::1"}
+BOTH = pytest.mark.parametrize("version", [4, 6])
+# Nothing gets to the provider's machine: what is said of that behind a router, and without one.
+ANSWERED = {4: advice.ANSWERED_ELSEWHERE, 6: advice.ANSWERED_BEFORE}
+NOT_HERE = {4: advice.NOT_FORWARDED, 6: advice.NETWORK_FIREWALL}
+LOST = {4: advice.NOTHING_ARRIVED, 6: advice.NETWORK_FIREWALL}
+# The lab's bans last for ever.
+WAITS = Waits(ban=3)
+
+
+def start_check(
+    lab: Lab,
+    machine: str,
+    ports: Sequence[int | tuple[int, int]],
+    *servers: str,
+    ip: str | None = None,
+    waits: Waits = WAITS,
+) -> Future[Report]:
+    """Check a machine's ports from a thread in its namespace."""
+
+    def run() -> Report:
+        return asyncio.run(verify(ports, servers=servers, ip=ip, waits=waits))
+
+    return lab.submit(machine, run)
 
 
 def check(
@@ -22,14 +62,28 @@ def check(
     ports: Sequence[int | tuple[int, int]],
     *servers: str,
     ip: str | None = None,
-    waits: Waits = Waits(),  # noqa: B008  # frozen
+    waits: Waits = WAITS,
 ) -> Report:
-    """Check a machine's ports from a thread in its namespace."""
+    """Check a machine's ports, and wait for the report."""
+    return start_check(lab, machine, ports, *servers, ip=ip, waits=waits).result(timeout=120)
 
-    def run() -> Report:
-        return asyncio.run(verify(ports, servers=servers, ip=ip, waits=waits))
 
-    return lab.submit(machine, run).result(timeout=120)
+def run(lab: Lab, machine: str, *words: str, behind: Sequence[str] = ()) -> Report:
+    """Run the whole program.
+
+    Args:
+        lab: Where.
+        machine: The machine on which it runs.
+        words: Its arguments.
+        behind: A command that runs it.
+    """
+    program = [*behind, sys.executable, "-m", "port_checker", "check", "--json", *words]
+    process = lab.popen(machine, *program, env={**os.environ}, output=subprocess.PIPE)
+    document = json.loads(process.communicate(timeout=120)[0])
+    for port in document["ports"]:
+        answers = port["answers"].items()
+        port["answers"] = {url: PortResult(**answer).verdict for url, answer in answers}
+    return TypeAdapter(Report).validate_python(document)
 
 
 def url_of(hosts: Mapping[int, str], version: int = 4, port: int = QUICK_PORT) -> str:
@@ -51,3 +105,32 @@ def advised(report: Report) -> set[str | None]:
 def word(ports: range) -> str:
     """Ports as nftables and the program's users write them."""
     return f"{ports[0]}-{ports[-1]}"
+
+
+def notes(report: Report) -> list[str]:
+    """The notes of a report, but for what every check through the lab's router finds out."""
+    expected = advice.NOT_LOOPED_BACK.format(ip=network.ROUTER[4])
+    return [note for note in report.notes if note != expected]
+
+
+@contextlib.contextmanager
+def traffic(lab: Lab, name: str, *words: object) -> Iterator[None]:
+    """Have somebody do something meanwhile."""
+    process = lab.popen(name, sys.executable, TRAFFIC, *map(str, words))
+    try:
+        yield
+    finally:
+        end(process)
+
+
+def monitor(
+    lab: Lab, name: str, host: str, ports: range, kind: str = "connect"
+) -> AbstractContextManager[None]:
+    return traffic(lab, name, kind, host, ports[0], ports[-1], 0.3)
+
+
+def translate(lab: Lab, name: str, rule: str) -> None:
+    """Translate sources of what leaves a namespace."""
+    table = "table inet nat {\nchain out { type nat hook postrouting priority srcnat; }\n}"
+    lab.run(name, "nft", "-f", "-", stdin=table)
+    lab.run(name, "nft", "add", "rule", "inet", "nat", "out", *rule.split())

@@ -96,7 +96,7 @@ _SYSCTLS = {
 }
 _FORWARDING = {"net/ipv4/ip_forward": "1", "net/ipv6/conf/all/forwarding": "1"}
 
-_FILTERS = """
+FILTERS = """
 table inet lab {
     set attempted { type inet_service; size 65535; flags dynamic; }
     set closed { type inet_service; size 65535; flags dynamic, timeout; }
@@ -183,6 +183,7 @@ class Lab:
         self.log = directory / "service.log"
         self._directory = directory
         self._stack = stack
+        self.machines: list[str] = []
         self._threads: dict[str, ThreadPoolExecutor] = {}
         self._next_port = 20_000  # below the ephemeral ports, which begin at 32768
         for name in _INTERFACES:
@@ -198,7 +199,7 @@ class Lab:
                 commands += [f"link set {peer} up"]
             commands += [f"route add {route}" for route in _ROUTES[name]]
             self.run(name, "ip", "-batch", "-", stdin="\n".join(commands))
-            self.run(name, "nft", "-f", "-", stdin=_FILTERS)
+            self.run(name, "nft", "-f", "-", stdin=FILTERS)
         self.run("router", "nft", "-f", "-", stdin=_TRANSLATION)
 
     def _add_namespace(self, name: str) -> None:
@@ -209,6 +210,7 @@ class Lab:
         threads = ThreadPoolExecutor(128, name, _enter, (self.full_name(name),))
         self._stack.callback(threads.shutdown)
         self._threads[name] = threads
+        self.machines.append(name)
         forwarding = _FORWARDING if name in ("internet", "router") else {}
         self.submit(name, _set_sysctls, _SYSCTLS | forwarding).result()
 
@@ -216,6 +218,33 @@ class Lab:
         here, there = self.full_name(one), self.full_name(other)
         ends = f"{other} netns {here} type veth peer {one} netns {there}"
         _run("ip", "link", "add", *ends.split())
+
+    def attach(self, name: str, to: str, interface: str, address: str, gateway: str) -> None:
+        """Add a machine behind another one: a container, or one behind a VPN or in a cloud.
+
+        Args:
+            name: The new one.
+            to: Its router.
+            interface: What it calls its link to that.
+            address: Its address and the length of the network's prefix.
+            gateway: Its router's address there.
+        """
+        self._add_namespace(name)
+        here, there = self.full_name(to), self.full_name(name)
+        ends = f"{name} netns {here} type veth peer {interface} netns {there}"
+        _run("ip", "link", "add", *ends.split())
+        prefix = address.partition("/")[2]
+        ends_up = f"address add {gateway}/{prefix} dev {name}\nlink set {name} up"
+        self.run(to, "ip", "-batch", "-", stdin=ends_up)
+        commands = f"link set lo up\naddress add {address} dev {interface}\n"
+        commands += f"link set {interface} up\nroute add default via {gateway}"
+        self.run(name, "ip", "-batch", "-", stdin=commands)
+        server = CHECKER[6 if ":" in address else 4]
+
+        def connected() -> bool:
+            return self.submit(name, _is_healthy, server).result()
+
+        wait_until(connected, f"{name} to reach the checker", seconds=20)
 
     def full_name(self, name: str) -> str:
         """Return what a namespace is called on this machine."""
@@ -344,6 +373,28 @@ class Lab:
         """
         self.submit(name, self._listen, ports, transparent=transparent).result()
 
+    def listen_at(self, name: str, address: str, ports: range) -> Callable[[], None]:
+        """Listen on ports at one address of a machine; return what ends that."""
+
+        def listen() -> list[socket.socket]:
+            return [socket.create_server((address, port)) for port in ports]
+
+        listeners = self.submit(name, listen).result()
+
+        def close() -> None:
+            for listener in listeners:
+                listener.close()
+
+        return close
+
+    def wait_until_listening(self, name: str, ports: Iterable[int]) -> None:
+        """Wait until a program that was started listens on ports."""
+
+        def is_listening() -> bool:
+            return all(map(_listens, ports))
+
+        wait_until(lambda: self.submit(name, is_listening).result(), "the program to listen")
+
     def listen_once_refused(self, name: str, ports: range) -> Future[None]:
         """Listen on each of ports as soon as a refusal of it has left the machine.
 
@@ -453,6 +504,11 @@ def _enter(full_name: str) -> None:
 def _set_sysctls(sysctls: Mapping[str, str]) -> None:
     for name, value in sysctls.items():
         Path("/proc/sys", name).write_text(value)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _is_healthy(server: str, port: int = SERVICE_PORT) -> bool:

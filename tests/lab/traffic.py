@@ -2,10 +2,12 @@
 
 traffic.py connect HOST FIRST LAST INTERVAL    connect to each port, again and again
 traffic.py half-open HOST FIRST LAST INTERVAL  send a SYN to each, and never more
-traffic.py noise ADDRESS                       SSDP, mDNS and broadcasts of a LAN
+traffic.py noise LINK ADDRESS NEIGHBOUR SECONDS  what a LAN hears in that time, in a hundredth
+traffic.py proxy HOST FIRST LAST               accept connections to each port, pass them on to HOST
 """
 
 import contextlib
+import selectors
 import socket
 import struct
 import sys
@@ -13,7 +15,16 @@ import time
 from collections.abc import Sequence
 
 SECONDS = 120
-_SO_BROADCAST_GROUPS = [("239.255.255.250", 1900), ("224.0.0.251", 5353), ("255.255.255.255", 138)]
+# SSDP, mDNS, LLMNR and NetBIOS; and SSDP and mDNS over IPv6.
+_GROUPS = [
+    ("239.255.255.250", 1900),
+    ("224.0.0.251", 5353),
+    ("224.0.0.252", 5355),
+    ("255.255.255.255", 138),
+]
+_GROUPS_IPV6 = [("ff02::c", 1900), ("ff02::fb", 5353)]
+_FRAGMENTED = bytes(3000)
+_SCANNED = range(1, 1000)
 
 
 def connect(host: str, ports: Sequence[int]) -> None:
@@ -37,15 +48,53 @@ def half_open(host: str, ports: Sequence[int]) -> None:
             raw.sendto(head[:16] + struct.pack("!H", checksum) + head[18:], (host, 0))
 
 
-def noise(address: str) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+def noise(link: str, address: str, neighbour: str, seconds: int) -> None:
+    """Send what a LAN hears in so many seconds, each in a hundredth of that.
+
+    Each second has multicasts, broadcasts, fragments for a neighbour, and a scan of another of its
+    ports.
+    """
+    index = socket.if_nametoindex(link)
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock,
+        socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock6,
+    ):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
         sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(address))
         sock.bind((address, 0))
-        for group in _SO_BROADCAST_GROUPS:
-            for _ in range(20):
+        sock6.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, index)
+        for second in range(seconds):
+            for group in _GROUPS:
                 with contextlib.suppress(OSError):
                     sock.sendto(b"M-SEARCH * HTTP/1.1\r\n", group)
+            for group in _GROUPS_IPV6:
+                with contextlib.suppress(OSError):
+                    sock6.sendto(b"M-SEARCH * HTTP/1.1\r\n", group)
+            with contextlib.suppress(OSError):  # the neighbour's ICMP errors
+                sock.sendto(_FRAGMENTED, (neighbour, 9))
+            half_open(neighbour, [_SCANNED[second % len(_SCANNED)]])
+            time.sleep(0.01)
+
+
+def proxy(host: str, ports: Sequence[int]) -> None:
+    """Connect to HOST for everybody who connects here, at once, and close when they do."""
+    with selectors.DefaultSelector() as selector:
+        for port in ports:
+            selector.register(socket.create_server(("", port)), selectors.EVENT_READ, port)
+        end = time.monotonic() + SECONDS
+        while time.monotonic() < end:
+            for key, _ in selector.select(1):
+                assert isinstance(key.fileobj, socket.socket)
+                if isinstance(key.data, socket.socket):  # a client that closes, and its other end
+                    selector.unregister(key.fileobj)
+                    key.fileobj.close()
+                    key.data.close()
+                else:
+                    client, _ = key.fileobj.accept()
+                    onwards = socket.socket()
+                    onwards.setblocking(False)
+                    onwards.connect_ex((host, key.data))
+                    selector.register(client, selectors.EVENT_READ, onwards)
 
 
 def _checksum(data: bytes) -> int:
@@ -67,15 +116,16 @@ def _source(host: str) -> str:
 
 def main() -> None:
     kind, host, *rest = sys.argv[1:]
+    if kind == "noise":
+        noise(host, rest[0], rest[1], int(rest[2]))
+        return
+    ports = range(int(rest[0]), int(rest[1]) + 1)
+    if kind == "proxy":
+        proxy(host, ports)
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
-        if kind == "noise":
-            noise(host)
-            time.sleep(0.1)
-        else:
-            ports = range(int(rest[0]), int(rest[1]) + 1)
-            (connect if kind == "connect" else half_open)(host, ports)
-            time.sleep(float(rest[2]))
+        (connect if kind == "connect" else half_open)(host, ports)
+        time.sleep(float(rest[2]))
 
 
 if __name__ == "__main__":

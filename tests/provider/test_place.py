@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from port_checker.provider.place import router_of
+from port_checker.provider.place import Share, router_of, share_of
 from port_checker.provider.report import Router
 from tests.support.namespace import in_namespace, needs_root
 
@@ -19,6 +19,7 @@ DMI = "sys/class/dmi/id"
         ("eth0", {}, Router.ROUTER),
         ("eth0", {".dockerenv": ""}, Router.ROUTER),  # a build machine, or the host's network
         ("wg0", {}, Router.VPN),
+        ("tailscale0", {}, Router.VPN),
         ("tun0", {".dockerenv": ""}, Router.VPN),
         ("eth0", {f"{DMI}/sys_vendor": "Amazon EC2\n"}, Router.CLOUD),
         ("eth0", {f"{DMI}/product_name": "Google Compute Engine\n"}, Router.CLOUD),
@@ -40,7 +41,7 @@ import tempfile
 from ipaddress import ip_address
 from pathlib import Path
 from port_checker.linux import interface_kind
-from port_checker.provider.place import router_of
+from port_checker.provider.place import Share, router_of, share_of
 bare, marked, grouped = (Path(tempfile.mkdtemp()) for _ in range(3))
 (marked / "run").mkdir()
 (marked / "run/.containerenv").touch()
@@ -48,14 +49,61 @@ bare, marked, grouped = (Path(tempfile.mkdtemp()) for _ in range(3))
 (grouped / "proc/1/cgroup").write_text("0::/docker/0123\\n")
 print(interface_kind("veth7"), interface_kind("lo"))
 for root in bare, marked, grouped:
-    for local in "172.17.0.2", "192.168.1.2":
-        print(router_of("veth7", ip_address(local), root))
+    for interface, local in ("veth7", "172.17.0.2"), ("veth7", "192.168.1.2"), ("tap7", "10.1.1.1"):
+        print(router_of(interface, ip_address(local), root))
 """
 
 
 @needs_root
 def test_a_container_has_a_mark_and_a_containers_network() -> None:
-    setup = "ip link add veth7 type veth peer veth8"
-    first, *routers = in_namespace(CONTAINER_SCRIPT, setup).splitlines()
+    veth, tap = "ip link add veth7 type veth peer veth8", "ip tuntap add tap7 mode tap"
+    first, *routers = in_namespace(CONTAINER_SCRIPT, veth, tap).splitlines()
     assert first == "veth "
-    assert routers == ["router", "router", "container", "router", "container", "router"]
+    # A veth with a container's address, one without, and pasta's or slirp4netns' tap.
+    marked = ["container", "router", "container"]
+    assert routers == ["router", "router", "router", *marked, *marked]
+
+
+@pytest.mark.parametrize(
+    ("interface", "local", "expected"),
+    [
+        ("eth0", "100.64.0.9", Router.SHARED),
+        ("dslite", "192.0.0.2", Router.SHARED),
+        ("eth0", "192.0.0.8", Router.ROUTER),
+        ("eth0", "100.128.0.1", Router.ROUTER),
+        ("tailscale0", "100.64.0.9", Router.VPN),
+    ],
+)
+def test_addresses_that_internet_providers_share_out(
+    tmp_path: Path, interface: str, local: str, expected: Router
+) -> None:
+    assert router_of(interface, ip_address(local), tmp_path) is expected
+
+
+def blocks(*starts: int, size: int) -> set[int]:
+    return {start + n for start in starts for n in range(size)}
+
+
+EVERY_64 = [50832 + 64 * n for n in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "reached", "expected"),
+    [
+        (range(50816, 51072), blocks(*EVERY_64, size=16), Share(16, certain=True)),
+        (range(50816, 51072), blocks(*EVERY_64[:3], size=16), None),  # one is missing
+        (range(50816, 51072), blocks(*EVERY_64, size=16) - {50840}, None),
+        (range(1024, 65536), blocks(*range(1040, 65536, 1024), size=16), Share(16, certain=True)),
+        (range(50800, 50900), blocks(50832, size=16), Share(16, certain=False)),
+        (range(50800, 50900), blocks(50800, size=16), None),  # somebody forwarded the first few
+        (range(50800, 50900), blocks(50833, size=16), None),
+        (range(50800, 50900), set(range(50800, 50850)), None),
+        (range(50800, 50900), {50810}, None),
+        (range(50800, 50900), set(), None),
+        (range(50816, 50832), blocks(50816, size=16), None),  # all
+    ],
+)
+def test_which_ports_of_a_shared_address_are_ours(
+    asked: range, reached: set[int], expected: Share | None
+) -> None:
+    assert share_of(reached, set(asked) - reached) == expected

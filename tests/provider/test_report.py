@@ -19,6 +19,7 @@ from port_checker.provider.report import (
     PortReport,
     Report,
     Router,
+    WrongWay,
     judge,
     port_ranges,
 )
@@ -135,7 +136,7 @@ def test_the_router_is_left_out_where_it_is_not_to_blame(
 
 
 ARRIVALS = [
-    ({"attempt": replace(ARRIVED, answered=True)}, advice.REPLIES_LOST),
+    ({"attempt": replace(ARRIVED, answered_at="eth0")}, advice.REPLIES_LOST),
     ({"attempt": ARRIVED, "half_open": True}, advice.WAY_BACK),
     ({"half_open": True}, advice.WAY_BACK_FIRST),
     ({"attempt": replace(ARRIVED, refused=True)}, advice.OWN_FIREWALL),
@@ -144,8 +145,23 @@ ARRIVALS = [
         advice.PASSED_ON.format(address="172.17.0.2"),
     ),
     (
-        {"attempt": ARRIVED, "wrong_way": "wg0"},
+        {"attempt": ARRIVED, "wrong_way": WrongWay("wg0", filtered=True)},
         advice.REVERSE_PATH.format(interface="eth0", other="wg0"),
+    ),
+    (
+        {"attempt": ARRIVED, "half_open": True, "wrong_way": WrongWay("wg0", filtered=False)},
+        advice.REPLIES_ELSEWHERE.format(interface="eth0", other="wg0"),
+    ),
+    (
+        {
+            "attempt": replace(ARRIVED, answered_at="wg0"),
+            "wrong_way": WrongWay("wg0", filtered=False),
+        },
+        advice.REPLIES_ELSEWHERE.format(interface="eth0", other="wg0"),
+    ),
+    (
+        {"attempt": ARRIVED, "wrong_way": WrongWay("wg0", filtered=False)},
+        advice.OWN_FIREWALL,
     ),
     ({"arrives_at": 50900, "unused": True}, advice.ARRIVES_UNUSED.format(port=50900)),
 ]

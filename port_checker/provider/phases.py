@@ -1,0 +1,417 @@
+"""The phases of a check, for some of the ports, while listeners stand on them.
+
+Ask; find out which connections are the servers'; ask again what is unclear; judge.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from ipaddress import IPv4Address
+
+from port_checker.addresses import Address
+from port_checker.connect import Verdict, VerdictKind
+from port_checker.linux import accepts_from, interface_kind, shows_sockets, way_to
+from port_checker.provider.evidence import Attempt
+from port_checker.provider.http_client import SILENCE, LocalPorts
+from port_checker.provider.origin import Contact, Nearness, Witness, by_peer, is_own, learn_peers
+from port_checker.provider.place import loops_back, place_of
+from port_checker.provider.remote import Answers, Waits
+from port_checker.provider.report import (
+    Observation,
+    Place,
+    PortPair,
+    PortReport,
+    WrongWay,
+    judge,
+)
+from port_checker.provider.second_look import (
+    BANNED_GROUP_SIZE,
+    ask_in_groups,
+    looks_banned,
+    looks_limited,
+    trace_forwards,
+)
+
+# What leads to containers of this machine.
+_CONTAINER_KINDS = ("bridge", "veth")
+# So many ports must have been tried from one unknown address before it may be a server that could
+# connect to none.
+_MIN_TRIED = 3
+
+
+@dataclass(frozen=True)
+class Phases:
+    """The phases for some of the ports, while listeners stand on them.
+
+    Attributes:
+        pairs: The ports.
+        witness: What sees who comes to them.
+        start: The moment before anything was asked about them.
+        family: 4 or 6.
+        waits: How long to wait.
+        on_progress: Called with a few words on what is happening.
+    """
+
+    pairs: Sequence[PortPair]
+    witness: Witness
+    start: tuple[int, int]
+    family: int
+    waits: Waits
+    on_progress: Callable[[str], None]
+
+    async def ask(self, contacts: Sequence[Contact]) -> tuple[list[Contact], Mapping[str, Answers]]:
+        """Ask each server; return what is known of them now, and their answers by URL."""
+        pairs = [
+            p for p in self.pairs if self.witness.listeners.local[p.inner] in ("bound", "in use")
+        ]
+        # In random order: a limit on new connections, or a ban, lets in what comes first, so that
+        # what it drops is scattered, unlike a range that a firewall closes.
+        ports = [pair.outer for pair in random.sample(pairs, len(pairs))]
+        answers = await asyncio.gather(
+            *(contact.ask(ports, partial(self._is_connecting, contact)) for contact in contacts)
+        )
+        contacts = [
+            contact.after(answer) for contact, answer in zip(contacts, answers, strict=True)
+        ]
+        by_url = {contact.url: answer for contact, answer in zip(contacts, answers, strict=True)}
+        await self._wait_until_seen(contacts, by_url)
+        return contacts, by_url
+
+    def _is_connecting(self, contact: Contact) -> bool:
+        return bool(self.seen([contact], self.witness.seen(self.start)))
+
+    async def identify(
+        self, contacts: Sequence[Contact], answers: Mapping[str, Answers]
+    ) -> list[Contact]:
+        """Find the addresses from which servers connect, where they are not known yet."""
+        return [await self._identify(contact, answers[contact.url]) for contact in contacts]
+
+    async def _identify(self, contact: Contact, answers: Answers) -> Contact:
+        local = self.witness.listeners.local
+        watched = ("bound", "in use") if self.witness.capture else ("bound",)
+        pairs = [pair for pair in self.pairs if local[pair.inner] in watched]
+        reached = [pair for pair in pairs if _reaches(answers, pair)]
+        seen = self.witness.seen(self.start)
+        tried = self.seen([contact], seen)
+        asked = reached or [pair for pair in pairs if pair.outer in answers.verdicts]
+        unclear = {pair.inner for pair in asked} - tried
+        strangers = by_peer({port: seen[port] for port in unclear & seen.keys()})
+        if not reached:  # what connected to none may still have tried all
+            enough = max(_MIN_TRIED, len(asked) / 2)
+            strangers = {p: ports for p, ports in strangers.items() if len(ports) >= enough}
+        if all(map(is_own, strangers)) or (tried and not reached):
+            return contact
+        self.on_progress(f"looking from where {contact.url} connects")
+        learnt = await learn_peers(contact, asked, strangers, self.witness, self.waits)
+        others = contact.strangers | (strangers.keys() - learnt)
+        return replace(contact, peers=contact.peers | learnt, strangers=others)
+
+    async def ask_in_groups(
+        self, contacts: Sequence[Contact], answers: Mapping[str, Answers]
+    ) -> tuple[Mapping[str, Answers], int, dict[str, int]]:
+        """Ask again in small groups where a limit on new connections shows, or a ban.
+
+        Returns:
+            The answers with the new ones; how many ports got through only then; and, for each
+            server that seems to be banned as a scanner, how many of its connections got through.
+        """
+        passed, banned = 0, {}
+        answers = dict(answers)
+        reached_here = self.seen(contacts)
+        for contact in contacts:
+            verdicts = answers[contact.url].verdicts
+            if contact.error == SILENCE and not verdicts:  # even its answer got lost
+                came = self.seen([contact], self.witness.seen(self.start)) & self._inner()
+                if came and contact.nearness is Nearness.OUTSIDE:
+                    banned[contact.url] = len(came & reached_here)
+                continue
+            lost = [pair.outer for pair in self.pairs if self._is_lost(answers, pair)]
+            lost = [port for port in lost if port in verdicts]
+            reached = {port for port, verdict in verdicts.items() if verdict.accessible}
+            timed_out = [p for p in lost if verdicts[p].kind is VerdictKind.TIMED_OUT]
+            is_banned = looks_banned([*verdicts], reached, lost)
+            if looks_limited(self.pairs, reached, timed_out):
+                later = await ask_in_groups(contact, timed_out, self.waits)
+            elif is_banned:
+                self.on_progress(f"asking {contact.url} again, about a few ports at a time")
+                later = await ask_in_groups(contact, lost, self.waits, size=BANNED_GROUP_SIZE)
+            else:
+                continue
+            through = sum(verdict.accessible for verdict in later.values())
+            # Ports that were reached are reached again, unless the server is banned.
+            sample = await contact.ask([*reached][:2]) if is_banned and not through else None
+            if sample and not any(v.accessible for v in sample.verdicts.values()):
+                await self.waits.sleep(self.waits.ban)
+                again = await ask_in_groups(contact, lost, self.waits, size=BANNED_GROUP_SIZE)
+                through = sum(verdict.accessible for verdict in again.values())
+                later |= again
+                banned[contact.url] = len(reached)
+            passed += through
+            answers[contact.url] |= Answers(later)
+        if passed:
+            await self._wait_until_seen(contacts, answers)
+        return answers, passed, banned
+
+    def _inner(self) -> set[int]:
+        return {pair.inner for pair in self.pairs}
+
+    def unreached(self, answers: Mapping[str, Answers]) -> set[int]:
+        """Return the inner ports that not all servers reach."""
+        return {p.inner for p in self.pairs if not all(_reaches(a, p) for a in answers.values())}
+
+    def _is_lost(self, answers: Mapping[str, Answers], pair: PortPair) -> bool:
+        """Whether no server reaches a port at which this machine listens."""
+        # Also where a packet that was sent again arrived, too late for the server.
+        return self._is_bound(pair) and not _is_accessible(answers, pair)
+
+    async def trace(
+        self,
+        contacts: Sequence[Contact],
+        answers: Mapping[str, Answers],
+        seen: set[int],
+        *,
+        suspicious: bool,
+        limited: bool,
+    ) -> dict[int, int] | None:
+        """Find out where forwards lead, if there is a reason to ask.
+
+        Where answers and connections differ, and, if ``suspicious``, where a router may exchange
+        ports without that. Not where connections are limited.
+
+        Returns:
+            For each outer port whose connections arrive, the inner one; None if nobody was asked.
+        """
+        bound = {pair for pair in self.pairs if self._is_bound(pair)}
+        arrived = {pair for pair in bound if pair.inner in seen}
+        accessible = {pair for pair in self.pairs if _is_accessible(answers, pair)}
+        behind_router = not any(c.address and is_own(c.address) for c in contacts)
+        exchanged = suspicious and behind_router and len(accessible) > 1
+        if limited or not arrived or not accessible:
+            return None
+        if bound & accessible == arrived and not exchanged:
+            return None
+        self.on_progress("looking at which port each connection arrives")
+        for contact in contacts:
+            pairs = [pair for pair in self.pairs if _reaches(answers[contact.url], pair)]
+            if pairs:
+                own_seen = self.seen([contact])
+                listeners = self.witness.listeners
+                return await trace_forwards(contact, pairs, own_seen, listeners, self.waits)
+        return None
+
+    def judge(
+        self,
+        contacts: Sequence[Contact],
+        answers: Mapping[str, Answers],
+        seen: set[int],
+        half_open: Mapping[int, set[Address]],
+        arrivals: Mapping[int, int] | None,
+        elsewhere: Mapping[int, int],
+        *,
+        banned: bool,
+    ) -> list[PortReport]:
+        """Judge each port by all that is known."""
+        counted = counted_servers(contacts)
+        capture = self.witness.capture
+        attempts = self._attempts(counted)
+        places = {contact.url: place_of(contact, self.family) for contact in counted}
+        has_xdp = any(place.xdp for place in places.values())
+        captured = bool(capture and capture.is_complete() and not has_xdp)
+        half_open_here = self.seen(counted, half_open)
+        errors = {c.url: c.error for c in contacts if c.error}
+        listeners = self.witness.listeners
+        came = self.witness.seen(self.start)
+        nowhere = Place(family=self.family)
+        shows_holders = shows_sockets()
+        reports = []
+        for pair in self.pairs:
+            verdicts = _verdicts(answers, pair)
+            is_accessible = _is_accessible(answers, pair)
+            arrives_at = elsewhere.get(pair.outer)
+            arrived = pair.inner in seen
+            if arrivals is not None:
+                at = arrivals.get(pair.outer)
+                arrives_at = at if at not in (pair.inner, None) else arrives_at
+                # What others' forwards brought here says nothing about this port.
+                arrived = at == pair.inner or (
+                    arrived and not is_accessible and pair.inner not in arrivals.values()
+                )
+            attempt = attempts.get(pair.inner)
+            observed = Observation(
+                ports=pair,
+                local=listeners.local[pair.inner],
+                seen=arrived,
+                half_open=pair.inner in half_open_here,
+                attempt=attempt,
+                captured=captured and not self._unknown(contacts, came.get(pair.inner, set())),
+                wrong_way=self._wrong_way(contacts, attempt),
+                in_container=_leads_to_container(attempt),
+                answers=verdicts,
+                counted={contact.url for contact in counted},
+                arrives_at=arrives_at,
+                banned=banned,
+                unused=pair.outer in elsewhere and attempts[elsewhere[pair.outer]].refused,
+                holders=listeners.holders.get(pair.inner, ()) if shows_holders else None,
+                checked=pair.inner in listeners.checked,
+                bind_error=listeners.errors.get(pair.inner, 0),
+                other_family=pair.inner in listeners.other_family,
+                excluded=any(pair.outer in answer.excluded for answer in answers.values()),
+                reason=_join(errors | _failures(answers, pair)) or "no server was asked",
+                places={
+                    url: dict(answer.places[pair.outer])
+                    for url, answer in answers.items()
+                    if answer.places.get(pair.outer)
+                },
+            )
+            url = next((c.url for c in counted if c.url in verdicts), None)
+            reports.append(judge(observed, places[url] if url else nowhere))
+        return reports
+
+    def _unknown(self, contacts: Sequence[Contact], peers: set[Address]) -> set[Address]:
+        """Return those peers that may be a server or not."""
+        return {
+            peer
+            for peer in peers
+            if not (any(c.has_peer(peer) or peer in c.strangers for c in contacts) or is_own(peer))
+        }
+
+    def _attempts(
+        self, contacts: Sequence[Contact], since: int | None = None
+    ) -> dict[int, Attempt]:
+        """Return what the interfaces see of servers, since the start or a later moment."""
+        capture = self.witness.capture
+        since = self.start[1] if since is None else since
+        return capture.attempts(partial(_is_servers, contacts), since) if capture else {}
+
+    async def elsewhere(
+        self, contacts: Sequence[Contact], answers: Mapping[str, Answers]
+    ) -> dict[int, int]:
+        """Find which ports lead to others of this machine that are not checked.
+
+        Only where it is clear: as many arrive as are missing, or all at one; and one of them comes
+        again when it is asked about alone, for the servers may be checking others for somebody
+        else.
+        """
+        capture = self.witness.capture
+        if not capture or any(c.nearness is Nearness.HERE for c in contacts):
+            return {}
+        ours = {pair.inner for pair in self.pairs}
+        attempts = self._attempts(contacts)
+        missing = [
+            pair.outer
+            for pair in sorted(self.pairs)
+            if _verdicts(answers, pair) and pair.inner not in attempts
+        ]
+        others = sorted(attempts.keys() - ours)
+        if len(others) == 1:
+            others *= len(missing)
+        if not missing or len(missing) != len(others):
+            return {}
+        start = capture.clock
+        asker = next(c for c in contacts if missing[0] in answers[c.url].verdicts)
+        await asker.ask([missing[0]])
+        came = self._attempts(contacts, start).keys() - ours
+        return dict(zip(missing, others, strict=True)) if came == {others[0]} else {}
+
+    async def loops_back(
+        self, contacts: Sequence[Contact], reports: Sequence[PortReport], local_ports: LocalPorts
+    ) -> bool | None:
+        """Find out whether the router loops this machine's address back; None if nobody knows.
+
+        Its own connection comes after the servers', of which it is no part.
+        """
+        port = next((port for port in reports if port.confirmed), None)
+        reached = (c for c in contacts if port and c.url in port.answers)
+        address = next((c.address for c in reached if c.nearness is Nearness.OUTSIDE), None)
+        if not port or not isinstance(address, IPv4Address) or is_own(address):
+            return None
+        self.on_progress(f"looking whether {address} is looped back to this machine")
+        pair = PortPair(port.port, port.inner)
+        return await loops_back(address, pair, self.witness.listeners, local_ports)
+
+    def _wrong_way(self, contacts: Sequence[Contact], attempt: Attempt | None) -> WrongWay | None:
+        """Return by where answers leave, if not where connections arrive."""
+        if not attempt or attempt.refused or attempt.interface == "lo":
+            return None
+        peer = next(peer for c in contacts for peer in (*c.peers, c.remote) if peer)
+        if peer.version != self.family:
+            return None
+        way = way_to(peer, attempt.address)
+        leaves_by = attempt.answered_at or (way.interface if way else "none")
+        if leaves_by in (attempt.interface, "lo"):
+            return None
+        is_dropped = not accepts_from(peer, attempt.address, attempt.interface)
+        return WrongWay(leaves_by, is_dropped and not attempt.answered_at)
+
+    def _is_bound(self, pair: PortPair) -> bool:
+        return self.witness.listeners.local[pair.inner] == "bound"
+
+    def seen(
+        self, contacts: Sequence[Contact], seen: Mapping[int, set[Address]] | None = None
+    ) -> set[int]:
+        """Return the inner ports to which servers came; by default, all the way to a listener."""
+        if seen is None:
+            seen = self.witness.listeners.seen()
+        strangers = {peer for peer in by_peer(seen) if not _is_servers(contacts, peer)}
+        return {port for port, peers in seen.items() if peers - strangers}
+
+    async def _wait_until_seen(
+        self, contacts: Sequence[Contact], answers: Mapping[str, Answers]
+    ) -> None:
+        """Wait for the connections that servers report, from them or from who may be them."""
+        ports = [p.inner for p in self.pairs if self._is_bound(p) and _is_accessible(answers, p)]
+        await self.witness.listeners.wait_until_seen(
+            ports,
+            self.waits.late_connections,
+            ignored=lambda peer: not _is_servers(contacts, peer) and is_own(peer),
+        )
+
+
+def _leads_to_container(attempt: Attempt | None) -> bool:
+    """Whether connections are passed on by a link within this machine, not to its network."""
+    way = way_to(attempt.passed_to) if attempt and attempt.passed_to else None
+    if not attempt or not way or way.interface == attempt.interface:
+        return False
+    return interface_kind(way.interface) in _CONTAINER_KINDS
+
+
+def counted_servers(contacts: Sequence[Contact]) -> list[Contact]:
+    """Return those servers whose verdicts count: those outside, if one of them checks anything."""
+    outside = [c for c in contacts if c.nearness is Nearness.OUTSIDE and c.asked]
+    return outside or list(contacts)
+
+
+def _is_servers(contacts: Sequence[Contact], peer: Address) -> bool:
+    return any(contact.has_peer(peer) for contact in contacts)
+
+
+def _failures(answers: Mapping[str, Answers], pair: PortPair) -> dict[str, str]:
+    """Return those servers' own errors that stand in place of a verdict on a port."""
+    return {
+        url: f"could not connect itself ({answer.failures[pair.outer]})"
+        for url, answer in answers.items()
+        if pair.outer in answer.failures
+    }
+
+
+def _join(errors: Mapping[str, str]) -> str:
+    return "; ".join(f"{url}: {error}" for url, error in errors.items())
+
+
+def _reaches(answers: Answers, pair: PortPair) -> bool:
+    return pair.outer in answers.verdicts and answers.verdicts[pair.outer].accessible
+
+
+def _verdicts(answers: Mapping[str, Answers], pair: PortPair) -> dict[str, Verdict]:
+    """Return each server's verdict on a port."""
+    return {
+        url: answer.verdicts[pair.outer]
+        for url, answer in answers.items()
+        if pair.outer in answer.verdicts
+    }
+
+
+def _is_accessible(answers: Mapping[str, Answers], pair: PortPair) -> bool:
+    return any(_reaches(answer, pair) for answer in answers.values())
