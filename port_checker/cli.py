@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -33,11 +34,14 @@ _SIGNAL_PATIENCE = 1.0
 
 _ALL_REACHABLE, _SOME_UNREACHABLE, _NO_SERVER, _INTERRUPTED = 0, 1, 3, 130
 
+# Columns of the help, two less than the terminal's: click alone would take 50 at least.
+_HELP_WIDTH = max(30, min(shutil.get_terminal_size().columns, 80) - 2)
+
 app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # whose frames cut examples and defaults off at 40 columns
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "terminal_width": _HELP_WIDTH},
 )
 
 
@@ -282,7 +286,7 @@ def watch_ports(
     on_change: Annotated[
         str | None,
         typer.Option(
-            metavar="COMMAND",
+            metavar="CMD",
             help="Run this at each change; the new report is on its stdin, as check --json has it.",
         ),
     ] = None,

@@ -743,7 +743,7 @@ def test_the_manual_page_has_the_words_of_the_help() -> None:
         [sys.executable, ".ci/man_page.py"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert made.stdout == (ROOT / "port-checker.1").read_text(), "make man writes it anew"
-    for words in ("50800\\-50899", "\\-\\-on\\-change COMMAND", "Exit status: 0 all ports"):
+    for words in ("50800\\-50899", "\\-\\-on\\-change CMD", "Exit status: 0 all ports"):
         assert words in made.stdout
 
 

@@ -4,9 +4,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.padding import Padding
 from rich.progress import (
     BarColumn,
@@ -15,7 +16,6 @@ from rich.progress import (
     ProgressColumn,
     SpinnerColumn,
     Task,
-    TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
@@ -36,6 +36,7 @@ from port_checker.provider.report import (
 # A narrower terminal has no room for four columns and readable advice.
 _MIN_TABLE_WIDTH = 100
 _NOT_FROM = "; not from "
+_CUT = "..."
 
 
 @dataclass(frozen=True)
@@ -80,20 +81,36 @@ def show(report: Report, console: Console) -> None:
         console.print(Text(total, "green" if all_good else ""), soft_wrap=not console.is_terminal)
 
 
-class _Countdown(TextColumn):
+class _End:
+    """Text of which a narrow terminal shows the end: how long it may take, and how far it is."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(1, max(1, cell_len(self._text)))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        text = Text(self._text, no_wrap=True, overflow="crop")
+        if (excess := text.cell_len - options.max_width) > 0:
+            text = Text(_CUT, no_wrap=True, overflow="crop") + text[excess + len(_CUT) :]
+        yield text
+
+
+class _Countdown(ProgressColumn):
     """What is happening; a time until the next attempt counts down."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, table_column: Column) -> None:
+        super().__init__(table_column)
         self._text, self._since = "", 0.0
 
-    def render(self, task: Task) -> Text:
+    def render(self, task: Task) -> _End:
         """Render the description as it is now."""
         now = task.get_time()
         if task.description != self._text:
             self._text, self._since = task.description, now
         passed = int(now - self._since)
-        return Text(
+        return _End(
             re.sub(
                 r"(?<=next attempt in )[0-9]+",
                 lambda seconds: str(max(0, int(seconds[0]) - passed)),
@@ -104,13 +121,14 @@ class _Countdown(TextColumn):
 
 @contextmanager
 def progress(
-    ports: int,
+    ports: int, console: Console | None = None
 ) -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
     """Show on the terminal what is happening, until the block ends.
 
     Args:
         ports: How many are checked. Of more than a server takes at once, a bar shows how far the
             check is and how long it may still take.
+        console: Where to show it; stderr unless it is given.
 
     Yields:
         ``on_progress`` and ``on_checked`` of ``verify``.
@@ -122,9 +140,9 @@ def progress(
     ]
     if ports > MAX_PORTS_PER_REQUEST:
         columns += [BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn()]
-    one_line = Column(no_wrap=True, overflow="crop")  # else a narrow terminal would keep pieces
-    columns.append(_Countdown("{task.description}", markup=False, table_column=one_line))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    columns.append(_Countdown(Column()))  # the only one that may become narrower
+    console = console or Console(stderr=True)
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=ports)
         yield (
             lambda text: bar.update(task, description=text),
