@@ -26,15 +26,15 @@ class Findings:
             got through before.
         moved: The address before and after, where it changed during the check.
         share: The customer's part of an address that is shared by ports.
-        loops_back: Whether the router loops this machine's public address back; None if nobody
-            knows.
+        loops_back: This machine's public address, and whether the router loops it back; None if
+            nobody knows.
     """
 
     retried: int = 0
     banned: Mapping[str, int] = field(default_factory=dict)
     moved: tuple[Address, Address] | None = None
     share: Share | None = None
-    loops_back: bool | None = None
+    loops_back: tuple[Address, bool] | None = None
 
 
 def notes(
@@ -134,9 +134,9 @@ def _notes_on_address(
 ) -> Iterator[str]:
     """Tell what the router does with the address, or who else has it."""
     contact = next((contact for contact in contacts if contact.address), None)
-    if contact and found.loops_back is not None:
-        note = advice.LOOPED_BACK if found.loops_back else advice.NOT_LOOPED_BACK
-        yield note.format(ip=contact.address)
+    if found.loops_back:
+        own, comes_back = found.loops_back
+        yield (advice.LOOPED_BACK if comes_back else advice.NOT_LOOPED_BACK).format(ip=own)
     if contact and found.share:
         note = advice.PORTS_SHARED if found.share.certain else advice.PORTS_PERHAPS_SHARED
         reached = port_ranges(PortPair(p.port, p.inner) for p in ports if p.reachable)

@@ -317,19 +317,21 @@ class Phases:
 
     async def loops_back(
         self, contacts: Sequence[Contact], reports: Sequence[PortReport], local_ports: LocalPorts
-    ) -> bool | None:
+    ) -> tuple[Address, bool] | None:
         """Find out whether the router loops this machine's address back; None if nobody knows.
 
         Its own connection comes after the servers', of which it is no part.
         """
         port = next((port for port in reports if port.confirmed), None)
-        reached = (c for c in contacts if port and c.url in port.answers)
+        if not port:
+            return None
+        reached = (c for c in contacts if c.url in port.answers and port.answers[c.url].accessible)
         address = next((c.address for c in reached if c.nearness is Nearness.OUTSIDE), None)
-        if not port or not isinstance(address, IPv4Address) or is_own(address):
+        if not isinstance(address, IPv4Address) or is_own(address):
             return None
         self.on_progress(f"looking whether {address} is looped back to this machine")
         pair = PortPair(port.port, port.inner)
-        return await loops_back(address, pair, self.witness.listeners, local_ports)
+        return address, await loops_back(address, pair, self.witness.listeners, local_ports)
 
     def _wrong_way(self, contacts: Sequence[Contact], attempt: Attempt | None) -> WrongWay | None:
         """Return by where answers leave, if not where connections arrive."""

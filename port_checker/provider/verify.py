@@ -209,7 +209,8 @@ def _shared_by_ports(
     contacts: Sequence[Contact], ports: list[PortReport]
 ) -> tuple[Share | None, list[PortReport]]:
     """Recognize an address that is shared by ports, and say so of those that are others'."""
-    address = next((contact.address for contact in contacts if contact.address), None)
+    addresses = {contact.address for contact in contacts if contact.address}
+    address = addresses.pop() if len(addresses) == 1 else None
     if not address or address.version == 6 or is_own(address):
         return None, ports
     lost = {port.port for port in ports if port.advice in advice_for.NOTHING_GOT_THROUGH}
