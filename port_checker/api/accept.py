@@ -24,10 +24,15 @@ def accepts(connection: HTTPConnection, field: bytes, *names: str) -> bool:
     return _weight(connection, field, *names) > 0
 
 
+def prefers(connection: HTTPConnection, media_type: str, other: str) -> bool:
+    """Tell whether the caller lists a media type, and does not like another one better."""
+    weight = _weight(connection, b"accept", media_type)
+    return weight > 0 and weight >= _weight(connection, b"accept", other)
+
+
 def prefers_html(connection: HTTPConnection) -> bool:
     """Tell people's browsers, which list ``text/html``, from programs, even if these list both."""
-    html = _weight(connection, b"accept", "text/html")
-    return html > 0 and html >= _weight(connection, b"accept", "application/json")
+    return prefers(connection, "text/html", "application/json")
 
 
 def _weight(connection: HTTPConnection, field: bytes, *names: str) -> float:

@@ -13,7 +13,7 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from port_checker.addresses import Address, subscriber
-from port_checker.api.accept import accepts
+from port_checker.api.accept import prefers
 from port_checker.api.admission import Admission
 from port_checker.api.caller import CallerResolver
 from port_checker.api.errors import NO_STORE, TEXT_HEADERS, ApiError, answer_errors_in_text
@@ -181,7 +181,7 @@ class Api:
             )
             return port_results_json(verdicts, by_place)
 
-        if accepts(request, b"accept", NDJSON):
+        if prefers(request, NDJSON, "application/json"):
             return ProgressResponse(request, check, self._answer)
         return _JsonResponse(await check())
 
@@ -191,7 +191,7 @@ class Api:
         The answer is a line of text for people: the port, and `reachable` or why it is not. So are
         errors. Accept `application/json` for the answers of `POST /check-ports`.
         """
-        wants_json = accepts(request, b"accept", "application/json")
+        wants_json = prefers(request, "application/json", "text/plain")
         if not wants_json:
             answer_errors_in_text(request)
         caller = self._callers.resolve(request)

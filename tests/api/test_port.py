@@ -49,6 +49,7 @@ def test_the_same_in_json_is_the_answer_to_check_ports(client: httpx.Client) -> 
         ("application/json;q=0, */*", "text/plain"),
         ("application/json-seq", "text/plain"),
         ("text/plain;q=0.5, Application/JSON; q=0.9", "application/json"),
+        ("text/plain, application/json;q=0.9", "text/plain"),
     ],
 )
 def test_json_is_for_those_who_ask_for_it_by_name(

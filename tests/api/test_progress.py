@@ -64,6 +64,22 @@ def test_a_line_for_each_port_and_then_the_usual_answer() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("accept", "media_type"),
+    [
+        ("application/x-ndjson, application/json", "application/x-ndjson"),
+        ("application/json;q=0.5, Application/X-NDJSON;q=0.9", "application/x-ndjson"),
+        ("application/json, application/x-ndjson;q=0.9", "application/json"),
+        ("application/x-ndjson;q=0", "application/json"),
+        ("*/*", "application/json"),
+    ],
+)
+def test_lines_are_for_those_who_like_nothing_better(accept: str, media_type: str) -> None:
+    with serve(retries=1) as client, refused_port() as port:
+        answer = client.post("/check-ports", json=body_of([port]), headers={"Accept": accept})
+    assert answer.headers["Content-Type"] == media_type
+
+
 def test_each_of_a_thousand_ports_has_one_line_though_most_are_tried_again() -> None:
     with (
         serve(**UNLIMITED, retries=2, retry_delay=0, timeout=0.3, max_ports=1000) as client,
