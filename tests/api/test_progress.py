@@ -43,7 +43,7 @@ def progress(client: httpx.Client, checked: list[int]) -> Iterator[httpx.Respons
 
 def test_a_line_for_each_port_and_then_the_usual_answer() -> None:
     with (
-        serve(retries=2, retry_delay=0, timeout=0.3) as client,
+        serve(retries=2, retry_delay=0, timeout=1) as client,
         open_port() as opened,
         refused_port() as refused,
         silent_port() as silent,
@@ -82,7 +82,7 @@ def test_lines_are_for_those_who_like_nothing_better(accept: str, media_type: st
 
 def test_each_of_a_thousand_ports_has_one_line_though_most_are_tried_again() -> None:
     with (
-        serve(**UNLIMITED, retries=2, retry_delay=0, timeout=0.3, max_ports=1000) as client,
+        serve(**UNLIMITED, retries=2, retry_delay=0, timeout=1, max_ports=1000) as client,
         ports(100, open_port) as opened,
         ports(20, silent_port) as silent,
     ):

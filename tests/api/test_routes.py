@@ -4,6 +4,7 @@ import json
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,11 +15,12 @@ from starlette.routing import Route
 from port_checker.addresses import parse_networks
 from port_checker.api.app import create_app
 from port_checker.api.errors import STATUS
+from port_checker.api.limits import RateLimiter
 from port_checker.api.routes import MAX_BODY
 from port_checker.checker import Checker, Reservation
 from port_checker.connect import CheckFailed
 from port_checker.schemas import ERROR_EXAMPLES, CheckPortsResponse, ErrorCode
-from port_checker.settings import Settings
+from port_checker.settings import Rate, Settings
 from tests.support.http import HEALTH, check_of, connected, read_answer
 from tests.support.loopback import open_port, ports, refused_port, silent_port
 from tests.support.namespace import loopback_alone, needs_root
@@ -35,7 +37,7 @@ UNLIMITED: Mapping[str, Any] = {
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
-    with serve(**UNLIMITED, retries=1, timeout=0.2) as client:
+    with serve(**UNLIMITED, retries=1, timeout=1) as client:
         yield client
 
 
@@ -167,7 +169,9 @@ def test_the_documented_errors(client: httpx.Client) -> None:
         ErrorCode.INVALID_REQUEST: client.post("/check-ports", json={"provider_ip": "127.0.0.1"}),
         ErrorCode.REQUEST_TOO_LARGE: client.post("/check-ports", content=b" " * 65537),
     }
-    with serve(caller_rate_limit="30/minute", retries=1) as limited, open_port() as opened:
+    limiter = RateLimiter(Rate(30, timedelta(minutes=1)), clock=lambda: 0.0)
+    app = create_app(Settings(retries=1), limiter=limiter)
+    with serve(app) as limited, open_port() as opened:
         for _ in range(30):
             assert check(limited, [opened]).status_code == 200
         provoked[ErrorCode.RATE_LIMITED] = check(limited, [opened])

@@ -5,7 +5,7 @@ import os
 import secrets
 import select
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 
 
@@ -62,6 +62,14 @@ def free_port() -> int:
 def is_listened_on(port: int, host: str = "127.0.0.1") -> bool:
     with socket.socket(family_of(host)) as client:
         return client.connect_ex((host, port)) == 0
+
+
+def connecting(ports: Container[int]) -> int:
+    """How many connections to ports of 127.0.0.1 are under way that nobody has answered."""
+    with open("/proc/thread-self/net/tcp") as table:
+        next(table)
+        rows = [line.split(None, 4)[2:4] for line in table]
+    return sum(state == "02" and int(peer[-4:], 16) in ports for peer, state in rows)
 
 
 @contextmanager
