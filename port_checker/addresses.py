@@ -46,6 +46,12 @@ def parse_host(host: str) -> Address:
     return parse_address(host.partition("%")[0])
 
 
+@functools.lru_cache(maxsize=1024)  # a request writes the same one or two, several times
+def text_of(address: Address) -> str:
+    """Return an address as people write it."""
+    return str(address)
+
+
 def parse_networks(text: str) -> tuple[Network, ...]:
     """Return the networks of a comma-separated list; an address alone is a network of one.
 
@@ -83,8 +89,7 @@ def subscriber(address: Address) -> str:
     return str(address)
 
 
-@functools.lru_cache(maxsize=1024)
-def site(address: Address) -> str | None:
+def site(address: Address | None) -> str | None:
     """Return the /48 of an IPv6 address, the most that one site is given (RFC 6177); else None."""
     return _prefix(address, 48) if isinstance(address, IPv6Address) else None
 
@@ -96,6 +101,7 @@ def have_one_subscriber(one: Address | None, other: Address | None) -> bool:
     return one == other or subscriber(one) == subscriber(other)
 
 
+@functools.lru_cache(maxsize=1024)
 def _prefix(address: IPv6Address, length: int) -> str:
     # IPv6Network() does the same in four times the time, and each request needs one or two.
     host_bits = 128 - length

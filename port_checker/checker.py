@@ -8,11 +8,13 @@ from typing import Final, Self
 from port_checker.addresses import Address
 from port_checker.connect import (
     HELD_UP,
+    PER_TURN,
     TIMED_OUT,
     CheckFailed,
     OnVerdict,
     OpenConnectionPacer,
     Verdict,
+    WayToTarget,
     attempt,
 )
 from port_checker.errors import ErrorCode, Limit, ServiceError
@@ -154,6 +156,29 @@ class Reservation:
                 self._in_flight[holder] = left
             else:
                 del self._in_flight[holder]
+
+
+class _Check:
+    """One check: what all of its ports have in common.
+
+    Attributes:
+        way: To its target.
+        room: For its ports.
+        on_final: Called with each verdict that is final.
+        verdicts: Those that there are.
+        forbidden: Ports to which this machine cannot connect.
+        reason: Why not.
+    """
+
+    def __init__(
+        self, way: WayToTarget, room: Reservation, on_final: OnVerdict | None = None
+    ) -> None:
+        self.way = way
+        self.room = room
+        self.on_final = on_final
+        self.verdicts: dict[int, Verdict] = {}
+        self.forbidden: set[int] = set()
+        self.reason = ""
 
 
 class Checker:
@@ -303,7 +328,29 @@ class Checker:
         Raises:
             CheckFailed: The checker itself is in trouble, so nothing is known about any port.
         """
-        verdicts: dict[int, Verdict] = {}
+        check = _Check(WayToTarget(target), room, on_final)
+        if len(ports) <= PER_TURN:
+            await self._check_batch(check, ports)
+        else:
+            # Each batch has its own rounds: a round waits from when its last port is open, and all
+            # ports together may take a second to open.
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for first in range(0, len(ports), PER_TURN):
+                        batch = ports[first : first + PER_TURN]
+                        group.create_task(self._check_batch(check, batch))
+            except ExceptionGroup as errors:
+                raise errors.exceptions[0] from None
+        if check.forbidden:
+            ports_forbidden = [port for port in ports if port in check.forbidden]
+            raise CheckFailed(check.reason, ports_forbidden)
+        if len(check.verdicts) < len(ports):  # all attempts of some port proved nothing
+            raise CheckFailed(HELD_UP)
+        return {port: check.verdicts[port] for port in ports}
+
+    async def _check_batch(self, check: "_Check", ports: Sequence[int]) -> None:
+        """Check some of the ports of a check: at most ``PER_TURN``."""
+        verdicts, on_final = check.verdicts, check.on_final
         failed = list(ports)
 
         def on_verdict(port: int, verdict: Verdict) -> None:
@@ -313,9 +360,23 @@ class Checker:
         for round_ in range(self._retries):
             if round_:
                 await self._sleep(self._retry_delay)
-            latest = await attempt(
-                target, failed, self._timeout, self._pacer, on_verdict if on_final else None
-            )
+            if check.forbidden:
+                return
+            try:
+                latest = await attempt(
+                    check.way.target,
+                    failed,
+                    self._timeout,
+                    self._pacer,
+                    on_verdict if on_final else None,
+                    check.way,
+                )
+            except CheckFailed as error:
+                if not error.ports:
+                    raise
+                check.reason = str(error)
+                check.forbidden.update(error.ports)
+                return
             for port, verdict in latest.items():
                 # Routers answer some attempts and are silent at others, as they limit ICMP.
                 if verdict is not TIMED_OUT or port not in verdicts:
@@ -324,16 +385,13 @@ class Checker:
                 port for port in failed if port not in verdicts or not verdicts[port].accessible
             ]
             if not still_failed:
-                break
-            room.release(len(failed) - len(still_failed))
+                return
+            check.room.release(len(failed) - len(still_failed))
             failed = still_failed
-        if len(verdicts) < len(ports):  # all attempts of some port proved nothing
-            raise CheckFailed(HELD_UP)
         if on_final:
             for port in failed:
-                if port not in latest:  # the last attempt proved nothing
+                if port not in latest and port in verdicts:  # the last attempt proved nothing
                     on_final(port, verdicts[port])
-        return {port: verdicts[port] for port in ports}
 
     async def check_tls(
         self,

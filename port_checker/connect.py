@@ -11,12 +11,13 @@ import os
 import select
 import socket
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import islice
 
-from port_checker.addresses import Address, parse_host
+from port_checker.addresses import Address, parse_host, text_of
 from port_checker.errors import ErrorCode, ServiceError
 from port_checker.linux import (
     Route,
@@ -36,12 +37,15 @@ from port_checker.linux import (
 # retransmissions on a way that loses packets.
 _CLOSED_AFTER = 3
 
-# Connections opened, or given up, in one turn of the event loop. One costs about 30 µs to open and
-# close (measured), so everything else waits for about 2 ms at the most, however many there are.
-_OPENED_PER_TURN = 64
+# Connections opened, ended or given up in one turn of the event loop: as many as a provider has by
+# default. One costs about 30 µs to open and close (measured), so everything else waits for about
+# 3 ms at the most, however many there are.
+PER_TURN = 100
 
-# Of these, what one round gets while others wait; those who want no more than that go first.
-_OPENED_PER_ROUND = 16
+# Who wants no more than that goes first.
+_SMALL = 16
+
+_ONE_EVENT = select.EPOLLOUT | select.EPOLLONESHOT
 
 
 # The loop is late by some milliseconds now and then. What is later than this is a hold-up; and
@@ -49,6 +53,10 @@ _OPENED_PER_ROUND = 16
 _HOLD_UP = 0.1
 _MOST_HELD_UP = 0.5
 _MOST_HELD_UP_PART = 0.25
+
+# Seconds for which a network that was fine is taken for that: attempts that began together end
+# within as many.
+_STAYS_FINE = 0.5
 
 # Seconds in which something on this machine answers, however busy it is. Only of what has answered
 # within that time, it is worth to ask whether it is this machine: a look at all connections.
@@ -173,9 +181,10 @@ _DROPPED = "this machine's own firewall or a full queue drops what it sends"
 _HOST_UNREACHABLE = {(4, 3, 1), (6, 1, 3)}
 
 
-@contextmanager
-def own_failures(trouble: str) -> Iterator[None]:
-    """Turn an error of the operating system into the checker's own failure.
+class own_failures:  # noqa: N801  # a context manager, as contextlib's are
+    """Turns an error of the operating system into the checker's own failure.
+
+    A generator would take three times as long (measured), several times in each request.
 
     Args:
         trouble: What could not be done; the system's words are appended.
@@ -183,16 +192,20 @@ def own_failures(trouble: str) -> Iterator[None]:
     Raises:
         CheckFailed: The block raised ``OSError``, or lacked memory or a thread.
     """
-    try:
-        yield
-    except OSError as error:
-        raise CheckFailed(f"{trouble}: {error.strerror or error}") from error
-    except MemoryError as error:
-        raise CheckFailed(f"{trouble}: out of memory") from error
-    except RuntimeError as error:
-        if str(error) != "can't start new thread":
-            raise
-        raise CheckFailed(f"{trouble}: {error}") from error
+
+    def __init__(self, trouble: str) -> None:
+        self._trouble = trouble
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        match error:
+            case OSError():
+                raise CheckFailed(f"{self._trouble}: {error.strerror or error}") from error
+            case MemoryError():
+                raise CheckFailed(f"{self._trouble}: out of memory") from error
+            case RuntimeError() if str(error) == "can't start new thread":
+                raise CheckFailed(f"{self._trouble}: {error}") from error
 
 
 class HoldUps:
@@ -200,28 +213,25 @@ class HoldUps:
 
     A callback that takes long, or a pause of the process or of the whole machine: from within, all
     look alike.
-
-    Attributes:
-        waiting: How many wait.
     """
 
     def __init__(self) -> None:
-        self.waiting = 0
+        self._waiting = 0
         self._seconds = 0.0
         self._due: float | None = None  # when the loop is to call next
 
-    @contextmanager
-    def measured(self) -> Iterator[Callable[[], float]]:
-        """Measure while the block runs; yields what returns the seconds of hold-ups in it."""
+    def begin(self) -> float:
+        """Measure from now on, until ``end`` is called with what this returns."""
         loop = asyncio.get_running_loop()
-        self.waiting += 1
+        self._waiting += 1
         if self._due is None:
             self._call_again(loop)
-        before = self._total(loop)
-        try:
-            yield lambda: self._total(loop) - before
-        finally:
-            self.waiting -= 1
+        return self._total(loop)
+
+    def end(self, begun: float) -> float:
+        """Return the seconds of hold-ups since then."""
+        self._waiting -= 1
+        return self._total(asyncio.get_running_loop()) - begun
 
     def _total(self, loop: asyncio.AbstractEventLoop) -> float:
         late = loop.time() - self._due if self._due else 0.0
@@ -234,7 +244,7 @@ class HoldUps:
     def _on_call(self, loop: asyncio.AbstractEventLoop) -> None:
         self._seconds = self._total(loop)
         self._due = None
-        if self.waiting:
+        if self._waiting:
             self._call_again(loop)
 
 
@@ -242,52 +252,65 @@ class OpenConnectionPacer:
     """Spreads the opening of connections, and the end of attempts, over the turns of an event loop.
 
     All rounds share it, so that many which begin together do not hold up everything else. Those
-    that want little go first, and the others take turns.
+    that want little go first, and the others take turns. For one event loop.
 
     Attributes:
         hold_ups: Of the loop, while rounds wait for answers.
         self_answers: For all rounds.
+        sockets: Of all rounds.
     """
 
     def __init__(self) -> None:
         self.hold_ups = HoldUps()
         self.self_answers = SelfAnswers()
-        self._left = _OPENED_PER_TURN
-        self._small: deque[tuple[asyncio.Future[int], int]] = deque()
-        self._large: deque[tuple[asyncio.Future[int], int]] = deque()
+        self.sockets = SharedEpoll()
+        self._left = PER_TURN
+        self._small: _Waiting = deque()
+        self._large: dict[object, _Waiting] = {}  # by whose they are: the next one's first
 
-    @property
-    def share(self) -> int:
-        """How many answers one round may take in one turn, so that all take few enough."""
-        return max(1, _OPENED_PER_TURN // self.hold_ups.waiting)
+    async def take(self, wanted: int, whose: object = None) -> int:
+        """Wait until it is the caller's turn; return how many it may do: up to ``PER_TURN``.
 
-    async def take(self, wanted: int) -> int:
-        """Wait until it is the caller's turn; return how many it may do now, at least one."""
+        Args:
+            wanted: How many it would do.
+            whose: Whose turn it is. Others of the same wait for it.
+        """
         loop = asyncio.get_running_loop()
-        if not self._left:
-            waiter: asyncio.Future[int] = loop.create_future()
-            waiting = self._small if wanted <= _OPENED_PER_ROUND else self._large
-            waiting.append((waiter, min(wanted, _OPENED_PER_ROUND)))
-            return await waiter
-        if self._left == _OPENED_PER_TURN:
-            loop.call_soon(self._begin_turn, loop)
-        return self._grant(wanted)
-
-    def _grant(self, wanted: int) -> int:
-        granted = min(wanted, self._left)
-        self._left -= granted
-        return granted
+        wanted = min(wanted, PER_TURN)
+        if self._left <= 0 or self._small or self._large:
+            waiter: asyncio.Future[None] = loop.create_future()
+            is_small = wanted <= _SMALL
+            waiting = self._small if is_small else self._large.setdefault(whose, deque())
+            waiting.append((waiter, wanted))
+            await waiter
+        else:
+            if self._left == PER_TURN:
+                loop.call_soon(self._begin_turn, loop)
+            # Whoever waited for the rest would be late: its timeout begins when it has all.
+            self._left -= wanted
+        return wanted
 
     def _begin_turn(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._left = _OPENED_PER_TURN
-        while (self._small or self._large) and self._left:
+        self._left = PER_TURN
+        while (self._small or self._large) and self._left > 0:
             # Half of the turn is for those who want much, however many others there are.
-            is_small = self._small and (not self._large or self._left > _OPENED_PER_TURN // 2)
-            waiter, wanted = (self._small if is_small else self._large).popleft()
+            if self._small and (not self._large or self._left > PER_TURN // 2):
+                waiter, wanted = self._small.popleft()
+            else:
+                whose = next(iter(self._large))
+                waiting = self._large.pop(whose)
+                waiter, wanted = waiting.popleft()
+                if waiting:
+                    self._large[whose] = waiting
             if not waiter.done():  # it is if the round was cancelled
-                waiter.set_result(self._grant(wanted))
-        if self._left < _OPENED_PER_TURN:
+                waiter.set_result(None)
+                self._left -= wanted
+        if self._left < PER_TURN:
             loop.call_soon(self._begin_turn, loop)
+
+
+# Those who wait, and how many they want.
+_Waiting = deque[tuple[asyncio.Future[None], int]]
 
 
 class SelfAnswers:
@@ -337,6 +360,69 @@ class SelfAnswers:
         self._task = None
 
 
+class SharedEpoll:
+    """The sockets of all rounds, in one epoll that the event loop watches.
+
+    An epoll descriptor can itself be polled, so the loop watches one descriptor rather than one for
+    each socket. One for each round would be added to the loop and taken out again, which takes ten
+    system calls with uvloop, and half of the time that a check of one port takes at a distance
+    (measured).
+    """
+
+    def __init__(self) -> None:
+        self._epoll: select.epoll | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._rounds: dict[int, _Round] = {}  # by descriptor
+
+    def begin(self) -> None:
+        """Have the running event loop watch it.
+
+        Raises:
+            OSError: There is no descriptor left, say.
+        """
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._epoll = self._epoll or select.epoll()
+            loop.add_reader(self._epoll.fileno(), self.collect)
+            self._loop = loop
+
+    def add(self, descriptors: Iterable[int], round_: "_Round") -> None:
+        """Watch sockets of a round, up to one event of each.
+
+        Once it has had that, nothing is heard of a socket, even if a process that was forked
+        meanwhile keeps it open when we have closed it.
+        """
+        assert self._epoll, "it has begun"  # noqa: S101  # for type checkers
+        for descriptor in descriptors:
+            self._rounds[descriptor] = round_
+            self._epoll.register(descriptor, _ONE_EVENT)
+
+    def again(self, descriptor: int, round_: "_Round") -> None:
+        """Watch a socket up to one more event."""
+        assert self._epoll, "it has begun"  # noqa: S101  # for type checkers
+        self._rounds[descriptor] = round_
+        self._epoll.modify(descriptor, _ONE_EVENT)
+
+    def remove(self, descriptor: int) -> None:
+        """Forget a socket that is about to be closed, and may have had no event."""
+        if self._rounds.pop(descriptor, None) and self._epoll:
+            with suppress(OSError):  # it was not added, since there was no memory
+                self._epoll.unregister(descriptor)
+
+    def collect(self) -> None:
+        """Hand their events to the rounds; a loopback target's are there when connect() returns."""
+        assert self._epoll, "it has begun"  # noqa: S101  # for type checkers
+        of_rounds: dict[_Round, list[tuple[int, int]]] = {}
+        for event in self._epoll.poll(0, PER_TURN):
+            round_ = self._rounds.pop(event[0])
+            if round_ in of_rounds:
+                of_rounds[round_].append(event)
+            else:
+                of_rounds[round_] = [event]
+        for round_, events in of_rounds.items():
+            round_.take(events)
+
+
 # Takes a port and what was found out about it.
 OnVerdict = Callable[[int, Verdict], object]
 
@@ -347,6 +433,7 @@ async def attempt(
     timeout: float,
     pacer: OpenConnectionPacer,
     on_verdict: OnVerdict | None = None,
+    way: "WayToTarget | None" = None,
 ) -> dict[int, Verdict]:
     """Try each of ``ports`` once, all at the same time.
 
@@ -359,6 +446,7 @@ async def attempt(
         timeout: Seconds that an attempt may last.
         pacer: Shared by all rounds of the event loop.
         on_verdict: Called with each verdict as soon as there is one; it must not raise.
+        way: To the target; the rounds of one check share what is known of it.
 
     Returns:
         A verdict for each port, in no particular order; none for ports that were silent while this
@@ -369,7 +457,7 @@ async def attempt(
             network is down; or it cannot connect to some of the ports, and names them all.
     """
     with own_failures("could not connect"):
-        round_ = _Round(target, pacer, on_verdict)
+        round_ = _Round(way or WayToTarget(target), pacer, on_verdict)
         try:
             await round_.run(ports, timeout)
         finally:
@@ -390,7 +478,7 @@ async def connect(
         CheckFailed: As for ``attempt``.
     """
     with own_failures("could not connect"):
-        round_ = _Round(target, pacer, keep_connected=True)
+        round_ = _Round(WayToTarget(target), pacer, keep_connected=True)
         try:
             await round_.run([port], timeout)
             if not (connected := round_.connected.pop(port, None)):
@@ -416,58 +504,91 @@ def close_for_good(connection: socket.SocketType) -> None:
     connection.close()
 
 
-class _Round:
-    """The sockets of one round, in an epoll of their own that the event loop watches.
+class WayToTarget:
+    """What is known of the way to a target while it is being checked.
 
-    An epoll descriptor can itself be polled, so the loop watches one descriptor for each round
-    instead of one for each port: a round of 100 costs little more than a bare epoll loop would,
-    and closing the round cannot forget a callback. A closed socket leaves its epoll by itself.
+    Args:
+        target: Its address.
+
+    Attributes:
+        target: The same.
+        host: The same, for a socket.
+        is_here: Whether the target is this machine, once it is known.
     """
+
+    def __init__(self, target: Address) -> None:
+        self.target = target
+        self.host = text_of(target)
+        self.is_here: bool | None = None
+        self._route: Route | None = None
+        self._fine_until = 0.0
+
+    def route(self) -> Route | None:
+        """Return the kernel's route to the target."""
+        self._route = self._route or route_to(self.target)
+        return self._route
+
+    def require_network(self) -> None:
+        """Require that packets to the target leave this machine, as far as its next hop.
+
+        Raises:
+            CheckFailed: They do not.
+        """
+        now = asyncio.get_running_loop().time()
+        if now < self._fine_until:
+            return
+        self._route = None  # it may have changed
+        route = self.route()
+        trouble = route.trouble() if route else f"this machine has no route to {self.target}"
+        if trouble:
+            raise CheckFailed(trouble)
+        self._fine_until = now + _STAYS_FINE
+
+
+class _Round:
+    """The sockets of one round."""
 
     def __init__(
         self,
-        target: Address,
+        way: WayToTarget,
         pacer: OpenConnectionPacer,
         on_verdict: OnVerdict | None = None,
         *,
         keep_connected: bool = False,
     ) -> None:
-        self._pacer = pacer
         self.verdicts: dict[int, Verdict] = {}
         self.forbidden: dict[int, str] = {}  # why this machine cannot connect, by port
         self.connected: dict[int, socket.SocketType] = {}  # by port; empty unless they are kept
+        self._way = way
+        self._pacer = pacer
+        self._sockets = pacer.sockets
         self._on_verdict = on_verdict
         self._keep_connected = keep_connected
-        self._target = target
-        self._is_here: bool | None = None  # whether the target is this machine, once it is known
         # Connected; to whom is not known, or asked for now.
         self._nearby: list[tuple[socket.SocketType, int]] = []
         self._asked_about: list[tuple[socket.SocketType, int]] = []
-        self._ended: asyncio.Future[None] | None = None  # awaited: all attempts
-        self._error: Exception | None = None  # why it cannot go on
         self._failed_at_once: dict[int, int] = {}  # the error, by port
         self._held_up = False  # while it waited
-        self._known_route: Route | None = None
-        self._is_network_fine = False
-        self._host = str(target)
-        self._family = socket.AF_INET if target.version == 4 else socket.AF_INET6
         self._waiting: dict[int, tuple[socket.SocketType, int]] = {}  # by descriptor
-        self._epoll = select.epoll()
+        self._ended: asyncio.Future[None] | None = None  # while it waits
+        self._error: Exception | None = None  # that ends it
 
     async def run(self, ports: Sequence[int], timeout: float) -> None:
         """Try each of ``ports`` once; then there are verdicts, or it raises ``CheckFailed``."""
+        self._sockets.begin()
         opened = 0
         while opened < len(ports):
-            few = await self._pacer.take(len(ports) - opened)
-            self.open(ports[opened : opened + few])
-            self.collect(few)
-            opened += few
-        await self.wait(timeout)
-        while self.unanswered:
-            granted = await self._pacer.take(self.unanswered)
-            # A loop that is held up comes to its timers before it looks at what has arrived.
-            granted -= self.collect(granted)
-            self.give_up(min(granted, self.unanswered))
+            granted = await self._pacer.take(len(ports) - opened, self._way)
+            self.open(ports[opened : opened + granted])
+            self._sockets.collect()
+            opened += granted
+            self._raise_error()
+        if not self._is_done():
+            await self.wait(timeout)
+        while self._waiting:
+            granted = await self._pacer.take(len(self._waiting), self._way)
+            self.give_up([*islice(self._waiting, granted)])
+            self._raise_error()
         if self._asked_about:
             await self._until_ended()
         if self.forbidden:
@@ -478,61 +599,69 @@ class _Round:
 
     def open(self, ports: Sequence[int]) -> None:
         """Begin an attempt to each of ``ports``."""
+        host, is_ipv6 = self._way.host, self._way.target.version == 6
+        family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
+        connecting = []
         for port in ports:
             # Not socket.socket, which extends that type by files and a context manager, in Python:
             # making and closing it takes 7 % of a round (measured).
-            sock = socket.SocketType(self._family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            sock = socket.SocketType(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             descriptor = sock.fileno()
             self._waiting[descriptor] = sock, port
-            if self._family == socket.AF_INET6:
+            if is_ipv6:
                 with suppress(OSError):  # as in close_for_good()
                     report_icmp_errors(sock)
-            error = sock.connect_ex((self._host, port))
+            error = sock.connect_ex((host, port))
             if error in _FORBIDDEN:
                 self.forbidden[port] = os.strerror(error)
                 del self._waiting[descriptor]
                 sock.close()
-                continue
-            if error != errno.EINPROGRESS:
+            elif error != errno.EINPROGRESS:
                 raise OSError(error, os.strerror(error))
-            self._epoll.register(descriptor, select.EPOLLOUT)
-            if error := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                self._failed_at_once[port] = error
+            else:
+                connecting.append(descriptor)
+                if error := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                    self._failed_at_once[port] = error
+        self._sockets.add(connecting, self)
 
-    def collect(self, most: int) -> int:
-        """Collect the verdicts known so far: a loopback target's are when connect() returns.
+    def take(self, events: Iterable[tuple[int, int]]) -> None:
+        """Take the events of sockets, whose attempts they end."""
+        try:
+            self._take(events)
+            if self._nearby and not self._asked_about:
+                self._ask_who_answers()
+        except Exception as error:
+            self._error = self._error or error
+        self._end_if_done()
 
-        Args:
-            most: How many answers to look at; the others are there the next time.
-
-        Returns:
-            How many attempts have ended by that.
-        """
-        answers = self._epoll.poll(0, most)
-        before = self.unanswered
-        for descriptor, events in answers:
+    def _take(self, events: Iterable[tuple[int, int]]) -> None:
+        for descriptor, event in events:
             sock, port = self._waiting[descriptor]
             try:
-                verdict = self._verdict(sock, port, events)
+                verdict = self._verdict(sock, port, event)
             except _Forbidden as reason:
                 self.forbidden[port] = str(reason)
                 sock.close()
             else:
                 if verdict is OPEN:
-                    if self._is_here or not self._may_be_here(sock):
+                    if self._way.is_here or not self._may_be_here(sock):
                         self._accept(sock, port)
                     else:
                         self._nearby.append((sock, port))
-                        self._epoll.unregister(descriptor)
                 elif verdict:
                     self._add(port, verdict)
                     sock.close()
                 else:
+                    self._sockets.again(descriptor, self)
                     continue
             del self._waiting[descriptor]
-        if self._nearby and not self._asked_about:
-            self._ask_who_answers()
-        return before - self.unanswered
+
+    def _raise_error(self) -> None:
+        if self._error:
+            try:
+                raise self._error
+            finally:
+                self._error = None  # whose traceback has this round
 
     def _add(self, port: int, verdict: Verdict) -> None:
         self.verdicts[port] = verdict
@@ -548,26 +677,26 @@ class _Round:
 
     def _may_be_here(self, sock: socket.SocketType) -> bool:
         """Whether this machine may have answered, though the target is another one."""
-        if self._target.is_loopback or round_trip_time(sock) > _NEARBY:
+        if self._way.target.is_loopback or round_trip_time(sock) > _NEARBY:
             return False
-        route = self._route()
+        route = self._way.route()
         return not route or route.type is not RouteType.LOCAL
 
     def _ask_who_answers(self) -> None:
         """Have those accepted that something else than this machine answers."""
         self._asked_about, self._nearby = self._nearby, []
         source = parse_host(self._asked_about[0][0].getsockname()[0])
-        answer = self._pacer.self_answers.ask(source, self._target)
+        answer = self._pacer.self_answers.ask(source, self._way.target)
         answer.add_done_callback(self._accept_what_is_elsewhere)
 
     def _is_refused_here(self, port: int) -> bool:
         """Whether this machine refuses connections to a port, though the target is another one."""
-        if self._target.is_loopback:
+        if self._way.target.is_loopback:
             return False
-        if (route := self._route()) and route.type is RouteType.LOCAL:
+        if (route := self._way.route()) and route.type is RouteType.LOCAL:
             return False
         with suppress(OSError):  # not every kernel tells
-            return refuses_itself(self._target, port)
+            return refuses_itself(self._way.target, port)
         return False
 
     def _accept_what_is_elsewhere(self, answer: asyncio.Future[bool]) -> None:
@@ -583,62 +712,50 @@ class _Round:
             if self._nearby:
                 self._ask_who_answers()
         except Exception as error:
-            self._end(error)
+            self._error = self._error or error
         self._end_if_done()
 
     async def wait(self, timeout: float) -> None:
         """Wait until each attempt has ended, at most ``timeout`` seconds."""
-        if not (self._waiting or self._asked_about):
-            return
-        loop = asyncio.get_running_loop()
-
-        def on_events() -> None:
-            try:
-                self.collect(self._pacer.share)
-            except OSError as error:
-                self._end(error)
-            self._end_if_done()
-
-        loop.add_reader(self._epoll.fileno(), on_events)
-        with self._pacer.hold_ups.measured() as held_up:
-            try:
-                await self._until_ended(timeout)
-            finally:
-                loop.remove_reader(self._epoll.fileno())
-            self._held_up = held_up() > max(_MOST_HELD_UP, timeout * _MOST_HELD_UP_PART)
+        hold_ups = self._pacer.hold_ups
+        begun = hold_ups.begin()
+        try:
+            await self._until_ended(timeout)
+        finally:
+            held_up = hold_ups.end(begun)
+        self._held_up = held_up > max(_MOST_HELD_UP, timeout * _MOST_HELD_UP_PART)
 
     async def _until_ended(self, timeout: float | None = None) -> None:
         loop = asyncio.get_running_loop()
         self._ended = loop.create_future()
-        timer = None if timeout is None else loop.call_later(timeout, self._end)
+        timer = None if timeout is None else loop.call_later(timeout, _settle, self._ended)
         try:
-            if not self._error:
-                await self._ended
+            await self._ended
         finally:
             if timer:
                 timer.cancel()
-        if self._error:
-            raise self._error
+            self._ended = None
+        self._raise_error()
+
+    def _is_done(self) -> bool:
+        return not (self._waiting or self._asked_about)
 
     def _end_if_done(self) -> None:
-        if not (self._waiting or self._asked_about):
-            self._end()
+        if self._ended and (self._error or self._is_done()):
+            _settle(self._ended)
 
-    def _end(self, error: Exception | None = None) -> None:
-        """Wait for nothing more."""
-        self._error = self._error or error
-        if self._ended and not self._ended.done():
-            self._ended.set_result(None)
-
-    @property
-    def unanswered(self) -> int:
-        """How many attempts have not ended."""
-        return len(self._waiting)
-
-    def give_up(self, count: int) -> None:
-        """End ``count`` attempts that have timed out."""
-        for _ in range(count):
-            _, (sock, port) = self._waiting.popitem()
+    def give_up(self, descriptors: Sequence[int]) -> None:
+        """End attempts that have timed out."""
+        # A loop that is held up comes to its timers before it looks at what has arrived.
+        poll = select.poll()
+        for descriptor in descriptors:
+            self._sockets.remove(descriptor)
+            poll.register(descriptor, select.POLLOUT)
+        self.take(poll.poll(0))
+        for descriptor in descriptors:
+            if descriptor not in self._waiting:
+                continue
+            sock, port = self._waiting.pop(descriptor)
             try:
                 verdict = self._verdict_at_timeout(sock)
                 if verdict is not TIMED_OUT or not self._held_up:
@@ -650,8 +767,8 @@ class _Round:
 
     def close(self) -> None:
         """Give back every descriptor."""
-        self._epoll.close()
-        for sock, _ in self._waiting.values():
+        for descriptor, (sock, _) in self._waiting.items():
+            self._sockets.remove(descriptor)
             sock.close()
         self._waiting.clear()
         for waiting in self._nearby, self._asked_about:
@@ -687,10 +804,9 @@ class _Round:
             raise _Forbidden(os.strerror(error))
         if error == errno.ETIMEDOUT:  # or the kernel gave up before we did (tcp_syn_retries)
             if could_not_retransmit(sock):
-                self._require_network()  # or it is the gateway that is gone
                 raise _Forbidden(_DROPPED)
             if not self.verdicts:  # what has answered shows that the network is fine
-                self._require_network()
+                self._way.require_network()
             return TIMED_OUT
         self._require_other_sender(sock, error)
         return _VERDICTS.get(error) or Verdict(VerdictKind.OTHER, os.strerror(error))
@@ -706,35 +822,16 @@ class _Round:
         if icmp is None:
             # The kernel's own error, while it looked for a way; or it kept no record of another's.
             if error in (errno.EHOSTUNREACH, errno.ENETUNREACH):
-                self._require_network()
+                self._way.require_network()
             return
         own = parse_host(sock.getsockname()[0])
-        if own == self._target or icmp.sender != own:
+        if own == self._way.target or icmp.sender != own:
             return
         if (own.version, icmp.type, icmp.code) not in _HOST_UNREACHABLE:
             raise _Forbidden("this machine's own firewall rejects what it sends")
-        self._require_network()
-        if (route := self._route()) and route.next_hop:
+        self._way.require_network()
+        if (route := self._way.route()) and route.next_hop:
             raise CheckFailed("the gateway of this machine's route does not answer")
-
-    def _require_network(self) -> None:
-        """Require that packets to the target leave this machine, as far as its next hop.
-
-        Raises:
-            CheckFailed: They do not.
-        """
-        if self._is_network_fine:
-            return
-        self._known_route = None  # it may have changed
-        route = self._route()
-        trouble = route.trouble() if route else f"this machine has no route to {self._target}"
-        if trouble:
-            raise CheckFailed(trouble)
-        self._is_network_fine = True
-
-    def _route(self) -> Route | None:
-        self._known_route = self._known_route or route_to(self._target)
-        return self._known_route
 
     def _is_echo(self, sock: socket.SocketType, port: int) -> bool:
         """Whether the socket is connected to itself (a simultaneous open, RFC 9293 section 3.5).
@@ -742,9 +839,15 @@ class _Round:
         The kernel may choose the port being checked as the local one, if it is ephemeral and the
         target is this machine. If it is not, there is no need to ask for each port.
         """
-        if self._is_here is False:
+        way = self._way
+        if way.is_here is False:
             return False
         host, local_port = sock.getsockname()[:2]
-        if self._is_here is None:
-            self._is_here = parse_host(host) == self._target
-        return self._is_here and bool(local_port == port)
+        if way.is_here is None:
+            way.is_here = parse_host(host) == way.target
+        return way.is_here and bool(local_port == port)
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

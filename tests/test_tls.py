@@ -616,7 +616,7 @@ def test_cancellation_leaves_nothing(authority: trustme.CA) -> None:
 
         before = used()
         await client.attempt(LOOPBACK, good, [LOOPBACK], 30, pacer)
-        before += 1  # the way to the process that makes handshakes
+        before += 2  # the epoll of all attempts, and the way to the process for handshakes
         for delay in (0, 0.3):  # at once, and in the handshake
             task = asyncio.create_task(client.attempt(LOOPBACK, port, [LOOPBACK], 30, pacer))
             await asyncio.sleep(delay)

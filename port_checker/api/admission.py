@@ -76,7 +76,7 @@ class Admission:
         room = self._checker.reserve(
             ports,
             caller=caller and subscriber(caller),
-            network=caller and site(caller),
+            network=site(caller),
             is_own=is_own,
             is_tls=is_tls,
             places=places,

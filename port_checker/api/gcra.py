@@ -57,19 +57,23 @@ class MemoryStore:
             For each charge, the seconds after which its limit would let it through: 0 unless it
             refuses.
         """
-        arrivals = {}
+        kept = self._arrivals
+        arrivals = []
         waits = []
         for key, interval, capacity, cost in charges:
-            arrival = max(now, self._arrivals.get(key, now)) + cost * interval
+            arrival = kept.get(key, now)
+            if arrival < now:
+                arrival = now
+            arrival += cost * interval
             early = arrival - now - capacity * interval
-            arrivals[key] = arrival
+            arrivals.append((key, arrival))
             waits.append(early if early > _TOLERANCE else 0.0)
         is_refused = any(waits)
-        for key, arrival in arrivals.items():
+        for key, arrival in arrivals:
             if not is_refused:
-                self._arrivals[key] = arrival
-            if key in self._arrivals:  # a refused payment uses it, too
-                self._arrivals.move_to_end(key)
+                kept[key] = arrival
+            if key in kept:  # a refused payment uses it, too
+                kept.move_to_end(key)
         while len(self) > self._max_keys:
             self._arrivals.popitem(last=False)
         return waits

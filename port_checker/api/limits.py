@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from port_checker.addresses import Address, have_one_subscriber, site, subscriber
@@ -75,13 +75,27 @@ class RateLimiter:
         max_keys: int = MAX_KEYS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._requests = _limit("requests", requests)
-        self._site_requests = _limit("requests", requests, _SITE_RATES)
-        self._own = _limit("own", own)
-        self._site_own = _limit("own", own, _SITE_RATES)
-        self._others = _limit("others", others)
-        self._site_others = _limit("others", others, _SITE_RATES)
-        self._targets = _limit("targets", targets)
+        self._requests = _limit("requests", requests, Limit.CALLER_REQUESTS, "You ask too often.")
+        self._site_requests = _limit(
+            "requests",
+            requests,
+            Limit.NETWORK_REQUESTS,
+            "Your network {} asks too often.",
+            _SITE_RATES,
+        )
+        self._own, self._site_own = _of_caller_and_network(
+            "own", own, Limit.CALLER_OWN_PORTS, Limit.NETWORK_OWN_PORTS, "your own address"
+        )
+        self._others, self._site_others = _of_caller_and_network(
+            "others",
+            others,
+            Limit.CALLER_OTHERS_PORTS,
+            Limit.NETWORK_OTHERS_PORTS,
+            "others' addresses",
+        )
+        self._targets = _limit(
+            "targets", targets, Limit.TARGET_PORTS, "Too many ports of {} were asked for."
+        )
         self._url = store
         self._answer_timeout = answer_timeout
         self._clock = clock
@@ -121,17 +135,7 @@ class RateLimiter:
         Raises:
             RateLimited: It has none left, or its /48 has none.
         """
-        payment = _Payment()
-        payment.add(self._requests, _key(caller), 1, "You ask too often.", Limit.CALLER_REQUESTS)
-        if caller and (network := site(caller)):
-            payment.add(
-                self._site_requests,
-                network,
-                1,
-                f"Your network {network} asks too often.",
-                Limit.NETWORK_REQUESTS,
-            )
-        await self._pay(payment)
+        await self._pay(_due(self._requests, self._site_requests, caller), 1)
 
     async def pay_ports(
         self, caller: Address | None, target: Address, ports: int, places: int = 1
@@ -144,81 +148,75 @@ class RateLimiter:
         Raises:
             RateLimited: The caller, its /48 or the target has fewer left; nothing was counted.
         """
-        is_own = have_one_subscriber(caller, target)
-        if is_own:
-            limit, site_limit, whose = self._own, self._site_own, "your own address"
-            name, site_name = Limit.CALLER_OWN_PORTS, Limit.NETWORK_OWN_PORTS
+        if have_one_subscriber(caller, target):
+            due = _due(self._own, self._site_own, caller)
         else:
-            limit, site_limit, whose = self._others, self._site_others, "others' addresses"
-            name, site_name = Limit.CALLER_OTHERS_PORTS, Limit.NETWORK_OTHERS_PORTS
-        payment = _Payment(places)
-        payment.add(limit, _key(caller), ports, f"You ask for too many ports of {whose}.", name)
-        if caller and (network := site(caller)):
-            payment.add(
-                site_limit,
-                network,
-                ports,
-                f"Your network {network} asks for too many ports of {whose}.",
-                site_name,
-            )
-        if not is_own:
-            key = subscriber(target)
-            refusal = f"Too many ports of {key} were asked for."
-            payment.add(self._targets, key, ports, refusal, Limit.TARGET_PORTS)
-        await self._pay(payment)
+            due = _due(self._others, self._site_others, caller)
+            if self._targets:
+                due.append((self._targets, subscriber(target)))
+        await self._pay(due, ports, places)
 
-    async def _pay(self, payment: "_Payment") -> None:
-        if not payment.charges:
+    async def _pay(self, due: Sequence[tuple["_Limit", str]], cost: int, times: int = 1) -> None:
+        """Take the cost from each of the limits, for its key."""
+        if not due:
             return
-        waits = await self._shared.pay(payment.charges) if self._shared else None
+        charges = [limit.charge(key, cost * times) for limit, key in due]
+        waits = await self._shared.pay(charges) if self._shared else None
         if waits is None:
-            waits = self._memory.pay(payment.charges, self._clock())
+            waits = self._memory.pay(charges, self._clock())
         if longest := max(waits):
-            text, name = next(
-                refusal for refusal, wait in zip(payment.refusals, waits, strict=True) if wait
-            )
-            raise RateLimited(text, longest, name)
+            limit, key = next(each for each, wait in zip(due, waits, strict=True) if wait)
+            refusal = limit.refusal.format(key)
+            most = limit.capacity // times
+            if cost > most:  # no pause would help; the settings see to it where there is one place
+                refusal += f" Ask for at most {most} per request."
+            raise RateLimited(refusal, longest, limit.name)
 
 
 class _Limit(NamedTuple):
-    """One limit for each key that begins with ``prefix``; see ``Charge``."""
+    """One limit for each key that begins with ``prefix``; see ``Charge``.
+
+    Attributes:
+        name: In the log and in the metrics.
+        refusal: What to say when it is reached, with ``{}`` for the key.
+    """
 
     prefix: str
     interval: float
     capacity: int
+    name: Limit
+    refusal: str
 
     def charge(self, key: str, cost: int) -> Charge:
         """Return what a payment takes of it."""
         return Charge(self.prefix + key, self.interval, self.capacity, cost)
 
 
-def _limit(name: str, rate: Rate | None, factor: int = 1) -> _Limit | None:
+def _limit(
+    kind: str, rate: Rate | None, name: Limit, refusal: str, factor: int = 1
+) -> _Limit | None:
     if not rate:
         return None
     capacity = rate.count * factor
-    return _Limit(f"{_PREFIX}{name}:", rate.period.total_seconds() / capacity, capacity)
+    interval = rate.period.total_seconds() / capacity
+    return _Limit(f"{_PREFIX}{kind}:", interval, capacity, name, refusal)
 
 
-class _Payment:
-    """What is taken from several limits, and what to say when one of them refuses.
-
-    Args:
-        times: How often each cost is taken.
-    """
-
-    def __init__(self, times: int = 1) -> None:
-        self._times = times
-        self.charges: list[Charge] = []
-        self.refusals: list[tuple[str, Limit]] = []
-
-    def add(self, limit: _Limit | None, key: str, cost: int, refusal: str, name: Limit) -> None:
-        if limit:
-            most = limit.capacity // self._times
-            if cost > most:  # no pause would help; the settings see to it where there is one place
-                refusal += f" Ask for at most {most} per request."
-            self.charges.append(limit.charge(key, cost * self._times))
-            self.refusals.append((refusal, name))
+def _of_caller_and_network(
+    kind: str, rate: Rate | None, name: Limit, network_name: Limit, whose: str
+) -> tuple[_Limit | None, _Limit | None]:
+    refusal = f"for too many ports of {whose}."
+    return (
+        _limit(kind, rate, name, f"You ask {refusal}"),
+        _limit(kind, rate, network_name, f"Your network {{}} asks {refusal}", _SITE_RATES),
+    )
 
 
-def _key(caller: Address | None) -> str:
-    return subscriber(caller) if caller else "unknown"
+def _due(
+    limit: _Limit | None, network_limit: _Limit | None, caller: Address | None
+) -> list[tuple[_Limit, str]]:
+    """Return which limits a caller pays to, and its key in each."""
+    due = [(limit, subscriber(caller) if caller else "unknown")] if limit else []
+    if network_limit and (network := site(caller)):
+        due.append((network_limit, network))
+    return due

@@ -17,11 +17,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self, cast
 
 from starlette.requests import ClientDisconnect
 
-from port_checker.addresses import Address, subscriber
+from port_checker.addresses import Address, subscriber, text_of
 from port_checker.connect import CheckFailed
 from port_checker.errors import ErrorCode, Limit, ServiceError
 from port_checker.metrics import CheckOutcome, Metrics
@@ -55,7 +55,7 @@ class CheckRecord:
         metrics: Metrics | None = None,
     ) -> None:
         self.result = ""
-        self._caller = caller or "unknown"
+        self._caller = caller
         self._target = target
         self._ports = ports
         self._metrics = metrics or Metrics()
@@ -82,15 +82,37 @@ class CheckRecord:
 
     def _end(self, level: int, outcome: CheckOutcome, more: str = "") -> None:
         self._metrics.count("checks", outcome)
-        logger.log(
-            level,
-            "check caller=%s target=%s ports=%d outcome=%s duration=%.3f%s",
-            self._caller,
-            self._target,
-            self._ports,
-            outcome,
-            time.perf_counter() - self._started,
-            more,
+        if logger.isEnabledFor(level):
+            seconds = time.perf_counter() - self._started
+            logger.handle(
+                _Line(level, self._caller, self._target, self._ports, outcome, seconds, more)
+            )
+
+
+class _Line(logging.LogRecord):
+    """The line of a check, which is written in the log's thread.
+
+    logging would look up the file and the line of code that it is from, which our lines do not
+    name; without, a line takes half of the instructions (measured).
+    """
+
+    _others = vars(logging.makeLogRecord({"name": logger.name, "msg": "a check"}))
+
+    def __init__(self, level: int, *values: object) -> None:
+        self.__dict__.update(
+            self._others,
+            created=time.time(),
+            levelno=level,
+            levelname=logging.getLevelName(level),
+            args=values,
+        )
+
+    def getMessage(self) -> str:  # noqa: N802  # logging's
+        """Return the line."""
+        caller, target, ports, outcome, seconds, more = cast(tuple[Any, ...], self.args)
+        return (
+            f"check caller={text_of(caller) if caller else 'unknown'} target={text_of(target)} "
+            f"ports={ports} outcome={outcome} duration={seconds:.3f}{more}"
         )
 
 

@@ -16,7 +16,7 @@ from port_checker.addresses import Address, parse_address, parse_host, parse_net
 from port_checker.metrics import Totals
 from port_checker.schemas import ErrorCode
 from port_checker.server.connections import DEADLINE, MIN_COST, ConnectionLimits
-from port_checker.server.protocol import MAX_FRAMING, ClientTransport
+from port_checker.server.protocol import MAX_FRAMING
 from tests.support.http import HEALTH, connected, read_answer
 from tests.support.manual import Client, ManualLoop
 from tests.support.service import serve
@@ -337,23 +337,21 @@ def test_an_answer_is_one_packet() -> None:
 
 def test_a_large_answer_is_not_copied_for_each_client(service: Service) -> None:
     sent: list[object] = []
-
-    class Recorder(asyncio.Transport):
-        def write(self, data: object) -> None:
-            sent.append(data)
-
-        def writelines(self, data: Iterable[object]) -> None:
-            sent.extend(data)
-
-        def is_closing(self) -> bool:
-            return False
-
     shared = b"x" * 1_000_000
-    transport = ClientTransport(Recorder(), service.loop)
-    for written in b"head", shared:
-        transport.write(written)
-    service.loop.settle()
-    assert sent[0] == b"head"
+
+    class Recorder(Client):
+        def writelines(self, parts: Iterable[object]) -> None:
+            sent.extend(parts)
+
+    async def app(_: object, __: object, send: Any) -> None:
+        headers = [(b"content-length", b"%d" % len(shared))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": shared})
+
+    client = Recorder(service.loop, service.limits, app)
+    client.send(HEALTH)
+    client.leave()
+    assert len(sent) == 2
     assert sent[1] is shared
 
 

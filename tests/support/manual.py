@@ -105,6 +105,7 @@ class Client(asyncio.Transport):
             lifespan="off",
             log_config=None,
             proxy_headers=False,
+            access_log=False,  # as the service has it
         )
         place = limits.admit(parse_host(address) if address else None, loop.time(), lambda: True)
         self.is_admitted = place is not None
