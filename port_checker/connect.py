@@ -10,6 +10,7 @@ import errno
 import os
 import select
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -62,7 +63,7 @@ _STAYS_FINE = 0.5
 # within that time, it is worth to ask whether it is this machine: a look at all connections.
 _NEARBY = 0.02
 
-# Pauses between such looks, in lengths of these.
+# Pauses between such looks, in what these take of a processor's time.
 _PAUSE = 3
 
 HELD_UP = "it was held up while it waited for answers"
@@ -318,7 +319,7 @@ class SelfAnswers:
 
     The kernel looks through all connections of this machine for that, and how many these are,
     strangers decide (10 ms beside 10,000: measured). So it does that in a thread, in one look for
-    all who ask meanwhile, and with pauses that are longer than the looks.
+    all who ask meanwhile, and with pauses.
 
     Args:
         look: Takes a source and targets; returns to which of these connections end here.
@@ -343,21 +344,26 @@ class SelfAnswers:
 
     async def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         while self._asked:
-            source, targets = self._asked.popitem()
-            started = loop.time()
-            here: set[Address] = set()
+            source = next(iter(self._asked))
+            targets = self._asked.pop(source)
             try:
-                here = await loop.run_in_executor(None, self._look_at, source, targets.keys())
-            except OSError:
-                pass  # not every kernel tells
+                here, work = await loop.run_in_executor(None, self._time, source, targets.keys())
             except (MemoryError, RuntimeError) as error:  # no thread can be started
                 for answer in targets.values():
                     answer.set_exception(error)
                 continue
             for target, answer in targets.items():
                 answer.set_result(target in here)
-            await asyncio.sleep(_PAUSE * (loop.time() - started))
+            await asyncio.sleep(_PAUSE * work)
         self._task = None
+
+    def _time(self, source: Address, targets: Iterable[Address]) -> tuple[set[Address], float]:
+        """Return what a look says, and how many seconds of a processor's time it took."""
+        here: set[Address] = set()
+        started = time.thread_time()
+        with suppress(OSError):  # not every kernel tells
+            here = self._look_at(source, targets)
+        return here, time.thread_time() - started
 
 
 class SharedEpoll:
