@@ -51,6 +51,10 @@ _MOST_RECEIVED = 128 * 1024
 # fewer steps, but it may be a chain that is too long.
 _MOST_IN_STEP = 48 * 1024
 
+# Records in a handshake. Servers send ten or so, and 200 where a chain of 100 KiB has to go into
+# records of 512 bytes (RFC 6066 section 4). A peer that parts it further costs a turn of the loop.
+_MOST_RECORDS = 500
+
 # Bytes that go into one message to the process that makes handshakes, besides its head.
 _LARGEST_PIECE = LARGEST_MESSAGE - 1024
 
@@ -349,7 +353,7 @@ class _Incoming:
         with suppress(TimeoutError):
             async with asyncio.timeout_at(self._clock.deadline):
                 await asyncio.sleep(pause)
-                while not (self._ending or self._messages.whole(self._buffer)):
+                while not (self._ending or self._whole()):
                     # The kernel wakes us when all of it is there, and keeps it until then: a peer
                     # that sends byte by byte, or half of a message, costs nothing.
                     missing = self._messages.missing(self._buffer)
@@ -364,7 +368,7 @@ class _Incoming:
         # followed by more. One step with all of it spares several.
         while self._receive(_MOST_IN_STEP - len(self._buffer)) > _LARGEST_RECORD:
             await asyncio.sleep(_PAUSE)
-        size = self._messages.whole(self._buffer)
+        size = self._whole()
         if not size:
             raise self._ending or await self.timed_out()
         records = bytes(self._buffer[:size])
@@ -372,6 +376,14 @@ class _Incoming:
         self._messages.forget(size)
         self._buffers.hold(self, len(self._buffer))
         return records
+
+    def _whole(self) -> int:
+        """Return how many bytes a step can be taken with."""
+        size = self._messages.whole(self._buffer)
+        if self._messages.count > _MOST_RECORDS:
+            self._end(_Failed(handshake_failed(f"more than {_MOST_RECORDS} records received")))
+            return 0
+        return size
 
     async def _until_readable(self) -> None:
         loop = asyncio.get_running_loop()
@@ -458,9 +470,13 @@ class _Messages:
     """Tells where records end, and messages as long as they are not encrypted.
 
     OpenSSL can do nothing with a part of a message (RFC 8446 section 4, RFC 5246 section 7.4).
+
+    Attributes:
+        count: Of whole records so far. It looks at few more than there may be.
     """
 
     def __init__(self) -> None:
+        self.count = 0
         self._looked_at = 0  # bytes of whole records
         self._can_be_told = True
         self._head = b""  # of a message that is not whole
@@ -471,7 +487,7 @@ class _Messages:
 
         None of them within a message; all of them if it is not TLS.
         """
-        while len(data) >= self._looked_at + 5:
+        while len(data) >= self._looked_at + 5 and self.count <= _MOST_RECORDS:
             end = _end_of_record(data, self._looked_at)
             if not end:
                 return len(data)
@@ -479,6 +495,7 @@ class _Messages:
                 break
             self._look_at(data[self._looked_at], data[self._looked_at + 5 : end])
             self._looked_at = end
+            self.count += 1
         return 0 if self._head or self._left else self._looked_at
 
     def missing(self, data: bytearray) -> int:
