@@ -116,20 +116,27 @@ def booted(root: Path, scratch: Path, *mounts: tuple[Path, str]) -> Iterator[Con
     """Boot a Debian, one at a time: with --keep-unit, systemd inside of each uses the same cgroups.
 
     Args:
-        root: Its files, which are copied.
-        scratch: An empty folder for the copy and the console's log.
+        root: Its files, which are not changed.
+        scratch: An empty folder for what is changed, and for the console's log.
         mounts: Folders to be seen inside, read-only, and where.
     """
     lock = os.open(root, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    copy = scratch / "root"
-    subprocess.run(["cp", "--archive", "--reflink=auto", root, copy], check=True)
+    changed, work, merged = (scratch / name for name in ("changed", "work", "root"))
+    for directory in (changed, work, merged):
+        directory.mkdir()
+    layers = f"lowerdir={root},upperdir={changed},workdir={work}"
+    subprocess.run(["mount", "-t", "overlay", "-o", layers, "overlay", merged], check=True)
     binds = [f"--bind-ro={source}:{target}" for source, target in mounts]
     name = f"--machine=port-checker-{os.getpid()}"
-    container = Container([*_COMMAND.split(), f"--directory={copy}", name, *binds], scratch / "log")
     try:
-        yield container
+        words = [*_COMMAND.split(), f"--directory={merged}", name, *binds]
+        container = Container(words, scratch / "log")
+        try:
+            yield container
+        finally:
+            container.end()
     finally:
-        container.end()
         os.close(lock)
-        shutil.rmtree(copy)
+        subprocess.run(["umount", merged], check=True)
+        shutil.rmtree(scratch)
