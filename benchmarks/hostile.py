@@ -257,7 +257,9 @@ async def service(python: str, *, pin: bool) -> AsyncIterator[tuple[Path, int]]:
         yield log, process.pid
     finally:
         process.terminate()
+        told = time.monotonic()
         process.wait()
+        print(f"ended {time.monotonic() - told:.1f} s after SIGTERM")
         directory.cleanup()
 
 

@@ -17,7 +17,7 @@ from port_checker.addresses import Address, parse_host
 from port_checker.server.connections import MIN_COST, ConnectionLimits, Place
 
 # Connections that are accepted in one turn, so that nobody waits for a crowd to be looked at.
-_BATCH = 256
+_BATCH = 128
 
 # SO_LINGER: on, for 0 s. So close() resets a connection, and leaves nothing of it: an end that has
 # closed first stays in the kernel's tables for a minute, and two in those of its firewall.
