@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -465,6 +465,29 @@ def after_signal(
         behave(connection)
 
     return behave_afterwards
+
+
+def test_handshakes_give_precedence_to_everything_else() -> None:
+    """To the service, that is, which may have one processor only."""
+
+    def is_slow() -> bool:
+        with suppress(OSError):  # it may end at any moment
+            for process in handshake_processes():
+                children = Path(f"/proc/{process}/task/{process}/children").read_text()
+                for fork in map(int, children.split()):
+                    if os.getpriority(os.PRIO_PROCESS, fork) == 19:
+                        return True
+        return False
+
+    async def run(port: int) -> None:
+        attempt = TlsClient().attempt(LOOPBACK, port, [LOOPBACK], 30, OpenConnectionPacer())
+        task = asyncio.create_task(attempt)
+        await asyncio.to_thread(wait_until, is_slow, "a slow fork")
+        assert await task == TOO_LONG
+
+    certificates = [slow_certificate(serial) for serial in range(1, 261)]
+    with endpoint(showing_in_tls_1_2(certificates)) as port:
+        asyncio.run(run(port))
 
 
 def test_a_handshake_whose_process_is_killed_is_made_again(authority: trustme.CA) -> None:

@@ -13,6 +13,7 @@ Their format is stable, so that programs (fail2ban, say) can read them::
 
 import asyncio
 import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -28,6 +29,10 @@ from port_checker.metrics import CheckOutcome, Metrics
 
 # Callers and codes whose last line is remembered: 2 MB (measured).
 MAX_REMEMBERED: Final = 10_000
+
+# Refusals that are logged one by one in a second, of all callers: whoever has an IPv6 /48 is 65,536
+# callers.
+MAX_LOGGED: Final = 100
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +122,9 @@ class _Line(logging.LogRecord):
 
 
 class RefusalLog:
-    """Logs refusals: at most one a second for each caller (IPv6: /64) and code.
+    """Logs refusals: at most one a second for each caller (IPv6: /64) and code, and 100 in all.
+
+    Those that are too many in all are told by their number.
 
     Args:
         clock: Returns the time in seconds.
@@ -126,6 +133,9 @@ class RefusalLog:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._logged: OrderedDict[tuple[str | None, ErrorCode], float] = OrderedDict()
+        self._second = -math.inf  # when it began
+        self._lines = 0  # since then
+        self._untold = 0  # refusals
 
     @property
     def remembered(self) -> int:
@@ -139,7 +149,7 @@ class RefusalLog:
         limit: Limit | None = None,
         target: Address | None = None,
     ) -> None:
-        """Log a refusal, unless one like it was logged less than a second ago.
+        """Log a refusal, unless one like it, or very many, were logged less than a second ago.
 
         Args:
             caller: Who was refused; None if unknown.
@@ -155,6 +165,15 @@ class RefusalLog:
         self._logged.move_to_end(key)
         if self.remembered > MAX_REMEMBERED:
             self._logged.popitem(last=False)
+        if now - self._second >= 1:
+            self._second, self._lines = now, 0
+            if self._untold:
+                logger.info("refused %d more callers, which are not logged", self._untold)
+                self._untold = 0
+        self._lines += 1
+        if self._lines > MAX_LOGGED:
+            self._untold += 1
+            return
         logger.info(
             "refused caller=%s code=%s%s%s",
             caller or "unknown",

@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect
 from port_checker.addresses import parse_address
 from port_checker.api.app import create_app
 from port_checker.api.limits import RateLimited, RateLimiter
-from port_checker.api.records import MAX_REMEMBERED, CheckRecord, RefusalLog
+from port_checker.api.records import MAX_LOGGED, MAX_REMEMBERED, CheckRecord, RefusalLog
 from port_checker.api.targets import TargetNotAllowed
 from port_checker.checker import Checker, Overloaded
 from port_checker.connect import CheckFailed
@@ -216,3 +216,17 @@ def test_refusals_take_bounded_memory() -> None:
     for number in range(MAX_REMEMBERED + 100):
         log.add(CALLER + number, ErrorCode.INVALID_IP)
     assert log.remembered == MAX_REMEMBERED
+
+
+def test_a_crowd_of_callers_is_not_logged_one_by_one(caplog: pytest.LogCaptureFixture) -> None:
+    now = 0.0
+    log = RefusalLog(lambda: now)
+    for caller in range(1000):
+        log.add(parse_address(f"2001:db8:0:{caller:x}::7"), ErrorCode.OVERLOADED)
+    assert len(caplog.messages) == MAX_LOGGED
+    now = 1.0
+    log.add(CALLER, ErrorCode.OVERLOADED)
+    assert caplog.messages[MAX_LOGGED:] == [
+        "refused 900 more callers, which are not logged",
+        "refused caller=192.0.2.7 code=OVERLOADED",
+    ]
