@@ -87,7 +87,7 @@ pictures: $(VENV)/dev.stamp
 man: $(VENV)/run.stamp
 	@$(BIN)/python .ci/man_page.py > port-checker.1.new && mv port-checker.1.new port-checker.1
 
-provider-page: $(VENV)/dev.stamp
+provider-page: $(VENV)/test.stamp
 	@$(BIN)/python .ci/provider_page.py > port_checker/api/web/golem-provider.html.new
 	@mv port_checker/api/web/golem-provider.html.new port_checker/api/web/golem-provider.html
 

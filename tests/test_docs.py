@@ -64,7 +64,6 @@ def test_picture_of_the_way_has_verdicts_that_there_are() -> None:
 
 
 def test_the_page_about_providers_software_says_what_the_docs_say() -> None:
-    pytest.importorskip("markdown_it")
     command = [sys.executable, ".ci/provider_page.py"]
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     page = ROOT / "port_checker" / "api" / "web" / "golem-provider.html"
