@@ -29,6 +29,7 @@ from port_checker.linux import (
     report_icmp_errors,
     round_trip_time,
     route_to,
+    route_type,
     take_icmp_error,
 )
 
@@ -534,19 +535,26 @@ class WayToTarget:
         self._route = self._route or route_to(self.target)
         return self._route
 
-    def require_network(self) -> None:
-        """Require that packets to the target leave this machine, as far as its next hop.
+    def require_network(self, sock: socket.SocketType) -> None:
+        """Require that a socket's packets to the target leave this machine, and answers can arrive.
+
+        As far as the next hop can be seen from here; called when nothing has arrived.
 
         Raises:
             CheckFailed: They do not.
+            OSError: The kernel cannot tell now.
         """
         now = asyncio.get_running_loop().time()
         if now < self._fine_until:
             return
         self._route = None  # it may have changed
         route = self.route()
-        trouble = route.trouble() if route else f"this machine has no route to {self.target}"
-        if trouble:
+        if not route:
+            raise CheckFailed(f"this machine has no route to {self.target}")
+        source = parse_host(sock.getsockname()[0])
+        if source not in (route.source, self.target) and route_type(source) is not RouteType.LOCAL:
+            raise CheckFailed(f"this machine no longer has the address {source}")
+        if trouble := route.source_trouble(self.target) or route.trouble():
             raise CheckFailed(trouble)
         self._fine_until = now + _STAYS_FINE
 
@@ -809,10 +817,9 @@ class _Round:
         if error == errno.EPERM:
             raise _Forbidden(os.strerror(error))
         if error == errno.ETIMEDOUT:  # or the kernel gave up before we did (tcp_syn_retries)
+            self._way.require_network(sock)
             if could_not_retransmit(sock):
                 raise _Forbidden(_DROPPED)
-            if not self.verdicts:  # what has answered shows that the network is fine
-                self._way.require_network()
             return TIMED_OUT
         self._require_other_sender(sock, error)
         return _VERDICTS.get(error) or Verdict(VerdictKind.OTHER, os.strerror(error))
@@ -828,14 +835,14 @@ class _Round:
         if icmp is None:
             # The kernel's own error, while it looked for a way; or it kept no record of another's.
             if error in (errno.EHOSTUNREACH, errno.ENETUNREACH):
-                self._way.require_network()
+                self._way.require_network(sock)
             return
         own = parse_host(sock.getsockname()[0])
         if own == self._way.target or icmp.sender != own:
             return
         if (own.version, icmp.type, icmp.code) not in _HOST_UNREACHABLE:
             raise _Forbidden("this machine's own firewall rejects what it sends")
-        self._way.require_network()
+        self._way.require_network(sock)
         if (route := self._way.route()) and route.next_hop:
             raise CheckFailed("the gateway of this machine's route does not answer")
 

@@ -23,7 +23,7 @@ from port_checker.addresses import Address, Network, parse_address
 # linux/rtnetlink.h and linux/netlink.h
 _RTM_GETROUTE, _RTA_DST, _NLM_F_REQUEST, _NLMSG_ERROR = 26, 1, 1, 2
 _RTA_SRC, _RTA_IIF, _RTA_OIF, _RTA_PREFSRC, _RTA_IP_PROTO = 2, 3, 4, 7, 27
-_RTM_GETNEIGH, _NDA_DST = 30, 1  # and linux/neighbour.h
+_RTM_GETNEIGH, _NDA_DST, _NDA_PROBES = 30, 1, 4  # and linux/neighbour.h
 _NUD_INCOMPLETE, _NUD_PROBE, _NUD_FAILED = 0x01, 0x10, 0x20
 _IFF_RUNNING = 0x40  # linux/if.h
 _RTM_GETADDR, _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 22, 1, 2, 8  # and linux/if_addr.h
@@ -192,6 +192,23 @@ class Route:
     next_hop: Address | None
     interface: int
 
+    def source_trouble(self, target: Address) -> str | None:
+        """Say why connections from ``source`` do not reach ``target``, if they do not.
+
+        A link-local address reaches its own link alone (RFC 4291 section 2.5.6, RFC 3927 section
+        2.7): a machine that has no other yet, or no more, cannot tell whether a target can be
+        reached.
+        """
+        source = self.source
+        if source is None or source.is_unspecified:
+            return f"this machine has no address from which it could reach {target}"
+        is_local = source.is_link_local or (source.is_loopback and self.type is not RouteType.LOCAL)
+        if is_local and not target.is_link_local:
+            return (
+                f"this machine has only the address {source} for {target}, which does not reach it"
+            )
+        return None
+
     def trouble(self) -> str | None:
         """Say what is wrong with the first link that packets take, if something is.
 
@@ -260,8 +277,9 @@ def _link(interface: int) -> bytes:
 def _is_silent(neighbour: Address, interface: int) -> bool:
     """Whether a neighbour does not answer this machine's ARP or neighbour solicitations.
 
-    So it is where it never did, or does no longer and is asked again (linux/neighbour.h). Who does
-    answer takes milliseconds for that.
+    So it is where it never did, or does no longer and has been asked more than once, a second apart
+    (linux/neighbour.h). Who does answer takes milliseconds for that. The kernel asks again five
+    seconds after it has begun to doubt, which is when attempts of five seconds end.
     """
     family = socket.AF_INET if neighbour.version == 4 else socket.AF_INET6
     question = struct.pack("=B3xiHBB", family, interface, 0, 0, 0)
@@ -272,7 +290,8 @@ def _is_silent(neighbour: Address, interface: int) -> bool:
             return False
         raise
     (state,) = struct.unpack_from("=8xH", answer)
-    return bool(state & (_NUD_INCOMPLETE | _NUD_PROBE | _NUD_FAILED))
+    (probes,) = struct.unpack("=I", dict(_attributes(answer[12:])).get(_NDA_PROBES, bytes(4)))
+    return bool(state & (_NUD_INCOMPLETE | _NUD_FAILED)) or (state == _NUD_PROBE and probes > 1)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from port_checker.connect import (
     OpenConnectionPacer,
     Verdict,
     VerdictKind,
+    WayToTarget,
     close_for_good,
     connect,
     own_failures,
@@ -177,7 +178,7 @@ class TlsClient:
             process = await self._start(clock)
             with (
                 process.handshake(expected, caller) as handshake,
-                closing(_Incoming(connection, clock, pacer, self._buffers)) as incoming,
+                closing(_Incoming(connection, target, clock, pacer, self._buffers)) as incoming,
             ):
                 return await _shake_hands(handshake, connection, clock, incoming)
         except _Failed as failure:
@@ -329,11 +330,13 @@ class _Incoming:
     def __init__(
         self,
         connection: socket.socket,
+        target: Address,
         clock: _Clock,
         pacer: OpenConnectionPacer,
         buffers: "_Buffers",
     ) -> None:
         self._connection = connection
+        self._target = target
         self._clock = clock
         self._pacer = pacer
         self._buffer = bytearray()
@@ -430,10 +433,12 @@ class _Incoming:
         """Return the failure of a peer that took too long.
 
         Raises:
-            CheckFailed: It was this machine that did.
+            CheckFailed: It was this machine that did, or that has lost its network.
         """
         self._clock.require_fairness()
         await self._pacer.take(1)  # many may time out together
+        with own_failures("could not receive"):
+            WayToTarget(self._target).require_network(self._connection)
         return _Failed(handshake_failed("timed out", try_again=True))
 
     def _add(self, data: bytes) -> None:

@@ -232,9 +232,6 @@ class TargetRules:
 def verify_local_binding(target: Address) -> None:
     """Verify that this machine has a route to ``target``, and a source address that reaches it.
 
-    A link-local address reaches its own link alone (RFC 4291 section 2.5.6, RFC 3927 section 2.7):
-    a machine that has no other yet, or no more, cannot tell whether a target can be reached.
-
     Raises:
         CheckFailed: It has none, for example because the machine has no IPv6.
     """
@@ -242,11 +239,5 @@ def verify_local_binding(target: Address) -> None:
         route = route_to(target)
     if route is None:
         raise CheckFailed(f"this machine has no route to {target}")
-    source = route.source
-    if source is None or source.is_unspecified:
-        raise CheckFailed(f"this machine has no address from which it could reach {target}")
-    is_local = source.is_link_local or (source.is_loopback and route.type is not RouteType.LOCAL)
-    if is_local and not target.is_link_local:
-        raise CheckFailed(
-            f"this machine has only the address {source} for {target}, which does not reach it"
-        )
+    if trouble := route.source_trouble(target):
+        raise CheckFailed(trouble)

@@ -8,6 +8,7 @@ import pytest
 
 from tests.lab import network
 from tests.lab.network import Answer, Lab, end
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.xdist_group("lab")
 
@@ -88,6 +89,36 @@ def test_a_link_local_source_blames_nobody(lab: Lab, version: int) -> None:
     lab.run("checker", "ip", "route", "add", *route)
     answer = lab.ask("third", target, [80]).result()
     assert not wrong([(answer, f"this machine has only the address {source} for {target}")])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_address_that_goes_in_the_middle_of_a_check_blames_nobody(
+    lab: Lab, version: int
+) -> None:
+    """Answers to it cannot arrive, wherever later connections come from."""
+    opened, silent = open_ports(lab, 1), open_ports(lab, 1)
+    lab.filter("router", "forward", silent, "drop")
+    old, new = {4: ("60.0.3.2/24", "60.0.3.7/25"), 6: ("2a00:3::2/64", "2a00:3::7/64")}[version]
+    local = {4: "127.0.0.1", 6: "::1"}[version]
+    service = lab.serve("third", PORT_CHECK_TIMEOUT="2", PORT_CHECK_RETRIES="1")
+    try:
+        target = network.PROVIDER[version]
+        answer = lab.ask("third", target, [*opened, *silent], server=local)
+
+        def is_under_way() -> bool:
+            return f":{silent[0]}" in lab.run("third", "ss", "-Htn", "state", "syn-sent").stdout
+
+        wait_until(is_under_way, "the check")
+        lab.run("third", "ip", "address", "add", new, "dev", "internet")
+        lab.run("third", "ip", "address", "delete", old, "dev", "internet")
+        gone = f"this machine no longer has the address {network.THIRD[version]}"
+        assert not wrong([(answer.result(), gone)])
+    finally:
+        lab.run("third", "ip", "address", "replace", old, "dev", "internet")
+        lab.run("third", "ip", "address", "delete", new, "dev", "internet")
+        gateway = {4: "60.0.3.1", 6: "2a00:3::1"}[version]
+        lab.run("third", "ip", f"-{version}", "route", "replace", "default", "via", gateway)
+        end(service)
 
 
 def test_a_rule_for_another_protocol_says_nothing_of_tcp(lab: Lab) -> None:
