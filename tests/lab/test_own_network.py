@@ -100,7 +100,7 @@ def test_an_address_that_goes_in_the_middle_of_a_check_blames_nobody(
     lab.filter("router", "forward", silent, "drop")
     old, new = {4: ("60.0.3.2/24", "60.0.3.7/25"), 6: ("2a00:3::2/64", "2a00:3::7/64")}[version]
     local = {4: "127.0.0.1", 6: "::1"}[version]
-    service = lab.serve("third", PORT_CHECK_TIMEOUT="2", PORT_CHECK_RETRIES="1")
+    service = lab.serve("third", PORT_CHECK_TIMEOUT="6", PORT_CHECK_RETRIES="1")
     try:
         target = network.PROVIDER[version]
         answer = lab.ask("third", target, [*opened, *silent], server=local)
