@@ -20,7 +20,6 @@ from pydantic import ValidationError
 
 from port_checker.addresses import Address
 from port_checker.api.place_client import NoAnswer, PlaceAnswer, PlaceClient
-from port_checker.api.targets import special_purpose
 from port_checker.connect import OPEN, CheckFailed, Verdict
 from port_checker.errors import ErrorCode, ServiceError
 from port_checker.metrics import Metrics, VoteOutcome
@@ -277,6 +276,11 @@ class Perspectives:
     def places(self) -> int:
         """How many places there are, this server included."""
         return 1 + len(self._urls)
+
+    @property
+    def are_nearby(self) -> bool:
+        """Whether all other places are known to be in networks that are not the internet."""
+        return all(client.is_nearby for client in self._clients)
 
     @contextlib.asynccontextmanager
     async def connected(self) -> AsyncIterator[None]:
@@ -550,7 +554,7 @@ class Perspectives:
                 "It does not trust this server. Add this server's address to its "
                 "PORT_CHECKER_TRUSTED_PROXIES."
             )
-        if client.url.startswith("http:") and answer.peer and not special_purpose(answer.peer):
+        if client.url.startswith("http:") and not client.is_nearby:
             return "It is asked in plain text over the internet. Use https."
         return ""
 

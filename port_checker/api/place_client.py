@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 import h11
 
 from port_checker import __version__
-from port_checker.addresses import Address, parse_host
+from port_checker.addresses import Address, parse_address, parse_host
+from port_checker.api.targets import special_purpose
 from port_checker.resolver import Resolver
 
 CONNECT_TIMEOUT: Final = 2.0  # seconds, for the look-up of the name and TLS as well
@@ -48,12 +49,10 @@ class PlaceAnswer(NamedTuple):
     Attributes:
         status: The HTTP status.
         body: As it was sent.
-        peer: The address at which it was asked; None if the connection has been reset.
     """
 
     status: int
     body: bytes
-    peer: Address | None
 
 
 class PlaceClient:
@@ -66,11 +65,15 @@ class PlaceClient:
 
     Attributes:
         url: As given.
+        address: Where it is; None until that is known.
     """
 
     def __init__(self, url: str, resolver: Resolver, tls: ssl.SSLContext) -> None:
         parts = urlsplit(url)
         self.url = url
+        self.address: Address | None = None
+        with contextlib.suppress(ValueError):
+            self.address = parse_address(parts.hostname or "")
         self._resolver = resolver
         self._authority = parts.netloc
         self._host = parts.hostname or ""
@@ -78,6 +81,11 @@ class PlaceClient:
         self._port = parts.port or (443 if self._tls else 80)
         self._path = parts.path
         self._kept: dict[_Connection, asyncio.TimerHandle] = {}
+
+    @property
+    def is_nearby(self) -> bool:
+        """Whether it is known to be in a network that is not the internet."""
+        return bool(self.address and special_purpose(self.address))
 
     async def request(
         self, method: str, path: str, fields: Mapping[str, str], body: bytes, size: int
@@ -180,6 +188,7 @@ class PlaceClient:
         _, connection = await asyncio.get_running_loop().create_connection(
             _Connection, address, self._port, ssl=self._tls, server_hostname=name
         )
+        self.address = parse_host(address)
         return connection
 
 
@@ -277,10 +286,7 @@ class _Connection(asyncio.Protocol):
         if is_over and not http.trailing_data[0] and not self._transport.is_closing():
             http.start_next_cycle()
             self.is_free = True
-        peer = self._transport.get_extra_info("peername")
-        answer.set_result(
-            PlaceAnswer(self._status, bytes(self._body), parse_host(peer[0]) if peer else None)
-        )
+        answer.set_result(PlaceAnswer(self._status, bytes(self._body)))
 
 
 def _reason(error: OSError) -> str:

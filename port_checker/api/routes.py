@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
-from port_checker.addresses import Address, subscriber
+from port_checker.addresses import Address, lies_in, subscriber
 from port_checker.api.accept import prefers
 from port_checker.api.admission import Admission
 from port_checker.api.caller import CallerResolver
@@ -28,7 +28,7 @@ from port_checker.api.openapi import (
 from port_checker.api.origin import require_same_origin
 from port_checker.api.progress import NDJSON, Answer, ProgressResponse
 from port_checker.api.records import CheckRecord
-from port_checker.api.targets import TargetNotAllowed, TargetRules
+from port_checker.api.targets import TargetNotAllowed, TargetRules, special_purpose
 from port_checker.checker import Checker
 from port_checker.connect import OnVerdict, Verdict, VerdictKind
 from port_checker.errors import ServiceError
@@ -220,7 +220,7 @@ class Api:
         by_place: list[PortsSeen] | None = None,
     ) -> dict[int, Verdict]:
         with CheckRecord(caller, target, len(ports), self._metrics) as record:
-            others = self._perspectives_for(request)
+            others = self._perspectives_for(request, target)
             places = others.places if others else 1
             admitted = await self._admission.admit(
                 request, caller, target, len(ports), places=places
@@ -259,7 +259,7 @@ class Api:
         asked = CheckTlsRequest.parse(await _read_body(request))
         target = asked.target
         with CheckRecord(caller, target, 1, self._metrics) as record:
-            others = self._perspectives_for(request)
+            others = self._perspectives_for(request, target)
             places = others.places if others else 1
             with await self._admission.admit(
                 request, caller, target, 1, places=places, is_tls=True
@@ -283,11 +283,19 @@ class Api:
             answer.perspectives = [TlsFromPlace.of(name, asked, seen) for name, seen in by_place]
         return _JsonResponse(answer.model_dump_json(exclude_unset=True))
 
-    def _perspectives_for(self, request: Request) -> "Perspectives | None":
-        """Return the places to ask, besides this one; none if another server asks."""
-        if self._perspectives and PERSPECTIVE_MARK not in request.headers:
-            return self._perspectives
-        return None
+    def _perspectives_for(self, request: Request, target: Address) -> "Perspectives | None":
+        """Return the places to ask, besides this one.
+
+        None if another server asks; and if the target's address is a private one, which is another
+        machine's in a network elsewhere.
+        """
+        others = self._perspectives
+        if not others or PERSPECTIVE_MARK in request.headers:
+            return None
+        is_one_machines = not special_purpose(target) or lies_in(
+            target, self._settings.allowed_networks
+        )
+        return others if is_one_machines or others.are_nearby else None
 
     async def ip(self, request: Request) -> Response:
         """Return the address that your requests come from."""

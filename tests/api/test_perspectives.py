@@ -294,11 +294,14 @@ def test_a_place_that_closes_its_connection_votes() -> None:
         {"valid": False, "error": "certificate expired\x1b[2J"},
         {"valid": False, "error": "x" * 1000},
         {"valid": True, "error": "certificate expired"},
+        {"valid": True, "error": None, "not_after": "2030-01-01T00:00:00"},
+        {"valid": True, "error": None, "not_after": "0001-01-01T00:00:00+23:59"},
+        {"valid": True, "error": None, "not_after": "tomorrow"},
     ],
 )
 def test_a_result_that_no_port_checker_has_is_no_vote(answer: dict[str, object]) -> None:
     def respond(connection: socket.socket) -> None:
-        connection.sendall(body_of(answer | {"peer": "127.0.0.1:9", "not_after": None}))
+        connection.sendall(body_of({"peer": "127.0.0.1:9", "not_after": None} | answer))
 
     async def valid_here() -> TlsVerdict:
         return TlsVerdict(TlsVerdictKind.VALID)

@@ -22,6 +22,7 @@ from port_checker.server.run import (
     connection_tracking_advice,
     fit_descriptor_limit,
     listen,
+    max_connections,
     warn_of_small_shares,
 )
 from port_checker.settings import Rate, Settings
@@ -429,6 +430,17 @@ def test_a_request_that_does_not_fit_once_the_places_are_counted_is_told_at_the_
     warn_of_small_shares(Settings(perspectives=PLACES, targets="caller"))
     warn_of_small_shares(Settings(perspectives=PLACES, max_ports=333))
     assert caplog.messages == []
+
+
+def test_connections_to_other_places_have_descriptors_too() -> None:
+    alone, together = Settings(max_in_flight=1), Settings(max_in_flight=1, perspectives=PLACES)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1000, before[1]))
+    try:
+        # One for the caller, one for the check, and one for each of two places.
+        assert max_connections(together) == max_connections(alone) // 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 @pytest.mark.parametrize(("in_flight", "share"), [(10_000, 2000), (10_000, 10_000), (700, 300)])
