@@ -39,6 +39,9 @@ _PIECES: Final = 100
 _BYTES_IN_PIECE: Final = 1024
 
 
+_CLOSED: Final = "it closes the connection"
+
+
 class NoAnswer(Exception):
     """There was none that makes sense; the message is a sentence that says why."""
 
@@ -193,16 +196,17 @@ class PlaceClient:
 
 
 class _Connection(asyncio.Protocol):
-    """A connection to a place, on which one exchange is made after the other.
-
-    Attributes:
-        is_free: Whether an exchange can be made.
-    """
+    """A connection to a place, on which one exchange is made after the other."""
 
     def __init__(self) -> None:
-        self.is_free = False
+        self._is_free = False
         self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=_HEAD_SIZE)
         self._answer: asyncio.Future[PlaceAnswer] | None = None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether another exchange can be made."""
+        return self._is_free and not self._transport.is_closing()
 
     async def exchange(self, request: h11.Request, body: bytes, size: int) -> PlaceAnswer:
         """Send a request, and wait for its answer.
@@ -212,7 +216,9 @@ class _Connection(asyncio.Protocol):
             OSError: The connection has come to its end.
             h11.ProtocolError: What comes is not HTTP.
         """
-        self.is_free = False
+        self._is_free = False
+        if self._transport.is_closing():  # uvloop refuses to write before it tells why
+            raise ConnectionResetError(_CLOSED)
         self._status = 0
         self._body = bytearray()
         self._size = size
@@ -224,7 +230,7 @@ class _Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Close it at once: a place sees that nobody waits for its answer any more."""
-        self.is_free = False
+        self._is_free = False
         self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -247,7 +253,7 @@ class _Connection(asyncio.Protocol):
         self._end(error)
 
     def _end(self, error: Exception | None) -> None:
-        self.is_free = False
+        self._is_free = False
         if not self._answer or self._answer.done():
             return
         with contextlib.suppress(h11.ProtocolError):
@@ -256,7 +262,9 @@ class _Connection(asyncio.Protocol):
             if not error and isinstance(self._http.next_event(), h11.EndOfMessage):
                 self._finish(self._answer)
                 return
-        self._answer.set_exception(error or ConnectionResetError("it closes the connection"))
+        self._answer.set_exception(
+            error if isinstance(error, OSError) else ConnectionResetError(_CLOSED)
+        )
 
     def _read(self, data: bytes) -> None:
         assert self._answer, "an answer is awaited"  # noqa: S101  # for type checkers
@@ -283,9 +291,9 @@ class _Connection(asyncio.Protocol):
         http = self._http
         is_over = http.our_state is http.their_state is h11.DONE
         # What follows would be taken for the next answer.
-        if is_over and not http.trailing_data[0] and not self._transport.is_closing():
+        if is_over and not http.trailing_data[0]:
             http.start_next_cycle()
-            self.is_free = True
+            self._is_free = True
         answer.set_result(PlaceAnswer(self._status, bytes(self._body)))
 
 

@@ -2,13 +2,19 @@
 
 import asyncio
 import contextlib
+import itertools
+import socket
 import ssl
+import struct
+import threading
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 import trustme
+import uvloop
 
 from port_checker.api.place_client import NoAnswer, PlaceAnswer, PlaceClient
 from port_checker.resolver import Resolver
@@ -250,6 +256,43 @@ def test_no_request_is_made_twice() -> None:
 
     place = visit(behave, use)
     assert (place.connections, len(place.requests)) == (1, 2)
+
+
+def test_a_connection_that_is_reset_at_any_moment_is_no_answer() -> None:
+    """With uvloop, which serves: it refuses to write before it tells that a connection is lost."""
+
+    def reset(listener: socket.socket) -> None:
+        for number in range(1000):
+            try:
+                connection, _ = listener.accept()
+            except OSError:  # the test has failed
+                return
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            if number % 2:
+                connection.recv(4096)
+                connection.sendall(answer(b"{}"))
+            threading.Timer(0.0005 * (number % 7), connection.close).start()
+        listener.close()
+
+    async def ask_until_it_refuses(port: int) -> int:
+        client = PlaceClient(f"http://127.0.0.1:{port}", Resolver(), ssl.create_default_context())
+        answered = 0
+        for number in itertools.count():
+            await asyncio.sleep(0.001 * (number % 3 == 0))
+            try:
+                answered += (await get(client)).status == 200
+            except NoAnswer as error:
+                if "refused" in str(error):
+                    break
+        return answered
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor() as pool:
+        pool.submit(reset, listener)
+        try:
+            assert uvloop.run(ask_until_it_refuses(listener.getsockname()[1])) > 0
+        finally:
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
 
 
 def test_a_request_that_is_cancelled_closes_its_connection() -> None:
