@@ -304,7 +304,7 @@ class Lab:
             assert service.poll() is None, self.log.read_text()
             return self.submit(host, _is_healthy, "::1", port).result()
 
-        wait_until(ready, "the service to answer", seconds=20)
+        wait_until(ready, "the service to answer")
         return service
 
     def wait_until_connected(self) -> None:
