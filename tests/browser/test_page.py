@@ -80,6 +80,14 @@ def test_a_check_by_keyboard_alone(url: str, visit: Visit) -> None:
     ]
 
 
+def test_an_older_browser_only_waits_without_an_end(url: str, visit: Visit) -> None:
+    visitor = visit(url)
+    visitor.page.evaluate("() => { delete AbortSignal.timeout; }")
+    with open_port() as opened:
+        visitor.check(opened)
+        visitor.expect_status("✓ The port can be reached")
+
+
 def test_it_checks_over_ipv6_whoever_comes_over_it(visit: Visit) -> None:
     with serve(host="::1", retries=1) as client, open_port("::1") as opened:
         visitor = visit(str(client.base_url))

@@ -169,7 +169,7 @@ function post(path, body, onLines) {
 async function ask(path, options, onLines) {
   let response, answer;
   try {
-    const signal = AbortSignal.timeout((longestCheck + 30) * 1000);
+    const signal = AbortSignal.timeout?.((longestCheck + 30) * 1000); // Safari has it from 16 on
     response = await fetch(path, { cache: "no-store", signal, ...options });
     answer = await (response.ok && onLines ? readLines(response.body, onLines) : response.json());
   } catch {
