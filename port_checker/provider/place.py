@@ -154,13 +154,18 @@ async def loops_back(
         local_ports: From where to connect.
     """
     start = listeners.clock
-    with socket.socket() as sock, contextlib.suppress(OSError):  # TimeoutError is one
+    with socket.socket() as sock:
         sock.setblocking(False)
-        local_ports.bind(sock)
-        async with asyncio.timeout(_LOOP_PATIENCE):
-            await asyncio.get_running_loop().sock_connect(sock, (str(address), port.outer))
-        await listeners.wait_until_seen([port.inner], _LOOP_PATIENCE, since=start)
-    return port.inner in listeners.seen(start)
+        try:
+            local_ports.bind(sock)
+            async with asyncio.timeout(_LOOP_PATIENCE):
+                await asyncio.get_running_loop().sock_connect(sock, (str(address), port.outer))
+        except OSError:  # TimeoutError is one
+            return False
+        await listeners.wait_until_seen(
+            [port.inner], _LOOP_PATIENCE, since=start, ignored=lambda peer: peer.is_loopback
+        )
+    return any(not peer.is_loopback for peer in listeners.seen(start).get(port.inner, ()))
 
 
 def _is_container(root: Path) -> bool:

@@ -10,7 +10,7 @@ import pytest
 from port_checker import advice
 from port_checker.provider import Report
 from tests.lab import network
-from tests.lab.checks import advised, check, run, url_of, word
+from tests.lab.checks import advised, check, monitor, run, url_of, word
 from tests.lab.network import Lab
 
 pytestmark = pytest.mark.xdist_group("lab")
@@ -167,6 +167,7 @@ def test_what_the_router_answers_itself_is_not_looped_back(quick_lab: Lab) -> No
     ports = quick_lab.take(2)
     publish(quick_lab, ports, network.PROVIDER_BEHIND_NAT)
     quick_lab.listen("router", ports)
-    report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
+    with monitor(quick_lab, "provider", "127.0.0.1", ports):
+        report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
     expected = [advice.NOT_LOOPED_BACK.format(ip=network.ROUTER[4])]
     assert (report.reachable, report.notes) == (2, expected)
