@@ -6,6 +6,7 @@ And what the network before it does with whole addresses: shares them out, or lo
 import asyncio
 import contextlib
 import socket
+from collections import Counter
 from collections.abc import Collection
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
@@ -128,9 +129,10 @@ def share_of(reached: Collection[int], lost: Collection[int]) -> Share | None:
     about, it is all of those and no other.
     """
     for bits in _BLOCK_BITS:
-        blocks = sorted({port >> bits for port in reached})
+        blocks = Counter(port >> bits for port in reached)
         others = {port >> bits for port in lost}
-        if others & set(blocks) or len(reached) != len(blocks) << bits or not blocks or not others:
+        has_whole_block = 1 << bits in blocks.values()  # the first and last may be asked in part
+        if not others or not has_whole_block or not others.isdisjoint(blocks):
             continue
         if len(blocks) > 1:
             for mask in (2**length - 1 for length in range(1, 16 - bits)):

@@ -91,6 +91,8 @@ EVERY_64 = [50832 + 64 * n for n in range(4)]
     ("asked", "reached", "expected"),
     [
         (range(50816, 51072), blocks(*EVERY_64, size=16), Share(16, certain=True)),
+        (range(50840, 51072), blocks(*EVERY_64, size=16) & {*range(50840, 51072)}, Share(16, True)),
+        (range(50840, 50900), {*range(50840, 50848)}, None),
         (range(50816, 51072), blocks(*EVERY_64[:3], size=16), None),  # one is missing
         (range(50816, 51072), blocks(*EVERY_64, size=16) - {50840}, None),
         (range(1024, 65536), blocks(*range(1040, 65536, 1024), size=16), Share(16, certain=True)),
