@@ -4,9 +4,10 @@ The service runs with its default settings in a network namespace of its own. An
 whole internet to it: its addresses look public, and no packet leaves the two. Needs root, ip of
 iproute2 and nft of nftables.
 
-The honest callers check 100 open ports of their own, and one of them a single port again and again
-over a kept connection. Every answer to these that is not 200 is a failure. ``/health`` is asked for
-on new connections. Each attack takes place at the same time, from addresses of its own:
+The honest callers check 100 open ports of their own, one of them a single port again and again over
+a kept connection, and one its TLS endpoint, whose certificate nobody trusts. Every answer to these
+that is not 200 is a failure. ``/health`` is asked for on new connections. Each attack takes place
+at the same time, from addresses of its own:
 
 - ``checks``: three callers ask as often as they can for as many ports as they may: silent ones of
   strangers, ports of the honest callers (to use up what may be asked of these), silent ones of
@@ -166,7 +167,7 @@ def main() -> None:
 
 async def run(seconds: float, attacks: Sequence[str], python: str, *, pin: bool) -> int:
     """Return the exit status: 0 if every honest check was served."""
-    honest, single, health = Tally(), Tally(), Tally()
+    honest, single, handshake, health = Tally(), Tally(), Tally(), Tally()
     load = os.getloadavg()[0]
     async with service(python, pin=pin) as (log, pid), listeners():
         before = state(pid)
@@ -174,6 +175,7 @@ async def run(seconds: float, attacks: Sequence[str], python: str, *, pin: bool)
             until = time.monotonic() + seconds
             group.create_task(watch("health", seconds, health))
             group.create_task(watch("single", seconds, single))
+            group.create_task(watch("handshake", seconds, handshake))
             for number in range(HONEST):
                 address = f"60.1.0.{number + 1}"
                 group.create_task(check_honestly(until, address, honest))
@@ -193,11 +195,13 @@ async def run(seconds: float, attacks: Sequence[str], python: str, *, pin: bool)
     print(f"descriptors: {before.descriptors} before, {after.descriptors} after")
     print(f"honest:    {honest}")
     print(f"one port, kept connection: {single}")
+    print(f"TLS endpoint, new connections: {handshake}")
     print(f"/health, new connections:  {health}")
     for name, number in syns.items():
         print(f"SYNs {name.replace('_', ' ')}: {number}, {number / seconds:.0f} a second")
     print(f"errors in the service's log: {len(errors)}", *errors[:5], sep="\n")
-    return 0 if honest.outcomes.keys() == single.outcomes.keys() == {"200"} else 1
+    outcomes = honest.outcomes + single.outcomes + handshake.outcomes
+    return 0 if outcomes.keys() == {"200"} else 1
 
 
 class State(NamedTuple):
@@ -361,6 +365,22 @@ async def probe_single(seconds: float) -> None:
 
     await repeat(until, SINGLE_EVERY, ask_once)
     print(json.dumps(answers))
+
+
+async def probe_handshake(seconds: float) -> None:
+    """Print the same of checks of a TLS endpoint."""
+    import trustme  # as for attack_by_tls
+
+    from tests.support.tls import https
+
+    tally, address = Tally(), f"60.1.0.{HONEST + 2}"
+    until = time.monotonic() + seconds
+    with https(trustme.CA(), address) as port:
+        request = post_request("/check-tls", {"host": address, "port": port})
+        expected = "certificate verify failed: self-signed certificate"
+        await repeat(until, SINGLE_EVERY, lambda: ask(request, address, tally, expected))
+    outcomes = [outcome for outcome, number in tally.outcomes.items() for _ in range(number)]
+    print(json.dumps([*zip(outcomes, tally.seconds, strict=True)]))
 
 
 async def check_honestly(until: float, address: str, tally: Tally) -> None:
@@ -565,7 +585,12 @@ ATTACKS = {
     "room": attack_by_room,
     "tls": attack_by_tls,
 }
-PARTS = {**ATTACKS, "health": probe_health, "single": probe_single}
+PARTS = {
+    **ATTACKS,
+    "health": probe_health,
+    "single": probe_single,
+    "handshake": probe_handshake,
+}
 
 if __name__ == "__main__":
     main()
