@@ -41,9 +41,7 @@ def test_the_first_process_of_a_container_ends_when_it_is_told_while_it_is_loade
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(WAIT_AT_IMPORT)
     words = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-m", "port_checker"]
-    # Coverage would handle SIGTERM before the program does.
-    unmeasured = {name: os.environ[name] for name in os.environ if "COVERAGE" not in name}
-    with subprocess.Popen(words, env={**unmeasured, "PYTHONPATH": str(tmp_path)}) as process:
+    with subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(tmp_path)}) as process:
         try:
             wait_until(lambda: (tmp_path / "loading").exists(), "it to be loaded")
             children = f"/proc/{process.pid}/task/{process.pid}/children"
@@ -60,9 +58,7 @@ def test_the_first_process_of_a_container_ends_when_it_is_told_while_it_is_loade
 def test_what_was_ignored_at_the_start_stays_ignored(
     ignored: str, other: int, workers: str
 ) -> None:
-    # Coverage handles SIGTERM from the start, also where it was ignored.
-    unmeasured = "unset COVERAGE_PROCESS_CONFIG COVERAGE_PROCESS_START"
-    words = ["sh", "-c", f"{unmeasured}; trap '' {ignored}; {SERVE}"]
+    words = ["sh", "-c", f"trap '' {ignored}; {SERVE}"]
     with program(*words, PORT_CHECKER_WORKERS=workers) as running, open_port() as opened:
         running.process.send_signal(signal.Signals[f"SIG{ignored}"])
         with running.client() as client:  # it has had its time: uvicorn looks ten times a second
