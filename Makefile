@@ -33,12 +33,16 @@ SOAK_MINUTES ?= 2
 BIN := $(VENV)/bin
 IN_PROCESSES = $(BIN)/pytest --numprocesses $(TEST_PROCESSES)
 # Most modules of what is installed are never imported: Python compiles the others when they are.
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
-    --constraint $(CONSTRAINTS)
+# Where there is uv, it installs in a second.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
+UV := uv pip install --python $(BIN)/python
+INSTALL := $(if $(shell uv --version 2>/dev/null),$(UV),$(PIP)) --quiet --constraint $(CONSTRAINTS)
 
 .PHONY: run test test-lowest cover lab systemd-test fuzz lint bench soak pictures man provider-page \
     wheel clean
 .DELETE_ON_ERROR:
+# The tests start many interpreters, each of which would compile what it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 run: $(VENV)/run.stamp
 	@$(BIN)/port-checker
