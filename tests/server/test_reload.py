@@ -13,8 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.loopback import full_backlog, open_listener, refused_port
-from tests.support.service import Program, ask, program
+from tests.support.loopback import refused_port
+from tests.support.service import Program, ask, check_under_way, program
 from tests.support.waiting import wait_until
 
 
@@ -80,28 +80,17 @@ def test_a_reload_takes_other_settings_and_refuses_nobody(
             PORT_CHECK_RETRIES="10",
             PORT_CHECK_TIMEOUT="30",
         ) as running,
-        open_listener() as opened,
-        full_backlog() as (silent, make_room),
-        running.client() as client,
-        ThreadPoolExecutor() as pool,
+        check_under_way(running) as check,
         asking(running) as wrong,
     ):
-        check = pool.submit(ask, client, opened.getsockname()[1], silent)
-        opened.accept()[0].close()  # the check is under way
         assert reload(running, tmp_path, PORT_CHECKER_WORKERS=after, PORT_CHECK_MAX_PORTS="7") == (
             0,
             "",
         )
         with running.client() as newcomer:
             wait_until(lambda: max_ports(newcomer) == 7, "the other settings")
-        assert not check.done()
-
-        def is_done() -> bool:
-            make_room()
-            return check.done()
-
-        wait_until(is_done, "the check")
-        assert check.result().json()["message"] == "Successfully verified 2 out of 2 ports"
+        assert not check.is_done()
+        assert check.finish().json()["message"] == "Successfully verified 2 out of 2 ports"
         assert not wrong
         assert len(running.workers()) >= int(after)
         # And once more, when there are workers in any case.

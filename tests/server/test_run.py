@@ -5,7 +5,6 @@ import resource
 import socket
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from itertools import pairwise
@@ -27,9 +26,9 @@ from port_checker.server.run import (
 )
 from port_checker.settings import Rate, Settings
 from tests.support.http import client_of
-from tests.support.loopback import free_port, full_backlog, open_listener, open_port
+from tests.support.loopback import free_port, open_port
 from tests.support.namespace import ROOT, needs_root
-from tests.support.service import Program, ask, program, serve
+from tests.support.service import Program, ask, check_under_way, program, serve
 from tests.support.waiting import wait_until
 
 
@@ -103,13 +102,8 @@ def test_debugging_logs_each_port_and_request() -> None:
 def test_before_it_stops_it_finishes_checks_in_flight_and_refuses_new_requests() -> None:
     with (
         program(PORT_CHECK_RETRIES="1", PORT_CHECK_TIMEOUT="20") as running,
-        open_listener() as opened,
-        full_backlog() as (silent, make_room),
-        running.client() as client,
-        ThreadPoolExecutor() as pool,
+        check_under_way(running) as check,
     ):
-        check = pool.submit(ask, client, opened.getsockname()[1], silent)
-        opened.accept()[0].close()  # the check is under way
         running.process.terminate()
 
         def refusal() -> httpx.Response | None:
@@ -122,14 +116,8 @@ def test_before_it_stops_it_finishes_checks_in_flight_and_refuses_new_requests()
         assert refused
         assert refused.json()["detail"]["code"] == "OVERLOADED"
         assert int(refused.headers["Retry-After"]) >= 1
-
-        def is_done() -> bool:
-            make_room()
-            return check.done()
-
-        wait_until(is_done, "the check")
+        assert check.finish().json()["message"] == "Successfully verified 2 out of 2 ports"
         assert running.wait() == 0
-    assert check.result().json()["message"] == "Successfully verified 2 out of 2 ports"
     assert "Traceback" not in "".join(running.lines)
 
 

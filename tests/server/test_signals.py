@@ -5,14 +5,13 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.support.loopback import full_backlog, open_listener, open_port
+from tests.support.loopback import open_port
 from tests.support.namespace import needs_root
-from tests.support.service import ask, program
+from tests.support.service import ask, check_under_way, program
 from tests.support.waiting import wait_until
 
 SERVE = f"exec {sys.executable} -m port_checker"
@@ -81,23 +80,15 @@ def test_signals_without_a_meaning_end_nothing() -> None:
 
 def test_any_number_of_signals_stops_workers_once() -> None:
     with (
-        program(PORT_CHECKER_WORKERS="2", PORT_CHECK_RETRIES="1") as running,
-        open_listener() as opened,
-        full_backlog() as (silent, make_room),
-        running.client() as client,
-        ThreadPoolExecutor() as pool,
+        program(
+            PORT_CHECKER_WORKERS="2", PORT_CHECK_RETRIES="1", PORT_CHECK_TIMEOUT="30"
+        ) as running,
+        check_under_way(running) as check,
     ):
-        check = pool.submit(ask, client, opened.getsockname()[1], silent)
-        opened.accept()[0].close()  # the check is under way
         for _ in range(1000):
             running.process.send_signal(signal.SIGTERM)
             time.sleep(0.001)  # so that each arrives: equal signals that wait are one
-
-        def is_done() -> bool:
-            make_room()
-            return check.done()
-
-        wait_until(is_done, "the check")
+        check.finish()
         assert running.wait() == 0
 
 

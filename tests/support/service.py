@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from port_checker.server.connections import ConnectionLimits
 from port_checker.server.run import Server, listen, server_config
 from port_checker.settings import Settings
 from tests.support.http import client_of
-from tests.support.loopback import free_port
+from tests.support.loopback import free_port, full_backlog, open_listener
 from tests.support.processes import end_with_parent
 from tests.support.seccomp import refuse
 from tests.support.waiting import wait_until
@@ -168,6 +169,41 @@ def program(
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             running.wait()
+
+
+class PendingCheck:
+    """A check of an open port and a silent one, which goes on until ``finish`` is called."""
+
+    def __init__(self, answer: Future[httpx.Response], make_room: Callable[[], None]) -> None:
+        self._answer = answer
+        self._make_room = make_room
+
+    def is_done(self) -> bool:
+        return self._answer.done()
+
+    def finish(self) -> httpx.Response:
+        """Have the silent port answer, and return the service's answer."""
+
+        def is_done() -> bool:
+            self._make_room()
+            return self.is_done()
+
+        wait_until(is_done, "the check")
+        return self._answer.result()
+
+
+@contextlib.contextmanager
+def check_under_way(running: Program) -> Iterator[PendingCheck]:
+    """Ask a service for a check, and wait until it has begun."""
+    with (
+        open_listener() as opened,
+        full_backlog() as (silent, make_room),
+        running.client() as client,
+        ThreadPoolExecutor() as pool,
+    ):
+        answer = pool.submit(ask, client, opened.getsockname()[1], silent)
+        opened.accept()[0].close()
+        yield PendingCheck(answer, make_room)
 
 
 def passing(address: str) -> list[str]:
