@@ -12,6 +12,9 @@ from typing import Any
 
 import httpx
 
+from port_checker.api.app import create_app
+from port_checker.checker import Checker
+from port_checker.settings import Settings
 from tests.support.http import HEALTH, check_of
 from tests.support.loopback import connecting, full_backlog, open_port, ports
 from tests.support.service import Program, ask, program, serve
@@ -44,14 +47,15 @@ def outcome(client: httpx.Client, opened: Sequence[int]) -> str:
 
 
 def test_what_would_pass_the_limit_is_refused_and_what_is_in_flight_is_not_lost() -> None:
+    checker = Checker(retries=1, retry_delay=1, timeout=30, max_in_flight=20)
     with (
         full_backlog() as (silent, make_room),
         open_port() as opened,
-        serve(max_in_flight=20, retries=1, timeout=30, caller_rate_limit="off") as client,
+        serve(create_app(Settings(), checker=checker)) as client,
         ThreadPoolExecutor(20) as pool,
     ):
         checks = [pool.submit(outcome, client, [silent]) for _ in range(20)]
-        wait_until(lambda: outcome(client, [opened]) == "OVERLOADED", "the service to be full")
+        wait_until(lambda: checker.in_flight == 20, "the service to be full")
         refusal = ask(client, opened)
         assert refusal.status_code == 503
         assert int(refusal.headers["Retry-After"]) >= 1
