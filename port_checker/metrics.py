@@ -86,6 +86,23 @@ DURATION: Final = _counter(
     (*map(str, _BUCKETS), "+Inf", "sum"),
 )
 
+# The operations of the API. "other" are pages, their files, and paths that there are not.
+ROUTES: Final = ("/check-ports", "/check-tls", "/port/{port}", "/ip", "/health", "other")
+
+_REQUEST_BUCKETS: Final = (0.001, 0.0025, *_BUCKETS)
+
+# Such a histogram for each route.
+REQUESTS: Final = _counter(
+    "request_duration_seconds",
+    "How long requests took in the application, by route, however they were answered.",
+    "route",
+    (
+        f"{route} {figure}"
+        for route in ROUTES
+        for figure in (*map(str, _REQUEST_BUCKETS), "+Inf", "sum")
+    ),
+)
+
 # A row counts by the number of the place, since its names depend on the settings.
 VOTES: Final = _counter(
     "perspective_votes",
@@ -117,6 +134,7 @@ FAMILIES: Final = (
         ("over_share", "made_way"),
     ),
     DURATION,
+    REQUESTS,
     VOTES,
     Family("ports_in_flight", "Ports under check."),
     Family("ports_in_flight_limit", "Ports that may be under check at once."),
@@ -140,6 +158,10 @@ class Figure(NamedTuple):
 
 _FIGURES: Final = [Figure(family, value) for family in FAMILIES for value in family.values]
 _SLOTS: Final = {(each.family.name, each.value): slot for slot, each in enumerate(_FIGURES)}
+# Where the figures of a route begin.
+_REQUEST_SLOTS: Final = {
+    route: _SLOTS[REQUESTS.name, f"{route} {_REQUEST_BUCKETS[0]}"] for route in ROUTES
+}
 _SAMPLED: Final = len(_FIGURES)  # the slot that says whether a row's gauges were ever read
 ROW_SIZE: Final = _SAMPLED + 1
 
@@ -180,6 +202,12 @@ class Metrics:
         """Count a completed check that took so many seconds."""
         self.count(DURATION.name, DURATION.values[bisect_left(_BUCKETS, seconds)])
         self.count(DURATION.name, "sum", seconds)
+
+    def time_request(self, route: str, seconds: float) -> None:
+        """Count a request, to any of ``ROUTES`` or another, that took so long."""
+        first = _REQUEST_SLOTS.get(route, _REQUEST_SLOTS["other"])
+        self.row[first + bisect_left(_REQUEST_BUCKETS, seconds)] += 1
+        self.row[first + len(_REQUEST_BUCKETS) + 1] += seconds
 
     def watch(self, name: str, read: Callable[[], float]) -> None:
         """Have a figure read at each ``sample``: a gauge, or a counter that is kept elsewhere."""

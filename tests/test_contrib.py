@@ -13,17 +13,18 @@ import pytest
 from port_checker.addresses import parse_address
 from port_checker.api.records import RefusalLog
 from port_checker.errors import ErrorCode, Limit
-from port_checker.metrics import DURATION, FAMILIES
+from port_checker.metrics import DURATION, FAMILIES, REQUESTS
 from tests.support.namespace import ROOT
 
 PROMETHEUS = ROOT / "contrib" / "prometheus"
 
-OTHERS = [family for family in FAMILIES if family is not DURATION]
+HISTOGRAMS = (DURATION, REQUESTS)
+OTHERS = [family for family in FAMILIES if family not in HISTOGRAMS]
 
 # Metrics by the names that expressions use.
 METRICS = {
     *(f"port_checker_{each.name}" + "_total" * each.is_counter for each in OTHERS),
-    f"port_checker_{DURATION.name}_bucket",
+    *(f"port_checker_{each.name}_bucket" for each in HISTOGRAMS),
     "port_checker_build_info",
     "port_checker_workers",
     "port_checker_worker_deaths_total",

@@ -18,10 +18,20 @@ from resource import RLIMIT_NOFILE, prlimit
 import httpx
 import pytest
 
+from port_checker.api.app import create_app
 from port_checker.connect import VerdictKind
-from port_checker.metrics import DURATION, Metrics, Snapshot, StatusLine, Totals
+from port_checker.metrics import (
+    DURATION,
+    REQUESTS,
+    ROUTES,
+    Metrics,
+    Snapshot,
+    StatusLine,
+    Totals,
+)
 from port_checker.server.connections import ConnectionLimits
 from port_checker.server.prometheus import expose
+from port_checker.settings import Settings
 from port_checker.tls import TlsVerdictKind
 from tests.support.http import check_of, client_of, connected
 from tests.support.loopback import (
@@ -279,6 +289,51 @@ def test_a_duration_is_in_the_lowest_bucket_that_holds_it(seconds: float, bucket
     snapshot = totals.snapshot()
     assert snapshot[DURATION.name, bucket] == 1
     assert snapshot[DURATION.name, "sum"] == seconds
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "route"),
+    [
+        ("GET", "/health", "/health"),
+        ("HEAD", "/ip", "/ip"),
+        ("GET", "/port/7466", "/port/{port}"),
+        ("GET", "/port/none", "/port/{port}"),
+        ("POST", "/check-ports", "/check-ports"),
+        ("GET", "/check-ports", "/check-ports"),
+        ("POST", "/check-tls", "/check-tls"),
+        ("GET", "/docs", "other"),
+        ("GET", "/nothing", "other"),
+    ],
+)
+def test_a_request_is_timed_by_its_route(method: str, path: str, route: str) -> None:
+    totals, metrics = Totals(), Metrics()
+    totals.add(metrics.row)
+    with serve(create_app(Settings(retries=1), metrics)) as client:
+        client.request(method, path)
+    port = free_port()
+    expose(totals, "127.0.0.1", port)
+    scraper = Scraper(port)
+    name = "port_checker_request_duration_seconds"
+    counts = {each: scraper[f'{name}_count{{route="{each}"}}'] for each in ROUTES}
+    assert counts == {**dict.fromkeys(ROUTES, 0), route: 1}
+    assert 0 < scraper[f'{name}_sum{{route="{route}"}}'] < 60
+
+
+def test_every_operation_has_a_histogram_of_its_own() -> None:
+    paths = create_app(Settings()).openapi()["paths"]
+    assert {*paths, "other"} == set(ROUTES)
+
+
+@pytest.mark.parametrize(("seconds", "bucket"), [(0, "0.001"), (0.0011, "0.0025"), (21, "+Inf")])
+def test_a_request_is_in_the_lowest_bucket_that_holds_it(seconds: float, bucket: str) -> None:
+    totals, metrics = Totals(), Metrics()
+    totals.add(metrics.row)
+    for route in ROUTES:
+        metrics.time_request(route, seconds)
+    snapshot = totals.snapshot()
+    for route in ROUTES:
+        assert snapshot[REQUESTS.name, f"{route} {bucket}"] == 1
+        assert snapshot[REQUESTS.name, f"{route} sum"] == seconds
 
 
 def test_each_kind_of_verdict_is_counted() -> None:

@@ -13,6 +13,7 @@ from port_checker.api.limits import RateLimiter
 from port_checker.api.openapi import extend_openapi
 from port_checker.api.origin import AllowedHosts
 from port_checker.api.pages import add_pages, not_found_page
+from port_checker.api.records import RequestTimer
 from port_checker.api.routes import Api
 from port_checker.checker import Checker
 from port_checker.metrics import Metrics
@@ -96,6 +97,7 @@ def create_app(
     Api(settings, callers, limits, checker, metrics, answer, perspectives).add_routes(app)
     extend_openapi(app, settings)
     add_pages(app, settings)
+    app.add_middleware(RequestTimer, metrics=metrics)
     if settings.allowed_hosts:
         app.add_middleware(AllowedHosts, allowed=settings.allowed_hosts, refuse=answer)
     return app

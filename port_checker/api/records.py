@@ -1,6 +1,6 @@
-"""One log line for each check, and for each refusal: caller, target, outcome.
+"""One log line for each check, and for each refusal: caller, target, outcome; and requests' times.
 
-Their format is stable, so that programs (fail2ban, say) can read them::
+The lines' format is stable, so that programs (fail2ban, say) can read them::
 
     check caller=192.0.2.7 target=192.0.2.7 ports=3 outcome=completed duration=0.004 accessible=2
     check caller=192.0.2.7 target=192.0.2.7 ports=3 outcome=cancelled duration=0.731
@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, Final, Self, cast
 
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from port_checker.addresses import Address, subscriber, text_of
 from port_checker.connect import CheckFailed
@@ -181,3 +182,26 @@ class RefusalLog:
             f" limit={limit}" if limit else "",
             f" target={target}" if target else "",
         )
+
+
+class RequestTimer:
+    """Times each request that ``app`` gets, by its route, however it is answered.
+
+    Args:
+        app: The application.
+        metrics: Where requests are counted.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Do what ``app`` does."""
+        started = time.perf_counter()
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            if scope["type"] == "http":
+                route = getattr(scope.get("route"), "path", "")  # as the router has noted it
+                self._metrics.time_request(route, time.perf_counter() - started)

@@ -23,7 +23,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from port_checker import __version__
-from port_checker.metrics import DURATION, FAMILIES, VOTES, Snapshot, Totals
+from port_checker.metrics import DURATION, FAMILIES, REQUESTS, VOTES, Family, Snapshot, Totals
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication
@@ -147,8 +147,8 @@ class _TotalsCollector(Collector):
         build.add_metric([__version__], 1)
         yield build
         for family in FAMILIES:
-            if family is DURATION:
-                yield _duration(totals)
+            if family is DURATION or family is REQUESTS:
+                yield _histogram(family, totals)
                 continue
             if family is VOTES:
                 yield _votes(totals)
@@ -178,15 +178,21 @@ def _votes(totals: Snapshot) -> Metric:
     return metric
 
 
-def _duration(totals: Snapshot) -> Metric:
-    *bounds, total = DURATION.values
-    buckets, count = [], 0.0
-    for bound in bounds:
-        count += totals[DURATION.name, bound]
+def _histogram(family: Family, totals: Snapshot) -> Metric:
+    """Return a histogram, or one for each value of the label: ``value bucket`` are the figures'."""
+    labels = [family.label] if family is REQUESTS else []
+    metric = HistogramMetricFamily(_PREFIX + family.name, family.documentation, labels=labels)
+    buckets: list[tuple[str, float]] = []
+    count = 0.0
+    for value in family.values:
+        *label, bound = value.split(" ")
+        if bound == "sum":  # the last one
+            metric.add_metric(label, buckets, totals[family.name, value])
+            buckets, count = [], 0.0
+            continue
+        count += totals[family.name, value]
         buckets.append((bound, count))
-    duration = HistogramMetricFamily(_PREFIX + DURATION.name, DURATION.documentation)
-    duration.add_metric([], buckets, totals[DURATION.name, total])
-    return duration
+    return metric
 
 
 class _ProcessesCollector(Collector):
