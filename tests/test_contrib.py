@@ -1,20 +1,32 @@
 """What is shipped for operators beside the package."""
 
 import configparser
+import importlib
 import json
 import logging
 import os
 import re
 import shutil
 import subprocess
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
+from dotenv import dotenv_values
 
 from port_checker.addresses import parse_address
 from port_checker.api.records import RefusalLog
 from port_checker.errors import ErrorCode, Limit
 from port_checker.metrics import DURATION, FAMILIES, REQUESTS
-from tests.support.namespace import ROOT
+from port_checker.settings import Settings
+from tests.support.namespace import ROOT, loopback_alone, needs_root
+from tests.support.packages import needs
+from tests.support.processes import end_with_parent
+from tests.support.proxies import as_shipped
+from tests.support.service import program
+from tests.support.waiting import wait_until
 
 PROMETHEUS = ROOT / "contrib" / "prometheus"
 
@@ -42,6 +54,102 @@ def test_promtool_finds_no_fault_with_the_rules(command: str) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
+
+
+@needs_root
+@needs("yaml")
+@pytest.mark.skipif(
+    os.environ.get("CI") != "true"
+    and not all(map(shutil.which, ["prometheus", "redis-server", "nginx"])),
+    reason="prometheus, redis-server or nginx is not installed",
+)
+def test_what_compose_puts_together_works_together(tmp_path: Path) -> None:
+    # Without the images, which come from the network: all are on the host's, here a namespace.
+    yaml: Any = importlib.import_module("yaml")
+    services = yaml.safe_load((ROOT / "contrib" / "compose.yaml").read_text())["services"]
+    checker, redis, prometheus = (
+        services[each] for each in ("port-checker", "redis", "prometheus")
+    )
+    mounted = [
+        volume.split(":") for each in services.values() for volume in each.get("volumes", [])
+    ]
+    assert all((ROOT / "contrib" / source).exists() for source, *_ in mounted)
+    assert (ROOT / "contrib" / checker["build"]["context"] / "Containerfile").exists()
+    assert checker["environment"].keys() <= dotenv_values(ROOT / ".env.example").keys()
+    assert float(checker["stop_grace_period"].rstrip("s")) > Settings().longest_check
+    arguments = [
+        each.replace("/etc/prometheus/", f"{PROMETHEUS}/") for each in prometheus["command"]
+    ]
+    commands = [
+        [*redis["command"], "--bind", "127.0.0.1"],
+        ["prometheus", *arguments, "--storage.tsdb.path", str(tmp_path / "data")],
+    ]
+    with ExitStack() as stack:
+        stack.enter_context(loopback_alone())
+        for command in commands:
+            log = stack.enter_context((tmp_path / "log").open("ab"))
+            process = subprocess.Popen(
+                command, cwd=tmp_path, stdout=log, stderr=log, preexec_fn=end_with_parent
+            )
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+        running = stack.enter_context(
+            program(**checker["environment"], PORT_CHECKER_PORT="9000", ready=True)
+        )
+        stack.enter_context(as_shipped(ROOT / "contrib" / "nginx.conf", tmp_path))
+        store = {"port_checker_rate_limit_store_up": "1"}
+
+        def scraped() -> dict[str, str]:
+            with suppress(httpx.TransportError):
+                found = httpx.get(
+                    "http://127.0.0.1:9090/api/v1/query",
+                    params={"query": '{__name__="port_checker_rate_limit_store_up"}'},
+                ).json()["data"]["result"]
+                return {each["metric"]["__name__"]: each["value"][1] for each in found}
+            return {}
+
+        wait_until(lambda: scraped() == store, "Prometheus to scrape")
+        rules = httpx.get("http://127.0.0.1:9090/api/v1/rules").json()["data"]["groups"]
+        assert {rule["health"] for group in rules for rule in group["rules"]} <= {"ok", "unknown"}
+        assert running.process.poll() is None
+
+
+@needs_root
+@pytest.mark.skipif(
+    os.environ.get("CI") != "true" and not shutil.which("prometheus-blackbox-exporter"),
+    reason="prometheus-blackbox-exporter is not installed",
+)
+def test_the_blackbox_exporter_tests_the_service_with_its_modules(tmp_path: Path) -> None:
+    with loopback_alone(), program(PORT_CHECKER_PORT="9000"), (tmp_path / "log").open("wb") as log:
+        exporter = subprocess.Popen(
+            [
+                "prometheus-blackbox-exporter",
+                f"--config.file={PROMETHEUS / 'blackbox.yml'}",
+                "--web.listen-address=127.0.0.1:9115",
+            ],
+            stderr=log,
+            preexec_fn=end_with_parent,
+        )
+
+        def is_success(module: str, path: str) -> bool:
+            asked = {"module": module, "target": f"http://127.0.0.1:9000/{path}"}
+            answer = httpx.get("http://127.0.0.1:9115/probe", params=asked, timeout=60).text
+            return "\nprobe_success 1\n" in answer
+
+        def listens() -> bool:
+            with suppress(httpx.TransportError):
+                return httpx.get("http://127.0.0.1:9115/").status_code == 200
+            return False
+
+        try:
+            wait_until(listens, "the exporter")
+            assert is_success("port_checker", "health")
+            assert not is_success("port_checker", "ip")
+            assert is_success("port_checker_check", "port/9115")
+            assert not is_success("port_checker_check", "port/9")
+        finally:
+            exporter.kill()
+            exporter.wait()
 
 
 @pytest.mark.parametrize("name", ["rules.yml", "dashboard.json"])

@@ -16,7 +16,7 @@ from port_checker.api.errors import STATUS
 from port_checker.metrics import Metrics, Totals
 from port_checker.schemas import ErrorCode
 from port_checker.server.prometheus import expose
-from tests.support.loopback import free_port
+from port_checker.server.run import listen
 from tests.support.namespace import ROOT, loopback_alone, needs_root
 from tests.support.service import program
 
@@ -79,11 +79,11 @@ def test_docs_have_every_setting_with_its_default() -> None:
 
 
 def test_docs_have_every_metric_and_what_its_labels_say() -> None:
-    port = free_port()
     totals = Totals()
     totals.add(Metrics().row, perspectives=["ams.checker.example"])
-    expose(totals, "127.0.0.1", port)
-    text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
+    listener = listen("127.0.0.1", 0)
+    expose(totals, listener)
+    text = httpx.get(f"http://127.0.0.1:{listener.getsockname()[1]}/metrics", timeout=30).text
     names = re.findall(r"^# TYPE (port_checker_\w+)", text, re.MULTILINE)
     labels = {
         (name, ",".join(label for label in re.findall(r'(\w+)="', pairs) if label != "le"))

@@ -31,11 +31,11 @@ from port_checker.metrics import (
 )
 from port_checker.server.connections import ConnectionLimits
 from port_checker.server.prometheus import expose
+from port_checker.server.run import listen
 from port_checker.settings import Settings
 from port_checker.tls import TlsVerdictKind
 from tests.support.http import check_of, client_of, connected
 from tests.support.loopback import (
-    free_port,
     free_ports,
     open_port,
     ports,
@@ -60,6 +60,14 @@ class Scraper:
         found = re.search(rf"^{re.escape(name)} (\S+)$", self.text(), re.MULTILINE)
         assert found, name
         return float(found[1])
+
+
+def exposed(totals: Totals) -> int:
+    """Serve these figures; return the port."""
+    listener = listen("127.0.0.1", 0)
+    expose(totals, listener)
+    port: int = listener.getsockname()[1]
+    return port
 
 
 @contextmanager
@@ -171,8 +179,7 @@ class BrokenTotals(Totals):
 def test_a_bug_is_logged_and_nothing_else_is_written(
     caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    port = free_port()
-    expose(BrokenTotals(), "127.0.0.1", port)
+    port = exposed(BrokenTotals())
     assert httpx.get(f"http://127.0.0.1:{port}/metrics").status_code == 500
     assert "ZeroDivisionError" in caplog.text
     assert capfd.readouterr() == ("", "")
@@ -241,8 +248,7 @@ def test_a_process_that_has_just_begun_has_no_gauges_yet() -> None:
     begun.count("errors", "INVALID_IP")
     totals.add(beginning.row)
     totals.add(begun.row)
-    port = free_port()
-    expose(totals, "127.0.0.1", port)
+    port = exposed(totals)
     scraper = Scraper(port)
     assert "\nport_checker_rate_limit_store_up " not in scraper.text()
     assert scraper['port_checker_errors_total{code="INVALID_IP"}'] == 1
@@ -310,8 +316,7 @@ def test_a_request_is_timed_by_its_route(method: str, path: str, route: str) -> 
     totals.add(metrics.row)
     with serve(create_app(Settings(retries=1), metrics)) as client:
         client.request(method, path)
-    port = free_port()
-    expose(totals, "127.0.0.1", port)
+    port = exposed(totals)
     scraper = Scraper(port)
     name = "port_checker_request_duration_seconds"
     counts = {each: scraper[f'{name}_count{{route="{each}"}}'] for each in ROUTES}
@@ -364,9 +369,8 @@ def test_a_redis_that_cannot_be_reached_is_seen() -> None:
 
 
 def test_idle_clients_keep_no_scraper_out_and_few_threads() -> None:
-    port = free_port()
     before = threading.active_count()
-    expose(Totals(), "127.0.0.1", port)
+    port = exposed(Totals())
     with ExitStack() as stack:
         for _ in range(100):
             stack.enter_context(socket.create_connection(("127.0.0.1", port), 60))

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from socketserver import TCPServer, ThreadingMixIn
+from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any, Final
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
@@ -39,23 +39,19 @@ _START_TIME: Final = "process_start_time_seconds"
 logger = logging.getLogger(__name__)
 
 
-def expose(totals: Totals, address: str, port: int) -> None:
+def expose(totals: Totals, listener: socket.socket) -> None:
     """Serve the metrics from a thread, at ``/metrics``, until the process ends.
 
     A thread answers while the event loop is busy, and callers' connections do not count there.
 
     Args:
         totals: The figures.
-        address: The address to listen on.
-        port: The port.
-
-    Raises:
-        OSError: It cannot listen there.
+        listener: A listening TCP socket.
     """
     registry = CollectorRegistry()
     registry.register(_TotalsCollector(totals))
     registry.register(_ProcessesCollector(totals))
-    server = _Server(address, port, registry)
+    server = _Server(listener, registry)
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
 
 
@@ -74,19 +70,16 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     daemon_threads = True
 
-    def __init__(self, address: str, port: int, registry: CollectorRegistry) -> None:
-        self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        super().__init__((address, port), _Handler)
+    def __init__(self, listener: socket.socket, registry: CollectorRegistry) -> None:
+        super().__init__(listener.getsockname(), _Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
+        # Not HTTPServer's, which would ask DNS for the name of the address.
+        self.server_name, self.server_port = listener.getsockname()[:2]
+        self.setup_environ()
         self.set_app(functools.partial(_answer, make_wsgi_app(registry)))
         self._connections: dict[socket.socket, None] = {}
         self._has_room = threading.Semaphore(_MAX_CONNECTIONS)
-
-    def server_bind(self) -> None:
-        """Bind. HTTPServer would ask DNS for the name of the address, too."""
-        TCPServer.server_bind(self)
-        host, self.server_port = self.server_address[:2]
-        self.server_name = str(host)
-        self.setup_environ()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Answer in a thread, once there is room for one."""

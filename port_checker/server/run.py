@@ -169,7 +169,7 @@ class Service:
             from port_checker.server.prometheus import expose
 
             try:
-                expose(self._totals, endpoint.host, endpoint.port)
+                expose(self._totals, listen(endpoint.host, endpoint.port))
             except OSError as error:
                 raise CannotStart(f"cannot serve metrics on {endpoint}: {error.strerror}") from None
 

@@ -6,6 +6,7 @@ They connect to the service from 127.0.0.1, which is trusted by default. Their c
 
 import json
 import socket
+import ssl
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from tests.support.http import HEALTH, read_answer
 from tests.support.loopback import open_port
 from tests.support.namespace import ROOT, loopback_alone, needs_root
-from tests.support.proxies import as_shipped, haproxy, needs_proxies, nginx
+from tests.support.proxies import CADDY_AUTHORITY, as_shipped, haproxy, needs_proxies, nginx
 from tests.support.service import passing, program, serve
 from tests.support.waiting import wait_until
 
@@ -284,3 +285,23 @@ def test_what_operators_copy_works_as_it_stands(name: str, tmp_path: Path) -> No
                 assert check(client, OUTSIDE, opened) == ACCESSIBLE
         with httpx.Client(base_url="http://[::1]:80", timeout=30) as client:
             client.get("/health").raise_for_status()
+
+
+@needs_root
+def test_the_caddyfile_works_as_it_stands(tmp_path: Path) -> None:
+    name = {"sni_hostname": "checker.example"}  # the file's
+    with (
+        loopback_alone(),
+        program(PORT_CHECKER_PORT="9000"),
+        as_shipped(ROOT / "contrib" / "Caddyfile", tmp_path),
+    ):
+        trusted = ssl.create_default_context(cafile=tmp_path / CADDY_AUTHORITY)
+        transport = httpx.HTTPTransport(local_address=OUTSIDE, verify=trusted)
+        with httpx.Client(base_url="https://127.0.0.1", transport=transport, timeout=30) as client:
+            for forged in FORGED:
+                headers = httpx.Headers(forged)
+                headers["Host"] = name["sni_hostname"]
+                answer = client.get("/ip", headers=headers, extensions=name)
+                assert answer.json() == {"ip": OUTSIDE}, forged
+            page = client.get("/", headers={"Host": name["sni_hostname"]}, extensions=name)
+            assert page.status_code == 200

@@ -1,4 +1,4 @@
-"""A real nginx or HAProxy in front of the service."""
+"""A real nginx, HAProxy or Caddy in front of the service."""
 
 import os
 import shutil
@@ -19,12 +19,16 @@ from tests.support.waiting import wait_until
 _PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 _NGINX = shutil.which("nginx", path=_PATH)
 _HAPROXY = shutil.which("haproxy", path=_PATH)
+_CADDY = shutil.which("caddy", path=_PATH)
 
 # CI must not skip them.
 needs_proxies = pytest.mark.skipif(
-    os.environ.get("CI") != "true" and not (_NGINX and _HAPROXY),
-    reason="nginx or haproxy is not installed",
+    os.environ.get("CI") != "true" and not (_NGINX and _HAPROXY and _CADDY),
+    reason="nginx, haproxy or caddy is not installed",
 )
+
+# Where Caddy keeps the certificate of its own authority.
+CADDY_AUTHORITY = "pki/authorities/local/root.crt"
 
 # One process in the foreground, which writes nowhere but into its own directory.
 _NGINX_CONFIGURATION = """\
@@ -52,6 +56,17 @@ server {{
         {directives}
     }}
 }}
+"""
+
+# With certificates of its own authority, since the world's gives none for loopback.
+_CADDY_CONFIGURATION = """\
+{{
+	admin off
+	local_certs
+	skip_install_trust
+	storage file_system {directory}
+}}
+import {file}
 """
 
 _HAPROXY_CONFIGURATION = """\
@@ -163,8 +178,15 @@ def _running(
 
 @contextmanager
 def as_shipped(file: Path, directory: Path) -> Iterator[None]:
-    """Run nginx or HAProxy with a file that operators copy; it serves port 80."""
+    """Run a proxy with a file that operators copy; it serves port 80, and Caddy 443 as well."""
     answers = _passes_on("http://127.0.0.1:80/")
+    if file.name == "Caddyfile":
+        configuration = directory / "Caddyfile"
+        configuration.write_text(_CADDY_CONFIGURATION.format(directory=directory, file=file))
+        caddy = [_CADDY, "run", "--adapter", "caddyfile", "--config", configuration]
+        with _running((directory / CADDY_AUTHORITY).exists, directory, *caddy):
+            yield
+        return
     if file.name == "nginx.conf":
         with nginx_of(directory, f"include {file};", answers):
             yield
