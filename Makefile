@@ -6,8 +6,8 @@
 #   make test-lowest  run them on the lowest versions that pyproject.toml allows
 #   make cover        run all tests and list the lines they did not reach
 #   make lab          run only the tests in network namespaces; needs root, iproute2 and nftables
-#   make systemd-test  install the service in a Debian that systemd boots, and build the
-#                     container; needs root, debootstrap, systemd-container, podman and runc
+#   make systemd-test  install the package in Debians that systemd boots, and build the container;
+#                     needs root, debhelper, debootstrap, systemd-container, podman and runc
 #   make fuzz         run the tests with generated requests for minutes; FUZZ_EXAMPLES sets how many
 #   make lint         ruff and mypy
 #   make bench        measure, side by side with the published version; needs wrk
@@ -17,6 +17,7 @@
 #   make man          write port-checker.1 anew, of what --help says
 #   make provider-page  write the page on providers' software anew, of docs/golem-provider.md
 #   make wheel        build dist/*.whl
+#   make deb          build dist/*.deb for Debian 12 and 13; needs debhelper
 #   make clean        delete all that these targets made
 
 PYTHON ?= python3
@@ -27,8 +28,8 @@ TEST_PROCESSES ?= 4
 PYTEST_FLAGS ?=
 FUZZ_EXAMPLES ?= 2000
 # Kept between runs and between checkouts.
-DEBIAN ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/golem-port-checker/debian-12
-DEBIAN_PACKAGES := systemd,systemd-sysv,dbus,python3,python3-venv,curl,iproute2,procps
+DEBIANS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/golem-port-checker/debian
+DEBIAN_PACKAGES := systemd,systemd-sysv,dbus,python3,python3-venv,curl,iproute2,procps,nftables,redis-server
 SOAK_MINUTES ?= 2
 BIN := $(VENV)/bin
 IN_PROCESSES = $(BIN)/pytest --numprocesses $(TEST_PROCESSES)
@@ -39,7 +40,7 @@ UV := uv pip install --python $(BIN)/python
 INSTALL := $(if $(shell uv --version 2>/dev/null),$(UV),$(PIP)) --quiet --constraint $(CONSTRAINTS)
 
 .PHONY: run test test-lowest cover lab systemd-test fuzz lint bench soak pictures man provider-page \
-    wheel clean
+    wheel deb clean
 .DELETE_ON_ERROR:
 # The tests start many interpreters, each of which would compile what it imports.
 unexport PYTHONDONTWRITEBYTECODE
@@ -57,15 +58,15 @@ test-lowest:
 cover: $(VENV)/dev.stamp
 	@$(IN_PROCESSES) --cov --cov-report=term-missing $(PYTEST_FLAGS)
 
-systemd-test: $(VENV)/dev.stamp $(DEBIAN)
-	@SYSTEMD_TEST_ROOT=$(DEBIAN) $(BIN)/pytest tests/systemd
+systemd-test: $(VENV)/dev.stamp $(DEBIANS)/bookworm $(DEBIANS)/trixie
+	@SYSTEMD_TEST_DEBIANS=$(DEBIANS) $(BIN)/pytest tests/systemd
 
-# The tests work on copies, so it is made once.
-$(DEBIAN):
+# The tests work on copies, so each is made once.
+$(DEBIANS)/%:
 	@echo "Making a Debian in $@ ..."
 	@mkdir -p $(@D)
 	@rm -rf $@.part
-	@debootstrap --variant=minbase --include=$(DEBIAN_PACKAGES) bookworm $@.part >$@.log
+	@debootstrap --variant=minbase --include=$(DEBIAN_PACKAGES) $* $@.part >$@.log
 	@mv $@.part $@
 
 lab: $(VENV)/test.stamp
@@ -99,8 +100,12 @@ wheel: | $(BIN)/python
 	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
+deb: | $(BIN)/python
+	@DEB_RULES_REQUIRES_ROOT=no PYTHON=$(abspath $(BIN)/python) debian/rules clean binary
+	@ls dist/*.deb
+
 clean:
-	rm -rf $(VENV) $(VENV)-* dist .benchmarks .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-* build dist .benchmarks .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \

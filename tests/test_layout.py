@@ -144,3 +144,8 @@ def test_redis_connects_to_where_its_connections_say() -> None:
     }
     assert {"ssl", "host"} <= {*redis.asyncio.SSLConnection(host="a")._connection_arguments()}
     assert "_connection_arguments" in redis.asyncio.Connection._connect.__code__.co_names
+
+
+def test_the_debian_package_has_the_version_of_the_program() -> None:
+    first = (PACKAGE.parent / "debian" / "changelog").read_text().splitlines()[0]
+    assert first.startswith(f"golem-port-checker ({port_checker.__version__}) ")

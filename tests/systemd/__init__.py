@@ -1,1 +1,1 @@
-"""The unit, installed as docs/operating.md says, in a Debian that systemd has booted."""
+"""The package, its units, and the manual, in Debians that systemd has booted."""

@@ -13,11 +13,12 @@ import pytest
 
 from tests.support.waiting import wait_until
 
-# The files of a Debian, which are not changed.
-DEBIAN = Path(os.environ.get("SYSTEMD_TEST_ROOT", ""))
+# The files of Debians, by their names, which are not changed.
+DEBIANS = Path(os.environ.get("SYSTEMD_TEST_DEBIANS", ""))
 
 needs_debian = pytest.mark.skipif(
-    "SYSTEMD_TEST_ROOT" not in os.environ, reason="make systemd-test makes a Debian for these tests"
+    "SYSTEMD_TEST_DEBIANS" not in os.environ,
+    reason="make systemd-test makes Debians for these tests",
 )
 
 _COMMAND = "systemd-nspawn --boot --register=no --keep-unit --private-network --quiet"
@@ -120,7 +121,7 @@ def booted(root: Path, scratch: Path, *mounts: tuple[Path, str]) -> Iterator[Con
         scratch: An empty folder for what is changed, and for the console's log.
         mounts: Folders to be seen inside, read-only, and where.
     """
-    lock = os.open(root, os.O_RDONLY)
+    lock = os.open(root.parent, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     changed, work, merged = (scratch / name for name in ("changed", "work", "root"))
     for directory in (changed, work, merged):

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.namespace import ROOT
 from tests.support.waiting import wait_until
-from tests.systemd.container import DEBIAN, needs_debian
+from tests.systemd.container import DEBIANS, needs_debian
 
 pytestmark = needs_debian
 
@@ -62,7 +62,7 @@ def test_the_image_serves_as_nobody_on_a_read_only_root(
         f"--exclude=./{name}" for name in ("usr/share/doc", "usr/share/locale", "var/cache")
     ]
     with subprocess.Popen(
-        ["tar", "-C", DEBIAN, *left_out, "-c", "."], stdout=subprocess.PIPE
+        ["tar", "-C", DEBIANS / "bookworm", *left_out, "-c", "."], stdout=subprocess.PIPE
     ) as tar:
         done = podman("import - localhost/debian", stdin=tar.stdout)
     assert done.returncode == 0, done.stderr
@@ -80,10 +80,12 @@ def test_the_image_serves_as_nobody_on_a_read_only_root(
     assert config["StopSignal"] == "SIGTERM"
     assert config["Labels"]["org.opencontainers.image.title"] == "golem-port-checker"
     assert "PORT_CHECKER_HOST=::" in config["Env"]
+    assert config["User"] == "65534:65534"  # a name would not do for Kubernetes' runAsNonRoot
 
+    # As the manifests for Kubernetes have it: podman's own read-only root has a /tmp to write to.
     done = podman(
-        f"run --detach --name checker --read-only --cap-drop all --network none {LIMITS} "
-        "localhost/port-checker"
+        "run --detach --name checker --read-only --read-only-tmpfs=false --cap-drop all "
+        f"--security-opt no-new-privileges --network none {LIMITS} localhost/port-checker"
     )
     assert done.returncode == 0, done.stderr
     wait_until(lambda: podman("exec checker port-checker health").returncode == 0, "its health")
@@ -91,6 +93,8 @@ def test_the_image_serves_as_nobody_on_a_read_only_root(
     status = podman("exec checker cat /proc/1/status").stdout
     assert "CapEff:\t0000000000000000\n" in status
     assert "CapBnd:\t0000000000000000\n" in status
-    assert "Read-only file system" in podman("exec checker touch /opt/x").stderr
+    for path in ("/opt/x", "/tmp/x", "/run/x"):  # noqa: S108
+        assert "Read-only file system" in podman(f"exec checker touch {path}").stderr
+    assert podman("exec checker sleep 0").returncode == 0  # for the manifests' preStop
     podman("stop --time 60 checker")
     assert podman("inspect checker --format {{.State.ExitCode}}").stdout == "0\n"

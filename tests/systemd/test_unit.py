@@ -1,60 +1,33 @@
-"""golem-port-checker.service, installed as docs/operating.md says, and run by a real systemd."""
+"""The units of the package, run by a real systemd."""
 
 import json
 import re
-import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.support.namespace import ROOT
 from tests.support.waiting import wait_until
-from tests.systemd.container import DEBIAN, Container, booted, needs_debian
+from tests.systemd.container import Container, needs_debian
 
-pytestmark = needs_debian
+pytestmark = [needs_debian, pytest.mark.parametrize("container", ["bookworm"], indirect=True)]
 
 SHOW = "systemctl show golem-port-checker --value --property "
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What git has of this checkout, changes that are not committed included."""
-    directory = tmp_path_factory.mktemp("checkout")
-    files = "git ls-files -z --cached --others --exclude-standard"
-    copy = f"{files} | xargs -0 cp --parents --target-directory {directory}"
-    subprocess.run(["sh", "-c", copy], cwd=ROOT, check=True)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def container(
-    wheels: Path, checkout: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Container]:
-    """A Debian in which the block of docs/operating.md has been run."""
-    scratch = tmp_path_factory.mktemp("container")
-    mounts = [(wheels, "/root/wheels"), (checkout, "/mnt")]
-    with booted(DEBIAN, scratch, *mounts) as container:
-        container.run(
-            "export PIP_NO_INDEX=1 PIP_FIND_LINKS=/root/wheels\n"
-            "cp -r /mnt /root/checkout; cd /root/checkout\n" + documented_block()
-        )
-        yield container
-
-
-def documented_block() -> str:
-    """The documented commands that install, enable and start the service."""
-    manual = (ROOT / "docs" / "operating.md").read_text()
-    section = manual.partition("## Running it with systemd\n")[2]
-    return section.partition("```bash\n")[2].partition("```")[0]
+@pytest.fixture(autouse=True, scope="module")
+def _installed(container: Container) -> Iterator[None]:
+    container.run("apt-get install -qq /mnt/package/*.deb")
+    yield
+    container.run("dpkg --purge golem-port-checker")
 
 
 @pytest.fixture(autouse=True)
 def _as_installed(container: Container) -> Iterator[None]:
     yield
     container.run(
-        "rm -rf /etc/golem /run/systemd/system/golem-port-checker.service.d\n"
+        "rm -rf /etc/golem/* /run/systemd/system/golem-port-checker.service.d\n"
         "systemctl daemon-reload; systemctl restart golem-port-checker"
     )
 
@@ -63,8 +36,7 @@ def configure(container: Container, **settings: object) -> None:
     """Start the service with these settings."""
     lines = "".join(f"{name}={value}\n" for name, value in settings.items())
     container.run(
-        f"mkdir -p /etc/golem; printf %s '{lines}' > /etc/golem/port-checker.env\n"
-        "systemctl restart golem-port-checker"
+        f"printf %s '{lines}' > /etc/golem/port-checker.env\nsystemctl restart golem-port-checker"
     )
 
 
@@ -219,7 +191,7 @@ def test_a_stuck_event_loop_leaves_its_traceback_and_is_replaced(container: Cont
 
 
 def test_a_wrong_setting_fails_once_and_is_told(container: Container) -> None:
-    container.run("mkdir -p /etc/golem; echo PORT_CHECK_TIMEOUT=soon > /etc/golem/port-checker.env")
+    container.run("echo PORT_CHECK_TIMEOUT=soon > /etc/golem/port-checker.env")
     mark = journal_mark(container)
     assert container.try_to_run("systemctl restart golem-port-checker").status != 0
     time.sleep(3)  # longer than RestartSec=
@@ -251,8 +223,7 @@ sleep 1
 
 def test_a_restart_refuses_nobody_where_systemd_listens(container: Container) -> None:
     container.run(
-        "cp /root/checkout/golem-port-checker.socket /etc/systemd/system/\n"
-        "systemctl daemon-reload; systemctl stop golem-port-checker\n"
+        "systemctl stop golem-port-checker\n"
         "systemctl start golem-port-checker.socket golem-port-checker.service\n"
     )
     body = json.dumps({"provider_ip": "127.0.0.1", "ports": [9000, 7466]})
@@ -270,10 +241,7 @@ def test_a_restart_refuses_nobody_where_systemd_listens(container: Container) ->
             "for n in $(seq 30); do cat /tmp/health.$n; echo; done; cat /tmp/check"
         ).splitlines()[1:]
     finally:
-        container.run(
-            "systemctl stop golem-port-checker.socket\n"
-            "rm /etc/systemd/system/golem-port-checker.socket; systemctl daemon-reload"
-        )
+        container.run("systemctl stop golem-port-checker.socket")
     assert answers == ['{"status":"ok"}'] * 30
     assert json.loads(check)["message"] == "Successfully verified 1 out of 2 ports"
 
@@ -307,7 +275,7 @@ def test_a_reload_refuses_nobody_and_reads_the_settings(container: Container, wo
 def test_a_reload_with_a_wrong_setting_leaves_the_service_as_it_is(container: Container) -> None:
     before = main_pid(container)
     mark = journal_mark(container)
-    container.run("mkdir -p /etc/golem; echo PORT_CHECK_TIMEOUT=soon > /etc/golem/port-checker.env")
+    container.run("echo PORT_CHECK_TIMEOUT=soon > /etc/golem/port-checker.env")
     assert container.try_to_run("systemctl reload golem-port-checker").status != 0
     assert "PORT_CHECK_TIMEOUT='soon' is wrong" in "".join(journal_since(container, mark))
     assert main_pid(container) == before
@@ -331,10 +299,9 @@ def test_who_stops_the_process_does_not_stop_the_service(container: Container) -
 
 def test_a_wrong_setting_is_no_endless_loop_where_systemd_listens(container: Container) -> None:
     container.run(
-        "cp /root/checkout/golem-port-checker.socket /etc/systemd/system/\n"
-        "systemctl daemon-reload; systemctl stop golem-port-checker\n"
+        "systemctl stop golem-port-checker\n"
         "systemctl start golem-port-checker.socket\n"
-        "mkdir -p /etc/golem; echo PORT_CHECK_TIMEOUT=soon > /etc/golem/port-checker.env"
+        "echo PORT_CHECK_TIMEOUT=soon > /etc/golem/port-checker.env"
     )
     mark = journal_mark(container)
     try:
@@ -344,10 +311,7 @@ def test_a_wrong_setting_is_no_endless_loop_where_systemd_listens(container: Con
         lines = [line for line in journal_since(container, mark) if "'soon' is wrong" in line]
         assert len(lines) == 1
     finally:
-        container.run(
-            "systemctl stop golem-port-checker.socket\n"
-            "rm /etc/systemd/system/golem-port-checker.socket; systemctl daemon-reload"
-        )
+        container.run("systemctl stop golem-port-checker.socket")
 
 
 def test_a_check_in_flight_is_finished_before_it_stops(container: Container) -> None:
