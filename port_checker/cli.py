@@ -117,9 +117,13 @@ def reload() -> None:
 
     Exit status: 0 they serve, 1 the service goes on as before, 2 a setting is wrong.
     """
+    import signal
+
     from port_checker.server.reload import ReloadFailed, request_reload
     from port_checker.settings import SettingsError, load_settings
 
+    # systemd ends it so when the service is to stop, and would call that stop a failure otherwise.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     try:
         load_settings()
         request_reload()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -161,6 +162,23 @@ def test_a_stop_in_the_middle_of_a_reload(tmp_path: Path) -> None:
         assert running.stop(signal.SIGTERM) == 0
         assert reloading.result()[0] == 1
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+
+def test_systemd_may_end_a_reload_for_a_stop(tmp_path: Path) -> None:
+    # A service that takes the request, and never answers.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as service:
+        service.bind(str(tmp_path / "reload"))
+        service.listen()
+        with (
+            subprocess.Popen(
+                [sys.executable, "-m", "port_checker", "reload"],
+                env={**os.environ, "RUNTIME_DIRECTORY": str(tmp_path)},
+            ) as process,
+            service.accept()[0] as request,
+        ):
+            assert request.recv(100)
+            process.terminate()
+            assert process.wait(timeout=60) == 0
 
 
 def test_where_there_is_no_service_to_reload(tmp_path: Path) -> None:

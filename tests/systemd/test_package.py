@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.waiting import wait_until
 from tests.systemd.container import Container, needs_debian
 
 both_debians = pytest.mark.parametrize("container", ["bookworm", "trixie"], indirect=True)
@@ -71,6 +72,14 @@ def test_it_serves_from_its_installation_to_its_removal(container: Container) ->
     # What Python compiled lies beside it, since the service itself could not keep it.
     compiled = "port_checker/__pycache__/cli.cpython-*.pyc"
     container.run(f"ls /usr/lib/golem-port-checker/site-packages/{compiled}")
+    # All that it needs is there, also of what is imported for some settings alone.
+    container.run(
+        f"echo PORT_CHECKER_METRICS=127.0.0.1:9464 >> {SETTINGS}\n"
+        f"echo PORT_CHECKER_RATE_LIMIT_STORE=redis://localhost >> {SETTINGS}\n"
+        f"systemctl restart redis-server {SERVICE}"
+    )
+    up = "curl -sS localhost:9464/metrics | grep '^port_checker_rate_limit_store_up 1'"
+    wait_until(lambda: container.try_to_run(up).status == 0, "Redis to be reached")
     # The settings in the file are the defaults.
     container.run(
         f"sed -i 's/^#PORT_/PORT_/' {SETTINGS}; systemctl reload {SERVICE}\n"
