@@ -576,7 +576,7 @@ def test_a_signal_ends_it_while_it_reads_certificates_that_take_minutes(
             assert shown.wait(60)
             wait_until(lambda: _cpu_seconds(process.pid) > 2, "the program to be busy with them")
             process.send_signal(number)
-            output, _ = process.communicate(timeout=20)
+            output, _ = process.communicate(timeout=60)
         finally:
             process.kill()
     assert (process.returncode, output) == (128 + number, b"")

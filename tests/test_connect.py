@@ -115,11 +115,11 @@ def test_a_verdict_that_comes_later_is_waited_for() -> None:
 
 def test_closes_politely_at_once_and_sends_nothing() -> None:
     with open_listener() as listener:
-        listener.settimeout(5)
+        listener.settimeout(60)
         try_once([listener.getsockname()[1]])
         connection, _ = listener.accept()
         with connection:
-            connection.settimeout(5)
+            connection.settimeout(60)
             # The end of the stream, not a reset, which recv() would raise.
             assert connection.recv(1) == b""
 
@@ -523,7 +523,10 @@ def test_silence_while_the_loop_is_held_up_proves_nothing(hold_up: float) -> Non
         async def wait_once_more() -> dict[int, Verdict]:
             pacer = OpenConnectionPacer()
             await check(pacer, [silent])
-            return await attempt(LOOPBACK, [silent], 2, pacer)
+            verdicts: dict[int, Verdict] = {}
+            for _ in range(20):  # a busy machine may hold the loop up once more
+                verdicts = verdicts or await attempt(LOOPBACK, [silent], 2, pacer)
+            return verdicts
 
         assert asyncio.run(wait_once_more()) == {silent: TIMED_OUT}  # of this round alone
         with pytest.raises(CheckFailed, match="it was held up while it waited for answers"):

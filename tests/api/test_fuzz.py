@@ -332,7 +332,7 @@ CLOSE = get(b"/health", b"Connection: close")
 
 def answers_to(port: int, parts: list[bytes]) -> bytes:
     """Everything that is answered to a stream sent in parts, without the dates."""
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for part in parts:
             sock.sendall(part)

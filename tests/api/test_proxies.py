@@ -36,7 +36,7 @@ def outsider(port: int, address: str = OUTSIDE, headers: Headers = ()) -> Iterat
     """A client that connects to a port from a given address."""
     transport = httpx.HTTPTransport(local_address=address)
     with httpx.Client(
-        base_url=f"http://127.0.0.1:{port}", transport=transport, headers=headers, timeout=30
+        base_url=f"http://127.0.0.1:{port}", transport=transport, headers=headers, timeout=120
     ) as client:
         yield client
 
@@ -283,7 +283,7 @@ def test_what_operators_copy_works_as_it_stands(name: str, tmp_path: Path) -> No
             with outsider(80, headers=headers) as client:
                 assert ip(client) == OUTSIDE, headers
                 assert check(client, OUTSIDE, opened) == ACCESSIBLE
-        with httpx.Client(base_url="http://[::1]:80", timeout=30) as client:
+        with httpx.Client(base_url="http://[::1]:80", timeout=120) as client:
             client.get("/health").raise_for_status()
 
 

@@ -318,7 +318,7 @@ class Lab:
             ]
             return all(healthy.result() for healthy in reached)
 
-        wait_until(connected, "the network to come up", seconds=20)
+        wait_until(connected, "the network to come up")
 
     def ask(
         self, caller: str, target: str, ports: Iterable[int], server: str | None = None
@@ -406,7 +406,7 @@ class Lab:
         ).result()
         self._stack.enter_context(sniffer)
         sniffer.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 16 * 1024 * 1024)
-        sniffer.settimeout(20)
+        sniffer.settimeout(120)
 
         def listen() -> None:
             waiting = set(ports)
@@ -491,7 +491,9 @@ def delete_namespace(full_name: str) -> None:
 
 
 def _run(*argv: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(argv, check=True, capture_output=True, text=True, input=stdin, timeout=20)
+    return subprocess.run(
+        argv, check=True, capture_output=True, text=True, input=stdin, timeout=120
+    )
 
 
 def _enter(full_name: str) -> None:
@@ -523,8 +525,7 @@ def _is_healthy(server: str, port: int = SERVICE_PORT) -> bool:
 
 
 def _post_check(server: str, body: str) -> Answer:
-    # The client in the field gives up after 30 s.
-    connection = http.client.HTTPConnection(server, SERVICE_PORT, timeout=30)
+    connection = http.client.HTTPConnection(server, SERVICE_PORT, timeout=120)
     started = time.monotonic()
     try:
         connection.request("POST", "/check-ports", body)

@@ -16,7 +16,7 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
 def client_of(url: str) -> httpx.Client:
     """A client of a service that speaks plain HTTP."""
-    return httpx.Client(base_url=url, timeout=30, verify=_NO_AUTHORITIES, trust_env=False)
+    return httpx.Client(base_url=url, timeout=120, verify=_NO_AUTHORITIES, trust_env=False)
 
 
 def check_of(*ports: int) -> bytes:
@@ -38,7 +38,7 @@ def _post(path: str, document: object) -> bytes:
 @contextmanager
 def connected(client: httpx.Client) -> Iterator[socket.socket]:
     """A raw connection to what the client is for."""
-    with socket.create_connection(("127.0.0.1", client.base_url.port or 0), timeout=20) as sock:
+    with socket.create_connection(("127.0.0.1", client.base_url.port or 0), timeout=60) as sock:
         yield sock
 
 

@@ -43,7 +43,7 @@ def short_waits(slept: list[float] | None = None, **waits: Any) -> Waits:
 def connect(ports: Sequence[int]) -> None:
     """Do what a checker does."""
     for port in ports:
-        socket.create_connection(("127.0.0.1", port), 10).close()
+        socket.create_connection(("127.0.0.1", port), 60).close()
 
 
 @dataclass(frozen=True)

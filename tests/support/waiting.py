@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 
-def wait_until(condition: Callable[[], object], what: str = "it", seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], object], what: str = "it", seconds: float = 180) -> None:
     """Poll until ``condition`` holds.
 
     The bound only catches a hang: it is far above what anything waited for takes.
