@@ -25,6 +25,7 @@ from redis.exceptions import (
     BusyLoadingError,
     ClusterCrossSlotError,
     ClusterDownError,
+    InvalidResponse,
     MasterDownError,
     MovedError,
     NoPermissionError,
@@ -68,6 +69,12 @@ _CODES: Final[Mapping[type[RedisError], str]] = {
     OutOfMemoryError: "OOM",
     ReadOnlyError: "READONLY",
 }
+
+# What redis-py says itself of a connection, and nothing of what was sent.
+_CONNECTION_ERRORS: Final = ("max number of clients reached", "Connection closed by server")
+
+# What comes of an answer that is none of Redis', or none to a payment.
+_NOT_UNDERSTOOD: Final = (InvalidResponse, TypeError, ValueError, RecursionError)
 
 # A payment is tried once: who fails is probed.
 _ONCE: Final = Retry(NoBackoff(), 0)
@@ -186,8 +193,14 @@ class SharedStore:
             arguments.append(len(charges))
             for charge in charges:
                 arguments += charge.interval, charge.capacity, charge.cost
-        waits = iter(await self._client.run(keys, arguments))
-        return [[float(next(waits)) for _ in charges] for charges in payments]
+        answer = await self._client.run(keys, arguments)
+        if not isinstance(answer, list) or len(answer) != len(keys):
+            raise ValueError("not an answer to payments")
+        waits = [float(wait) for wait in answer]
+        if not all(0 <= wait < math.inf for wait in waits):
+            raise ValueError("not a time to wait")
+        remaining = iter(waits)
+        return [[next(remaining) for _ in charges] for charges in payments]
 
     def _become_unavailable(self) -> None:
         self.is_available = False
@@ -248,10 +261,9 @@ class _Client:
             self._pool.connection_kwargs["resolver"] = self._resolver
         self._script = AsyncScript(Redis(connection_pool=self._pool), PAY_IN_REDIS)
 
-    async def run(self, keys: Sequence[str], arguments: Sequence[float]) -> Sequence[Any]:
-        """Run the script."""
-        waits: Sequence[Any] = await self._script(keys, arguments)
-        return waits
+    async def run(self, keys: Sequence[str], arguments: Sequence[float]) -> Any:
+        """Run the script, and return whatever is answered."""
+        return await self._script(keys, arguments)
 
     async def disconnect(self) -> None:
         """Close the connections."""
@@ -276,6 +288,12 @@ class _Client:
                     return code
             if isinstance(cause, ResponseError):
                 return _code(str(cause))
+            if isinstance(cause, RedisConnectionError):
+                known = [text for text in _CONNECTION_ERRORS if text in str(cause)]
+                if known:
+                    return known[0]
+            if isinstance(cause, _NOT_UNDERSTOOD):
+                return "what it answers is not understood"
             cause = cause.__cause__ or cause.__context__
         return type(error).__name__
 
@@ -294,7 +312,7 @@ class _ClusterClient(_Client):
         self._cluster: RedisCluster | None = None
         self._known: set[tuple[str, int]] = set()  # nodes of the cluster when it was last seen
 
-    async def run(self, keys: Sequence[str], arguments: Sequence[float]) -> Sequence[Any]:
+    async def run(self, keys: Sequence[str], arguments: Sequence[float]) -> Any:
         """Run the script on the node that has the keys."""
         if not self._cluster:
             nodes = [ClusterNode(host, port) for host, port in await self._candidates()]

@@ -361,8 +361,9 @@ def test_redis_is_not_there_at_the_start(log: Log) -> None:
             None,
             "ERR unknown command)",
         ),
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", None, ""),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", None, "what it answers is not understood"),
         (b"$2\r\n\xff\xff\r\n", None, ""),
+        (b"-ERR max number of clients reached\r\n", None, "max number of clients reached"),
         (b"$1000\r\nOK", None, "no answer in time"),
         (b"", None, "no answer in time"),
     ],
@@ -393,6 +394,37 @@ def test_redis_fails_and_recovers(
 
     uvloop.run(run())
     assert log.count(UNAVAILABLE) == log.count(AVAILABLE) == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"+OK",
+        b"$-1",
+        b":1",
+        b"*0",
+        b"*1\r\n$3\r\ninf",
+        b"*1\r\n$3\r\nnan",
+        b"*1\r\n$2\r\n-1",
+        b"*1\r\n" * 5000,
+    ],
+)
+def test_what_is_no_answer_to_a_payment_refuses_nobody(log: Log, answer: bytes) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while asked := await reader.read(65536):
+            is_payment = b"EVALSHA" in asked
+            writer.write(answer + b"\r\n" if is_payment else b"+OK\r\n" * asked.count(b"SETINFO"))
+        writer.close()
+
+    async def run() -> None:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
+            port = listening.sockets[0].getsockname()[1]
+            limiter = hourly(5, f"redis://127.0.0.1:{port}")
+            async with limiter.shared():
+                await log.wait_for(f"{UNAVAILABLE} (what it answers is not understood): ")
+                assert await let_through(limiter) == 5
+
+    uvloop.run(run())
 
 
 def test_rights_to_some_keys_alone_are_not_enough(relay: Relay, log: Log) -> None:
