@@ -1,30 +1,36 @@
-"""``python -m benchmarks``: measure throughput and growth in one run, and print the figures."""
+"""``python -m benchmarks``: measure costs and growth in one run, and print the figures."""
 
 import os
 import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from statistics import median
 
-from benchmarks import alone, wrk
+from benchmarks import BenchmarkFailed, alone, wrk
+from benchmarks.distance import DELAY, FAR, NEAR, distance
 from benchmarks.processes import (
     OURS_COMMAND,
     PUBLISHED,
+    UVICORN_COMMAND,
+    go_command,
     open_ports,
     published_command,
     run,
     service,
 )
+from benchmarks.wrk import Cost
 from port_checker import __version__
 
-ROUNDS = 5
+ROUNDS = 1
 PORTS = 100
-CHECKER_REQUIRED = 0.6  # of a bare loop's throughput
+
+OURS = "this service"
+GO = "Go, a goroutine a port"
 
 
 def main() -> int:
@@ -41,76 +47,87 @@ def main() -> int:
 
 def _measure(stack: ExitStack, directory: Path) -> bool:
     started = time.monotonic()
-    published = published_command()
-    ports = stack.enter_context(open_ports(PORTS))
-    ours = stack.enter_context(service("this", OURS_COMMAND, directory))
-    published_service = stack.enter_context(service("published", published, directory))
-
+    commands = {OURS: OURS_COMMAND, f"published {PUBLISHED}": published_command()}
+    if go := go_command():
+        commands[GO] = go
     print(
         f"golem-port-checker {__version__}, Python {platform.python_version()}, "
         f"{platform.system()} {platform.release()}, {os.cpu_count()} cores.\n"
-        f"Figures are medians of {ROUNDS} alternating rounds after a warm-up round "
-        "(lowest to highest in brackets).\nThe ratio is that of the medians."
+        f"Figures are medians of {ROUNDS} rounds in turn, after one to warm up (lowest to highest "
+        f"in brackets); wrk,\n1 thread, {wrk.CONNECTIONS} connections, {wrk.SECONDS} s a round. "
+        "The last column is\n"
+        "how much this service does with the CPU that another needs for one request."
     )
-    _head(
-        "Requests a second",
-        f"wrk, 1 thread, {wrk.CONNECTIONS} connections, {wrk.SECONDS} s a round",
-        "this service",
-        f"published {PUBLISHED}",
-    )
-    for load in wrk.loads(ports):
-        _row(
-            load.name,
-            *_alternate(
-                partial(wrk.requests_per_second, ours.port, load, directory),
-                partial(wrk.requests_per_second, published_service.port, load, directory),
-            ),
-            load.required,
+    if not go:
+        print(
+            "Without the server in Go: there is no Go toolchain here (apt-get install golang-go)."
         )
-
-    _head(
-        "Ports a second without HTTP",
-        f"{PORTS} open ports at once, {alone.SECONDS:g} s a round",
-        "the checker",
-        "bare epoll loop",
-    )
-    _row(
-        f"{PORTS} open ports",
-        *_alternate(
-            partial(alone.checker_ports_per_second, ports),
-            partial(alone.bare_ports_per_second, ports),
-        ),
-        CHECKER_REQUIRED,
-    )
-
+    ports = stack.enter_context(open_ports(PORTS))
+    with ExitStack() as services:
+        running = {
+            name: services.enter_context(service("service", command, directory))
+            for name, command in {**commands, "bare uvicorn": UVICORN_COMMAND}.items()
+        }
+        for load in wrk.loads(ports):
+            measures: dict[str, Callable[[], Cost]] = {
+                name: partial(wrk.measure, each, load, directory)
+                for name, each in running.items()
+                if load.path == "/health" or name != "bare uvicorn"
+            }
+            if load.bodies:
+                batch = PORTS if len(load.bodies) == 1 else 1
+                measures["bare loop in Python"] = partial(alone.bare_loop, ports, batch)
+            _table(f"{load.name}, loopback", _in_turn(measures))
     _print_growth(*alone.usage_before_and_after(ports))
+    try:
+        with distance() as near:
+            _measure_far(near, commands, directory)
+    except BenchmarkFailed as error:
+        print(f"\nNot measured at a distance: {error}")
     print(f"\nThe whole run took {time.monotonic() - started:.0f} s.")
     return True
 
 
-def _alternate(
-    ours: Callable[[], float], other: Callable[[], float]
-) -> tuple[list[float], list[float]]:
-    """Measure one and the other in turn, so that lasting noise affects both."""
-    ours(), other()  # to warm up
-    rounds = [(ours(), other()) for _ in range(ROUNDS)]
-    return [mine for mine, _ in rounds], [theirs for _, theirs in rounds]
+def _measure_far(
+    near: Sequence[str], commands: Mapping[str, Sequence[str]], directory: Path
+) -> None:
+    """Measure the same at a distance; this process is at the far end, with wrk and the ports."""
+    with ExitStack() as stack:
+        ports = stack.enter_context(open_ports(PORTS, FAR))
+        running = {
+            name: stack.enter_context(service("service", (*near, *command), directory, NEAR))
+            for name, command in commands.items()
+        }
+        for load in wrk.loads(ports, FAR):
+            measures = {
+                name: partial(wrk.measure, each, load, directory) for name, each in running.items()
+            }
+            _table(f"{load.name}, round trip {2000 * DELAY:g} ms", _in_turn(measures))
 
 
-def _head(what: str, how: str, ours: str, other: str) -> None:
-    print(f"\n{what} ({how})")
-    print(f"  {'':16}{ours:>28}{other:>28}{'ratio':>8}  required")
+def _in_turn(measures: Mapping[str, Callable[[], Cost]]) -> dict[str, list[Cost]]:
+    """Measure one after the other, round by round, so that lasting noise affects all."""
+    for measure in measures.values():
+        measure()  # to warm up
+    costs: dict[str, list[Cost]] = {name: [] for name in measures}
+    for _ in range(ROUNDS):
+        for name, measure in measures.items():
+            costs[name].append(measure())
+    return costs
 
 
-def _row(name: str, ours: list[float], other: list[float], required: float | None) -> None:
-    ratio = median(ours) / median(other)
-    verdict = ""
-    if required:
-        verdict = f"{required:g}{', below' if ratio < required else ''}"
-    print(f"  {name:16}{_summary(ours):>28}{_summary(other):>28}{ratio:>8.2f}  {verdict}".rstrip())
+def _table(title: str, costs: Mapping[str, Sequence[Cost]]) -> None:
+    print(f"\n{title}")
+    print(f"  {'':24}{'CPU us a request':>26}{'requests a second':>28}{'ours to it':>12}")
+    ours = median(cost.cpu for cost in costs[OURS])
+    for name, each in costs.items():
+        cpu = _summary([cost.cpu * 1e6 for cost in each])
+        per_second = _summary([cost.per_second for cost in each])
+        ratio = median(cost.cpu for cost in each) / ours
+        print(f"  {name:24}{cpu:>26}{per_second:>28}{ratio:>12.2f}")
 
 
-def _summary(figures: list[float]) -> str:
+def _summary(figures: Sequence[float]) -> str:
     return f"{median(figures):,.0f} ({min(figures):,.0f} to {max(figures):,.0f})"
 
 

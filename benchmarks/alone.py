@@ -14,6 +14,7 @@ from pathlib import Path
 import uvloop
 
 from benchmarks import HOST
+from benchmarks.wrk import Cost
 from port_checker.checker import Checker
 from port_checker.connect import Verdict
 from tests.support.loopback import ports, refused_port
@@ -55,40 +56,22 @@ class Usage:
         )
 
 
-def checker_ports_per_second(ports: Sequence[int]) -> float:
-    """Return how many ports a second the checker checks, one check of ``ports`` after another.
-
-    Args:
-        ports: Open ports.
-    """
-
-    async def check_over_and_over() -> float:
-        checker = _checker(retries=3)
-        started = time.perf_counter()
-        checked = 0
-        while (elapsed := time.perf_counter() - started) < SECONDS:
-            verdicts = await _check_once(checker, ports)
-            assert all(verdict.accessible for verdict in verdicts.values())
-            checked += len(ports)
-        return checked / elapsed
-
-    return uvloop.run(check_over_and_over())
-
-
-def bare_ports_per_second(ports: Sequence[int]) -> float:
-    """Return how many ports a second a bare epoll loop in Python connects to.
+def bare_loop(ports: Sequence[int], batch: int) -> Cost:
+    """Return what a bare epoll loop in Python takes to connect to so many ports at once.
 
     For each port it does only what any checker must: socket, connect, wait, read the result, close.
 
     Args:
-        ports: Open ports, all of them connected to at once, over and over.
+        ports: Open ports.
+        batch: How many of them are connected to at once; the others have their turn.
     """
-    started = time.perf_counter()
-    connected = 0
+    started, used = time.perf_counter(), time.process_time()
+    batches = 0
     with select.epoll() as epoll:
         while (elapsed := time.perf_counter() - started) < SECONDS:
+            first = batches * batch % len(ports)
             waiting: dict[int, socket.socket] = {}
-            for port in ports:
+            for port in ports[first : first + batch]:
                 sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
                 sock.connect_ex((HOST, port))
                 epoll.register(sock.fileno(), select.EPOLLOUT)
@@ -100,8 +83,8 @@ def bare_ports_per_second(ports: Sequence[int]) -> float:
                     sock = waiting.pop(descriptor)
                     assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
                     sock.close()
-            connected += len(ports)
-    return connected / elapsed
+            batches += 1
+    return Cost(batches / elapsed, (time.process_time() - used) / batches)
 
 
 def usage_before_and_after(open_ports: Sequence[int]) -> tuple[Usage, Usage]:

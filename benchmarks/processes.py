@@ -1,6 +1,7 @@
 """What benchmarks start: the two services, and a process with open ports."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,16 @@ PUBLISHED = "0.1.25"
 
 OURS_COMMAND = (sys.executable, "-m", "port_checker")
 
+# Answers everything with one constant: what uvicorn takes by itself.
+UVICORN_COMMAND = (
+    "sh",
+    "-c",
+    'cd "$0" && exec "$1" -m uvicorn --host $PORT_CHECKER_HOST --port $PORT_CHECKER_PORT '
+    "--no-access-log --log-level warning benchmarks.constant:app",
+    str(Path(__file__).parent.parent),
+    sys.executable,
+)
+
 _CHECKOUT = Path(__file__).parent.parent
 _PUBLISHED_VENV = _CHECKOUT / ".benchmarks" / "published"
 
@@ -28,7 +39,6 @@ _PATIENCE = 30.0  # seconds for a service to answer, and for a process to end
 # Limits that are never reached. They are not off, since the figures should include what they cost;
 # the published version has none.
 _SETTINGS = {
-    "PORT_CHECKER_HOST": HOST,
     "PORT_CHECKER_RATE_LIMIT": "100000000/second",
     "PORT_CHECK_TARGET_RATE_LIMIT": "100000000/second",
     "PORT_CHECK_OWN_RATE_LIMIT": "100000000/second",
@@ -44,10 +54,17 @@ class Service:
     Attributes:
         port: The port it listens on.
         pid: Its process.
+        host: The address it listens on.
     """
 
     port: int
     pid: int
+    host: str = HOST
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time that it has used, in all of its threads."""
+        tasks = Path(f"/proc/{self.pid}/task").iterdir()
+        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
     def descriptors(self) -> int:
         """Return how many files and sockets it has open."""
@@ -106,15 +123,32 @@ def published_command() -> tuple[str, ...]:
     return python, "-c", "from port_checker.main import start; start()"
 
 
+def go_command() -> tuple[str, ...] | None:
+    """Return the command that starts the server in Go, built first; None without a toolchain.
+
+    Raises:
+        BenchmarkFailed: It could not be built.
+    """
+    go = shutil.which("go")
+    if not go:
+        return None
+    program = _CHECKOUT / ".benchmarks" / "go-server"
+    program.parent.mkdir(exist_ok=True)
+    source = Path(__file__).with_name("go") / "server.go"
+    _run("env", "GO111MODULE=off", go, "build", "-o", str(program), str(source))
+    start = 'GOMAXPROCS=1 exec "$0" $PORT_CHECKER_HOST:$PORT_CHECKER_PORT'
+    return "sh", "-c", start, str(program)
+
+
 @contextmanager
-def open_ports(count: int) -> Iterator[list[int]]:
-    """Open ``count`` ports on loopback, in another process.
+def open_ports(count: int, host: str = HOST) -> Iterator[list[int]]:
+    """Open ``count`` ports in another process.
 
     Raises:
         BenchmarkFailed: They could not be opened.
     """
     script = Path(__file__).with_name("open_ports.py")
-    command = [sys.executable, str(script), str(count)]
+    command = [sys.executable, str(script), str(count), host]
     with _running(command, stdout=subprocess.PIPE) as process:
         assert process.stdout
         ports = [int(port) for port in process.stdout.readline().split()]
@@ -124,7 +158,9 @@ def open_ports(count: int) -> Iterator[list[int]]:
 
 
 @contextmanager
-def service(name: str, command: Sequence[str], directory: Path) -> Iterator[Service]:
+def service(
+    name: str, command: Sequence[str], directory: Path, host: str = HOST
+) -> Iterator[Service]:
     """Run a service, with its log written to a file; wait until it answers.
 
     Args:
@@ -132,6 +168,7 @@ def service(name: str, command: Sequence[str], directory: Path) -> Iterator[Serv
         command: Starts the service.
         directory: For the log. It is also the working directory, so that the service finds neither
             the ``port_checker`` nor the ``.env`` of the checkout.
+        host: The address on which it listens.
 
     Yields:
         The running service.
@@ -146,18 +183,18 @@ def service(name: str, command: Sequence[str], directory: Path) -> Iterator[Serv
         for name, value in os.environ.items()
         if not name.startswith(("PORT_CHECK", "PYTHON"))
     }
-    environment |= _SETTINGS | {"PORT_CHECKER_PORT": str(port)}
+    environment |= _SETTINGS | {"PORT_CHECKER_HOST": host, "PORT_CHECKER_PORT": str(port)}
     log = directory / f"{name}.log"
     with (
         log.open("wb") as output,
         _running(command, stdout=output, directory=directory, environment=environment) as process,
     ):
         deadline = time.monotonic() + _PATIENCE
-        while not _answers(port):
+        while not _answers(host, port):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise BenchmarkFailed(f"{name} did not start:\n{log.read_text(errors='replace')}")
             time.sleep(0.05)
-        yield Service(port, process.pid)
+        yield Service(port, process.pid, host)
 
 
 @contextmanager
@@ -192,8 +229,8 @@ def _run(*command: str) -> None:
         raise BenchmarkFailed(f"{' '.join(command)} failed:\n{done.stdout}")
 
 
-def _answers(port: int) -> bool:
-    connection = HTTPConnection(HOST, port, timeout=1)
+def _answers(host: str, port: int) -> bool:
+    connection = HTTPConnection(host, port, timeout=1)
     try:
         connection.request("GET", "/health")
         return connection.getresponse().status == 200

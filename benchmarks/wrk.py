@@ -8,9 +8,10 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
 from benchmarks import HOST, BenchmarkFailed
+from benchmarks.processes import Service
 
 CONNECTIONS = 4
-SECONDS = 2
+SECONDS = 3
 
 # Seconds that both services wait before a second attempt. An answer that took as long needed one,
 # and would not measure what this is about.
@@ -65,45 +66,58 @@ class Load:
         path: The path of the URL.
         bodies: Bodies to POST in turn; without any, the request is a GET.
         expected: A text that every answer must contain.
-        required: The lowest acceptable ratio to the published version, if there is one.
     """
 
     name: str
     path: str
     bodies: Sequence[str]
     expected: str
-    required: float | None
 
 
-def loads(ports: Sequence[int]) -> list[Load]:
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a service made of a load.
+
+    Attributes:
+        per_second: Requests that it answered in a second.
+        cpu: Seconds of CPU that one took.
+    """
+
+    per_second: float
+    cpu: float
+
+
+def loads(ports: Sequence[int], host: str = HOST) -> list[Load]:
     """Return the loads to measure, which check these open ports."""
     # The single-port load takes the ports in turn. Each connection leaves a local port in TIME-WAIT
     # for a minute, and towards one port alone they would soon be used up.
-    singles = [_body([port]) for port in ports]
+    singles = [_body([port], host) for port in ports]
+    many = [_body(ports, host)]
     return [
-        Load(f"{len(ports)} open ports", "/check-ports", [_body(ports)], _all(len(ports)), 3.5),
-        Load("1 open port", "/check-ports", singles, _all(1), 2.0),
-        Load("GET /health", "/health", [], '"ok"', None),
+        Load("1 open port", "/check-ports", singles, _all(1)),
+        Load(f"{len(ports)} open ports", "/check-ports", many, _all(len(ports))),
+        Load("GET /health", "/health", [], '"ok"'),
     ]
 
 
-def requests_per_second(service_port: int, load: Load, directory: Path) -> float:
-    """Put ``load`` on a service and return how many requests a second it answers.
+def measure(service: Service, load: Load, directory: Path) -> Cost:
+    """Put ``load`` on a service and return what it takes.
 
     Args:
-        service_port: Where it listens on loopback.
+        service: It.
         load: What to ask it.
         directory: Where the script for wrk may be written.
 
     Raises:
         BenchmarkFailed: wrk failed, a connection did, or an answer was late or not the expected.
     """
-    _require_expected_answer(service_port, load)
-    url = f"http://{HOST}:{service_port}{load.path}"
+    _require_expected_answer(service, load)
+    url = f"http://{service.host}:{service.port}{load.path}"
     script = directory / "load.lua"
     script.write_text(_SCRIPT)
     options = ["--threads", "1", "--connections", str(CONNECTIONS)]
     options += ["--duration", f"{SECONDS}s", "--timeout", f"{_RETRY_DELAY}s"]
+    before = service.cpu_seconds()
     done = subprocess.run(
         ["wrk", *options, "--script", script, url, "--", load.expected, *load.bodies],
         capture_output=True,
@@ -119,12 +133,15 @@ def requests_per_second(service_port: int, load: Load, directory: Path) -> float
             f"{load.name}: of {count['answers']} answers from {url}, {count['wrong']} were wrong; "
             f"{count['errors']} connections failed or timed out"
         )
-    return float(count["answers"]) / float(count["microseconds"]) * 1e6
+    used = service.cpu_seconds() - before
+    return Cost(
+        float(count["answers"]) / float(count["microseconds"]) * 1e6, used / count["answers"]
+    )
 
 
-def _require_expected_answer(service_port: int, load: Load) -> None:
+def _require_expected_answer(service: Service, load: Load) -> None:
     # Under load, answers about closed ports would go unnoticed: they come after wrk has finished.
-    connection = HTTPConnection(HOST, service_port, timeout=30)
+    connection = HTTPConnection(service.host, service.port, timeout=30)
     try:
         if load.bodies:
             headers = {"Content-Type": "application/json"}
@@ -133,15 +150,15 @@ def _require_expected_answer(service_port: int, load: Load) -> None:
             connection.request("GET", load.path)
         answer = connection.getresponse().read().decode()
     except (OSError, HTTPException) as error:
-        raise BenchmarkFailed(f"{load.name}: no answer from port {service_port}") from error
+        raise BenchmarkFailed(f"{load.name}: no answer from port {service.port}") from error
     finally:
         connection.close()
     if load.expected not in answer:
-        raise BenchmarkFailed(f"{load.name}: port {service_port} answered {answer}")
+        raise BenchmarkFailed(f"{load.name}: port {service.port} answered {answer}")
 
 
-def _body(ports: Sequence[int]) -> str:
-    return json.dumps({"provider_ip": HOST, "ports": list(ports)})
+def _body(ports: Sequence[int], host: str) -> str:
+    return json.dumps({"provider_ip": host, "ports": list(ports)})
 
 
 def _all(count: int) -> str:
