@@ -26,7 +26,7 @@ from benchmarks.processes import (
 from benchmarks.wrk import Cost
 from port_checker import __version__
 
-ROUNDS = 1
+ROUNDS = 7
 PORTS = 100
 
 OURS = "this service"

@@ -64,6 +64,10 @@ _STAYS_FINE = 0.5
 # within that time, it is worth to ask whether it is this machine: a look at all connections.
 _NEARBY = 0.02
 
+# Seconds for which what a look has shown of a port is taken for true, and of how many ports.
+_STAYS_ELSEWHERE = 1.0
+_MOST_ELSEWHERE = 1024
+
 # Pauses between such looks, in what these take of a processor's time.
 _PAUSE = 3
 
@@ -332,6 +336,17 @@ class SelfAnswers:
         self._look_at = look
         self._asked: dict[Address, dict[Address, asyncio.Future[bool]]] = {}
         self._task: asyncio.Task[None] | None = None
+        self._elsewhere: dict[tuple[Address, int], float] = {}  # until when, by target and port
+
+    def is_elsewhere(self, target: Address, port: int) -> bool:
+        """Whether a look has just shown that something else answers at a port."""
+        return self._elsewhere.get((target, port), 0.0) > asyncio.get_running_loop().time()
+
+    def note_elsewhere(self, target: Address, port: int) -> None:
+        """Remember what a look has shown, for a moment: who asks port by port asks again soon."""
+        if len(self._elsewhere) >= _MOST_ELSEWHERE:
+            self._elsewhere.clear()
+        self._elsewhere[target, port] = asyncio.get_running_loop().time() + _STAYS_ELSEWHERE
 
     def ask(self, source: Address, target: Address) -> asyncio.Future[bool]:
         """Return whether connections from ``source`` to ``target`` end here, once that is known."""
@@ -658,7 +673,7 @@ class _Round:
                 sock.close()
             else:
                 if verdict is OPEN:
-                    if self._way.is_here or not self._may_be_here(sock):
+                    if self._way.is_here or not self._may_be_here(sock, port):
                         self._accept(sock, port)
                     else:
                         self._nearby.append((sock, port))
@@ -689,9 +704,12 @@ class _Round:
         else:
             close_for_good(sock)
 
-    def _may_be_here(self, sock: socket.SocketType) -> bool:
+    def _may_be_here(self, sock: socket.SocketType, port: int) -> bool:
         """Whether this machine may have answered, though the target is another one."""
-        if self._way.target.is_loopback or round_trip_time(sock) > _NEARBY:
+        target = self._way.target
+        if target.is_loopback or round_trip_time(sock) > _NEARBY:
+            return False
+        if self._pacer.self_answers.is_elsewhere(target, port):
             return False
         route = self._way.route()
         return not route or route.type is not RouteType.LOCAL
@@ -722,6 +740,7 @@ class _Round:
                     self.forbidden[port] = _ANSWERS_ITSELF
                     sock.close()
                 else:
+                    self._pacer.self_answers.note_elsewhere(self._way.target, port)
                     self._accept(sock, port)
             if self._nearby:
                 self._ask_who_answers()

@@ -38,6 +38,10 @@ _NLA_TYPE_MASK = 0x3FFF
 _LEADS_NOWHERE = {6, 7, 8, 9}  # RTN_BLACKHOLE, RTN_UNREACHABLE, RTN_PROHIBIT, RTN_THROW
 _NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL}
 
+_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP = 270, 1  # linux/socket.h and linux/netlink.h
+# RTNLGRP_LINK, IPV4_IFADDR, IPV4_ROUTE, IPV4_RULE, IPV6_IFADDR, IPV6_ROUTE, IPV6_RULE, NEXTHOP
+_ROUTE_GROUPS = (1, 5, 7, 8, 9, 11, 19, 32)
+
 # linux/sock_diag.h and linux/inet_diag.h
 _NETLINK_SOCK_DIAG, _TCPDIAG_GETSOCK = 4, 18
 _INET_DIAG_REQ_BYTECODE, _INET_DIAG_BC_D_COND = 1, 8
@@ -292,6 +296,52 @@ def _is_silent(neighbour: Address, interface: int) -> bool:
     (state,) = struct.unpack_from("=8xH", answer)
     (probes,) = struct.unpack("=I", dict(_attributes(answer[12:])).get(_NDA_PROBES, bytes(4)))
     return bool(state & (_NUD_INCOMPLETE | _NUD_FAILED)) or (state == _NUD_PROBE and probes > 1)
+
+
+class RouteChanges:
+    """Tells whether this machine's addresses or routes may have changed (rtnetlink(7)).
+
+    The kernel tells of each change on a socket that has joined its groups; one look at that takes
+    1 µs, where the kernel would need 20 to find a route (measured).
+    """
+
+    def __init__(self) -> None:
+        self._socket = self._joined()
+
+    def __del__(self) -> None:
+        if self._socket:
+            self._socket.close()
+
+    def since_last(self) -> bool:
+        """Return whether anything may have changed since the last call, or the kernel tells not."""
+        if not self._socket:
+            self._socket = self._joined()
+            return True
+        try:
+            self._socket.recv(1)
+        except BlockingIOError:
+            return False
+        except OSError:  # there were too many to keep
+            pass
+        # Another socket, instead of reading however much is left.
+        self._socket.close()
+        self._socket = self._joined()
+        return True
+
+    def _joined(self) -> socket.socket | None:
+        """Return a socket that has joined the groups; None if there cannot be one now."""
+        try:
+            netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK)
+        except OSError:
+            return None
+        try:
+            netlink.bind((0, 0))  # nothing is told to a socket without a port
+            for group in _ROUTE_GROUPS:
+                netlink.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, group)
+        except OSError:
+            netlink.close()
+            return None
+        return netlink
 
 
 @dataclass(frozen=True)

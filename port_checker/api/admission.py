@@ -8,7 +8,7 @@ from starlette.requests import ClientDisconnect
 
 from port_checker.addresses import Address, have_one_subscriber, site, subscriber
 from port_checker.api.limits import RateLimiter
-from port_checker.api.targets import TargetRules, verify_local_binding
+from port_checker.api.targets import KnownRoutes, TargetRules, verify_local_binding
 from port_checker.checker import Checker, Reservation
 
 # Seconds after which a check begins to watch whether its caller is still connected. Most checks of
@@ -27,9 +27,13 @@ class Admission:
         targets: Who may be checked.
         limiter: How many ports callers may ask for.
         checker: Whose room a check takes.
+        known: What is known of this machine's routes.
     """
 
-    def __init__(self, targets: TargetRules, limiter: RateLimiter, checker: Checker) -> None:
+    def __init__(
+        self, targets: TargetRules, limiter: RateLimiter, checker: Checker, known: KnownRoutes
+    ) -> None:
+        self._known = known
         self._targets = targets
         self._limiter = limiter
         self._checker = checker
@@ -68,7 +72,7 @@ class Admission:
         await self._targets.require_allowed(caller, target)
         if not (client := request.scope.get("client")) or client[0] != str(target):
             # Not needed for the peer: this connection proves that there is a route.
-            verify_local_binding(target)
+            verify_local_binding(target, self._known.route_to)
         # The room comes before the ports are paid for, so that refusals cost nothing.
         is_own = have_one_subscriber(caller, target)
         if is_own:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 
 from port_checker import __version__
+from port_checker.api.admission import Admission
 from port_checker.api.caller import CallerResolver
 from port_checker.api.errors import answer_errors
 from port_checker.api.limits import RateLimiter
@@ -15,6 +16,7 @@ from port_checker.api.origin import AllowedHosts
 from port_checker.api.pages import add_pages, not_found_page
 from port_checker.api.records import RequestTimer
 from port_checker.api.routes import Api
+from port_checker.api.targets import KnownRoutes, TargetRules
 from port_checker.checker import Checker
 from port_checker.metrics import Metrics
 from port_checker.settings import Settings
@@ -82,7 +84,8 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False},
         lifespan=lifespan,
     )
-    callers = CallerResolver(settings.trusted_proxies)
+    known = KnownRoutes()
+    callers = CallerResolver(settings.trusted_proxies, is_own=known.is_own)
     checker = checker or Checker(
         retries=settings.retries,
         retry_delay=settings.retry_delay,
@@ -94,7 +97,12 @@ def create_app(
     metrics.watch("ports_in_flight_limit", lambda: settings.max_in_flight)
     metrics.watch("rate_limit_store_up", lambda: limits.store_is_available)
     answer = answer_errors(app, callers, metrics, not_found_page)
-    Api(settings, callers, limits, checker, metrics, answer, perspectives).add_routes(app)
+    admission = Admission(
+        TargetRules(settings, is_relay=callers.is_relay, known=known), limits, checker, known
+    )
+    Api(settings, callers, limits, admission, checker, metrics, answer, perspectives).add_routes(
+        app
+    )
     extend_openapi(app, settings)
     add_pages(app, settings)
     app.add_middleware(RequestTimer, metrics=metrics)

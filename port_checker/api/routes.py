@@ -28,7 +28,7 @@ from port_checker.api.openapi import (
 from port_checker.api.origin import require_same_origin
 from port_checker.api.progress import NDJSON, Answer, ProgressResponse
 from port_checker.api.records import CheckRecord
-from port_checker.api.targets import TargetNotAllowed, TargetRules, special_purpose
+from port_checker.api.targets import TargetNotAllowed, special_purpose
 from port_checker.checker import Checker
 from port_checker.connect import OnVerdict, Verdict, VerdictKind
 from port_checker.errors import ServiceError
@@ -70,6 +70,7 @@ class Api:
         settings: Allowed targets, ports per request.
         callers: Finds out who asks.
         limiter: The rate limits.
+        admission: Who may have which check.
         checker: Connects to the ports.
         metrics: Where checks are counted.
         answer: Returns the answer to an exception.
@@ -81,6 +82,7 @@ class Api:
         settings: Settings,
         callers: CallerResolver,
         limiter: RateLimiter,
+        admission: Admission,
         checker: Checker,
         metrics: Metrics,
         answer: Answer,
@@ -90,9 +92,7 @@ class Api:
         self._callers = callers
         self._limiter = limiter
         self._checker = checker
-        self._admission = Admission(
-            TargetRules(settings, is_relay=callers.is_relay), limiter, checker
-        )
+        self._admission = admission
         self._metrics = metrics
         self._answer = answer
         self._perspectives = perspectives

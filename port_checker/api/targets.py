@@ -7,13 +7,22 @@ scanner of other people's machines and of the network it runs in.
 import asyncio
 import functools
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Hashable
 from ipaddress import IPv4Network, IPv6Address, IPv6Network
+from typing import TypeVar, cast
 
 from port_checker.addresses import Address, Network, lies_in
 from port_checker.connect import CheckFailed, own_failures
 from port_checker.errors import ErrorCode, ServiceError
-from port_checker.linux import RouteType, is_next_hop, route_to, route_type
+from port_checker.linux import (
+    Route,
+    RouteChanges,
+    RouteType,
+    is_next_hop,
+    route_to,
+    route_type,
+)
 from port_checker.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -102,6 +111,13 @@ def _by_prefix(version: int) -> list[tuple[int, dict[int, str]]]:
 
 _NOT_PUBLIC = {version: _by_prefix(version) for version in (4, 6)}
 
+# Answers that are kept, and seconds for which: the kernel tells nothing of a route that ends by
+# itself (an IPv6 router's lifetime, RFC 4861).
+_MOST_KNOWN = 1024
+_LONGEST_KNOWN = 10.0
+
+_T = TypeVar("_T")
+
 _OWN_ROUTES = {RouteType.LOCAL, RouteType.BROADCAST, RouteType.ANYCAST}
 
 _GLOBAL_UNICAST_IPV6 = IPv6Network("2000::/3")  # RFC 4291 section 2.4
@@ -135,6 +151,58 @@ def is_own_address(address: Address) -> bool:
         return route_type(address) in _OWN_ROUTES
 
 
+class KnownRoutes:
+    """What the kernel has said of its routes, as long as it tells of no change.
+
+    For one thread: others may ask the kernel meanwhile.
+
+    Args:
+        clock: Tells the seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._changes = RouteChanges()
+        self._known: dict[tuple[Hashable, Address], object] = {}
+        self._since = clock()
+
+    def is_own(self, address: Address) -> bool:
+        """Whether an address is this machine's, as ``is_own_address`` has it."""
+        return self.ask(is_own_address, address)
+
+    def route_to(self, address: Address) -> Route | None:
+        """Return the kernel's route to an address, as ``linux.route_to`` has it."""
+        return self.ask(route_to, address)
+
+    def ask(self, question: Callable[[Address], _T], address: Address) -> _T:
+        """Return the answer to a question about an address, which the kernel is asked if need be.
+
+        Raises:
+            OSError, CheckFailed: As the question does.
+        """
+        known = self._current()
+        key = question, address
+        if key not in known:
+            known[key] = question(address)
+        return cast(_T, known[key])
+
+    async def ask_in_thread(self, question: Callable[[Address], _T], address: Address) -> _T:
+        """Do as ``ask`` does, but let a thread wait for the kernel."""
+        known = self._current()
+        key = question, address
+        if key not in known:
+            known[key] = await asyncio.to_thread(question, address)
+        return cast(_T, known[key])
+
+    def _current(self) -> dict[tuple[Hashable, Address], object]:
+        now = self._clock()
+        is_old = now - self._since > _LONGEST_KNOWN or len(self._known) >= _MOST_KNOWN
+        if self._changes.since_last() or is_old:
+            # Not cleared: who asks the kernel now puts an answer where nobody looks any more.
+            self._known, self._since = {}, now
+        return self._known
+
+
 class TargetRules:
     """Decides which addresses a caller may have checked.
 
@@ -145,6 +213,7 @@ class TargetRules:
         is_gateway: Whether an address is the next hop of a route of this machine's. It runs in a
             thread, since that takes 0.15 s for each 100,000 routes (measured).
         is_relay: Whether others' requests come from an address of this machine's own.
+        known: What is known of this machine's routes.
     """
 
     def __init__(
@@ -154,7 +223,9 @@ class TargetRules:
         is_own: Callable[[Address], bool] = is_own_address,
         is_gateway: Callable[[Address], bool] = is_next_hop,
         is_relay: Callable[[Address], bool] = lambda _: False,
+        known: KnownRoutes | None = None,
     ) -> None:
+        self._known = known or KnownRoutes()
         self._settings = settings
         self._is_own = is_own
         self._is_gateway = is_gateway
@@ -192,7 +263,7 @@ class TargetRules:
             raise TargetNotAllowed(
                 f"This service does not check other addresses than the caller's. {instead}"
             )
-        if self._is_own(target):
+        if self._known.ask(self._is_own, target):
             raise TargetNotAllowed(f"{target} is this service's own address. {instead}")
 
     async def _require_callers_own(self, address: Address, special: str) -> None:
@@ -210,7 +281,7 @@ class TargetRules:
         if address.is_loopback:
             return
         with own_failures(f"cannot look up the routes through {address}"):
-            if not await asyncio.to_thread(self._is_gateway, address):
+            if not await self._known.ask_in_thread(self._is_gateway, address):
                 return
         if not self._has_warned:
             self._has_warned = True
@@ -229,14 +300,20 @@ class TargetRules:
         )
 
 
-def verify_local_binding(target: Address) -> None:
+def verify_local_binding(
+    target: Address, find_route: Callable[[Address], Route | None] = route_to
+) -> None:
     """Verify that this machine has a route to ``target``, and a source address that reaches it.
+
+    Args:
+        target: Its address.
+        find_route: Asks the kernel for its route to an address.
 
     Raises:
         CheckFailed: It has none, for example because the machine has no IPv6.
     """
     with own_failures(f"cannot look up the route to {target}"):
-        route = route_to(target)
+        route = find_route(target)
     if route is None:
         raise CheckFailed(f"this machine has no route to {target}")
     if trouble := route.source_trouble(target):

@@ -2,6 +2,7 @@
 
 import asyncio
 import resource
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import pytest
 
 from port_checker.addresses import Address, Network, lies_in, parse_address, parse_networks
 from port_checker.api.targets import (
+    KnownRoutes,
     TargetNotAllowed,
     TargetRules,
     is_own_address,
@@ -490,3 +492,27 @@ def test_the_next_hops_of_routes_are_gateways() -> None:
     ):
         told = [text for text in gateways + others if is_next_hop(parse_address(text))]
     assert told == gateways
+
+
+@needs_root
+def test_what_is_known_of_routes_follows_the_kernels_changes() -> None:
+    """It is asked again only where something has changed, or after a while."""
+    asked: list[Address] = []
+
+    def is_own(address: Address) -> bool:
+        asked.append(address)
+        return is_own_address(address)
+
+    seconds = [0.0]
+    address = parse_address("203.0.113.7")
+    with loopback_alone():
+        known = KnownRoutes(clock=lambda: seconds[0])
+        assert [known.ask(is_own, address) for _ in range(3)] == [False] * 3
+        assert len(asked) == 1
+        for change, expected in ("add", True), ("del", False):
+            subprocess.run(["ip", "address", change, f"{address}/32", "dev", "lo"], check=True)
+            assert [known.ask(is_own, address) for _ in range(3)] == [expected] * 3
+        assert len(asked) == 3
+        seconds[0] = 60
+        assert not known.ask(is_own, address)
+        assert len(asked) == 4
