@@ -299,10 +299,11 @@ class Phases:
             return {}
         ours = {pair.inner for pair in self.pairs}
         attempts = self._attempts(contacts)
+        asker = {port: c for c in contacts for port in answers[c.url].verdicts}
         missing = [
             pair.outer
             for pair in sorted(self.pairs)
-            if _verdicts(answers, pair) and pair.inner not in attempts
+            if pair.outer in asker and pair.inner not in attempts
         ]
         others = sorted(attempts.keys() - ours)
         if len(others) == 1:
@@ -310,8 +311,7 @@ class Phases:
         if not missing or len(missing) != len(others):
             return {}
         start = capture.clock
-        asker = next(c for c in contacts if missing[0] in answers[c.url].verdicts)
-        await asker.ask([missing[0]])
+        await asker[missing[0]].ask([missing[0]])
         came = self._attempts(contacts, start).keys() - ours
         return dict(zip(missing, others, strict=True)) if came == {others[0]} else {}
 

@@ -201,6 +201,19 @@ def test_replies_that_leave_by_another_interface(quick_lab: Lab, version: int) -
     assert (report.reachable, advised(report)) == (0, {expected})
 
 
+def test_lost_replies_beside_ports_that_are_not_forwarded(quick_lab: Lab) -> None:
+    """Where something arrives, no note says that nothing does."""
+    ports = quick_lab.take(6)
+    quick_lab.forward(ports[:3])
+    quick_lab.drop_answers(ports[:3])
+    report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
+    assert results(report) == {
+        **dict.fromkeys(ports[:3], (False, advice.REPLIES_LOST)),
+        **dict.fromkeys(ports[3:], (False, advice.NOT_FORWARDED)),
+    }
+    assert notes(report) == []
+
+
 @BOTH
 @pytest.mark.parametrize(
     ("priority", "statement"),
