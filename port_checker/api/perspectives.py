@@ -187,10 +187,11 @@ class Ballot(Generic[Vote]):
         """Count the votes of a place, or that it has none and why."""
         self.votes[place] = votes
         pending = self._places - len(self.votes)
+        voting = [each for _, each in sorted(self.votes.items()) if isinstance(each, Mapping)]
         for port in self.ports:
             if port in self._verdicts:
                 continue
-            cast = self._cast_on(port)
+            cast = [each[port] for each in voting]
             good = sum(map(is_good, cast))
             if is_settled(good, len(cast) - good, pending, self._places):
                 verdict = common_verdict(cast, self._places)
@@ -227,13 +228,6 @@ class Ballot(Generic[Vote]):
             for port, verdict in self._verdicts.items()
             if verdict
         )
-
-    def _cast_on(self, port: int) -> list[Vote]:
-        return [
-            votes[port]
-            for _, votes in sorted(self.votes.items())
-            if not isinstance(votes, ServiceError)
-        ]
 
 
 # The places
