@@ -445,12 +445,12 @@ def test_records_that_come_one_by_one_are_not_a_step_each() -> None:
 
 def handshake_processes() -> list[int]:
     """The children of this process that make handshakes."""
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    return [
-        int(child)
-        for child in children
-        if "port_checker" in Path(f"/proc/{child}/cmdline").read_text()
-    ]
+    found = []
+    for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        with suppress(OSError):  # it may end at any moment
+            if "port_checker" in Path(f"/proc/{child}/cmdline").read_text():
+                found.append(int(child))
+    return found
 
 
 def after_signal(
