@@ -134,7 +134,6 @@ class BackgroundHandler(logging.Handler):
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self._overflow = 0  # records that did not fit the queue; counted by those who log
         self._unwritten = 0  # lines that could not be written; counted by the writer
         self._reported = 0  # of both
@@ -144,7 +143,8 @@ class BackgroundHandler(logging.Handler):
         # would hold when the interpreter ends, which is fatal to it.
         self._descriptor = sys.stderr.fileno() if sys.stderr else None
         self._writer = threading.Thread(target=self._write_lines, name="log", daemon=True)
-        self._writer.start()
+        self._writer.start()  # or it fails, before anybody is to close it
+        super().__init__()
 
     @property
     def dropped(self) -> int:

@@ -96,6 +96,26 @@ class CannotStart(Exception):
     """The service cannot start; the message is one line for the operator."""
 
 
+@contextlib.contextmanager
+def _refusals_of_the_system(is_starting: Callable[[], bool]) -> Iterator[None]:
+    """Raise CannotStart where the system refuses something while the service starts."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, CannotStart) or not is_starting():
+            raise
+        cause: BaseException | None = error
+        while cause:  # libraries fail once more while they clean up
+            if isinstance(cause, OSError) and cause.strerror:
+                raise CannotStart(f"cannot start: {cause.strerror}") from error
+            if isinstance(cause, MemoryError):
+                raise CannotStart("cannot start: out of memory") from error
+            if isinstance(cause, RuntimeError) and str(cause) == "can't start new thread":
+                raise CannotStart(f"cannot start: {cause}") from error
+            cause = cause.__cause__ or cause.__context__
+        raise
+
+
 class Service:
     """What the program serves, in one process or in several.
 
@@ -112,7 +132,9 @@ class Service:
         self._supervisor: Supervisor | None = None
         self._request: ReloadRequest | None = None  # while it is being reloaded
         self._before: tuple[Settings, dict[str, str]] = (settings, {})  # it was reloaded
-        set_up_logging(debug=settings.debug)
+        self._is_ready = False
+        with _refusals_of_the_system(lambda: True):
+            set_up_logging(debug=settings.debug)
         sys.excepthook = log_uncaught
         write_traceback_when_aborted()
 
@@ -123,8 +145,12 @@ class Service:
             Whether it did serve; False if no worker could start.
 
         Raises:
-            CannotStart: It cannot listen, or there is no memory that it could share with workers.
+            CannotStart: It cannot listen, or lacks memory, descriptors or the like.
         """
+        with _refusals_of_the_system(lambda: not self._is_ready):
+            return self._run()
+
+    def _run(self) -> bool:
         for warning in warnings_of_names(os.environ):
             logger.warning(warning)
         self._settings = fit_descriptor_limit(self._settings, raise_descriptor_limit())
@@ -210,6 +236,7 @@ class Service:
 
     def _make_supervisor(self) -> Supervisor:
         def beat() -> None:
+            self._is_ready = True
             self._heartbeat.beat()
             self._reload()
 
@@ -287,6 +314,7 @@ class Service:
         )
 
         def beat() -> None:
+            self._is_ready = True
             metrics.sample()
             on_beat()
 

@@ -444,3 +444,10 @@ def test_the_largest_request_about_others_finds_room_and_one_port_more_never_doe
             pass
         with pytest.raises(NoRoom):
             checker.reserve(most + 1, is_own=False, places=places)
+
+
+def test_what_the_system_refuses_at_the_start_is_one_line() -> None:
+    with program(refused_calls=["epoll_create1"], ready=False) as running:
+        assert running.wait() == 1
+    assert "port-checker: cannot start: Operation not permitted\n" in running.lines
+    assert not [line for line in running.lines if "Traceback" in line]
