@@ -16,7 +16,7 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
 def client_of(url: str) -> httpx.Client:
     """A client of a service that speaks plain HTTP."""
-    return httpx.Client(base_url=url, timeout=120, verify=_NO_AUTHORITIES, trust_env=False)
+    return httpx.Client(base_url=url, timeout=60, verify=_NO_AUTHORITIES, trust_env=False)
 
 
 def check_of(*ports: int) -> bytes:
