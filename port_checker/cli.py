@@ -184,8 +184,7 @@ def _refuse_name(parameter: typer.CallbackParam, value: list[str] | None) -> Non
 _Ports = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Ports and port ranges, such as 7466 50800-50899. Where your router forwards a "
-        "port to another one of this machine: outer:inner, such as 60800-60899:50800-50899.",
+        help="Ports and port ranges.",  # examples are in the docstrings: newer typers keep no room
         show_default=_DEFAULT_PORTS,
     ),
 ]
@@ -255,6 +254,9 @@ def check(
     Run it on the provider's machine. It listens on each port, asks a server to connect from
     outside, and says what to do about the ports that cannot be reached.
 
+    Ports are written like 7466 50800-50899. Where your router forwards a port to another one of
+    this machine: outer:inner, such as 60800-60899:50800-50899.
+
     Exit status: 0 all ports are reachable and certificates valid, 1 some are not, 2 wrong usage,
     3 no server could check them, 130 interrupted.
     """
@@ -300,6 +302,9 @@ def watch_ports(
     """Check again and again, and print only what changes: beside a running provider, say.
 
     Each change is a line with its time. It runs until it is ended.
+
+    Ports are written like 7466 50800-50899. Where your router forwards a port to another one of
+    this machine: outer:inner, such as 60800-60899:50800-50899.
 
     Exit status: after SIGTERM that of the last check (see check), 130 interrupted.
     """
