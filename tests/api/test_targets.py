@@ -25,6 +25,7 @@ from port_checker.linux import is_next_hop
 from port_checker.schemas import ERROR_EXAMPLES, ErrorCode
 from port_checker.settings import Settings
 from tests.support.namespace import loopback_alone, needs_root
+from tests.support.waiting import wait_until
 
 CALLER = parse_address("198.41.0.4")
 STRANGER = parse_address("198.41.0.5")
@@ -402,7 +403,9 @@ def test_the_addresses_of_an_interface_are_ours() -> None:
         "ip link set one up",
         "ip link set other up",
     ):
-        assert own(*near, "198.51.100.255", "192.0.2.1", "2001:db8:1::1") == ours
+        addresses = *near, "198.51.100.255", "192.0.2.1", "2001:db8:1::1"
+        # The kernel adds the routes to IPv6 addresses later.
+        wait_until(lambda: own(*addresses) == ours, "the routes")
         assert list(map(binding, near)) == [None] * 6
         assert binding("192.0.2.1") == "this machine has no route to 192.0.2.1"
 
