@@ -44,9 +44,10 @@ TOO_BUSY: Final = "too busy for a TLS handshake"
 _AT_ONCE: Final = 8
 _SLICE: Final = 0.02
 
-# How much precedence forks give to others, the service first (nice(2)). Slow ones run only when
-# nobody else wants to (SCHED_IDLE in sched(7)): others need not wait for a time slice to end.
+# How much precedence forks give to others, the service first, and slow ones (nice(2)). Not more:
+# beside programs that keep all processors busy, slow ones would not end in the time that they have.
 _NICE: Final = 5
+_SLOW_NICE: Final = 10
 
 # Slow forks, and forks that wait for their peer, at most. One takes about 1 MB (measured). Of those
 # that wait, the one that has waited for the longest makes way: an honest peer answers at once.
@@ -123,7 +124,7 @@ class _Fork:
         """Have it wait for its turn, and give precedence to everybody from then on."""
         self.send_signal(signal.SIGSTOP)
         with suppress(PermissionError):  # a sandbox's
-            os.sched_setscheduler(self.pid, os.SCHED_IDLE, os.sched_param(0))
+            os.setpriority(os.PRIO_PROCESS, self.pid, _SLOW_NICE)
 
     def send_signal(self, number: signal.Signals) -> None:
         # It is a child that has not been waited for, so the number is its own.
