@@ -613,7 +613,9 @@ def test_a_signal_that_ends_it_leaves_the_terminal_its_cursor(number: int) -> No
 def _read_all(terminal: int) -> bytes:
     output = b""
     with contextlib.suppress(OSError):  # EIO: nobody has the other end any more
-        while select.select([terminal], [], [], 60)[0] and (some := os.read(terminal, 65536)):
+        poll = select.poll()
+        poll.register(terminal, select.POLLIN)
+        while poll.poll(60_000) and (some := os.read(terminal, 65536)):
             output += some
     os.close(terminal)
     return output

@@ -32,9 +32,6 @@ ROUTE_TO_NOBODY = [
     "ip neighbour add 2001:db8::2 lladdr 02:00:00:00:00:01 dev cable nud permanent",
     "ip route add default via 198.51.100.2",
     "ip route add default via 2001:db8::2",
-    "nft add table inet nobody",
-    "nft add chain inet nobody output '{ type filter hook output priority 0; }'",
-    "nft add rule inet nobody output oifname cable meta l4proto tcp reject with tcp reset",
 ]
 QUICK: dict[str, Any] = {
     "PORT_CHECKER_HOST": "::",

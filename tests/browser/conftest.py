@@ -20,7 +20,11 @@ CHROMIUM = shutil.which("chromium")
 def _loopback_alone() -> Iterator[None]:
     if os.environ.get("CI") != "true" and (not CHROMIUM or os.geteuid() != 0):
         pytest.skip("needs Debian's chromium, and root for a network namespace")
-    with loopback_alone(f"ip address add {ADDRESS} dev lo"):
+    with loopback_alone(
+        f"ip address add {ADDRESS} dev lo",
+        # No connection gets a port that tests listen on.
+        "echo 50800-50899 > /proc/sys/net/ipv4/ip_local_reserved_ports",
+    ):
         yield
 
 

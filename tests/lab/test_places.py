@@ -308,7 +308,7 @@ def settings_of_the_manual() -> list[dict[str, str]]:
     """The settings of the first machine, and of the others."""
     page = (ROOT / "docs" / "operating.md").read_text()
     section = page.partition("\n## Several places\n")[2].partition("\n## ")[0]
-    blocks = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    blocks = re.findall(r"```text\n(PORT_CHECKER_.*?)```", section, re.DOTALL)
     # The first one's address here is another.
     lines = [block.replace("203.0.113.10", network.CHECKER[4]).splitlines() for block in blocks]
     return [dict(line.split("=", 1) for line in each) for each in lines]

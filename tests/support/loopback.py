@@ -114,12 +114,12 @@ def full_backlog(
             client.setblocking(False)
             client.connect_ex(listener.getsockname())
             clients.append(client)
-            connected = bool(select.select([], [client], [], 0)[1])
+            connected = _has_event(client, select.POLLOUT)
 
         def make_room() -> None:
             for client in clients:
                 client.close()
-            while select.select([listener], [], [], 0)[0]:
+            while _has_event(listener, select.POLLIN):
                 listener.accept()[0].close()
 
         yield listener.getsockname()[1], make_room
@@ -137,3 +137,9 @@ def ports(count: int, kind: Callable[[], AbstractContextManager[int]]) -> Iterat
     """``count`` ports of one kind: ``open_port``, ``refused_port`` or ``silent_port``."""
     with ExitStack() as stack:
         yield [stack.enter_context(kind()) for _ in range(count)]
+
+
+def _has_event(sock: socket.socket, event: int) -> bool:
+    poll = select.poll()
+    poll.register(sock, event)
+    return any(found & event for _, found in poll.poll(0))

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -184,7 +185,13 @@ def as_shipped(file: Path, directory: Path) -> Iterator[None]:
         configuration = directory / "Caddyfile"
         configuration.write_text(_CADDY_CONFIGURATION.format(directory=directory, file=file))
         caddy = [_CADDY, "run", "--adapter", "caddyfile", "--config", configuration]
-        with _running((directory / CADDY_AUTHORITY).exists, directory, *caddy):
+
+        def serves() -> bool:
+            with socket.socket() as client:
+                has_port = client.connect_ex(("127.0.0.1", 443)) == 0
+            return has_port and (directory / CADDY_AUTHORITY).exists()
+
+        with _running(serves, directory, *caddy):
             yield
         return
     if file.name == "nginx.conf":

@@ -104,7 +104,7 @@ def test_every_command_of_the_manual_works(container: Container) -> None:
             assert container.run("curl -sS localhost:9001/health") == '{"status":"ok"}'
     assert (
         container.run(
-            "find /opt /etc /usr/local -name 'golem*' ! -name '*-next*' ! -path /etc/golem"
+            "find /opt /etc /usr/local -name 'golem*' ! -path '*-next*' ! -path /etc/golem"
         )
         == ""
     )

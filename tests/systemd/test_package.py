@@ -75,7 +75,7 @@ def test_it_serves_from_its_installation_to_its_removal(container: Container) ->
     # All that it needs is there, also of what is imported for some settings alone.
     container.run(
         f"echo PORT_CHECKER_METRICS=127.0.0.1:9464 >> {SETTINGS}\n"
-        f"echo PORT_CHECKER_RATE_LIMIT_STORE=redis://localhost >> {SETTINGS}\n"
+        f"echo PORT_CHECKER_RATE_LIMIT_STORE=redis://127.0.0.1 >> {SETTINGS}\n"
         f"systemctl restart redis-server {SERVICE}"
     )
     up = "curl -sS localhost:9464/metrics | grep '^port_checker_rate_limit_store_up 1'"

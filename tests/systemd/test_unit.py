@@ -97,7 +97,8 @@ def test_own_addresses_are_known_in_the_sandbox(container: Container) -> None:
 
 def test_it_has_no_right_that_it_does_not_need(container: Container) -> None:
     exposure = container.run("systemd-analyze security golem-port-checker | tail -1")
-    assert float(exposure.split(": ")[1].split()[0]) <= 1.1
+    # A tenth of it for setpriority(2): TLS handshakes are to give precedence to the service.
+    assert float(exposure.split(": ")[1].split()[0]) <= 1.2
     assert container.run("systemd-analyze verify golem-port-checker.service") == ""
     pid = main_pid(container)
     status = container.run(f"cat /proc/{pid}/status")
