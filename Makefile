@@ -59,7 +59,7 @@ cover: $(VENV)/dev.stamp
 	@$(IN_PROCESSES) --cov --cov-report=term-missing $(PYTEST_FLAGS)
 
 systemd-test: $(VENV)/dev.stamp $(DEBIANS)/bookworm $(DEBIANS)/trixie
-	@SYSTEMD_TEST_DEBIANS=$(DEBIANS) $(BIN)/pytest tests/systemd
+	@SYSTEMD_TEST_DEBIANS=$(DEBIANS) $(BIN)/pytest $(PYTEST_FLAGS) tests/systemd
 
 # The tests work on copies, so each is made once.
 $(DEBIANS)/%:

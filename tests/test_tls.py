@@ -807,7 +807,7 @@ def test_of_peers_that_stall_in_a_message_those_make_way_that_began_first() -> N
         client, pacer = TlsClient(most_held=len(CHAIN) * 5 // 2), OpenConnectionPacer()
         attempts = []
         for _ in range(4):
-            attempt = client.attempt(LOOPBACK, port, [LOOPBACK], 2, pacer)
+            attempt = client.attempt(LOOPBACK, port, [LOOPBACK], 5, pacer)
             attempts.append(asyncio.create_task(attempt))
             await asyncio.sleep(0.2)
         return await asyncio.gather(*attempts, return_exceptions=True)

@@ -66,7 +66,8 @@ def _clean(container: Container) -> Iterator[None]:
     container.run("cp -r /mnt/checkout /root/checkout")
     yield
     container.run(
-        "rm -rf /root/checkout /etc/golem /etc/systemd/system/golem*; systemctl daemon-reload\n"
+        "systemctl stop 'golem*'; rm -rf /opt/golem* /etc/systemd/system/golem*\n"
+        "rm -rf /root/checkout /etc/golem; systemctl daemon-reload\n"
         "redis-cli shutdown nosave || true; nft flush ruleset; dpkg --purge golem-port-checker"
     )
 

@@ -19,8 +19,8 @@ SETTINGS = "/etc/golem/port-checker.env"
 
 # What nobody but the package has put there; dpkg remembers names, and the journal lines.
 FILES = (
-    "find / -xdev '(' -path /mnt -o -path /tmp -o -path /var/lib/apt -o -path /var/log ')' -prune "
-    "-o '(' -path '*port-checker*' -o -path '*/golem*' ')' -print"
+    "find / -xdev '(' -path /mnt -o -path /tmp -o -path /var/tmp -o -path /var/lib/apt "
+    "-o -path /var/log ')' -prune -o '(' -path '*port-checker*' -o -path '*/golem*' ')' -print"
 )
 
 
