@@ -34,10 +34,8 @@ SOAK_MINUTES ?= 2
 BIN := $(VENV)/bin
 IN_PROCESSES = $(BIN)/pytest --numprocesses $(TEST_PROCESSES)
 # Most modules of what is installed are never imported: Python compiles the others when they are.
-# Where there is uv, it installs in a second.
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
-UV := uv pip install --python $(BIN)/python
-INSTALL := $(if $(shell uv --version 2>/dev/null),$(UV),$(PIP)) --quiet --constraint $(CONSTRAINTS)
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
+    --constraint $(CONSTRAINTS)
 
 .PHONY: run test test-lowest cover lab systemd-test fuzz lint bench soak pictures man provider-page \
     wheel deb clean
