@@ -385,9 +385,9 @@ class Checker:
             still_failed = [
                 port for port in failed if port not in verdicts or not verdicts[port].accessible
             ]
+            check.room.release(len(failed) - len(still_failed))
             if not still_failed:
                 return
-            check.room.release(len(failed) - len(still_failed))
             failed = still_failed
         if on_final:
             for port in failed:

@@ -18,7 +18,7 @@ from port_checker.checker import (
     Overloaded,
     max_for_caller,
 )
-from port_checker.connect import OPEN, REFUSED, TIMED_OUT, CheckFailed, Verdict
+from port_checker.connect import OPEN, PER_TURN, REFUSED, TIMED_OUT, CheckFailed, Verdict
 from port_checker.errors import Limit
 from tests.support.loopback import (
     full_backlog,
@@ -350,6 +350,22 @@ def test_a_port_that_is_done_is_in_flight_no_more() -> None:
 
         checker = make_checker(retries=2, timeout=1, sleep=sleep)
         asyncio.run(check(checker, LOOPBACK, [opened, silent]))
+    assert in_flight == [1]
+    assert checker.in_flight == 0
+
+
+def test_a_batch_that_is_done_is_in_flight_no_more() -> None:
+    """Though another one of the same check goes on."""
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open_port()) for _ in range(PER_TURN)]
+        silent = stack.enter_context(silent_port())
+        in_flight = []
+
+        async def sleep(_: float) -> None:
+            in_flight.append(checker.in_flight)
+
+        checker = make_checker(retries=2, timeout=1, sleep=sleep)
+        asyncio.run(check(checker, LOOPBACK, [*opened, silent]))
     assert in_flight == [1]
     assert checker.in_flight == 0
 
