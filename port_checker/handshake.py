@@ -1,8 +1,8 @@
 """One TLS handshake without a socket, step by step, and what came of it.
 
 This is the border at which OpenSSL's errors become ours: a ``TlsVerdict`` on the peer, or
-``Trouble`` that is this machine's own. It runs in the process of ``handshake_process``, since a
-peer decides how much work a step is.
+``Trouble`` on this machine. It runs in ``handshake_process``, because a peer decides how much work
+a step is.
 """
 
 import ipaddress
@@ -16,20 +16,20 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Final
 
-# What Python 3.13 sets in ssl.create_default_context(), written out so that every Python judges
-# alike: earlier ones lack the last two there, and 3.11 and 3.12 know them.
+# What ssl.create_default_context() sets since Python 3.13, written out so that every Python judges
+# alike: before, it lacks the last two.
 _VERIFY_FLAGS: Final = (
     ssl.VerifyFlags.VERIFY_X509_TRUSTED_FIRST
     | ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN
     | ssl.VerifyFlags.VERIFY_X509_STRICT
 )
 
-# Key exchange over elliptic curves only: the group of a finite field is the server's to choose, as
-# large as it likes, and no browser offers that any more. The security level forbids RSA keys below
-# 2048 bits, and signatures with SHA-1.
+# Key exchange over elliptic curves only: with finite fields the server chooses the group, as large
+# as it likes, and browsers no longer offer them. The security level forbids RSA keys below 2048
+# bits, and signatures with SHA-1.
 _TLS_1_2_CIPHERS: Final = "@SECLEVEL=2:ECDHE+AESGCM:ECDHE+CHACHA20:ECDHE+AES:!aNULL:!SHA1"
 
-# Python puts OpenSSL's reason between additions of its own:
+# Python wraps OpenSSL's reason:
 # "[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1006)"
 _REASON: Final = re.compile(r"(?:\[[^]]*\] )?(.*?)(?: \(_ssl\.c:\d+\))?")
 
@@ -38,7 +38,7 @@ _HASHED_NAME: Final = re.compile(r"[0-9a-f]{8}\.\d+")
 
 
 class TlsVerdictKind(StrEnum):
-    """What came of attempts to a TLS endpoint."""
+    """How an attempt to check a TLS endpoint ended."""
 
     VALID = "valid"
     EXPIRED = "expired"
@@ -53,7 +53,7 @@ class TlsVerdictKind(StrEnum):
 
     @property
     def outcome(self) -> "TlsVerdictKind":
-        """The kind that this is counted as: those that only advice tells apart are one."""
+        """The kind that it is counted as: kinds that only advice tells apart count as one."""
         match self:
             case TlsVerdictKind.NOT_YET_VALID | TlsVerdictKind.UNKNOWN_AUTHORITY:
                 return TlsVerdictKind.UNTRUSTED
@@ -62,7 +62,7 @@ class TlsVerdictKind(StrEnum):
         return self
 
 
-# By OpenSSL's codes of why a certificate was not verified (X509_V_ERR_*, openssl/x509_vfy.h).
+# By OpenSSL's code for why a certificate was not verified (X509_V_ERR_*, openssl/x509_vfy.h).
 _KINDS_OF_CERTIFICATES: Final = {
     9: TlsVerdictKind.NOT_YET_VALID,
     10: TlsVerdictKind.EXPIRED,
@@ -81,13 +81,13 @@ _KINDS_OF_HANDSHAKES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class TlsVerdict:
-    """What an attempt told about a TLS endpoint.
+    """What an attempt found out about a TLS endpoint.
 
     Attributes:
-        kind: What came of it.
-        error: Why the endpoint is not valid; None when it is.
+        kind: How it ended.
+        error: Why the endpoint is not valid; None if it is.
         not_after: Until when the certificate is good; None unless its chain was verified.
-        try_again: Whether the connection failed, so that another attempt may end otherwise.
+        try_again: Whether the connection failed, so that another attempt may end differently.
     """
 
     kind: TlsVerdictKind
@@ -107,7 +107,7 @@ def handshake_failed(
     *,
     try_again: bool = False,
 ) -> TlsVerdict:
-    """Return the verdict of a handshake that did not come to its end."""
+    """Return the verdict on a handshake that failed."""
     return TlsVerdict(kind, f"TLS handshake failed: {reason}", try_again=try_again)
 
 
@@ -180,7 +180,7 @@ def _require_authority(context: ssl.SSLContext) -> None:
 def _trusts_somebody_now(context: ssl.SSLContext) -> bool:
     authorities: Sequence[Any] = context.get_ca_certs()
     if len(authorities) < context.cert_store_stats()["x509"]:
-        return True  # a certificate that is no authority's, and is itself trusted
+        return True  # a certificate that is trusted itself, without being an authority's
     now = time.time()
     return any(
         ssl.cert_time_to_seconds(authority["notBefore"])
@@ -207,8 +207,8 @@ class Handshake:
 
     Args:
         context: Of ``make_context``.
-        name: A DNS name that the certificate must be good for, and that the server is told (SNI).
-        addresses: What must be among the certificate's alternative names of that type.
+        name: A DNS name that the certificate must be good for; it is sent to the server (SNI).
+        addresses: IP addresses that must be among the certificate's alternative names.
     """
 
     def __init__(self, context: ssl.SSLContext, name: str | None, addresses: Sequence[str]) -> None:
@@ -218,10 +218,10 @@ class Handshake:
         self._addresses = addresses
 
     def step(self, received: bytes) -> tuple[TlsVerdict | None, bytes]:
-        """Go on with what was received; return the verdict, if this was the end, and what to send.
+        """Take what was received; return the verdict, if there is one now, and what to send.
 
         Raises:
-            Trouble: There is not enough memory.
+            Trouble: Out of memory.
         """
         self._incoming.write(received)
         try:
@@ -246,7 +246,7 @@ class Handshake:
         return TlsVerdict(kind, mismatch, datetime.fromtimestamp(seconds, tz=UTC))
 
     def _mismatch(self, alternative_names: Sequence[tuple[str, str]]) -> str | None:
-        """Why the certificate is not good for all that is expected of it; None if it is."""
+        """Return why the certificate is not good for all that is expected; None if it is."""
         addresses = {_packed(value) for kind, value in alternative_names if kind == "IP Address"}
         if any(_packed(address) not in addresses for address in self._addresses):
             return "certificate does not match expected IP"
@@ -273,7 +273,7 @@ def _failure(error: ssl.SSLError) -> TlsVerdict:
 
 
 def _packed(address: str) -> bytes | None:
-    # Not parse_address(): to those who verify a certificate, an IPv4-mapped address in it is IPv6.
+    # Not parse_address(): in a certificate, an IPv4-mapped address is an IPv6 address.
     try:
         return ipaddress.ip_address(address.strip()).packed
     except ValueError:
@@ -283,7 +283,7 @@ def _packed(address: str) -> bytes | None:
 def _name_matches(pattern: str, name: str) -> bool:
     """Whether a certificate's DNS name covers ``name`` (RFC 9525 section 6.3); both lower case.
 
-    A star stands for one whole label, the first, and not above two others, as OpenSSL has it.
+    An asterisk stands for exactly one label, the first of at least three, as in OpenSSL.
     """
     if pattern.startswith("*.") and pattern.count(".") > 1:
         return name.partition(".")[1:] == (".", pattern[2:])

@@ -1,16 +1,16 @@
 """The process that makes TLS handshakes, where they can be killed.
 
-A peer decides how much work its certificates are. OpenSSL decodes the key of each one before it
-verifies anything; a key on a curve of the peer's own has it take a square root modulo a prime of
-the peer's choice, and 100 KiB of such certificates take it minutes (measured). Nothing stops it but
-the end of a process. So ``tls`` starts a process that runs ``main``:
+A peer decides how much work its certificates are. OpenSSL decodes each one's key before it verifies
+anything. For a key on a curve of the peer's own, it takes a square root modulo a prime that the
+peer chose: 100 KiB of such certificates take minutes (measured), and only the end of the process
+stops that. So ``tls`` starts a process that runs ``main``:
 
-- It keeps the handshakes that wait for their peers, and reads nothing of what those send.
-- When a peer has sent something, a fork takes the step. It has a copy of the handshake, so that its
-  end harms no other one. The kernel ends it when the handshake has used up its CPU time.
-- A fork that works for long is slow. Slow forks run one after the other.
+- It keeps the handshakes that wait for their peers, and parses nothing that those send.
+- When a peer has sent something, a fork takes the step on its own copy of the handshake, so its end
+  harms no other. The kernel ends it when the handshake has used up its CPU time.
+- A fork that takes long is slow. Slow forks run one after the other.
 
-Messages in both directions are a line of JSON, and behind it what was received or is to be sent.
+A message, in either direction, is a line of JSON, followed by the bytes received or to be sent.
 """
 
 import gc
@@ -32,10 +32,10 @@ from typing import Any, Final, NoReturn
 from port_checker.handshake import Handshake, Trouble, handshake_failed, make_context
 from port_checker.linux import return_free_memory
 
-# Seconds of CPU for one handshake. A usual one takes 2 ms.
+# Seconds of CPU for one handshake. Usually it takes 2 ms.
 BUDGET: Final = 0.5
 
-# Bytes. The kernel needs no more than single pages of memory for it (unix_dgram_sendmsg()).
+# Bytes. The kernel needs only single pages of memory for that much (unix_dgram_sendmsg()).
 LARGEST_MESSAGE: Final = 80 * 1024
 
 TOO_BUSY: Final = "too busy for a TLS handshake"
@@ -44,27 +44,27 @@ TOO_BUSY: Final = "too busy for a TLS handshake"
 _AT_ONCE: Final = 8
 _SLICE: Final = 0.02
 
-# How much precedence forks give to others, the service first, and slow ones (nice(2)). Not more:
-# beside programs that keep all processors busy, slow ones would not end in the time that they have.
+# How nice forks are to others, the service first, and how nice slow ones are (nice(2)). Not more:
+# beside programs that keep all processors busy, slow ones would not end in time.
 _NICE: Final = 5
 _SLOW_NICE: Final = 10
 
-# Slow forks, and forks that wait for their peer, at most. One takes about 1 MB (measured). Of those
-# that wait, the one that has waited for the longest makes way: an honest peer answers at once.
+# The most slow forks, and the most that wait for their peer; one takes about 1 MB (measured). When
+# too many wait, the one that has waited the longest ends: an honest peer answers at once.
 _MOST_SLOW: Final = 64
 _MOST_WAITING: Final = 64
 
-# Handshakes that it keeps at most, each of which takes 41 KB (measured), and bytes of their peers.
-# Here, too, the one that has begun first makes way.
+# The most handshakes that it keeps, each of which takes 41 KB (measured), and the most bytes from
+# their peers. Here, too, the oldest is given up.
 _MOST_KEPT: Final = 1024
 _MOST_HELD: Final = 16 * 1024 * 1024
 
-# Seconds without work after which the process ends by itself. The other end sees to it sooner,
-# unless its event loop is gone.
+# Seconds without work after which the process ends by itself. The service ends it sooner, unless
+# its event loop is gone.
 _IDLE: Final = 90.0
 
-# Handshakes at once after which free memory is given back to the kernel, when all have ended. That
-# takes 5 ms, and one handshake up to 144 KiB (measured).
+# After more handshakes at once than these, free memory goes back to the kernel when all have ended.
+# That takes 5 ms; one handshake takes up to 144 KiB (measured).
 FEW: Final = 20
 
 
@@ -74,7 +74,7 @@ def encode(head: Mapping[str, object], data: bytes = b"") -> bytes:
 
 
 def decode(message: bytes) -> tuple[dict[str, Any], bytes]:
-    """Return what ``encode`` was given."""
+    """Return the head and the data of a message."""
     head, _, data = message.partition(b"\n")
     return json.loads(head), data
 
@@ -83,12 +83,12 @@ class _Kept:
     """A handshake that this process keeps.
 
     Attributes:
-        number: By which the other end knows it.
+        number: Its name to the service.
         caller: Who asked for it.
-        handshake: As it was when it began; a fork goes on from there.
+        handshake: Its state after the first message; forks continue from there.
         received: What its peer has sent.
-        cpu: Seconds that forks have used for it.
-        fork: The one that goes on with it; None if it is nobody's turn, or the peer's.
+        cpu: Seconds of CPU that forks have used for it.
+        fork: The fork that continues it, if there is one.
     """
 
     def __init__(self, number: int, caller: str, handshake: Handshake) -> None:
@@ -121,23 +121,23 @@ class _Fork:
         return 0.0
 
     def stop(self) -> None:
-        """Have it wait for its turn, and give precedence to everybody from then on."""
+        """Stop it until its turn comes, and make it nicer from then on."""
         self.send_signal(signal.SIGSTOP)
         with suppress(PermissionError):  # a sandbox's
             os.setpriority(os.PRIO_PROCESS, self.pid, _SLOW_NICE)
 
     def send_signal(self, number: signal.Signals) -> None:
-        # It is a child that has not been waited for, so the number is its own.
+        # Nobody has waited for this child yet, so the number is still its own.
         os.kill(self.pid, number)
 
 
 class _Process:
-    """Makes handshakes, for the other end of ``control``, until that is closed.
+    """Makes handshakes for the other end of ``control``, until that is closed.
 
     Args:
-        control: A socket that keeps messages apart.
-        most_kept: Handshakes at once.
-        most_held: Bytes of their peers.
+        control: A socket that preserves message boundaries.
+        most_kept: The most handshakes at once.
+        most_held: The most bytes from their peers.
     """
 
     def __init__(
@@ -160,7 +160,8 @@ class _Process:
 
     def run(self) -> None:
         self._control.send(encode({"number": 0}))
-        # Collecting garbage would write to all objects, and each fork would copy their memory.
+        # The garbage collector writes to the objects that it looks at: each fork would copy all
+        # of their memory.
         gc.freeze()
         while True:
             works = self._running or self._slow or self._slow_turn
@@ -206,7 +207,7 @@ class _Process:
                 self._give_up(next(iter(self._kept)))
 
     def _receive(self, number: int, data: bytes, *, is_all: bool) -> None:
-        """Take a step with what a peer has sent, as soon as all of it is here."""
+        """Keep what a peer has sent, and take a step once all of it is here."""
         kept = self._kept.get(number)
         if not kept:
             if is_all:
@@ -271,7 +272,7 @@ class _Process:
         self._selector.register(ours, selectors.EVENT_READ, kept.fork)
 
     def _be_fork(self, kept: _Kept, channel: socket.socket) -> NoReturn:
-        """Take steps until the handshake ends, or until nothing is lost if the fork does."""
+        """Take steps until the handshake ends, or until ending this fork loses nothing."""
         status = 1
         try:
             with suppress(PermissionError):  # a sandbox's
@@ -283,8 +284,8 @@ class _Process:
             received, is_needed = kept.received, False
             while received:
                 verdict, output = kept.handshake.step(received)
-                # With all that was received, another fork can do the same again, unless it was much
-                # work, or the peer is told something that only this one knows.
+                # Another fork can repeat this from all that was received, unless that was much
+                # work, or the peer will know something that only this fork knows.
                 is_needed |= bool(output) or time.process_time() > _SLICE / 2
                 stays = is_needed and not verdict
                 report: dict[str, object] = {
@@ -353,14 +354,14 @@ class _Process:
         while self._queue:
             forks = Counter(fork.kept.caller for fork in self._running)
             kept = min(self._queue, key=lambda kept: forks[kept.caller])
-            # Half of them are for callers who have none, so that these need not wait for others.
+            # Half of them are for callers who have none yet, so that these wait for nobody.
             if len(self._running) >= (_AT_ONCE // 2 if forks[kept.caller] else _AT_ONCE):
                 break
             self._queue.remove(kept)
             self._fork(kept)
 
     def _begin_slice(self) -> None:
-        """Stop the forks that are slow, and let one of these run."""
+        """Stop the forks that are slow, and let one of them run."""
         for fork in [fork for fork in self._running if fork.is_slow()]:
             fork.stop()
             self._running.remove(fork)
@@ -374,13 +375,13 @@ class _Process:
             self._slow_turn.send_signal(signal.SIGCONT)
 
     def close(self) -> None:
-        """End all forks."""
+        """End all handshakes and their forks."""
         for kept in list(self._kept.values()):
             self._end(kept.number)
 
 
 def _receive_all(channel: socket.socket) -> bytes:
-    """Return what a fork is sent for its next step; empty if there is none."""
+    """Return what a fork gets for its next step; empty if there is none."""
     received, is_all = b"", False
     while not is_all:
         message = channel.recv(LARGEST_MESSAGE)

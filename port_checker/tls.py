@@ -1,8 +1,8 @@
 """One TLS attempt: a connection, a handshake on it, and what the certificate is good for.
 
 An attempt ends in a ``TlsVerdict`` on the target, or in ``CheckFailed`` because the trouble was the
-checker's own. What OpenSSL does with what a peer sends, it does in a process of its own
-(``handshake_process``); here are the sockets, the clock, and that process's start and end.
+checker's own. OpenSSL handles what a peer sends in a separate process (``handshake_process``). This
+module has the sockets, the clock, and the start and end of that process.
 """
 
 import asyncio
@@ -48,42 +48,42 @@ _LARGEST_RECORD = 16 * 1024 + 256
 # is small. But it ignores requests to renegotiate during a handshake, however many come.
 _MOST_RECEIVED = 128 * 1024
 
-# Received bytes that a step is taken with where messages are encrypted: the more there are, the
-# fewer steps, but it may be a chain that is too long.
+# Bytes for one step once messages are encrypted. More bytes mean fewer steps, but they may be a
+# chain that is too long.
 _MOST_IN_STEP = 48 * 1024
 
 # Records in a handshake. Servers send ten or so, and 200 where a chain of 100 KiB has to go into
-# records of 512 bytes (RFC 6066 section 4). A peer that parts it further costs a turn of the loop.
+# records of 512 bytes (RFC 6066 section 4). Each record may cost a turn of the event loop.
 _MOST_RECORDS = 500
 
-# Bytes that go into one message to the process that makes handshakes, besides its head.
+# Bytes of records in one message to the handshake process; the rest is for the message's head.
 _LARGEST_PIECE = LARGEST_MESSAGE - 1024
 
-# Bytes of the longest message that OpenSSL takes in a handshake: a chain of certificates.
+# Bytes of the longest handshake message that OpenSSL accepts: a chain of certificates.
 _LARGEST_CHAIN = 100 * 1024
 
-# Bytes of all peers that wait for more. Of those that have sent some, the one that has begun first
-# makes way: an honest peer sends all at once.
+# Bytes buffered for all peers together. Beyond that, the oldest attempt with buffered bytes is
+# given up: an honest peer sends everything at once.
 _MOST_HELD = 16 * 1024 * 1024
 
-# A kind of TLS record, and how much there is in one (RFC 8446 section 5.1).
+# The type of records with handshake messages, and the most bytes in one (RFC 8446 section 5.1).
 _HANDSHAKE = 22
 _LARGEST_CONTENT = 16 * 1024
 
-# Seconds to wait for more records after a step that led to nothing; the second time twice that, and
-# so on. A peer that sends its records one by one does not decide how many steps there are.
+# Seconds to wait for more records after a step without output; twice that after the second, and so
+# on. A peer that sends its records one by one does not decide how many steps we take.
 _PAUSE = 0.01
 
-# Seconds by which an attempt may take longer than its time because this machine is slow.
+# Seconds that an attempt may take beyond its timeout because this machine is slow.
 _GRACE = 0.5
 
-# The share of its time that a peer may lose by that before its silence proves nothing.
+# The share of the timeout that our slowness may cost a peer before its silence proves nothing.
 _LOSS = 0.25
 
 # Seconds to wait for the process to start; it takes 0.1 s of CPU (measured).
 _START_PATIENCE = 5.0
 
-# By default. The process takes 15 MB, and its end gives back what handshakes took (measured).
+# Seconds. The process takes 15 MB, and its end frees what handshakes have used (measured).
 _IDLE = 60.0
 
 _PROGRAM = """
@@ -102,12 +102,12 @@ class TlsClient:
     """Makes TLS handshakes, for one event loop.
 
     It trusts the authorities of OpenSSL's default store, or those that ``SSL_CERT_FILE`` and
-    ``SSL_CERT_DIR`` name. They are read at the first handshake, and when the process that makes
-    handshakes is started again: after it was killed, or after a while without any.
+    ``SSL_CERT_DIR`` name. The handshake process reads them when it starts: at the first handshake,
+    and again after it was killed or has ended for want of work.
 
     Args:
         idle: Seconds without a handshake after which that process ends.
-        most_held: Bytes that wait for more, of all peers together.
+        most_held: Bytes buffered for all peers together.
     """
 
     def __init__(self, idle: float = _IDLE, most_held: int = _MOST_HELD) -> None:
@@ -129,9 +129,8 @@ class TlsClient:
     ) -> TlsVerdict:
         """Connect to a port, and shake hands.
 
-        Nothing is sent after the handshake. Whatever way this ends, cancellation included, it
-        leaves no socket open. If the process that makes handshakes is killed, the attempt is made
-        again.
+        Nothing is sent after the handshake. However this ends, cancellation included, it leaves no
+        socket open. If the handshake process is killed, the attempt is made again, once.
 
         Args:
             target: The address to connect to.
@@ -141,7 +140,7 @@ class TlsClient:
                 (SNI), too. The subject's common name never counts (RFC 9525).
             timeout: Seconds that the attempt may last, connection and handshake together.
             pacer: Shared by all who open connections in the event loop.
-            caller: For whom; callers take turns where many handshakes are much work.
+            caller: Who asks. Callers take turns when many handshakes are slow.
 
         Raises:
             CheckFailed: The checker's own trouble: as for a port, or no authority is trusted on
@@ -188,7 +187,7 @@ class TlsClient:
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
-        """Keep the process while there are handshakes."""
+        """Keep the process alive during the block."""
         self._under_way += 1
         self._most_under_way = max(self._most_under_way, self._under_way)
         if self._end_when_idle:
@@ -228,7 +227,7 @@ class TlsClient:
 
 
 class _ProcessEnded(Exception):
-    """The process that makes handshakes has ended in the middle of one."""
+    """The handshake process has ended during a handshake."""
 
 
 class _Failed(Exception):
@@ -240,7 +239,7 @@ class _Failed(Exception):
 
 
 class _Clock:
-    """Whose time an attempt takes: the peer's, or this machine's. Times are the event loop's."""
+    """Tells the peer's share of an attempt's time from this machine's; times are the loop's."""
 
     def __init__(self, timeout: float) -> None:
         self._loop = asyncio.get_running_loop()
@@ -250,12 +249,12 @@ class _Clock:
 
     @property
     def deadline(self) -> float:
-        """When the peer's time is over."""
+        """When the peer's time is up."""
         return self._started + self._timeout + min(self._ours, _GRACE)
 
     @property
     def end(self) -> float:
-        """When the attempt is over, whoever is slow."""
+        """When the attempt ends, whoever is slow."""
         return self._started + self._timeout + 2 * _GRACE
 
     @property
@@ -271,10 +270,10 @@ class _Clock:
         self._started += self._loop.time() - stopped
 
     async def ours(self, work: Awaitable[_T]) -> _T:
-        """Await what is not the peer's turn.
+        """Await work of this machine's, which does not count as the peer's time.
 
         Raises:
-            CheckFailed: The attempt is over.
+            CheckFailed: The attempt has reached its end.
         """
         started = self._loop.time()
         try:
@@ -286,14 +285,14 @@ class _Clock:
             self._ours += self._loop.time() - started
 
     def begin_again(self) -> None:
-        """Count all the time until now as this machine's: what was done in it is lost."""
+        """Count all time until now as this machine's: its result is lost."""
         self._ours = self._loop.time() - self._started
 
     def require_fairness(self) -> None:
-        """See that it was the peer who took the time; called when that is over.
+        """Verify that the peer used up the time; called once it is up.
 
         Raises:
-            CheckFailed: This machine took too much of it, or noticed too late that it was over.
+            CheckFailed: This machine took too much of it, or noticed its end too late.
         """
         late = max(0.0, self._loop.time() - self.deadline)
         if self._ours - min(self._ours, _GRACE) + late > self._timeout * _LOSS:
@@ -325,7 +324,7 @@ async def _shake_hands(
 
 
 class _Incoming:
-    """What a peer sends during a handshake, in whole messages as far as they can be told."""
+    """What a peer sends during a handshake, cut into whole messages where these can be seen."""
 
     def __init__(
         self,
@@ -343,22 +342,22 @@ class _Incoming:
         self._messages = _Messages()
         self._buffers = buffers
         self._received = 0
-        self._readable: asyncio.Future[None] | None = None  # awaited
-        self._ending: _Failed | CheckFailed | None = None  # why no more will arrive
+        self._readable: asyncio.Future[None] | None = None  # while it is awaited
+        self._ending: _Failed | CheckFailed | None = None  # why nothing more will arrive
 
     async def records(self, pause: float) -> bytes:
-        """Return the records that have arrived when a step can be taken, after so many seconds.
+        """Wait for the records of one step, and for at least ``pause`` seconds; return them.
 
         Raises:
-            CheckFailed: This machine was too slow to receive it, or has trouble of its own.
-            _Failed: The peer ended the connection, or did not send enough in its time.
+            CheckFailed: This machine was too slow to receive them, or has trouble of its own.
+            _Failed: The peer ended the connection, or did not send enough in time.
         """
         with suppress(TimeoutError):
             async with asyncio.timeout_at(self._clock.deadline):
                 await asyncio.sleep(pause)
                 while not (self._ending or self._whole()):
-                    # The kernel wakes us when all of it is there, and keeps it until then: a peer
-                    # that sends byte by byte, or half of a message, costs nothing.
+                    # The kernel buffers the message and wakes us when it is whole: a peer that
+                    # sends byte by byte, or half of a message, costs us nothing.
                     missing = self._messages.missing(self._buffer)
                     if missing > _LARGEST_RECORD:  # which does not fit the usual buffer well
                         self._connection.setsockopt(
@@ -367,8 +366,8 @@ class _Incoming:
                     self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, missing)
                     await self._until_readable()
                     self._receive(_LARGEST_RECORD)
-        # More may have arrived, also before the timer was looked at; and a lot that arrives is
-        # followed by more. One step with all of it spares several.
+        # More may have arrived, even after a timeout. And after a lot more will follow: one step
+        # with all of it saves several.
         while self._receive(_MOST_IN_STEP - len(self._buffer)) > _LARGEST_RECORD:
             await asyncio.sleep(_PAUSE)
         size = self._whole()
@@ -381,7 +380,7 @@ class _Incoming:
         return records
 
     def _whole(self) -> int:
-        """Return how many bytes a step can be taken with."""
+        """Return how many of the buffered bytes make a step."""
         size = self._messages.whole(self._buffer)
         if self._messages.count > _MOST_RECORDS:
             self._end(_Failed(handshake_failed(f"more than {_MOST_RECORDS} records received")))
@@ -402,17 +401,17 @@ class _Incoming:
             self._readable.set_result(None)
 
     def give_up(self) -> None:
-        """Make way for others."""
+        """End, to make room for others."""
         self._end(CheckFailed(TOO_BUSY))
         self._end_waiting()
 
     def close(self) -> None:
-        """Hold nothing any more."""
+        """Drop what is buffered."""
         self._buffer.clear()
         self._buffers.hold(self, 0)
 
     def _end(self, ending: "_Failed | CheckFailed") -> None:
-        """Say why nothing of what has arrived will be used."""
+        """Note why nothing more is read, and drop what has arrived."""
         self._ending = ending
         self._messages = _Messages()
         self.close()
@@ -433,7 +432,7 @@ class _Incoming:
         """Return the failure of a peer that took too long.
 
         Raises:
-            CheckFailed: It was this machine that did, or that has lost its network.
+            CheckFailed: This machine took too long, or has lost its network.
         """
         self._clock.require_fairness()
         await self._pacer.take(1)  # many may time out together
@@ -453,7 +452,7 @@ class _Incoming:
 
 
 class _Buffers:
-    """What all peers have sent that waits for more, in bytes."""
+    """How many bytes are buffered for all peers together."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -461,7 +460,7 @@ class _Buffers:
         self._total = 0
 
     def hold(self, incoming: _Incoming, size: int) -> None:
-        """Note how much one holds; if that is too much for all, end those that began first."""
+        """Note how much one buffers; if all together buffer too much, end the oldest."""
         self._total += size - self._sizes.get(incoming, 0)
         if size:
             self._sizes[incoming] = size
@@ -472,12 +471,12 @@ class _Buffers:
 
 
 class _Messages:
-    """Tells where records end, and messages as long as they are not encrypted.
+    """Finds where records end, and where messages end as long as they are not encrypted.
 
     OpenSSL can do nothing with a part of a message (RFC 8446 section 4, RFC 5246 section 7.4).
 
     Attributes:
-        count: Of whole records so far. It looks at few more than there may be.
+        count: Whole records so far. Beyond ``_MOST_RECORDS`` it stops looking.
     """
 
     def __init__(self) -> None:
@@ -488,9 +487,9 @@ class _Messages:
         self._left = 0  # bytes of such a message
 
     def whole(self, data: bytearray) -> int:
-        """Return how many bytes of ``data`` a step can be taken with: of whole records.
+        """Return how many bytes of ``data`` make a step: whole records that end with a message.
 
-        None of them within a message; all of them if it is not TLS.
+        All of them if it is not TLS.
         """
         while len(data) >= self._looked_at + 5 and self.count <= _MOST_RECORDS:
             end = _end_of_record(data, self._looked_at)
@@ -504,14 +503,14 @@ class _Messages:
         return 0 if self._head or self._left else self._looked_at
 
     def missing(self, data: bytearray) -> int:
-        """Return how many bytes must at least arrive before that can change."""
+        """Return how many more bytes are needed, at the least, before that can change."""
         begun = len(data) - self._looked_at  # of the next record
         of_record = (_end_of_record(data, self._looked_at) - len(data)) if begun >= 5 else 5 - begun
         records = -(-self._left // _LARGEST_CONTENT)  # rounded up
         return max(of_record, self._left + 5 * records - begun)
 
     def forget(self, size: int) -> None:
-        """Go on with what is behind so many bytes."""
+        """Forget the first ``size`` bytes, which have been taken."""
         self._looked_at -= size
 
     def _look_at(self, kind: int, content: bytearray) -> None:
@@ -549,19 +548,19 @@ def _connection_failure(error: OSError) -> _Failed | CheckFailed:
 
 
 class _Step(NamedTuple):
-    """What a step of a handshake came to."""
+    """The result of one step of a handshake."""
 
     output: bytes  # to be sent to the peer
     verdict: TlsVerdict | None  # None if the handshake goes on
 
 
 class _HandshakeProcess:
-    """The other side of ``handshake_process``, started and ended here.
+    """Our side of ``handshake_process``: starts it, talks to it, ends it.
 
     Attributes:
-        ready: Set when it has read what is trusted, or cannot.
+        ready: Set when it has read the trusted certificates, or has failed to.
         trouble: Why it cannot make handshakes; None if it can.
-        has_ended: Whether it was killed.
+        has_ended: Whether it has ended, whatever the reason.
 
     Raises:
         OSError: It cannot be started.
@@ -573,7 +572,7 @@ class _HandshakeProcess:
         self.has_ended = False
         self._loop = asyncio.get_running_loop()
         self._numbers = count(1)
-        self._answers: dict[int, asyncio.Future[_Step]] = {}  # awaited, by handshake
+        self._answers: dict[int, asyncio.Future[_Step]] = {}  # that are awaited, by handshake
         self._outbox: deque[bytes] = deque()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -586,7 +585,7 @@ class _HandshakeProcess:
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
-                    # It holds what strangers send: our settings have secrets.
+                    # It handles what strangers send, and our settings hold secrets.
                     env={key: os.environ[key] for key in os.environ if "PORT_CHECK" not in key},
                     process_group=0,  # Ctrl-C in a terminal is not for it
                 )
@@ -595,11 +594,11 @@ class _HandshakeProcess:
                 raise
         self._socket.setblocking(False)
         self._loop.add_reader(self._socket, self._receive)
-        # Called at the end of the program, too, which waits for no handshake.
+        # Called at the end of the program, too, which does not wait for handshakes.
         self._kill = weakref.finalize(self, _kill, process, self._socket)
 
     def handshake(self, expected: Sequence[Address | str], caller: str) -> "_Handshake":
-        """Return a handshake that can be begun."""
+        """Return a new handshake, to be begun."""
         return _Handshake(self, next(self._numbers), expected, caller)
 
     async def ask(self, number: int, message: bytes) -> _Step:
@@ -615,7 +614,7 @@ class _HandshakeProcess:
             del self._answers[number]
 
     def send(self, message: bytes) -> None:
-        """Send a message, in order, as soon as there is room."""
+        """Send a message after those before it, as soon as there is room."""
         if not self.has_ended:
             self._outbox.append(message)
             self._flush()
@@ -689,7 +688,7 @@ def _kill(process: subprocess.Popen[bytes], channel: socket.socket) -> None:
 
 
 class _Handshake:
-    """One handshake in that process; a context manager that gives it up."""
+    """One handshake in that process; a context manager, which drops it there at the end."""
 
     def __init__(
         self,

@@ -39,11 +39,11 @@ from port_checker.tls import TlsVerdict, TlsVerdictKind
 
 _MARGIN: Final = 1.0  # seconds that a place may take longer than a check
 
-# Bytes of an answer that are read: so many, and so many for each port.
+# The most bytes of an answer, and how many more for each port.
 _ANSWER_SIZE: Final = 16 * 1024
 _VERDICT_SIZE: Final = 256
 
-# Characters of an error. A host name, which is the longest part of one, has at most 253.
+# The most characters of an error. Its longest part, a host name, has at most 253.
 _ERROR_LENGTH: Final = 400
 
 # Checks whose votes are compared at once, where places are only observed.
@@ -70,18 +70,18 @@ Vote = TypeVar("Vote", Verdict, TlsVerdict)
 
 
 def outcome(good: int, bad: int, places: int) -> bool | None:
-    """Decide from how many places could connect, and how many could not.
+    """Decide by majority whether a port can be reached.
 
-    It follows the CA/Browser Forum's Baseline Requirements (section 3.2.2.9), but that a place in
-    trouble of its own has no vote.
+    It follows the CA/Browser Forum's Baseline Requirements (section 3.2.2.9), except that a place
+    in trouble of its own has no vote.
 
     Args:
-        good: Votes of those that could.
-        bad: Votes of those that could not.
+        good: How many places could connect.
+        bad: How many could not.
         places: How many places there are, those without a vote included.
 
     Returns:
-        Whether it can be reached; None if too few have a vote.
+        Whether it can be reached; None if too few places have a vote.
     """
     votes = good + bad
     if 2 * votes <= places:
@@ -93,7 +93,7 @@ def outcome(good: int, bad: int, places: int) -> bool | None:
 
 @functools.cache
 def is_settled(good: int, bad: int, pending: int, places: int) -> bool:
-    """Whether the outcome is the same whatever ``pending`` places say, or if they say nothing."""
+    """Whether the outcome is the same however the ``pending`` places vote, or if they do not."""
     outcomes = {
         outcome(good + more_good, bad + more_bad, places)
         for more_good in range(pending + 1)
@@ -115,9 +115,9 @@ def common_verdict(votes: Sequence[Vote], places: int) -> Vote | None:
         places: How many places there are.
 
     Returns:
-        The verdict; None if too few have a vote. Its error is what most of those say that could
-        not connect, and the first of them where they are level. A certificate is good until the
-        earliest time that a place says.
+        The verdict; None if too few places have a vote. Its error is the most frequent one, and
+        the first of several that are equally frequent. A certificate is good until the earliest
+        time that any place reports.
     """
     good = [vote for vote in votes if is_good(vote)]
     bad = [vote for vote in votes if not is_good(vote)]
@@ -139,8 +139,8 @@ class NoVote(ServiceError):
     """A place has no vote.
 
     Args:
-        reason: A sentence.
-        code: That the place gave, if it did.
+        reason: Why, in a sentence.
+        code: The error code that the place gave, if it gave one.
     """
 
     def __init__(self, reason: str, code: ErrorCode = ErrorCode.CHECK_FAILED) -> None:
@@ -152,15 +152,15 @@ class Ballot(Generic[Vote]):
     """The votes of one check.
 
     Args:
-        ports: What is voted on.
-        places: How many may vote; 0 is this server.
+        ports: What the places vote on.
+        places: How many may vote; number 0 is this server.
         on_final: Called once with each port and its verdict, as soon as nothing can change it.
-        hears_all: Whether all votes are waited for: those that come late change no outcome, but
-            the words of an error, or until when a certificate is good.
+        hears_all: Whether to wait for all votes: late ones change no outcome, but the words of an
+            error, or until when a certificate is good.
 
     Attributes:
         ports: As given.
-        votes: Those that are in, by place: on each port, or why there are none.
+        votes: Those cast so far, by place: one for each port, or why there are none.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class Ballot(Generic[Vote]):
         self._places = places
         self._on_final: Callable[[int, Vote], object] | None = on_final
         self.votes: dict[int, Mapping[int, Vote] | ServiceError] = {}
-        self._verdicts: dict[int, Vote | None] = {}  # those that are settled
+        self._verdicts: dict[int, Vote | None] = {}  # the settled ones
 
     @property
     def is_settled(self) -> bool:
@@ -234,14 +234,14 @@ class Ballot(Generic[Vote]):
 
 
 class Perspectives:
-    """The other places. An asynchronous context manager, which looks at them from time to time.
+    """The other places, which it also probes from time to time.
 
     Args:
         urls: Their base URLs.
-        longest_check: Seconds that a check takes at most.
-        observes: Whether votes are only compared with this server's verdict, which is the answer.
+        longest_check: The most seconds that a check takes.
+        observes: Whether this server's own verdict is the answer, and votes are only compared.
         metrics: Where votes are counted.
-        sleep: What to wait with between looks.
+        sleep: Waits for a number of seconds; called between probes.
 
     Attributes:
         observes: As given.
@@ -278,7 +278,7 @@ class Perspectives:
 
     @contextlib.asynccontextmanager
     async def connected(self) -> AsyncIterator[None]:
-        """Have places answer in the block."""
+        """Have connections to the places, and probe them, during the block."""
         resolver, tls = Resolver(), _tls_context()
         self._clients = [PlaceClient(url, resolver, tls) for url in self._urls]
         looking = asyncio.create_task(self._look_again_and_again())
@@ -309,14 +309,14 @@ class Perspectives:
             target: The address that the ports are on.
             ports: TCP ports, each at most once.
             on_final: Called once with each port and its verdict, as soon as nothing can change it.
-            by_place: Where to list what each place says. If given, all places are waited for; but
-                if places are only observed, this server is the only one.
+            by_place: Where to list what each place says. If given, the check waits for all places;
+                if places are only observed, it lists this server alone.
 
         Returns:
             A verdict for each port.
 
         Raises:
-            CheckFailed: There is no verdict on some ports.
+            CheckFailed: Some ports have no verdict.
         """
         body = {"provider_ip": str(target), "ports": list(ports)}
 
@@ -409,7 +409,7 @@ class Perspectives:
         ask: Callable[[PlaceClient], Awaitable[dict[int, Vote]]],
         target: Address,
     ) -> None:
-        """Log what the places together would have said otherwise than this server."""
+        """Log where the places together would have decided differently from this server."""
 
         async def words(verdicts: Awaitable[dict[int, Vote]]) -> dict[int, str]:
             try:
@@ -437,7 +437,7 @@ class Perspectives:
         own: Awaitable[dict[int, Vote]],
         ask: Callable[[PlaceClient], Awaitable[dict[int, Vote]]],
     ) -> dict[int, Vote]:
-        """Have all places vote at once, until nothing can change a verdict, or until all have."""
+        """Have all places vote at once, until nothing can change a verdict, or all have voted."""
         tasks = {asyncio.ensure_future(own): 0}
         tasks |= {asyncio.ensure_future(ask(each)): n for n, each in enumerate(self._clients, 1)}
         pending = set(tasks)
@@ -458,7 +458,7 @@ class Perspectives:
         return ballot.verdicts()
 
     def _count(self, ballot: Ballot[Vote]) -> None:
-        """Count the votes that are in."""
+        """Count the votes cast."""
         for place in ballot.votes.keys() - {0}:
             for vote, number in ballot.comparison(place).items():
                 self._metrics.count_votes(place - 1, vote, number)
@@ -492,7 +492,7 @@ class Perspectives:
             code = ErrorResponse.model_validate_json(answer.body).detail.code
         except ValueError:  # pydantic's is one
             raise NoVote(f"Its answer is not understood (HTTP status {answer.status}).") from None
-        # Not in its words, which may name addresses of its network, or ours.
+        # Not in its own words, which may name addresses of its network, or of ours.
         raise NoVote(_WORDS.get(code, _REFUSED), code)
 
     async def _request(
@@ -519,7 +519,7 @@ class Perspectives:
             await self._sleep(_LOOK_INTERVAL)
 
     async def _look(self, place: int) -> None:
-        """Warn once of what is wrong with a place, and log when it is well again."""
+        """Warn once of what is wrong with a place, and log its recovery."""
         client = self._clients[place]
         url = client.url
         try:
@@ -527,7 +527,7 @@ class Perspectives:
         except NoVote as error:
             trouble = str(error)
         if trouble:
-            # Nobody waits for the votes of one that hangs, so that these do not fail.
+            # No check waits for the vote of a place that hangs, so no vote of its would fail.
             self._metrics.count_votes(place, VoteOutcome.FAILED)
         if trouble == self._trouble.get(url, ""):
             return
@@ -554,11 +554,11 @@ class Perspectives:
 
 
 def _require_result(good: bool, error: str | None) -> None:
-    """Refuse a result that no port checker has.
+    """Refuse a result that no port checker gives.
 
     Raises:
-        ValueError: It has an error and is good, or neither; or the error could not be logged in
-            one line, as ours are: it is too long, or steers terminals or what reads the log.
+        ValueError: It is good and has an error, or neither; or the error does not fit one line of
+            the log: it is too long, or has characters that control terminals or end a value.
     """
     if good != (error is None):
         raise ValueError
@@ -569,7 +569,7 @@ def _require_result(good: bool, error: str | None) -> None:
 
 
 def _tls_context() -> ssl.SSLContext:
-    """Trust what the system trusts, and the authorities of SSL_CERT_FILE."""
+    """Return a context that trusts the system's authorities, or those of SSL_CERT_FILE."""
     context = ssl.create_default_context()
     # Python 3.13 sets this flag; here every Python judges alike.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT

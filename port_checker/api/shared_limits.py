@@ -1,7 +1,7 @@
 """Rate limits that many processes share in Redis, behind a circuit breaker.
 
-Payments that come while Redis is busy with others travel together, so that a crowd waits for one
-round trip rather than queueing for connections.
+Payments that arrive while Redis works on others go there together, so a crowd waits for one round
+trip instead of queueing for connections.
 """
 
 import asyncio
@@ -51,13 +51,13 @@ _TURNS: Final = 5
 _CONNECT_TIMEOUT: Final = 0.5  # seconds, before anybody pays
 _PROBE_INTERVAL: Final = 0.5  # seconds between attempts to reach Redis again
 
-# Seconds, of the above, for one node of a cluster. Whoever answers later is too slow for payments.
+# Seconds of these for one node of a cluster. One that answers later is too slow for payments.
 _CLUSTER_CONNECT_TIMEOUT: Final = 0.1
 
-# Payments that travel together, so that one call does not occupy Redis for long.
+# The most payments in one call, so that none occupies Redis for long.
 _MOST_TOGETHER: Final = 100
 
-# The code of an error, by its exception: redis-py takes it off the message.
+# The code of an error, by its exception: redis-py cuts it off the message.
 _CODES: Final[Mapping[type[RedisError], str]] = {
     AuthenticationError: "WRONGPASS or NOAUTH: user or password is wrong",
     BusyLoadingError: "LOADING",
@@ -70,13 +70,13 @@ _CODES: Final[Mapping[type[RedisError], str]] = {
     ReadOnlyError: "READONLY",
 }
 
-# What redis-py says itself of a connection, and nothing of what was sent.
+# What redis-py itself says of a connection; it quotes nothing that was sent.
 _CONNECTION_ERRORS: Final = ("max number of clients reached", "Connection closed by server")
 
-# What comes of an answer that is none of Redis', or none to a payment.
+# What an answer raises that is not Redis', or does not fit a payment.
 _NOT_UNDERSTOOD: Final = (InvalidResponse, TypeError, ValueError, RecursionError)
 
-# A payment is tried once: who fails is probed.
+# A payment is tried once: after a failure, Redis is probed.
 _ONCE: Final = Retry(NoBackoff(), 0)
 
 logger = logging.getLogger(__name__)
@@ -88,18 +88,16 @@ class SharedStore:
     """Limits in Redis, and whether Redis is available.
 
     Redis is unavailable once it cannot be reached, answers with an error, or does not answer in
-    time. Nobody asks it then, until a probe has reached it again. An asynchronous context manager,
-    for one event loop; leaving it closes the connection.
+    time. From then on only probes ask it, until one succeeds. An asynchronous context manager, for
+    one event loop; leaving it closes the connections.
 
     Args:
         url: ``redis://``, with TLS ``rediss://``, of a cluster ``redis+cluster://``, or of a Unix
             socket ``unix://``.
-        probe: What to ask in order to find out whether payments can be made: charges of no cost to
-            the limits that payments are made to. After a payment that failed, it is that payment
-            which is asked again, at no cost.
+        probe: The payment that a probe makes, of cost 0 and to all limits. After a payment has
+            failed, probes repeat that one, at cost 0.
         answer_timeout: Seconds that a payment waits.
-        warning_interval: Seconds between warnings: a Redis that comes and goes is logged no more
-            often.
+        warning_interval: The least seconds between two warnings about a Redis that comes and goes.
 
     Attributes:
         is_available: Whether Redis is asked now.
@@ -147,8 +145,8 @@ class SharedStore:
 
         Returns:
             For each charge, the seconds after which its limit would let it through: 0 unless it
-            refuses. None if Redis is unavailable, or the answer did not come in time; Redis may
-            count such a payment all the same.
+            refuses. None if Redis is unavailable or did not answer in time; Redis may still count
+            such a payment.
         """
         if not self.is_available:
             return None
@@ -157,18 +155,18 @@ class SharedStore:
         if not self._sending or self._sending.done():
             self._sending = asyncio.create_task(self._send())
         try:
-            # Those who wait behind others do not blame Redis: it may not have been asked yet.
+            # That is no proof against Redis: behind others, it may not have been asked yet.
             async with _timeout(self._answer_timeout):
                 return await answer
         except TimeoutError:
             return None
 
     async def _send(self) -> None:
-        """Ask Redis for all payments that wait, many at a time."""
+        """Send Redis all payments that wait, many at a time."""
         while self._waiting:
             together = [one for one in self._waiting[:_MOST_TOGETHER] if not one[1].done()]
             del self._waiting[:_MOST_TOGETHER]
-            if not together:  # they have not waited
+            if not together:  # their callers have given up
                 continue
             results: Sequence[list[float] | None]
             try:
@@ -179,7 +177,7 @@ class SharedStore:
                     [charge._replace(cost=0) for charge in charges] for charges, _ in together
                 ]
                 self._become_unavailable()
-                together += self._waiting  # nobody waits in vain
+                together += self._waiting  # they would wait in vain
                 self._waiting.clear()
                 results = [None] * len(together)
             for (_, answer), result in zip(together, results, strict=True):
@@ -209,11 +207,11 @@ class SharedStore:
     async def _probe(self) -> None:
         """Try until Redis answers, at once and then twice a second.
 
-        Logs that it is unavailable unless it answers at once, and that it is available again.
+        Unless it answers at once, that it is unavailable is logged, and later that it is back.
         """
         now = asyncio.get_running_loop().time
         has_warned = False
-        # The other end may be gone without a word.
+        # The other end may be gone without having closed the connection.
         await self._disconnect()
         while not self.is_available:
             try:
@@ -232,7 +230,7 @@ class SharedStore:
             logger.info("Redis is available again: limits are shared")
 
     async def _connect(self) -> None:
-        """Connect and load the script, which a payment need not wait for; then ask like one."""
+        """Connect and load the script; then probe as fast as a payment must be."""
         async with _timeout(_CONNECT_TIMEOUT):
             await self._ask(self._probe_payments)
         async with _timeout(self._answer_timeout):
@@ -253,7 +251,7 @@ class _Client:
     def __init__(self, url: str) -> None:
         self._resolver = Resolver()
         self._host = urlsplit(url).hostname or ""
-        # The timeout bounds the closing alone; all else is bounded as a whole.
+        # This timeout is for closing alone: connecting is bounded as a whole.
         self._pool = ConnectionPool.from_url(url, socket_connect_timeout=1, retry=_ONCE)
         if self._host:  # else it is a Unix socket
             is_tls = self._pool.connection_class is SSLConnection
@@ -262,7 +260,7 @@ class _Client:
         self._script = AsyncScript(Redis(connection_pool=self._pool), PAY_IN_REDIS)
 
     async def run(self, keys: Sequence[str], arguments: Sequence[float]) -> Any:
-        """Run the script, and return whatever is answered."""
+        """Run the script, and return its answer."""
         return await self._script(keys, arguments)
 
     async def disconnect(self) -> None:
@@ -272,8 +270,7 @@ class _Client:
     def reason(self, error: Exception) -> str:
         """Say what went wrong, in the system's words or by Redis' code.
 
-        Never in Redis' own words: an error of its can quote what it was sent, and that may be the
-        password.
+        Never in Redis' own words, which can quote what was sent, even the password.
         """
         if self._resolver.is_looking_up(self._host):
             return f"the look-up of {self._host} is not answered"
@@ -299,10 +296,9 @@ class _Client:
 
 
 class _ClusterClient(_Client):
-    """The same of a Redis cluster, whose nodes it learns from the one that the URL names.
+    """A client of a Redis cluster, whose nodes it learns from the one that the URL names.
 
-    Whichever node is gone, without a word even, the others are found: they are asked in another
-    order each time.
+    Whichever node is gone, even silently, it finds the others: it asks them in random order.
     """
 
     def __init__(self, url: str) -> None:
@@ -310,7 +306,7 @@ class _ClusterClient(_Client):
         super().__init__(url)
         self._options = parse_url(url)
         self._cluster: RedisCluster | None = None
-        self._known: set[tuple[str, int]] = set()  # nodes of the cluster when it was last seen
+        self._known: set[tuple[str, int]] = set()  # the nodes when the cluster was last seen
 
     async def run(self, keys: Sequence[str], arguments: Sequence[float]) -> Any:
         """Run the script on the node that has the keys."""
@@ -324,18 +320,18 @@ class _ClusterClient(_Client):
                 socket_connect_timeout=_CLUSTER_CONNECT_TIMEOUT,
                 retry=_ONCE,
             )
-            # Of the nodes that it learns of: they may have names, which it would look up.
+            # For the nodes that it learns of: they may have names, which it would look up itself.
             options: dict[str, Any] = self._cluster.get_connection_kwargs()
             options.update(connection_class=_Connection, resolver=self._resolver)
-            # It has all that a script needs of a client.
+            # A script needs no more of a client than a cluster has.
             self._script = AsyncScript(cast(Redis, self._cluster), PAY_IN_REDIS)
         return await super().run(keys, arguments)
 
     async def _candidates(self) -> set[tuple[str, int]]:
-        """Return the addresses and ports of nodes, as far as they are known.
+        """Return the addresses and ports of the known nodes, that of the URL included.
 
         Raises:
-            OSError: None is known, and the host of the URL has no address.
+            OSError: None is known, and the URL's host has no address.
         """
         nodes = set(self._known)
         try:
@@ -349,7 +345,7 @@ class _ClusterClient(_Client):
         return nodes
 
     async def disconnect(self) -> None:
-        """Close the connections. Which nodes there are is asked anew afterwards."""
+        """Close the connections, and remember the nodes, to ask one of them for the others."""
         if cluster := self._cluster:
             self._cluster = None
             known = {(node.host, int(node.port)) for node in cluster.get_nodes()}
@@ -358,7 +354,7 @@ class _ClusterClient(_Client):
 
 
 class _Connection(Connection):
-    """A connection to the first address of a host that takes it.
+    """A connection to the first address of a host that accepts one.
 
     redis-py would have the event loop look the host up.
     """
@@ -372,7 +368,7 @@ class _Connection(Connection):
         """Connect, if it is not connected.
 
         Raises:
-            RedisError: No address takes the connection.
+            RedisError: No address accepts a connection.
             OSError: The host has no address.
         """
         if self.is_connected:
@@ -394,7 +390,7 @@ class _Connection(Connection):
 
 
 class _TlsConnection(_Connection, SSLConnection):
-    """The same with TLS: the certificate must be good for the host."""
+    """A connection with TLS: the certificate must be good for the host."""
 
     def _connection_arguments(self) -> Mapping[str, Any]:
         return {**super()._connection_arguments(), "server_hostname": self.host}
