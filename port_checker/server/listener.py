@@ -1,7 +1,7 @@
 """Accepting connections: many in one turn of the event loop.
 
-uvloop's own servers accept one in each turn, so whoever connects waits for what the loop does in as
-many turns as others have connected before. (Measured: 10 s behind a crowd of 3,400 connections.)
+uvloop's own servers accept one in each turn, so a new connection waits a whole turn for each one
+before it (measured: 10 s behind a crowd of 3,400).
 """
 
 import asyncio
@@ -16,15 +16,15 @@ from collections.abc import Callable
 from port_checker.addresses import Address, parse_host
 from port_checker.server.connections import MIN_COST, ConnectionLimits, Place
 
-# Connections that are accepted in one turn, so that nobody waits for a crowd to be looked at.
+# Connections accepted in one turn, so that nobody else waits while a crowd is accepted.
 _BATCH = 128
 
-# SO_LINGER: on, for 0 s. So close() resets a connection, and leaves nothing of it: an end that has
-# closed first stays in the kernel's tables for a minute, and two in those of its firewall.
+# SO_LINGER: on, for 0 s. close() then resets a connection and leaves nothing of it. Otherwise the
+# end that closes first stays in the kernel's tables for a minute, and in its firewall's for two.
 _AT_ONCE = struct.pack("ii", 1, 0)
 
-# Seconds after which to try again when this machine had nothing left to accept one with, and
-# between two lines in the log about that.
+# Seconds until the next try when this machine has run out of descriptors or memory, and between two
+# lines in the log about that.
 _RETRY_DELAY = 0.1
 _LOG_INTERVAL = 60.0
 
@@ -38,9 +38,9 @@ class Listener:
 
     Args:
         listening: The socket; whoever made it closes it.
-        limits: Who may have how many connections. Those that are too many for one address are
-            closed before anything is made for them.
-        make_connection: Makes the protocol of a connection that has its place.
+        limits: Who may have how many connections. Those beyond an address's share are closed before
+            anything is made for them.
+        make_connection: Makes the protocol of a connection that was admitted.
         loop: The event loop.
     """
 
@@ -68,7 +68,7 @@ class Listener:
         self._loop.remove_reader(self._listening)
 
     async def wait_closed(self) -> None:
-        """Wait for the connections that are being made: uvloop would hang if it ended meanwhile."""
+        """Wait for the connections being made: uvloop would hang if the loop ended meanwhile."""
         if self._tasks:
             await asyncio.wait(self._tasks)
 

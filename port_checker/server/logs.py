@@ -21,18 +21,18 @@ from port_checker.server.systemd import stderr_is_the_journal
 
 logger = logging.getLogger(__name__)
 
-# Lines that may wait to be written: some seconds of what a busy service logs.
+# Lines that may wait to be written: what a busy service logs in some seconds.
 QUEUE_SIZE = 10_000
 
-# Seconds for which the writer collects lines before it writes them, so that a busy service wakes
-# it some times a second rather than once for each line.
+# Seconds for which the writer collects lines before it writes them, so that a busy service does not
+# wake it for each line.
 _COLLECT = 0.02
 
-# Seconds that the end of the process waits for lines to be written.
+# Seconds that the process waits at its end for lines to be written.
 FLUSH_PATIENCE = 2.0
 
 _COLOURED = "%(asctime)s %(log_color)s%(levelname)s%(reset)s %(name)s: %(message)s"
-_JOURNAL = "%(levelname)s %(name)s: %(message)s"  # which has the time of each line itself
+_JOURNAL = "%(levelname)s %(name)s: %(message)s"  # the journal notes the time itself
 
 # The journal's priorities: syslog(3).
 _PRIORITIES = {
@@ -50,8 +50,8 @@ def set_up_logging(*, debug: bool) -> None:
     Args:
         debug: Whether to log a line for each port and each HTTP request as well.
     """
-    # No line of ours says which thread, process or line of code it is from, and to find that out
-    # takes over a third of the time that a line takes (measured; Logging HOWTO, "Optimization").
+    # Our lines do not name thread, process or line of code. Finding these out takes over a third of
+    # a line's time (measured; Logging HOWTO, "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None
     logging.config.dictConfig(
@@ -86,16 +86,16 @@ def _formatter() -> dict[str, Any]:
     return {"class": "port_checker.server.logs.PlainFormatter"}
 
 
-@functools.lru_cache(maxsize=4)  # many lines are of one second
+@functools.lru_cache(maxsize=4)  # many lines are of the same second
 def _local_time(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).astimezone().isoformat()
 
 
 class PlainFormatter(logging.Formatter):
-    """Begins each line with the time and its offset from UTC, as RFC 3339 has it."""
+    """Begins each line with the time and its offset from UTC, as in RFC 3339."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's
-        """Return the line, in half of the time that a format string would take (measured)."""
+        """Return the line; a format string would take twice as long (measured)."""
         time = _local_time(int(record.created))
         return f"{time} {record.levelname} {record.name}: {record.message}"
 
@@ -109,9 +109,9 @@ class ColouredFormatter(ColoredFormatter):
 
 
 class JournalFormatter(logging.Formatter):
-    """Begins each line with its priority, as sd-daemon(3) has it.
+    """Begins each line with its priority (sd-daemon(3)).
 
-    A traceback becomes one line, since the journal makes an entry of each.
+    A traceback becomes one line, since the journal makes an entry of each line.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -124,31 +124,30 @@ class JournalFormatter(logging.Formatter):
 class BackgroundHandler(logging.Handler):
     """Formats and writes records to stderr in a thread, so that a stalled reader stalls nobody.
 
-    Records that do not fit the queue are dropped, and so are lines that cannot be written as a
-    whole (the disk is full, say); once lines can be written again, one of them says how many.
-    Closing the handler writes what is queued, for ``FLUSH_PATIENCE`` at most.
+    Records that do not fit the queue are dropped, and so are lines that cannot be written whole
+    (the disk is full, say). Once lines can be written again, one says how many were lost. Closing
+    the handler writes what is queued, for ``FLUSH_PATIENCE`` at most.
 
     The standard library's QueueHandler formats in the caller's thread, and its QueueListener wakes
     up for each record and waits without limit at the end.
-
     """
 
     def __init__(self) -> None:
         self._overflow = 0  # records that did not fit the queue; counted by those who log
         self._unwritten = 0  # lines that could not be written; counted by the writer
-        self._reported = 0  # of both
-        self._is_torn = False  # the line that was written last
+        self._reported = 0  # how many of both have been reported
+        self._is_torn = False  # whether the last line was written in part
         self._queue: queue.SimpleQueue[logging.LogRecord | None] = queue.SimpleQueue()
-        # The file descriptor rather than sys.stderr, whose lock a thread that is stuck in write()
-        # would hold when the interpreter ends, which is fatal to it.
+        # Not sys.stderr: a thread that is stuck in its write() holds its lock, which is fatal when
+        # the interpreter ends.
         self._descriptor = sys.stderr.fileno() if sys.stderr else None
         self._writer = threading.Thread(target=self._write_lines, name="log", daemon=True)
-        self._writer.start()  # or it fails, before anybody is to close it
+        self._writer.start()  # before logging knows of a handler to close, in case it fails
         super().__init__()
 
     @property
     def dropped(self) -> int:
-        """How many lines were dropped so far."""
+        """How many lines have been dropped so far."""
         return self._overflow + self._unwritten
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -187,12 +186,12 @@ class BackgroundHandler(logging.Handler):
             return b""
 
     def _write(self, lines: Iterable[bytes]) -> int:
-        """Write lines, several in one call but never more than a pipe takes in one piece.
+        """Write lines, several in one call, but no more than a pipe takes atomically.
 
         Worker processes share the pipe, and would write into each other's lines.
 
         Returns:
-            How many lines could not be written as a whole.
+            How many lines could not be written whole.
         """
         failed = size = 0
         batch: list[bytes] = []
@@ -205,7 +204,7 @@ class BackgroundHandler(logging.Handler):
         return failed + self._write_batch(batch)
 
     def _write_batch(self, lines: Sequence[bytes]) -> int:
-        # A line of which a part was written does not go on with the next one.
+        # The next line does not continue one that was written in part.
         data = b"\n" * self._is_torn + b"".join(lines)
         unwritten = self._write_bytes(data)
         written = data[: len(data) - unwritten]
@@ -217,7 +216,7 @@ class BackgroundHandler(logging.Handler):
     def _write_bytes(self, data: bytes) -> int:
         """Write to stderr; return how many bytes could not be written."""
         if self._descriptor is None:
-            return 0  # it was closed: nobody wants to read them
+            return 0  # stderr was closed: nobody wants to read it
         with contextlib.suppress(OSError):  # the disk is full, or the reader is gone
             while data:
                 try:

@@ -1,8 +1,8 @@
-"""Reloading: ``port-checker reload`` has the running service take up changed settings.
+"""Reloading: ``port-checker reload`` has the running service adopt changed settings.
 
-The two meet at a socket in the folder that systemd makes for the service (RuntimeDirectory=), which
-no other user may enter. systemd reads the files of EnvironmentFile= anew for ExecReload=, so the
-settings come from the environment of the program that asks.
+They meet at a socket in the service's RuntimeDirectory=, which no other user may enter. systemd
+reads EnvironmentFile= again for ExecReload=, so the new settings are the environment of the program
+that asks.
 """
 
 import contextlib
@@ -14,22 +14,22 @@ from typing import Self
 
 from port_checker.settings import PREFIXES
 
-# Seconds that the program waits for new processes; systemd has TimeoutStartSec= for it.
+# Seconds that the program waits for new processes. systemd's TimeoutStartSec= bounds it as well.
 _PATIENCE = 300.0
 
-# Bytes of an environment, or of an answer.
+# The most bytes of an environment, or of an answer.
 _MAX_MESSAGE = 128 * 1024
 
 
 class ReloadFailed(Exception):
-    """The service goes on as before; the message says why."""
+    """The service runs on as before; the message says why."""
 
 
 def request_reload() -> None:
-    """Have the running service go on with this process's settings; return when it does.
+    """Have the running service adopt this process's settings; return when it has.
 
     Raises:
-        ReloadFailed: There is no service, or it cannot.
+        ReloadFailed: No service runs, or it cannot adopt them.
     """
     path = _path()
     if not path:
@@ -51,7 +51,7 @@ class ReloadRequest:
     """A program that waits for the service to have reloaded.
 
     Attributes:
-        environment: The variables of that program that may be settings.
+        environment: That program's environment variables, as far as they may be settings.
     """
 
     def __init__(self, program: socket.socket, environment: dict[str, str]) -> None:
@@ -59,18 +59,18 @@ class ReloadRequest:
         self._program = program
 
     def answer(self, error: str | None = None) -> None:
-        """Say how the reload ended: with an error, or well."""
+        """Say how the reload ended: with an error, or without one."""
         with self._program, contextlib.suppress(OSError):
             self._program.send(json.dumps(error).encode())
 
 
 class ReloadRequests:
-    """The socket on which the service takes requests to reload, if systemd made a folder for it."""
+    """The socket on which the service is asked to reload, if it has a RuntimeDirectory=."""
 
     def __init__(self) -> None:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         if path := _path():
-            with contextlib.suppress(OSError):  # nobody can reload then
+            with contextlib.suppress(OSError):  # then nobody can reload
                 Path(path).unlink(missing_ok=True)
                 self._listener.bind(path)
                 self._listener.listen()

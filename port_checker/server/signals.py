@@ -1,4 +1,4 @@
-"""What signals mean to the service: some stop it, and no other may end it in the middle of a check.
+"""What signals mean to the service: some stop it, and no other may end it during a check.
 
 A signal that was ignored when the program started stays ignored: nohup(1) and a shell's background
 jobs rely on it.
@@ -10,8 +10,8 @@ from types import FrameType
 
 _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-# Their default is to end the process, and they say nothing about this one. SIGQUIT and the signals
-# of faults keep their default.
+# By default they end the process, and to this one they mean nothing. SIGQUIT and the signals of
+# faults keep their default.
 _MEANINGLESS = (
     signal.SIGUSR1,
     signal.SIGUSR2,

@@ -1,6 +1,6 @@
-"""What systemd and the service exchange: notices (sd_notify(3)), passed sockets, the journal.
+"""What systemd and the service exchange: notifications, passed sockets, the journal.
 
-A notice that cannot be sent does the service no harm.
+A notification (sd_notify(3)) that cannot be sent does no harm.
 """
 
 import contextlib
@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 _BEATS_OF_STATUS = 10
 
-# Connections that wait at a socket are no more than its backlog: of the socket unit, Backlog=.
+# The most connections that can wait at a socket: its backlog, Backlog= in the socket unit.
 _MAX_WAITING = 4096
 
-# Seconds for all of those together to send their requests.
+# Seconds that all of these together have to send their requests.
 _REFUSAL_PATIENCE = 1.0
 
 _REFUSAL = (
@@ -52,8 +52,8 @@ class Heartbeat:
         self._beats = 0
 
     def beat(self) -> None:
-        """Say that the service is ready and alive; and how it is, now and then."""
-        # Each says that it is ready, in case one gets lost: systemd ignores what it knows.
+        """Say that the service is ready and alive; and, now and then, what it does."""
+        # Each one says that it is ready, in case one gets lost: systemd ignores repetitions.
         assignments = ["READY=1", "WATCHDOG=1"]
         if self._status and self._beats % _BEATS_OF_STATUS == 0:
             assignments.append(f"STATUS={self._status()}")
@@ -66,7 +66,7 @@ class Heartbeat:
 
 
 def passed_sockets() -> list[socket.socket]:
-    """Return the listening sockets that systemd passes to us (sd_listen_fds(3)), if it does."""
+    """Return the listening sockets that systemd passes to us, if any (sd_listen_fds(3))."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return []
     count = int(os.environ.get("LISTEN_FDS", "0"))
@@ -74,9 +74,9 @@ def passed_sockets() -> list[socket.socket]:
 
 
 def refuse_waiting() -> None:
-    """Tell clients that wait at the passed sockets that there is no service.
+    """Tell clients that wait at the passed sockets that the service cannot start.
 
-    Otherwise systemd would start it for them again and again, although it cannot start.
+    Otherwise systemd would start it for them again and again.
     """
     clients: list[socket.socket] = []
     for listener in passed_sockets():
@@ -89,7 +89,7 @@ def refuse_waiting() -> None:
         with contextlib.suppress(OSError):
             client.sendall(_REFUSAL)
             client.shutdown(socket.SHUT_WR)
-    # Closing before they have sent their requests would lose them the answer.
+    # If we closed before they have sent their requests, the answer would be lost.
     deadline = time.monotonic() + _REFUSAL_PATIENCE
     for client in clients:
         with client, contextlib.suppress(OSError):
