@@ -1,8 +1,8 @@
 """Host names to addresses, for callers that cannot wait for a silent resolver.
 
-``getaddrinfo()`` blocks for as long as the system's resolver likes, and nothing interrupts it. The
-event loop would run it in threads that the end of the process waits for, and start a look-up for
-each question. Here it runs in a daemon thread, and one look-up serves all who ask meanwhile.
+``getaddrinfo()`` blocks for as long as the system's resolver likes, and nothing interrupts it.
+asyncio would run one for each question, in threads that the process waits for at its end. Here each
+runs in a daemon thread, and serves all who ask for the same name meanwhile.
 """
 
 import asyncio

@@ -4,8 +4,8 @@ import re
 
 from starlette.requests import HTTPConnection
 
-# How much is read of a field. Browsers send ten elements; a field that is as long as a request may
-# be would take some milliseconds.
+# How much of a field is read. Browsers send ten elements; the longest field that a request may have
+# would take some milliseconds.
 _MAX_ELEMENTS = 50
 _MAX_PARAMETERS = 10
 

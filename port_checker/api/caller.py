@@ -25,29 +25,29 @@ _TRACES = frozenset(
 )
 _TRACE_PREFIXES = (b"x-forwarded-", b"x-envoy-", b"x-vercel-forwarded-", b"x-traefik-")
 
-# How many hops of X-Forwarded-For are read. Chains of proxies are shorter; a header that is as long
-# as a request may be would take 0.2 s.
+# How many hops of X-Forwarded-For are read. Chains of proxies are shorter; the longest header that
+# a request may have would take 0.2 s.
 _MAX_HOPS = 20
 
-# An element of X-Forwarded-For: an address, to which some proxies add a port. RFC 7239 section 6
-# has the brackets, and ports that are obfuscated.
+# An element of X-Forwarded-For: an address, to which some proxies add a port. Brackets and
+# obfuscated ports are as in RFC 7239 section 6.
 _HOP = re.compile(r"(?:\[([^]]*:[^]]*)\]|([0-9.]+))(?::(?:[0-9]{1,5}|_[A-Za-z0-9._-]+))?|([^[]*)")
-# What proxies write for a client that has no address, or whose address they hide (RFC 7239
+# What proxies write for a client that has no address, or whose address they hide (RFC 7239,
 # sections 6.2 and 6.3).
 _NAMELESS = re.compile(r"unknown|unix:.*|_[A-Za-z0-9._-]+", re.IGNORECASE)
 
-# Requests after which a proxy that has forwarded nothing but nameless clients will not do better.
+# A proxy that has forwarded no address in so many requests will forward none later.
 _NAMELESS_PATIENCE = 10
 
-# Addresses that hosts can have: the others name no host, or many. Special-purpose ones are among
-# them, since networks of private addresses have proxies, too.
+# Addresses that a host can have. The others name no host, or many. Special-purpose ones are among
+# them, since private networks have proxies, too.
 _IPV4_NOT_OF_HOSTS = networks("0.0.0.0/8,224.0.0.0/3")
 _IPV6_OF_HOSTS = networks("::1,64:ff9b::/96,64:ff9b:1::/48,2000::/3,fc00::/7,fe80::/10")
 
 # A peer on a Unix socket is on this machine.
 _UNIX_PEER = parse_address("127.0.0.1")
 
-# Addresses of this machine from which others' requests came; it has few.
+# The most addresses of this machine that are remembered as relays; it has few.
 _MAX_RELAYS = 256
 
 logger = logging.getLogger(__name__)
@@ -203,10 +203,10 @@ class CallerResolver:
 
 
 def _is_on_unix_socket(connection: HTTPConnection) -> bool:
-    """Whether the peer is a program on this machine that has no address: a proxy, which is trusted.
+    """Whether the peer is on a Unix socket: a proxy on this machine, which is trusted.
 
-    A Unix socket has no port (ASGI's specification). The peer of a TCP connection has no address,
-    either, if that was reset by now; but our end of it has one.
+    A Unix socket has no port (ASGI's specification). The peer of a TCP connection has no address
+    either once the connection has been reset, but our end of it has one.
     """
     server = connection.scope.get("server")
     return bool(not connection.scope.get("client") and server and server[1] is None)
@@ -282,8 +282,8 @@ def _can_be_forwarded(
 ) -> bool:
     """Whether a special-purpose address can be that of a caller which these proxies forwarded.
 
-    An address of this machine is its caller's only if the proxies are all on this machine, too: on
-    another one it is another's, or of whoever can make a proxy write what it likes.
+    An address of this machine can be the caller's only if all proxies are on this machine, too. A
+    proxy elsewhere means another machine, or was made to write the address.
     """
     if address.version == 4:
         if lies_in(address, _IPV4_NOT_OF_HOSTS):

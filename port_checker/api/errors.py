@@ -17,10 +17,10 @@ from port_checker.api.records import RefusalLog
 from port_checker.errors import ErrorCode, ServiceError
 from port_checker.metrics import Metrics
 
-# Nothing that is answered may be kept by a proxy's cache and given to somebody else.
+# No proxy's cache may keep an answer and give it to somebody else.
 NO_STORE = {"Cache-Control": "no-store"}
 
-# Of answers in text, which others get in JSON, and no browser shall take for anything else.
+# For answers in text: others get them in JSON, and no browser may take them for anything else.
 TEXT_HEADERS = {**NO_STORE, "Vary": "Accept", "X-Content-Type-Options": "nosniff"}
 
 STATUS = {
@@ -60,7 +60,7 @@ def answer_errors(
         app: The application.
         callers: Finds out who asks.
         metrics: Where errors are counted.
-        not_found_page: Returns what a browser shows for a path that there is not.
+        not_found_page: Returns what a browser shows for a path that does not exist.
 
     Returns:
         The handler, for those who answer without raising.
@@ -94,7 +94,7 @@ def answer_errors(
         return respond(request, ApiError(ErrorCode.INVALID_REQUEST, "The body is incomplete."))
 
     async def answer_nobody(_: Request, __: Exception) -> Response:
-        return Response()  # the check is on record as cancelled, and is no error besides
+        return Response()  # nobody reads it; the check is on record as cancelled
 
     async def answer_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101  # it is added for those alone
@@ -124,7 +124,7 @@ def answer_errors_in_text(request: Request) -> None:
 
 
 def _tells_that_no_route_fits(error: HTTPException) -> bool:
-    """Tell the router's exceptions from those of routes that somebody added to ours."""
+    """Tell the router's own exceptions from those that added routes raise."""
     return (
         type(error) is HTTPException  # routes raise FastAPI's
         and error.status_code in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED)

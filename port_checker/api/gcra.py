@@ -10,8 +10,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-# Seconds by which a payment may come early. Far more than the error of the floating-point numbers,
-# far less than anybody can notice.
+# Seconds by which a payment may come early: far more than floating-point errors, far less than
+# anybody can notice.
 _TOLERANCE: Final = 1e-6
 
 

@@ -21,7 +21,7 @@ from port_checker.schemas import (
 )
 from port_checker.settings import Settings
 
-# What /check-ports answers to those who accept it.
+# The answer of /check-ports to callers that accept this type.
 DOCUMENTED_PROGRESS: dict[int | str, dict[str, Any]] = {
     200: {
         "content": {
@@ -39,7 +39,7 @@ DOCUMENTED_PROGRESS: dict[int | str, dict[str, Any]] = {
 
 PORT_PARAMETER = {"name": "port", "in": "path", "required": True, "schema": PORT_SCHEMA}
 
-# The errors of bodies.
+# Errors that only a request's body can cause.
 _OF_BODIES = {
     ErrorCode.INVALID_IP,
     ErrorCode.TOO_MANY_PORTS,
@@ -59,7 +59,7 @@ def documented_body(model: type[BaseModel]) -> Any:
 
 
 def documented_errors(examples: Mapping[ErrorCode, str]) -> dict[int | str, dict[str, Any]]:
-    """Return OpenAPI's ``responses`` for the codes of ``examples``, which holds their messages."""
+    """Return OpenAPI's ``responses`` for the error codes in ``examples``, with these messages."""
     answers: dict[int | str, dict[str, Any]] = {}
     for code, message in examples.items():
         status = STATUS[code]
@@ -92,7 +92,7 @@ def documented_answers_in_text(
     for error in errors.values():
         del error["model"]
         error["content"]["application/json"]["schema"] = _reference(ErrorResponse)
-        # First, because it is what clients get that do not ask.
+        # First, because clients get it that do not ask for JSON.
         error["content"] = {"text/plain": {"schema": {"type": "string"}}, **error["content"]}
     result = {"application/json": {"schema": _reference(CheckPortsResponse)}}
     return {200: {"content": result}, **errors}
@@ -103,7 +103,7 @@ def _reference(model: type[BaseModel]) -> dict[str, str]:
 
 
 def extend_openapi(app: FastAPI, settings: Settings) -> None:
-    """Have ``app.openapi()`` tell the limits of ``settings``, and examples, of the checks."""
+    """Add the limits in ``settings``, and examples of checks, to what ``app.openapi()`` returns."""
     bodies = {
         "/check-ports": {
             "here": {

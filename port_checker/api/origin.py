@@ -1,6 +1,6 @@
-"""Which requests other sites' pages make: a browser lends its visitor's address to every page.
+"""Refusing requests that other sites' pages make: to us they come from the visitor's address.
 
-Programs send none of the headers that give a page away, so this does not affect them.
+Programs other than browsers send none of the headers that show this, so it does not affect them.
 """
 
 import socket
@@ -125,7 +125,7 @@ def require_same_origin(
 
 
 class AllowedHosts:
-    """An ASGI application that refuses requests to names which are not this service's.
+    """An ASGI middleware that refuses requests to names that are not this service's.
 
     A name that its owner has pointed at a private address (DNS rebinding) is the same origin to a
     browser, which lets that name's pages read the answers.
@@ -192,8 +192,8 @@ def _is_same_host_to_browser(
     if forwarded_host:  # by each proxy, the browser's first
         return _is_same_host(origin, forwarded_host.partition(b",")[0].strip(b" \t"))
     name = _host_name(host or b"")
-    # A proxy that does not pass Host on puts there how it calls this service: by its address, or
-    # by a name that only its configuration or its own network knows (nginx: of an upstream block).
+    # A proxy that does not pass Host on sends its own name for this service: an address, or a name
+    # that only its configuration or its network knows (nginx: that of an upstream block).
     if origin.partition(b"://")[2] and ("." not in name or _is_literal(name)):
         return True
     return _is_same_host(origin, host)

@@ -28,15 +28,15 @@ from port_checker.settings import Settings
 
 _WEB = Path(__file__).parent / "web"
 
-# The sentence for each error of a certificate or a port, by how it begins; the first that fits
-# counts, and the last fits all.
+# The advice for each error of a certificate or a port, by how the error begins. The first that fits
+# counts; the last fits all.
 _ADVICE: Final = {
     **{words: advice.FOR_TLS[kind] for words, kind in TLS_KINDS.items() if kind in advice.FOR_TLS},
     **{str(words): advice.FOR_PAGE[verdict.kind] for words, verdict in PORT_VERDICTS.items()},
     "": advice.FOR_PAGE[VerdictKind.OTHER],
 }
 
-# Where programs find what there is.
+# Where programs find everything, relative to the page.
 _LINKS = {
     "name": "Golem Port Checker",
     "check_ports": "check-ports",
@@ -47,7 +47,7 @@ _LINKS = {
     "openapi": "openapi.json",
 }
 
-# For those who wonder who connects to them.
+# For people who wonder who connects to them.
 _ABOUT: Final = (
     "This service connects to TCP ports when somebody asks it to, sends nothing over the "
     "connection but, for a certificate, a TLS handshake, and closes it at once."
@@ -77,7 +77,7 @@ _DOCS_HEADERS = {
     # Swagger UI's style sheet holds its icons.
     "Content-Security-Policy": _CONTENT_POLICY.format(images="'self' data:"),
 }
-# A file's name changes with its content, so a browser need never ask for it again.
+# A file's name changes with its content, so a browser never needs to ask for it again.
 _FOR_EVER = {
     **_NOSNIFF,
     "Cache-Control": "public, max-age=31536000, immutable",
@@ -87,13 +87,13 @@ _FOR_EVER = {
 _REVALIDATED = {**_NOSNIFF, "Cache-Control": "no-cache"}
 _WHEEL_TYPE = "application/octet-stream"
 
-# Of a path that a browser shows a page for: nobody makes that page long.
+# Of a path that was not found: no stranger makes its page long.
 _MAX_DEPTH = 20
 
-# Seconds by which a check of several places may take longer.
+# Seconds that a check may take longer when several places make it.
 _FOR_OTHER_PLACES: Final = 1.0
 
-# Stands on the page for the service's, which the page's script knows.
+# The page's script puts the service's URL in its place.
 _URL = '<var data-is="url">URL</var>'
 
 
@@ -127,7 +127,7 @@ class _StaticFile:
 
 @functools.cache  # once in a process, for all its applications: Swagger UI takes 50 ms to compress
 def _static_files() -> dict[str, _StaticFile]:
-    """All of them, by the names that the pages know them by."""
+    """Return all of them, by the names that the pages use."""
     swagger_ui = Path(fastapi_offline.__file__).parent / "static"
     paths = [_WEB / name for name in ("mark.svg", "page.css", "ports.js", "page.js")]
     paths += [_WEB / name for name in ("docs.css", "docs.js")]
@@ -208,8 +208,8 @@ def add_pages(app: FastAPI, settings: Settings) -> None:
 
 
 def not_found_page(request: Request) -> Response:
-    """Return the page that a browser shows for a path that there is not."""
-    # Its own path may be that of a proxy's and more, so its links lead up from there.
+    """Return the page that a browser shows for a path that does not exist."""
+    # A proxy may have put more before its path, so its links lead up from there.
     path = request.scope.get("raw_path") or request.scope["path"].encode()
     depth = path.count(b"/") - 1 - request.scope.get("root_path", "").count("/")
     page = _not_found_template().replace("[up]", "../" * min(depth, _MAX_DEPTH) or "./")
@@ -223,7 +223,7 @@ def _not_found_template() -> str:
 
 
 def _contact(contact: str) -> str:
-    """The sentence about whom to write to, in HTML."""
+    """Return the sentence about whom to write to, in HTML."""
     if not contact:
         return ""
     link = contact if "://" in contact else f"mailto:{contact}"
@@ -231,7 +231,7 @@ def _contact(contact: str) -> str:
 
 
 def _program(wheel: Wheel) -> dict[str, str]:
-    """Where the program is, and how to run it; URL stands for that of this service."""
+    """Tell where the program is, and how to run it; URL stands for this service's."""
     path = f"static/{wheel.name}"
     return {
         "wheel": path,

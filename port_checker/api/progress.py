@@ -28,7 +28,7 @@ class ProgressResponse(Response):
     """Makes a check, and sends a line for each port as soon as its verdict is final.
 
     The last line is the usual answer, or the usual error if the check fails after the first line.
-    If it fails before that, the error is raised, and answered with its status as ever.
+    If it fails before that, the error is raised, and answered with its own status.
 
     Args:
         request: The caller's.
@@ -37,7 +37,7 @@ class ProgressResponse(Response):
     """
 
     def __init__(self, request: Request, check: ReportingCheck, answer: Answer) -> None:
-        # Without the second field nginx would keep the lines until there are many.
+        # Without the second field, nginx would buffer the lines.
         headers = {**NO_STORE, "X-Accel-Buffering": "no"}
         super().__init__(media_type=NDJSON, headers=headers)
         del self.headers["Content-Length"]  # nobody knows it yet

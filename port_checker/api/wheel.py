@@ -34,13 +34,13 @@ _LONG_AGO = (1980, 1, 1, 0, 0, 0)
 class Wheel:
     """A wheel.
 
-    Its bytes depend only on what is in it: neither on when and where it was made, nor on a version
-    of a compressor. So two services that run the same hand out the same.
+    Its bytes depend only on its content: not on when and where it was made, nor on a compressor's
+    version. So two services that run the same version hand out the same wheel.
 
     Attributes:
         name: Of the file.
         content: Its bytes.
-        sha256: Of these, in hexadecimal digits.
+        sha256: The hash of these, in hexadecimal digits.
     """
 
     name: str
@@ -51,8 +51,8 @@ class Wheel:
     def of_installed(cls) -> Self | None:
         """Make the wheel of the package that is running; None if it has not been installed.
 
-        An editable installation will do. The package's shared data (units for systemd, say) are
-        not in it, as they are the operator's.
+        An editable installation will do. The package's shared data (systemd units, say) is left
+        out: only operators need it.
         """
         try:
             installed = distribution(_DISTRIBUTION)
@@ -105,7 +105,7 @@ def _zip(files: dict[str, bytes], stem: str) -> bytes:
 
 
 def _record(files: dict[str, bytes], stem: str) -> bytes:
-    """Return the list of all files with their hashes, which ends with itself, without one."""
+    """Return the list of all files with their hashes; its last line is for itself, without one."""
 
     def lines() -> Iterator[str]:
         for name, content in sorted(files.items()):
