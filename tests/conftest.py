@@ -1,6 +1,7 @@
 """For all tests: no settings of the developer, a TLS authority, and names of failures at once."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,17 @@ def authority(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> trustme.CA:
     authority = trustme.CA()
     trust(authority, monkeypatch, tmp_path)
     return authority
+
+
+def pytest_configure() -> None:
+    """Have signals mean what they usually do, to programs that the tests start, too.
+
+    A run in the background, or one of nohup(1), inherits that some are ignored.
+    """
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> list[str]:

@@ -17,7 +17,14 @@ import pytest
 from tests.support.http import HEALTH, read_answer
 from tests.support.loopback import open_port
 from tests.support.namespace import ROOT, loopback_alone, needs_root
-from tests.support.proxies import CADDY_AUTHORITY, as_shipped, haproxy, needs_proxies, nginx
+from tests.support.proxies import (
+    CADDY_AUTHORITY,
+    CADDY_NAME,
+    as_shipped,
+    haproxy,
+    needs_proxies,
+    nginx,
+)
 from tests.support.service import passing, program, serve
 from tests.support.waiting import wait_until
 
@@ -289,7 +296,7 @@ def test_what_operators_copy_works_as_it_stands(name: str, tmp_path: Path) -> No
 
 @needs_root
 def test_the_caddyfile_works_as_it_stands(tmp_path: Path) -> None:
-    name = {"sni_hostname": "checker.example"}  # the file's
+    name = {"sni_hostname": CADDY_NAME}
     with (
         loopback_alone(),
         program(PORT_CHECKER_PORT="9000"),
@@ -300,8 +307,8 @@ def test_the_caddyfile_works_as_it_stands(tmp_path: Path) -> None:
         with httpx.Client(base_url="https://127.0.0.1", transport=transport, timeout=30) as client:
             for forged in FORGED:
                 headers = httpx.Headers(forged)
-                headers["Host"] = name["sni_hostname"]
+                headers["Host"] = CADDY_NAME
                 answer = client.get("/ip", headers=headers, extensions=name)
                 assert answer.json() == {"ip": OUTSIDE}, forged
-            page = client.get("/", headers={"Host": name["sni_hostname"]}, extensions=name)
+            page = client.get("/", headers={"Host": CADDY_NAME}, extensions=name)
             assert page.status_code == 200

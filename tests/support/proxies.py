@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import ssl
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,6 +31,9 @@ needs_proxies = pytest.mark.skipif(
 
 # Where Caddy keeps the certificate of its own authority.
 CADDY_AUTHORITY = "pki/authorities/local/root.crt"
+
+# The name in contrib/Caddyfile.
+CADDY_NAME = "checker.example"
 
 # One process in the foreground, which writes nowhere but into its own directory.
 _NGINX_CONFIGURATION = """\
@@ -187,9 +191,15 @@ def as_shipped(file: Path, directory: Path) -> Iterator[None]:
         caddy = [_CADDY, "run", "--adapter", "caddyfile", "--config", configuration]
 
         def serves() -> bool:
-            with socket.socket() as client:
-                has_port = client.connect_ex(("127.0.0.1", 443)) == 0
-            return has_port and (directory / CADDY_AUTHORITY).exists()
+            trusted = directory / CADDY_AUTHORITY
+            with suppress(OSError):  # ssl.SSLError is one: it listens before it has a certificate
+                context = ssl.create_default_context(cafile=trusted)
+                with (
+                    socket.create_connection(("127.0.0.1", 443)) as client,
+                    context.wrap_socket(client, server_hostname=CADDY_NAME),
+                ):
+                    return True
+            return False
 
         with _running(serves, directory, *caddy):
             yield
