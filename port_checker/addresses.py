@@ -8,9 +8,12 @@ import functools
 import ipaddress
 from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import Final
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
+
+MAX_PORT: Final = 65535
 
 # The longest literal: eight groups, the last two as dotted IPv4 (INET6_ADDRSTRLEN less its NUL).
 _LONGEST_LITERAL = 45

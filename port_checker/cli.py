@@ -517,7 +517,7 @@ def _write(reports: Sequence["Report"], as_json: bool) -> None:
         sys.stdout.reconfigure(errors="replace")  # a server's words may not fit the encoding
     if as_json:
         typer.echo(_document(reports))
-    else:
+    elif sys.stdout.isatty():
         from rich.console import Console
 
         from port_checker.provider.screen import show
@@ -527,6 +527,10 @@ def _write(reports: Sequence["Report"], as_json: bool) -> None:
             for report in reports:
                 show(report, console)
         sys.stdout.write(capture.get())
+    else:
+        from port_checker.provider.lines import lines
+
+        sys.stdout.writelines(f"{line}\n" for report in reports for line in lines(report))
     sys.stdout.flush()
 
 

@@ -21,21 +21,11 @@ from pydantic import (
 from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError, from_json, to_json
 
-from port_checker.addresses import Address, parse_address
-from port_checker.connect import (
-    HOST_UNREACHABLE,
-    NETWORK_UNREACHABLE,
-    OPEN,
-    REFUSED,
-    TIMED_OUT,
-    Verdict,
-    VerdictKind,
-)
+from port_checker.addresses import MAX_PORT, Address, parse_address
+from port_checker.connect import Verdict
 from port_checker.errors import ErrorCode as ErrorCode  # clients look for it here
 from port_checker.errors import ServiceError
-from port_checker.tls import TlsVerdict, TlsVerdictKind
-
-MAX_PORT: Final = 65535
+from port_checker.tls import TlsVerdict
 
 # A request with this field is answered by this server alone, whoever sends it, so that servers that
 # ask each other do not go in circles.
@@ -262,28 +252,6 @@ def _plain_ports_request(document: object, max_ports: int) -> PortsToCheck | Non
         return None
 
 
-# What an error of a port means. One that is not here is of another kind.
-PORT_VERDICTS: Final = {
-    verdict.error: verdict
-    for verdict in (REFUSED, TIMED_OUT, HOST_UNREACHABLE, NETWORK_UNREACHABLE)
-}
-
-# What an error of a TLS endpoint means, by how it begins; the first that fits counts.
-TLS_KINDS: Final = {
-    "certificate expired": TlsVerdictKind.EXPIRED,
-    "certificate does not match": TlsVerdictKind.MISMATCH,
-    "certificate verify failed: certificate is not yet valid": TlsVerdictKind.NOT_YET_VALID,
-    "certificate verify failed: unable to get local issuer": TlsVerdictKind.UNKNOWN_AUTHORITY,
-    "certificate verify failed: self-signed": TlsVerdictKind.UNKNOWN_AUTHORITY,
-    "certificate verify failed": TlsVerdictKind.UNTRUSTED,
-    "TLS handshake failed: wrong version number": TlsVerdictKind.NOT_TLS,
-    "TLS handshake failed: tlsv1 alert protocol version": TlsVerdictKind.TOO_OLD,
-    "TLS handshake failed: unsupported protocol": TlsVerdictKind.TOO_OLD,
-    "TLS handshake failed": TlsVerdictKind.HANDSHAKE_FAILED,
-    "": TlsVerdictKind.NO_CONNECTION,
-}
-
-
 @dataclass(slots=True)
 class PortResult:
     """Whether one port can be reached.
@@ -295,13 +263,6 @@ class PortResult:
 
     accessible: bool
     error: str | None
-
-    @property
-    def verdict(self) -> Verdict:
-        """What the result means."""
-        if self.accessible:
-            return OPEN
-        return PORT_VERDICTS.get(self.error) or Verdict(VerdictKind.OTHER, self.error)
 
 
 class ErrorDetail(BaseModel):
@@ -324,10 +285,6 @@ class ErrorResponse(BaseModel):
 
 def _error_detail(error: ServiceError) -> ErrorDetail:
     return ErrorDetail(code=error.code, message=error.message)
-
-
-# The name of the place where the service is that answers.
-HERE: Final = "here"
 
 
 class Place(BaseModel):
@@ -536,14 +493,6 @@ class TlsResult(BaseModel):
             peer=f"{host}:{asked.port}",
             not_after=verdict.not_after.isoformat() if verdict.not_after else None,
         )
-
-    @property
-    def kind(self) -> TlsVerdictKind:
-        """What the result means."""
-        if self.valid:
-            return TlsVerdictKind.VALID
-        error = self.error or ""
-        return next(kind for words, kind in TLS_KINDS.items() if error.startswith(words))
 
 
 class TlsFromPlace(Place):

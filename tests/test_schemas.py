@@ -33,6 +33,7 @@ from port_checker.schemas import (
     port_results_json,
 )
 from port_checker.tls import TlsVerdict, TlsVerdictKind
+from port_checker.verdicts import port_verdict
 
 GOOD = b'{"provider_ip": "203.0.113.7", "ports": [80]}'
 NOT_JSON = "The body is not valid JSON in UTF-8: "
@@ -270,7 +271,8 @@ def test_responses_to_the_byte() -> None:
 )
 def test_a_verdict_is_read_as_it_was_sent(verdict: Verdict) -> None:
     sent = port_results_json({1: verdict})
-    assert CheckPortsResponse.model_validate_json(sent).results["1"].verdict == verdict
+    result = CheckPortsResponse.model_validate_json(sent).results["1"]
+    assert port_verdict(result.accessible, result.error) == verdict
 
 
 # POST /check-tls

@@ -34,8 +34,8 @@ from port_checker.addresses import Address, parse_address
 from port_checker.checker import Checker
 from port_checker.connect import HELD_UP, CheckFailed, OpenConnectionPacer
 from port_checker.handshake_process import decode, encode
-from port_checker.schemas import CheckTlsResponse
 from port_checker.tls import TlsClient, TlsVerdict, TlsVerdictKind, _Messages
+from port_checker.verdicts import tls_kind
 from tests.support.hostile_tls import (
     showing_in_tls_1_2,
     showing_in_tls_1_3,
@@ -87,7 +87,7 @@ def judge(
 
 def kind_of(error: str | None) -> TlsVerdictKind:
     """What callers take an error for."""
-    return CheckTlsResponse(valid=not error, error=error, peer="", not_after=None).kind
+    return tls_kind(not error, error)
 
 
 def failed(reason: str, *, try_again: bool = False) -> TlsVerdict:

@@ -23,8 +23,8 @@ from port_checker.api.accept import accepts, prefers_html
 from port_checker.api.errors import NO_STORE
 from port_checker.api.wheel import Wheel, installed_wheel
 from port_checker.connect import VerdictKind
-from port_checker.schemas import PORT_VERDICTS, TLS_KINDS
 from port_checker.settings import Settings
+from port_checker.verdicts import PORT_VERDICTS, TLS_KINDS
 
 _WEB = Path(__file__).parent / "web"
 

@@ -25,7 +25,6 @@ from port_checker.errors import ErrorCode, ServiceError
 from port_checker.metrics import Metrics, VoteOutcome
 from port_checker.resolver import Resolver
 from port_checker.schemas import (
-    HERE,
     PERSPECTIVE_MARK,
     CallerAddress,
     CheckPortsResponse,
@@ -36,6 +35,7 @@ from port_checker.schemas import (
 )
 from port_checker.settings import place_name
 from port_checker.tls import TlsVerdict, TlsVerdictKind
+from port_checker.verdicts import HERE, port_verdict, tls_kind
 
 _MARGIN: Final = 1.0  # seconds that a place may take longer than a check
 
@@ -328,7 +328,10 @@ class Perspectives:
                 raise ValueError
             for accessible, error in {(each.accessible, each.error) for each in results.values()}:
                 _require_result(accessible, error)
-            return {port: results[str(port)].verdict for port in ports}
+            return {
+                port: port_verdict(each.accessible, each.error)
+                for port, each in zip(ports, results.values(), strict=True)
+            }
 
         async def ask(client: PlaceClient) -> dict[int, Verdict]:
             return await self._ask(client, "/check-ports", body, caller, size, read)
@@ -358,7 +361,8 @@ class Perspectives:
             until = datetime.fromisoformat(result.not_after) if result.not_after else None
             if until and until.utcoffset() != timedelta(0):
                 raise ValueError
-            return {asked.port: TlsVerdict(result.kind, result.error, until)}
+            kind = tls_kind(result.valid, result.error)
+            return {asked.port: TlsVerdict(kind, result.error, until)}
 
         async def ask(client: PlaceClient) -> dict[int, TlsVerdict]:
             return await self._ask(client, "/check-tls", body, caller, _ANSWER_SIZE, read)

@@ -35,7 +35,6 @@ from port_checker.errors import ServiceError
 from port_checker.metrics import Metrics
 from port_checker.schemas import (
     ERROR_EXAMPLES,
-    HERE,
     PERSPECTIVE_MARK,
     TLS_ERROR_EXAMPLES,
     CallerAddress,
@@ -52,6 +51,7 @@ from port_checker.schemas import (
 )
 from port_checker.settings import Settings
 from port_checker.tls import TlsVerdict
+from port_checker.verdicts import HERE
 
 if TYPE_CHECKING:
     from port_checker.api.perspectives import Perspectives

@@ -15,7 +15,7 @@ How a check goes, and where each part of it is. ``verify`` has the flow, and not
    forwards crossed? These phases, for the ports that are listened on, are in ``phases``.
 5. Judge each port by what was seen here and said there (``report``), for the place where this
    machine is (``place``), and say what is true of all of them (``notes``).
-6. Show it (``screen``), or how it changes (``watch``).
+6. Show it (``lines``, or ``screen`` on a terminal), or how it changes (``watch``).
 """
 
 from port_checker.connect import Verdict

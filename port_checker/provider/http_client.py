@@ -9,6 +9,7 @@ import base64
 import contextlib
 import errno
 import functools
+import json
 import os
 import random
 import re
@@ -194,6 +195,14 @@ class Response:
     body: bytes
     local: Address
     remote: Address
+
+    @functools.cached_property
+    def document(self) -> object:
+        """The body's JSON; None if it has none."""
+        try:
+            return json.loads(self.body)
+        except (ValueError, RecursionError):
+            return None
 
 
 @dataclass(frozen=True)

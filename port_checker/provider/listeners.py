@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Self
 
-from port_checker.addresses import Address, parse_host
+from port_checker.addresses import MAX_PORT, Address, parse_host
 from port_checker.linux import TcpSocket, TcpState, ephemeral_ports, half_open_ports, tcp_sockets
 from port_checker.provider.report import LocalBinding
-from port_checker.schemas import MAX_PORT
 
 # Listeners opened before the event loop goes round: one takes some 20 µs.
 _OPENED_PER_TURN = 50

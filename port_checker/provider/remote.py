@@ -5,18 +5,17 @@ import contextlib
 import errno
 import json
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
-from typing import TypeVar
+from typing import Any, NamedTuple
 from urllib.parse import urljoin, urlsplit
-
-from pydantic import BaseModel, ValidationError
 
 from port_checker.addresses import Address, parse_address
 from port_checker.connect import HOST_UNREACHABLE, REFUSED, TIMED_OUT, Verdict, VerdictKind
+from port_checker.errors import ErrorCode
 from port_checker.provider.http_client import (
     HttpClient,
     HttpError,
@@ -27,18 +26,10 @@ from port_checker.provider.http_client import (
     without_password,
 )
 from port_checker.provider.report import TlsAnswer
-from port_checker.schemas import (
-    HERE,
-    CallerAddress,
-    ErrorCode,
-    PortResult,
-    TlsResult,
-)
+from port_checker.verdicts import HERE, port_verdict, tls_kind
 
 # How this service says whom it would check instead.
 _OWN_ADDRESS = re.compile(r"your own address, ([0-9A-Fa-f.:]+[0-9A-Fa-f])")
-
-_Model = TypeVar("_Model", bound=BaseModel)
 
 # Ports in one request: what a server with default settings accepts.
 MAX_PORTS_PER_REQUEST = 1000
@@ -128,37 +119,12 @@ class _OtherAddress(ServerError):
             self.seen = parse_address(seen or "")
 
 
-class _ErrorDetail(BaseModel):
+class _ErrorDetail(NamedTuple):
     """An error of a server, whose codes may be newer than ours."""
 
     code: str
     message: str
-    ports: list[int] | None = None
-
-
-class _ErrorBody(BaseModel):
-    detail: _ErrorDetail
-
-
-class _PlaceResults(BaseModel):
-    """What a place says from which a server looks, if it could check."""
-
-    name: str
-    results: dict[str, PortResult] | None = None
-
-
-class _PortsAnswer(BaseModel):
-    results: dict[str, PortResult]
-    perspectives: list[_PlaceResults] | None = None
-
-
-class _PlaceTls(BaseModel):
-    name: str
-    result: TlsResult | None = None
-
-
-class _TlsAnswer(TlsResult):
-    perspectives: list[_PlaceTls] | None = None
+    ports: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -240,15 +206,17 @@ class Server:
             ServerError: It does not say.
         """
         response = await self._request("GET", "/ip", None, _ANSWER_SIZE)
-        ip = None
-        if response.status == HTTPStatus.OK:
-            ip = _parse(CallerAddress, response, self.url).ip
-        elif not self._lacks_ip(response):
-            raise ServerError(_describe(response, self.url))
-        try:
-            address = None if ip is None else parse_address(ip)
-        except ValueError:
-            raise ServerError("sent an invalid IP address") from None
+        address = None
+        match response.status, response.document:
+            case HTTPStatus.OK, {"ip": str(ip)}:
+                try:
+                    address = parse_address(ip)
+                except ValueError:
+                    raise ServerError("sent an invalid IP address") from None
+            case HTTPStatus.OK, {"ip": None}:
+                pass
+            case _ if not self._lacks_ip(response):
+                raise ServerError(_describe(response, self.url))
         return Introduction(address, response.local, response.remote)
 
     def _lacks_ip(self, response: Response) -> bool:
@@ -316,24 +284,11 @@ class Server:
         response = await self._request("POST", "/check-tls", body, _ANSWER_SIZE)
         if response.status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
             raise ServerError("does not check certificates")
-        if response.status != HTTPStatus.OK:
+        answer = _read_tls(response.document) if response.status == HTTPStatus.OK else None
+        if not answer:
             raise ServerError(_describe(response, self.url))
-        answer = _parse(_TlsAnswer, response, self.url)
-        places = answer.perspectives or []
-        return TlsAnswer(
-            answer.kind,
-            _tls_error(answer),
-            answer.not_after and printable(answer.not_after),
-            {
-                self._place(place.name): _tls_error(place.result)
-                for place in places[:_MOST_PLACES]
-                if place.result and len(places) > 1
-            },
-        )
-
-    def _place(self, name: str) -> str:
-        """Return what a place is called: the server itself, too."""
-        return self.url.authority if name == HERE else printable(name)
+        seen = ((name, _read_tls(place.get("result"))) for name, place in self._places(response))
+        return replace(answer, places={name: result.error for name, result in seen if result})
 
     async def _check(
         self, address: Address, ports: list[int], is_connecting: Callable[[], bool]
@@ -353,19 +308,22 @@ class Server:
             "POST", "/check-ports", document, size, len(ports), is_connecting, on_lines
         )
         ends = response.local, response.remote
-        if response.status == HTTPStatus.OK:
-            answer = _parse(_PortsAnswer, response, self.url)
-            results = answer.results
+        results = _read_results(response.document) if response.status == HTTPStatus.OK else None
+        if results is not None:
             if results.keys() != {str(port) for port in ports}:
                 raise ServerError("reported on other ports than it was asked about")
-            found = {port: _read_verdict(results[str(port)]) for port in ports}
+            places: dict[int, dict[str, Verdict]] = {}
+            for name, place in self._places(response):
+                for port, result in (_read_results(place) or {}).items():
+                    if port in results and isinstance(result, Verdict):
+                        places.setdefault(int(port), {})[name] = result
             return Answers(
-                {port: said for port, said in found.items() if isinstance(said, Verdict)},
+                {port: said for port in ports if isinstance(said := results[str(port)], Verdict)},
                 frozenset(),
                 None,
                 *ends,
-                {port: said for port, said in found.items() if isinstance(said, str)},
-                places=self._places(ports, answer.perspectives or []),
+                {port: said for port in ports if isinstance(said := results[str(port)], str)},
+                places=places,
             )
         detail = _error_detail(response)
         if detail and detail.code == ErrorCode.TARGET_NOT_ALLOWED:
@@ -373,22 +331,18 @@ class Server:
             raise _OtherAddress(_describe(response, self.url), seen and seen[1])
         if detail and detail.code == ErrorCode.TOO_MANY_PORTS and len(ports) > 1:
             raise _TooManyPorts
-        if detail and (excluded := frozenset(detail.ports or ()) & frozenset(ports)):
+        if detail and (excluded := detail.ports & frozenset(ports)):
             return Answers({}, excluded, None, *ends)
         raise ServerError(_describe(response, self.url))
 
-    def _places(
-        self, ports: list[int], places: list[_PlaceResults]
-    ) -> dict[int, dict[str, Verdict]]:
-        """Return what each place says of each port; nothing if there are no others."""
-        found: dict[int, dict[str, Verdict]] = {}
-        for place in places[:_MOST_PLACES] if len(places) > 1 else ():
-            results = place.results or {}
-            for port in ports:
-                result = results.get(str(port))
-                if result and isinstance(verdict := _read_verdict(result), Verdict):
-                    found.setdefault(port, {})[self._place(place.name)] = verdict
-        return found
+    def _places(self, response: Response) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield what each place says, and what it is called; nothing if there are no others."""
+        match response.document:
+            case {"perspectives": [_, _, *_] as places}:
+                for place in places[:_MOST_PLACES]:
+                    match place:
+                        case {"name": str(name)}:
+                            yield self.url.authority if name == HERE else printable(name), place
 
     async def _request(
         self,
@@ -436,19 +390,46 @@ class Server:
                 raise _TooManyPorts
 
 
-def _tls_error(result: TlsResult) -> str | None:
-    return None if result.valid else printable(result.error or "no reason given")
+def _read_tls(result: object) -> TlsAnswer | None:
+    """Read the result for a TLS endpoint; None if it is none."""
+    match result:
+        case {
+            "valid": bool(valid),
+            "error": str() | None as error,
+            "not_after": str() | None as not_after,
+        }:
+            return TlsAnswer(
+                tls_kind(valid, error),
+                None if valid else printable(error or "no reason given"),
+                not_after and printable(not_after),
+            )
+    return None
 
 
-def _read_verdict(result: PortResult) -> Verdict | str:
+def _read_results(answer: object) -> dict[str, Verdict | str] | None:
+    """Read the results for ports, as ``_read_verdict`` does; None if there are none."""
+    match answer:
+        case {"results": dict(results)}:
+            found = {}
+            for port, result in results.items():
+                match result:
+                    case {"accessible": bool(accessible), "error": str() | None as error}:
+                        found[port] = _read_verdict(accessible, error)
+                    case _:
+                        return None
+            return found
+    return None
+
+
+def _read_verdict(accessible: bool, error: str | None) -> Verdict | str:
     """Read a verdict; or what the server says of its own trouble, which is none.
 
     Older servers put the number of the system's error before its words.
     """
-    verdict = result.verdict
+    verdict = port_verdict(accessible, error)
     if verdict.kind is not VerdictKind.OTHER:
         return verdict
-    error = printable(verdict.error or "no reason given")
+    error = printable(error or "no reason given")
     number = re.match(r"\[Errno ([0-9]{1,4})\]", error)
     if not number:
         return Verdict(VerdictKind.OTHER, error)
@@ -471,18 +452,13 @@ def _retry_after(response: Response) -> float | None:
     return max(1.0, seconds)
 
 
-def _parse(model: type[_Model], response: Response, url: ServerUrl) -> _Model:
-    try:
-        return model.model_validate_json(response.body)
-    except ValidationError:
-        raise ServerError(_describe(response, url)) from None
-
-
 def _error_detail(response: Response) -> _ErrorDetail | None:
-    try:
-        return _ErrorBody.model_validate_json(response.body).detail
-    except ValidationError:
-        return None
+    match response.document:
+        case {"detail": {"code": str(code), "message": str(message)} as detail}:
+            ports = detail.get("ports")
+            named = ports if isinstance(ports, list) else ()
+            return _ErrorDetail(code, message, frozenset(p for p in named if isinstance(p, int)))
+    return None
 
 
 # What no shell takes apart, for people paste what they are told to give.

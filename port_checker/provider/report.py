@@ -7,11 +7,10 @@ from enum import StrEnum
 from typing import Literal, NamedTuple
 
 from port_checker import advice as advice_for
-from port_checker.addresses import Address
+from port_checker.addresses import MAX_PORT, Address
 from port_checker.connect import Verdict, VerdictKind
 from port_checker.linux import TcpSocket, TcpState
 from port_checker.provider.evidence import Attempt
-from port_checker.schemas import MAX_PORT
 from port_checker.tls import TlsVerdictKind
 
 LocalBinding = Literal["bound", "in use", "outgoing connection", "not permitted", "failed"]

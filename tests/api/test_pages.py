@@ -13,8 +13,8 @@ import pytest
 import port_checker.api
 from port_checker import advice
 from port_checker.api.app import create_app
-from port_checker.schemas import TLS_KINDS
 from port_checker.settings import Settings
+from port_checker.verdicts import TLS_KINDS
 from tests.support.service import serve
 
 BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from port_checker import advice
 from port_checker.provider import Report, Waits, verify
-from port_checker.schemas import PortResult
+from port_checker.verdicts import port_verdict
 from tests.lab import network
 from tests.lab.network import Lab, end
 
@@ -82,7 +82,7 @@ def run(lab: Lab, machine: str, *words: str, behind: Sequence[str] = ()) -> Repo
     document = json.loads(process.communicate(timeout=120)[0])
     for port in document["ports"]:
         answers = port["answers"].items()
-        port["answers"] = {url: PortResult(**answer).verdict for url, answer in answers}
+        port["answers"] = {url: port_verdict(**answer) for url, answer in answers}
     return TypeAdapter(Report).validate_python(document)
 
 

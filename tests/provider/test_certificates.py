@@ -11,8 +11,8 @@ import trustme
 from port_checker import advice
 from port_checker.provider.certificates import judge_tls
 from port_checker.provider.report import PortPair, TlsAnswer, TlsReport
-from port_checker.schemas import CheckTlsResponse
 from port_checker.tls import TlsVerdictKind
+from port_checker.verdicts import tls_kind
 from tests.support.loopback import free_port, refused_port
 from tests.support.scripted import check, scripted
 from tests.support.service import serve
@@ -23,8 +23,7 @@ GOOD = TlsAnswer(TlsVerdictKind.VALID, error=None, not_after=UNTIL)
 
 
 def bad(error: str) -> TlsAnswer:
-    answer = CheckTlsResponse(valid=False, error=error, peer="203.0.113.7:443", not_after=None)
-    return TlsAnswer(answer.kind, error, not_after=None)
+    return TlsAnswer(tls_kind(False, error), error, not_after=None)
 
 
 def judged(

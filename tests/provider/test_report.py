@@ -23,7 +23,7 @@ from port_checker.provider.report import (
     judge,
     port_ranges,
 )
-from port_checker.schemas import PortResult
+from port_checker.verdicts import port_verdict
 
 REFUSED, TIMED_OUT = "Connection refused", "Connection timed out"
 NO_ROUTE, PROHIBITED = "No route to host", "Permission denied"
@@ -32,7 +32,7 @@ OWN, BEHIND_ROUTER = Place(own_address=True), Place()
 
 
 def closed(error: str) -> Verdict:
-    return PortResult(accessible=False, error=error).verdict
+    return port_verdict(False, error)
 
 
 def judged(

@@ -12,6 +12,7 @@ from port_checker import advice
 from port_checker.connect import OPEN, REFUSED, TIMED_OUT, Verdict
 from port_checker.linux import TcpSocket, TcpState
 from port_checker.provider import PortReport, Report, ServerReport
+from port_checker.provider.lines import lines
 from port_checker.provider.report import (
     Observation,
     Place,
@@ -49,17 +50,17 @@ def report(*ports: PortReport, error: str | None = None, **more: object) -> Repo
     return Report(**fields)  # type: ignore[arg-type]
 
 
-def shown(report: Report, width: int | None = None, encoding: str = "utf-8") -> str:
-    """What is printed: with a width, on a terminal that is so wide."""
+def shown(report: Report, width: int, encoding: str = "utf-8") -> str:
+    """What is printed on a terminal that is so wide."""
     output = io.BytesIO()
     console = Console(
         file=io.TextIOWrapper(output, encoding, write_through=True),
-        force_terminal=width is not None,
-        width=width or 80,
+        force_terminal=True,
+        width=width,
         markup=False,
         emoji=False,
         highlight=False,
-        color_system="truecolor" if width else None,
+        color_system="truecolor",
     )
     show(report, console)
     return output.getvalue().decode(encoding)
@@ -92,7 +93,7 @@ LAST_LINE = "92 of 100 ports of 203.0.113.7 are reachable over IPv4."
 
 
 def test_ports_with_the_same_result_share_one_line() -> None:
-    bad, good, total = shown(NINETY).splitlines()
+    bad, good, total = lines(NINETY)
     assert good.startswith("50800-50802, 50804-50819, ")
     assert good.endswith(": bound; reachable.")
     assert bad == f"{WRITTEN}: bound; Connection refused. {advice.NOT_FORWARDED}"
@@ -124,7 +125,7 @@ def test_a_narrow_terminal_loses_nothing(encoding: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "lines"),
+    ("given", "expected"),
     [
         (
             report(
@@ -193,8 +194,8 @@ def test_a_narrow_terminal_loses_nothing(encoding: str) -> None:
         ),
     ],
 )
-def test_each_result_and_failure_in_words(given: Report, lines: Sequence[str]) -> None:
-    assert shown(given).splitlines() == lines
+def test_each_result_and_failure_in_words(given: Report, expected: Sequence[str]) -> None:
+    assert [*lines(given)] == expected
 
 
 # Where a server looks from several places
@@ -206,7 +207,7 @@ def test_who_cannot_reach_a_port_is_named_though_the_verdict_is_good() -> None:
     places = {"checker.example": OPEN, SGP: TIMED_OUT, LON: TIMED_OUT}
     some = report(port(80, OPEN), port(81, OPEN, places={URL: places}))
     total = "2 of 2 ports of 203.0.113.7 are reachable over IPv4."
-    assert shown(some).splitlines() == [
+    assert [*lines(some)] == [
         "80: bound; reachable.",
         f"81: bound; reachable; not from {SGP}, {LON} (Connection timed out).",
         total,
@@ -223,7 +224,7 @@ def test_who_can_reach_a_port_is_named_though_the_verdict_is_bad() -> None:
     places = {"checker.example": TIMED_OUT, SGP: OPEN, LON: TIMED_OUT}
     # The connection that was seen is that of the place which got through.
     result = report(port(80, TIMED_OUT, seen=True, places={URL: places}))
-    assert shown(result).splitlines()[0] == (
+    assert next(lines(result)) == (
         f"80: bound; Connection timed out; reachable from {SGP}. {advice.REACHED_FROM_SOME_PLACES}"
     )
 
@@ -232,4 +233,4 @@ def test_a_certificate_that_some_place_does_not_trust() -> None:
     answer = TlsAnswer(TlsVerdictKind.VALID, None, "2030", {SGP: "certificate expired", LON: None})
     endpoint = TlsReport(443, 443, True, None, "2030", None, {URL: answer})
     line = f"443: TLS; certificate valid until 2030; not from {SGP} (certificate expired)."
-    assert shown(report(tls=[endpoint])).splitlines()[0] == line
+    assert next(lines(report(tls=[endpoint]))) == line
