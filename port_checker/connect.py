@@ -25,6 +25,8 @@ from port_checker.linux import (
     RouteType,
     answers_itself,
     could_not_retransmit,
+    has_both_ends,
+    is_tracked,
     refuses_itself,
     report_icmp_errors,
     round_trip_time,
@@ -61,12 +63,8 @@ _MOST_HELD_UP_PART = 0.25
 _STAYS_FINE = 0.5
 
 # Seconds in which something on this machine answers, however busy it is. Only of what has answered
-# within that time, it is worth to ask whether it is this machine: a look at all connections.
+# within that time, it is worth to ask whether it is this machine.
 _NEARBY = 0.02
-
-# Seconds for which what a look has shown of a port is taken for true, and of how many ports.
-_STAYS_ELSEWHERE = 1.0
-_MOST_ELSEWHERE = 1024
 
 # Pauses between such looks, in what these take of a processor's time.
 _PAUSE = 3
@@ -327,59 +325,43 @@ class SelfAnswers:
     all who ask meanwhile, and with pauses.
 
     Args:
-        look: Takes a source and targets; returns to which of these connections end here.
+        look: Tells whether connections from a source end here.
     """
 
-    def __init__(
-        self, look: Callable[[Address, Iterable[Address]], set[Address]] = answers_itself
-    ) -> None:
+    def __init__(self, look: Callable[[Address], bool] = answers_itself) -> None:
         self._look_at = look
-        self._asked: dict[Address, dict[Address, asyncio.Future[bool]]] = {}
+        self._asked: dict[Address, asyncio.Future[bool]] = {}
         self._task: asyncio.Task[None] | None = None
-        self._elsewhere: dict[tuple[Address, int], float] = {}  # until when, by target and port
 
-    def is_elsewhere(self, target: Address, port: int) -> bool:
-        """Whether a look has just shown that something else answers at a port."""
-        return self._elsewhere.get((target, port), 0.0) > asyncio.get_running_loop().time()
-
-    def note_elsewhere(self, target: Address, port: int) -> None:
-        """Remember what a look has shown, for a moment: who asks port by port asks again soon."""
-        if len(self._elsewhere) >= _MOST_ELSEWHERE:
-            self._elsewhere.clear()
-        self._elsewhere[target, port] = asyncio.get_running_loop().time() + _STAYS_ELSEWHERE
-
-    def ask(self, source: Address, target: Address) -> asyncio.Future[bool]:
-        """Return whether connections from ``source`` to ``target`` end here, once that is known."""
+    def ask(self, source: Address) -> asyncio.Future[bool]:
+        """Return whether connections from ``source`` to others end here, once that is known."""
         loop = asyncio.get_running_loop()
-        targets = self._asked.setdefault(source, {})
-        if target not in targets:
-            targets[target] = loop.create_future()
+        if source not in self._asked:
+            self._asked[source] = loop.create_future()
         if not self._task:
             self._task = loop.create_task(self._look(loop))
-        return targets[target]
+        return self._asked[source]
 
     async def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         while self._asked:
             source = next(iter(self._asked))
-            targets = self._asked.pop(source)
+            answer = self._asked.pop(source)
             try:
-                here, work = await loop.run_in_executor(None, self._time, source, targets.keys())
+                is_here, work = await loop.run_in_executor(None, self._time, source)
             except (MemoryError, RuntimeError) as error:  # no thread can be started
-                for answer in targets.values():
-                    answer.set_exception(error)
+                answer.set_exception(error)
                 continue
-            for target, answer in targets.items():
-                answer.set_result(target in here)
+            answer.set_result(is_here)
             await asyncio.sleep(_PAUSE * work)
         self._task = None
 
-    def _time(self, source: Address, targets: Iterable[Address]) -> tuple[set[Address], float]:
+    def _time(self, source: Address) -> tuple[bool, float]:
         """Return what a look says, and how many seconds of a processor's time it took."""
-        here: set[Address] = set()
+        is_here = False
         started = time.thread_time()
         with suppress(OSError):  # not every kernel tells
-            here = self._look_at(source, targets)
-        return here, time.thread_time() - started
+            is_here = self._look_at(source)
+        return is_here, time.thread_time() - started
 
 
 class SharedEpoll:
@@ -419,12 +401,6 @@ class SharedEpoll:
             self._rounds[descriptor] = round_
             self._epoll.register(descriptor, _ONE_EVENT)
 
-    def again(self, descriptor: int, round_: "_Round") -> None:
-        """Watch a socket up to one more event."""
-        assert self._epoll, "it has begun"  # noqa: S101  # for type checkers
-        self._rounds[descriptor] = round_
-        self._epoll.modify(descriptor, _ONE_EVENT)
-
     def remove(self, descriptor: int) -> None:
         """Forget a socket that is about to be closed, and may have had no event."""
         if self._rounds.pop(descriptor, None) and self._epoll:
@@ -432,7 +408,7 @@ class SharedEpoll:
                 self._epoll.unregister(descriptor)
 
     def collect(self) -> None:
-        """Hand their events to the rounds; a loopback target's are there when connect() returns."""
+        """Hand their events to the rounds."""
         assert self._epoll, "it has begun"  # noqa: S101  # for type checkers
         of_rounds: dict[_Round, list[tuple[int, int]]] = {}
         for event in self._epoll.poll(0, PER_TURN):
@@ -442,7 +418,9 @@ class SharedEpoll:
             else:
                 of_rounds[round_] = [event]
         for round_, events in of_rounds.items():
-            round_.take(events)
+            for descriptor in round_.take(events):
+                self._rounds[descriptor] = round_
+                self._epoll.modify(descriptor, _ONE_EVENT)
 
 
 # Takes a port and what was found out about it.
@@ -608,10 +586,11 @@ class _Round:
         opened = 0
         while opened < len(ports):
             granted = await self._pacer.take(len(ports) - opened, self._way)
-            self.open(ports[opened : opened + granted])
-            self._sockets.collect()
-            opened += granted
+            descriptors = self.open(ports[opened : opened + granted])
+            self.take(_events(descriptors))  # those of a loopback target are there by now
             self._raise_error()
+            self._sockets.add((it for it in descriptors if it in self._waiting), self)
+            opened += granted
         if not self._is_done():
             await self.wait(timeout)
         while self._waiting:
@@ -626,9 +605,10 @@ class _Round:
                 f"could not connect: {reason}", [port for port in ports if port in self.forbidden]
             )
 
-    def open(self, ports: Sequence[int]) -> None:
-        """Begin an attempt to each of ``ports``."""
+    def open(self, ports: Sequence[int]) -> list[int]:
+        """Begin an attempt to each of ``ports``; return the descriptors of those that go on."""
         host, is_ipv6 = self._way.host, self._way.target.version == 6
+        is_elsewhere = not self._way.target.is_loopback
         family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
         connecting = []
         for port in ports:
@@ -649,40 +629,40 @@ class _Round:
                 raise OSError(error, os.strerror(error))
             else:
                 connecting.append(descriptor)
-                if error := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                if is_elsewhere and (error := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)):
                     self._failed_at_once[port] = error
-        self._sockets.add(connecting, self)
+        return connecting
 
-    def take(self, events: Iterable[tuple[int, int]]) -> None:
-        """Take the events of sockets, whose attempts they end."""
+    def take(self, events: Iterable[tuple[int, int]]) -> list[int]:
+        """Take the events of sockets, whose attempts they end; return those that go on."""
+        undecided: list[int] = []
         try:
-            self._take(events)
+            self._take(events, undecided)
             if self._nearby and not self._asked_about:
                 self._ask_who_answers()
         except Exception as error:
             self._error = self._error or error
         self._end_if_done()
+        return undecided
 
-    def _take(self, events: Iterable[tuple[int, int]]) -> None:
+    def _take(self, events: Iterable[tuple[int, int]], undecided: list[int]) -> None:
         for descriptor, event in events:
             sock, port = self._waiting[descriptor]
             try:
                 verdict = self._verdict(sock, port, event)
-            except _Forbidden as reason:
-                self.forbidden[port] = str(reason)
-                sock.close()
-            else:
-                if verdict is OPEN:
-                    if self._way.is_here or not self._may_be_here(sock, port):
-                        self._accept(sock, port)
-                    else:
-                        self._nearby.append((sock, port))
+                if verdict is OPEN and not self._way.is_here and self._may_be_here(sock, port):
+                    self._nearby.append((sock, port))
+                elif verdict is OPEN:
+                    self._accept(sock, port)
                 elif verdict:
                     self._add(port, verdict)
                     sock.close()
                 else:
-                    self._sockets.again(descriptor, self)
+                    undecided.append(descriptor)
                     continue
+            except _Forbidden as reason:
+                self.forbidden[port] = str(reason)
+                sock.close()
             del self._waiting[descriptor]
 
     def _raise_error(self) -> None:
@@ -705,26 +685,34 @@ class _Round:
             close_for_good(sock)
 
     def _may_be_here(self, sock: socket.SocketType, port: int) -> bool:
-        """Whether this machine may have answered, though the target is another one."""
-        target = self._way.target
-        if target.is_loopback or round_trip_time(sock) > _NEARBY:
+        """Whether this machine may have answered, though the target is another one.
+
+        Raises:
+            _Forbidden: It has.
+        """
+        way = self._way
+        if way.target.is_loopback or round_trip_time(sock) > _NEARBY:
             return False
-        if self._pacer.self_answers.is_elsewhere(target, port):
+        poses_as_target = False
+        with suppress(OSError):  # not every kernel tells
+            poses_as_target = has_both_ends(sock, way.target, port)
+        if not (poses_as_target or is_tracked(sock)):
             return False
-        route = self._way.route()
-        return not route or route.type is not RouteType.LOCAL
+        if (route := way.route()) and route.type is RouteType.LOCAL:
+            return False
+        if poses_as_target:
+            raise _Forbidden(_ANSWERS_ITSELF)
+        return True
 
     def _ask_who_answers(self) -> None:
         """Have those accepted that something else than this machine answers."""
         self._asked_about, self._nearby = self._nearby, []
         source = parse_host(self._asked_about[0][0].getsockname()[0])
-        answer = self._pacer.self_answers.ask(source, self._way.target)
+        answer = self._pacer.self_answers.ask(source)
         answer.add_done_callback(self._accept_what_is_elsewhere)
 
     def _is_refused_here(self, port: int) -> bool:
         """Whether this machine refuses connections to a port, though the target is another one."""
-        if self._way.target.is_loopback:
-            return False
         if (route := self._way.route()) and route.type is RouteType.LOCAL:
             return False
         with suppress(OSError):  # not every kernel tells
@@ -740,7 +728,6 @@ class _Round:
                     self.forbidden[port] = _ANSWERS_ITSELF
                     sock.close()
                 else:
-                    self._pacer.self_answers.note_elsewhere(self._way.target, port)
                     self._accept(sock, port)
             if self._nearby:
                 self._ask_who_answers()
@@ -780,11 +767,9 @@ class _Round:
     def give_up(self, descriptors: Sequence[int]) -> None:
         """End attempts that have timed out."""
         # A loop that is held up comes to its timers before it looks at what has arrived.
-        poll = select.poll()
         for descriptor in descriptors:
             self._sockets.remove(descriptor)
-            poll.register(descriptor, select.POLLOUT)
-        self.take(poll.poll(0))
+        self.take(_events(descriptors))
         for descriptor in descriptors:
             if descriptor not in self._waiting:
                 continue
@@ -878,6 +863,14 @@ class _Round:
         if way.is_here is None:
             way.is_here = parse_host(host) == way.target
         return way.is_here and bool(local_port == port)
+
+
+def _events(descriptors: Iterable[int]) -> list[tuple[int, int]]:
+    """Return the events that sockets have now."""
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLOUT)
+    return poll.poll(0)
 
 
 def _settle(future: asyncio.Future[None]) -> None:

@@ -12,13 +12,13 @@ import resource
 import signal
 import socket
 import struct
-from collections.abc import Collection, Container, Iterable, Iterator
+from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
-from port_checker.addresses import Address, Network, parse_address
+from port_checker.addresses import Address, Network, parse_address, parse_host
 
 # linux/rtnetlink.h and linux/netlink.h
 _RTM_GETROUTE, _RTA_DST, _NLM_F_REQUEST, _NLMSG_ERROR = 26, 1, 1, 2
@@ -43,7 +43,7 @@ _SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP = 270, 1  # linux/socket.h and linux/netli
 _ROUTE_GROUPS = (1, 5, 7, 8, 9, 11, 19, 32)
 
 # linux/sock_diag.h and linux/inet_diag.h
-_NETLINK_SOCK_DIAG, _TCPDIAG_GETSOCK = 4, 18
+_NETLINK_SOCK_DIAG, _TCPDIAG_GETSOCK, _SOCK_DIAG_BY_FAMILY = 4, 18, 20
 _INET_DIAG_REQ_BYTECODE, _INET_DIAG_BC_D_COND = 1, 8
 # Sets of states (net/tcp_states.h): all but LISTEN and CLOSE; and those of a socket whose other end
 # is open: ESTABLISHED, SYN_RECV, FIN_WAIT1, FIN_WAIT2, NEW_SYN_RECV.
@@ -51,6 +51,7 @@ _STATES = 0x1FFF & ~(1 << 10) & ~(1 << 7)
 _OPEN_STATES = 1 << 1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 12
 
 _IPV6_RECVERR = 25  # linux/in6.h; the socket module lacks it
+_SO_ORIGINAL_DST = 80  # linux/netfilter_ipv4.h; linux/netfilter_ipv6/ip6_tables.h has the same
 _ORIGIN_ICMP = 2  # linux/errqueue.h: SO_EE_ORIGIN_ICMP; ICMPv6 is the other one that we meet
 
 # Connections that have to be refused before this machine is held to refuse them itself.
@@ -157,14 +158,14 @@ def _route(address: Address, *attributes: tuple[int, bytes], source_bits: int = 
         raise
 
 
-def _ask(kind: int, question: bytes) -> bytes:
-    """Ask the kernel for one thing (rtnetlink(7)); return its answer's content.
+def _ask(kind: int, question: bytes, protocol: int = 0) -> bytes:
+    """Ask the kernel for one thing (netlink(7)); return its answer's content.
 
     Raises:
         OSError: There is no such thing, or the kernel cannot tell now.
     """
     head = struct.pack("=IHHII", 16 + len(question), kind, _NLM_F_REQUEST, 0, 0)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as netlink:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as netlink:
         netlink.send(head + question)
         answer = netlink.recv(65536)
     (answer_kind,) = struct.unpack_from("=4xH", answer)
@@ -615,23 +616,57 @@ def _tcp_info(sock: socket.SocketType) -> bytes:
 _End = tuple[Address, int, int]
 
 
-def answers_itself(source: Address, targets: Iterable[Address]) -> set[Address]:
-    """Return to which targets this machine's connections from ``source`` have their other end here.
+def is_tracked(sock: socket.SocketType) -> bool:
+    """Whether the firewall may track a connection, as it does with each that it leads elsewhere.
 
-    A rule of the firewall may lead them here, wherever their sockets believe that they lead
-    (``redirect``, ``dnat`` and ``tproxy`` of nftables). Then this machine has an end of a
-    connection with itself, to which it has no other end, or it poses as the target. Ports tell
-    nothing: the rule may change them, so that two connections do not look alike.
+    The kernel knows where a connection that it tracks was to lead (SO_ORIGINAL_DST, by which
+    transparent proxies find that out); for others that is an error.
+    """
+    is_ipv4 = sock.family == socket.AF_INET
+    level = socket.IPPROTO_IP if is_ipv4 else socket.IPPROTO_IPV6
+    try:
+        sock.getsockopt(level, _SO_ORIGINAL_DST, 28)
+    except OSError as error:
+        return error.errno not in (errno.ENOENT, errno.ENOPROTOOPT)
+    return True
+
+
+def has_both_ends(sock: socket.SocketType, target: Address, port: int) -> bool:
+    """Whether the other end of a connection is on this machine, with the target's address.
+
+    A transparent proxy has it (``tproxy`` of nftables), and who listens on that very address.
 
     Raises:
         OSError: The kernel cannot tell.
     """
-    suspects = _ends_without_another(source, targets)
-    if any(suspects.values()):
-        # One that a program has closed meanwhile is gone when we look again.
-        still_there = _ends_without_another(source, targets)
-        suspects = {target: ends & still_there[target] for target, ends in suspects.items()}
-    return {target for target, ends in suspects.items() if ends}
+    source, local_port = sock.getsockname()[:2]
+    question = struct.pack("=BB6x", sock.family, socket.IPPROTO_TCP)  # struct inet_diag_req_v2
+    question += struct.pack("!HH", port, local_port)
+    question += target.packed.ljust(16, b"\0") + parse_host(source).packed.ljust(16, b"\0")
+    question += struct.pack("=Iq", 0, -1)  # whatever its interface and its cookie
+    try:
+        answer = _ask(_SOCK_DIAG_BY_FAMILY, question, _NETLINK_SOCK_DIAG)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return False
+        raise
+    return answer[1] != TcpState.LISTEN  # which is found where there is no such connection
+
+
+def answers_itself(source: Address) -> bool:
+    """Whether this machine itself answers connections that it makes from ``source`` to others.
+
+    A rule of the firewall may lead them here, wherever their sockets believe that they lead
+    (``redirect`` and ``dnat`` of nftables). Then this machine has an end of a connection with
+    itself, to which it has no other end. Ports tell nothing: the rule may change them, so that two
+    connections do not look alike.
+
+    Raises:
+        OSError: The kernel cannot tell.
+    """
+    suspects = _ends_without_another(source)
+    # One that a program has closed meanwhile is gone when we look again.
+    return bool(suspects and suspects & _ends_without_another(source))
 
 
 def refuses_itself(target: Address, port: int) -> bool:
@@ -655,15 +690,14 @@ def refuses_itself(target: Address, port: int) -> bool:
     return True
 
 
-def _ends_without_another(source: Address, targets: Iterable[Address]) -> dict[Address, set[_End]]:
+def _ends_without_another(source: Address) -> set[_End]:
     ends = _connected_to(source, _OPEN_STATES)
     others = {address: _connected_to(address, _STATES) for address, _, _ in ends}
-    lonely = {
+    return {
         (address, port, remote_port)
         for address, port, remote_port in ends
         if (source, remote_port, port) not in others[address]
     }
-    return {target: lonely | {end for end in ends if end[0] == target} for target in targets}
 
 
 def _connected_to(remote: Address, states: int) -> set[_End]:
