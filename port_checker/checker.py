@@ -8,6 +8,7 @@ from typing import Final, Self
 from port_checker.addresses import Address
 from port_checker.connect import (
     HELD_UP,
+    OPEN,
     PER_TURN,
     TIMED_OUT,
     CheckFailed,
@@ -382,9 +383,7 @@ class Checker:
                 # Routers answer some attempts and are silent at others, as they limit ICMP.
                 if verdict is not TIMED_OUT or port not in verdicts:
                     verdicts[port] = verdict
-            still_failed = [
-                port for port in failed if port not in verdicts or not verdicts[port].accessible
-            ]
+            still_failed = [port for port in failed if verdicts.get(port) is not OPEN]
             check.room.release(len(failed) - len(still_failed))
             if not still_failed:
                 return

@@ -374,7 +374,7 @@ class SharedEpoll:
     """
 
     def __init__(self) -> None:
-        self._epoll: select.epoll | None = None
+        self._epoll: select.epoll
         self._loop: asyncio.AbstractEventLoop | None = None
         self._rounds: dict[int, _Round] = {}  # by descriptor
 
@@ -386,7 +386,8 @@ class SharedEpoll:
         """
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
-            self._epoll = self._epoll or select.epoll()
+            if not self._loop:
+                self._epoll = select.epoll()
             loop.add_reader(self._epoll.fileno(), self.collect)
             self._loop = loop
 
@@ -396,20 +397,18 @@ class SharedEpoll:
         Once it has had that, nothing is heard of a socket, even if a process that was forked
         meanwhile keeps it open when we have closed it.
         """
-        assert self._epoll, "it has begun"  # noqa: S101  # for type checkers
         for descriptor in descriptors:
-            self._rounds[descriptor] = round_
             self._epoll.register(descriptor, _ONE_EVENT)
+            self._rounds[descriptor] = round_
 
-    def remove(self, descriptor: int) -> None:
-        """Forget a socket that is about to be closed, and may have had no event."""
-        if self._rounds.pop(descriptor, None) and self._epoll:
-            with suppress(OSError):  # it was not added, since there was no memory
+    def remove(self, descriptors: Iterable[int]) -> None:
+        """Forget sockets that are about to be closed, and may have had no event."""
+        for descriptor in descriptors:
+            if self._rounds.pop(descriptor, None):
                 self._epoll.unregister(descriptor)
 
     def collect(self) -> None:
         """Hand their events to the rounds."""
-        assert self._epoll, "it has begun"  # noqa: S101  # for type checkers
         of_rounds: dict[_Round, list[tuple[int, int]]] = {}
         for event in self._epoll.poll(0, PER_TURN):
             round_ = self._rounds.pop(event[0])
@@ -537,7 +536,7 @@ class WayToTarget:
             CheckFailed: They do not.
             OSError: The kernel cannot tell now.
         """
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         if now < self._fine_until:
             return
         self._route = None  # it may have changed
@@ -767,8 +766,7 @@ class _Round:
     def give_up(self, descriptors: Sequence[int]) -> None:
         """End attempts that have timed out."""
         # A loop that is held up comes to its timers before it looks at what has arrived.
-        for descriptor in descriptors:
-            self._sockets.remove(descriptor)
+        self._sockets.remove(descriptors)
         self.take(_events(descriptors))
         for descriptor in descriptors:
             if descriptor not in self._waiting:
@@ -785,8 +783,8 @@ class _Round:
 
     def close(self) -> None:
         """Give back every descriptor."""
-        for descriptor, (sock, _) in self._waiting.items():
-            self._sockets.remove(descriptor)
+        self._sockets.remove(self._waiting)
+        for sock, _ in self._waiting.values():
             sock.close()
         self._waiting.clear()
         for waiting in self._nearby, self._asked_about:

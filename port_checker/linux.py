@@ -591,11 +591,9 @@ def could_not_retransmit(sock: socket.SocketType) -> bool:
     second, when the first SYN is sent again.
     """
     info = _tcp_info(sock)
-    (retrans,) = struct.unpack_from("=I", info, 36)
-    (total_retrans,) = struct.unpack_from("=I", info, 100)
+    retrans, total_retrans = struct.unpack_from("=36xI60xI", info)
     # Once it is connected nothing is left to be sent again, whatever was before.
-    is_connected = info[0] not in (TcpState.SYN_SENT, TcpState.CLOSE)
-    return bool(total_retrans and not retrans) and not is_connected
+    return bool(total_retrans and not retrans) and info[0] in (TcpState.SYN_SENT, TcpState.CLOSE)
 
 
 def round_trip_time(sock: socket.SocketType) -> float:
