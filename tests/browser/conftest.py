@@ -4,11 +4,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Page, ViewportSize, sync_playwright
 
 from tests.support.browser import ADDRESS, FLAGS, HANGS_AFTER, Visitor
 from tests.support.namespace import loopback_alone
@@ -16,7 +16,7 @@ from tests.support.namespace import loopback_alone
 CHROMIUM = shutil.which("chromium")
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def _loopback_alone() -> Iterator[None]:
     if os.environ.get("CI") != "true" and (not CHROMIUM or os.geteuid() != 0):
         pytest.skip("needs Debian's chromium, and root for a network namespace")
@@ -28,7 +28,7 @@ def _loopback_alone() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def chromium(_loopback_alone: None) -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
@@ -36,18 +36,37 @@ def chromium(_loopback_alone: None) -> Iterator[Browser]:
         browser.close()
 
 
+@pytest.fixture(scope="package")
+def window(chromium: Browser) -> Iterator[Page]:
+    """What most tests share: to open another one takes longer than most of them."""
+    with chromium.new_context() as context:
+        yield context.new_page()
+
+
 @pytest.fixture
-def visit(chromium: Browser) -> Iterator[Callable[..., Visitor]]:
-    """Open a URL in a browser of its own, which Playwright's settings describe."""
+def visit(chromium: Browser, window: Page) -> Iterator[Callable[..., Visitor]]:
+    """Open a URL: in the window that tests share, or in a browser with other settings.
+
+    How large that window is and which colours its user prefers can be chosen for each visit.
+    """
     visitors = []
     with ExitStack() as stack:
 
-        def open_url(url: str, **settings: Any) -> Visitor:
-            context = stack.enter_context(chromium.new_context(**settings))
-            context.set_default_timeout(HANGS_AFTER)
-            visitor = Visitor(context.new_page())
+        def open_url(
+            url: str,
+            viewport: ViewportSize | None = None,
+            color_scheme: Literal["light", "dark"] = "light",
+            **settings: Any,
+        ) -> Visitor:
+            page = window
+            if settings:
+                page = stack.enter_context(chromium.new_context(**settings)).new_page()
+            page.set_default_timeout(HANGS_AFTER)
+            page.set_viewport_size(viewport or {"width": 1280, "height": 720})
+            page.emulate_media(media="null", color_scheme=color_scheme)
+            visitor = stack.enter_context(Visitor(page))
             visitors.append(visitor)
-            visitor.page.goto(url)
+            page.goto(url)
             return visitor
 
         yield open_url

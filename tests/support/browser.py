@@ -1,6 +1,7 @@
 """What a browser test needs besides a browser."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]  # has none
 from playwright.sync_api import ConsoleMessage, Page, Request, expect
@@ -44,9 +45,22 @@ class Visitor:
         self.page = page
         self.requests: list[Request] = []
         self.problems: list[str] = []
-        page.on("request", lambda request: self.requests.append(request))
-        page.on("console", self._listen)
-        page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self._listeners: dict[Any, Callable[[Any], None]] = {
+            "request": lambda request: self.requests.append(request),
+            "console": self._listen,
+            "pageerror": lambda error: self.problems.append(str(error)),
+        }
+
+    def __enter__(self) -> Self:
+        for event, listener in self._listeners.items():
+            self.page.on(event, listener)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the page to the next visitor, who must not hear how this one's ends."""
+        self.page.goto("about:blank")
+        for event, listener in self._listeners.items():
+            self.page.remove_listener(event, listener)
 
     def _listen(self, message: ConsoleMessage) -> None:
         if message.type in ("error", "warning"):
