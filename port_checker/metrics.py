@@ -1,8 +1,8 @@
 """What the service counts, for Prometheus and for systemd's status.
 
-Each process counts in a row of numbers. Those of worker processes are memory that they share with
-their parent, which adds them up: nothing is counted twice, no counter falls when a worker dies, and
-nothing is kept in files.
+Each process counts in a row of numbers. A worker shares the memory of its row with its parent,
+which adds the rows up: nothing is counted twice, no counter falls when a worker dies, and there are
+no files.
 """
 
 import os
@@ -32,11 +32,11 @@ class CheckOutcome(StrEnum):
 
 
 class VoteOutcome(StrEnum):
-    """How the vote of another place compares with the verdict of all."""
+    """How another place's vote compares with the common verdict."""
 
     AGREED = "agreed"
     DISAGREED = "disagreed"
-    FAILED = "failed"  # it has none
+    FAILED = "failed"  # it has no vote
 
 
 class Row(Protocol):
@@ -50,12 +50,12 @@ class Family(NamedTuple):
     """A metric, with all values of its label.
 
     Attributes:
-        name: As Prometheus knows it, without ``port_checker_``; a counter's without ``_total``.
+        name: Its name in Prometheus without ``port_checker_``, and a counter's without ``_total``.
         documentation: What it measures.
-        combine: Puts the figures of several processes together.
+        combine: Makes one figure of those of several processes.
         is_counter: Whether the figures are kept when a process ends.
         label: The name of its label; empty if it has none.
-        values: The label's; there is a figure for each.
+        values: All values of the label; there is a figure for each.
     """
 
     name: str
@@ -72,13 +72,13 @@ def _counter(
     return Family(name, documentation, is_counter=True, label=label, values=tuple(values))
 
 
-# Upper bounds, in seconds: open ports on the same continent answer within the first ones, and with
-# the default settings a check takes 17 s at the most.
+# Upper bounds, in seconds. Open ports on the same continent answer within the first ones; with the
+# default settings a check takes at most 17 s.
 _BUCKETS: Final = (
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 7.5, 10.0, 12.5, 15.0, 17.5, 20.0,
 )  # fmt: skip
 
-# A histogram: each bucket is counted without the lower ones; "sum" is that of the durations.
+# A histogram. A bucket does not include the lower ones; "sum" is the sum of the durations.
 DURATION: Final = _counter(
     "check_duration_seconds",
     "How long completed checks took.",
@@ -86,7 +86,7 @@ DURATION: Final = _counter(
     (*map(str, _BUCKETS), "+Inf", "sum"),
 )
 
-# The operations of the API. "other" are pages, their files, and paths that there are not.
+# The operations of the API. "other" is for pages, their files, and paths that do not exist.
 ROUTES: Final = ("/check-ports", "/check-tls", "/port/{port}", "/ip", "/health", "other")
 
 _REQUEST_BUCKETS: Final = (0.001, 0.0025, *_BUCKETS)
@@ -103,7 +103,7 @@ REQUESTS: Final = _counter(
     ),
 )
 
-# A row counts by the number of the place, since its names depend on the settings.
+# A row counts by a place's number, since the names depend on the settings.
 VOTES: Final = _counter(
     "perspective_votes",
     "Verdicts of other places on ports, compared with the common verdict.",
@@ -167,10 +167,10 @@ ROW_SIZE: Final = _SAMPLED + 1
 
 
 class Metrics:
-    """What one process counts.
+    """The figures of one process.
 
     Attributes:
-        row: Where it counts: ``ROW_SIZE`` numbers, which this process alone writes.
+        row: ``ROW_SIZE`` numbers, which this process alone writes.
     """
 
     def __init__(self, row: Row | None = None) -> None:
@@ -181,15 +181,15 @@ class Metrics:
         """Count something.
 
         Args:
-            name: Of a counter of ``FAMILIES``.
-            value: Its label's.
-            by: How many.
+            name: The name of a counter in ``FAMILIES``.
+            value: The value of its label.
+            by: How many to add.
         """
         self.row[_SLOTS[name, value]] += by
 
     def count_ports(self, kinds: Sequence[VerdictKind]) -> None:
         """Count ports that were checked, by the kinds of their verdicts."""
-        while kinds:  # most ports of a check end alike
+        while kinds:  # in most checks all ports end alike
             kind = kinds[0]
             self.count("ports", kind, kinds.count(kind))
             kinds = [other for other in kinds if other is not kind]
@@ -199,22 +199,22 @@ class Metrics:
         self.count(VOTES.name, f"{place} {vote}", by)
 
     def time_check(self, seconds: float) -> None:
-        """Count a completed check that took so many seconds."""
+        """Count a completed check, and how long it took."""
         self.count(DURATION.name, DURATION.values[bisect_left(_BUCKETS, seconds)])
         self.count(DURATION.name, "sum", seconds)
 
     def time_request(self, route: str, seconds: float) -> None:
-        """Count a request, to any of ``ROUTES`` or another, that took so long."""
+        """Count a request, and how long it took; ``route`` is one of ``ROUTES`` or any other."""
         first = _REQUEST_SLOTS.get(route, _REQUEST_SLOTS["other"])
         self.row[first + bisect_left(_REQUEST_BUCKETS, seconds)] += 1
         self.row[first + len(_REQUEST_BUCKETS) + 1] += seconds
 
     def watch(self, name: str, read: Callable[[], float]) -> None:
-        """Have a figure read at each ``sample``: a gauge, or a counter that is kept elsewhere."""
+        """Have each ``sample`` read a figure: a gauge, or a counter that is kept elsewhere."""
         self._gauges[_SLOTS[name, ""]] = read
 
     def sample(self) -> None:
-        """Read what is watched."""
+        """Read the figures that are watched."""
         for slot, read in self._gauges.items():
             self.row[slot] = read()
         self.row[_SAMPLED] = 1
@@ -264,7 +264,7 @@ class Totals:
             self._rows.append((process or os.getpid(), row, perspectives))
 
     def end(self, row: Row, *, is_death: bool = True) -> None:
-        """Keep what a process counted that has ended, whether it died or was stopped."""
+        """Keep the counters of a process that has ended, whether it died or was stopped."""
         with self._lock:
             for _, other, perspectives in self._rows:
                 if other is row:
@@ -285,7 +285,7 @@ class Totals:
                 votes.update(_votes(row, perspectives))
             figures = list(self._ended)
             deaths = self._deaths
-        # Those of a process that has just begun are zeros, which would say that Redis is down.
+        # A process that has just begun has zeros, which would mean that Redis is down.
         sampled = [row for row in rows if row[_SAMPLED]]
         for slot, figure in enumerate(_FIGURES):
             if figures_of := rows if figure.family.is_counter else sampled:

@@ -27,12 +27,12 @@ from port_checker.errors import ErrorCode as ErrorCode  # clients look for it he
 from port_checker.errors import ServiceError
 from port_checker.tls import TlsVerdict
 
-# A request with this field is answered by this server alone, whoever sends it, so that servers that
-# ask each other do not go in circles.
+# A server answers a request with this field alone, whoever sends it, so that servers that ask each
+# other do not go in circles.
 PERSPECTIVE_MARK: Final = "Port-Checker-Perspective"
 _LONGEST_SHOWN: Final = 40  # characters of a wrong value
 
-# The type stands in each alternative: generators of clients take no other for a string.
+# Each alternative names the type: otherwise client generators do not make a string of it.
 _IP_SCHEMAS: Final[list[JsonDict]] = [
     {"type": "string", "format": "ipv4"},
     {"type": "string", "format": "ipv6"},
@@ -133,7 +133,7 @@ _AsksForPlaces = Annotated[
     PlainValidator(_validate_flag),
     WithJsonSchema({"type": "boolean"}),
     Field(
-        description="Whether the answer tells what each place says from which this service looks. "
+        description="Whether the answer tells what each of this service's places says. "
         "It then waits for all of them."
     ),
 ]

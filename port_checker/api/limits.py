@@ -43,12 +43,12 @@ class RateLimited(ServiceError):
 
 
 class RateLimiter:
-    """What callers may ask, and what may be asked of a target.
+    """How much callers may ask for, and how much may be asked of a target.
 
-    A caller is an IPv4 address or an IPv6 /64; an IPv6 /48 has ten times the rates of a caller, in
-    addition. Callers whose address is not known share one limit. All limits are kept in this
-    process, in constant time and bounded memory however many callers there are; while ``shared``
-    is entered, they are kept where ``store`` says.
+    A caller is an IPv4 address or an IPv6 /64; besides, an IPv6 /48 has ten times the rates of a
+    caller. Callers whose address is not known share one limit. The limits are kept in this process,
+    in constant time and bounded memory however many callers there are; within ``shared``, they are
+    kept where ``store`` says.
 
     Args:
         requests: Requests of one caller; None for no limit.
@@ -60,7 +60,7 @@ class RateLimiter:
         answer_timeout: Seconds that a payment waits for Redis before it is made in this process;
             None for the default.
         max_keys: How many keys the process remembers.
-        clock: Returns the seconds by which limits recover in this process.
+        clock: Returns the time in seconds, for limits in this process.
     """
 
     def __init__(
@@ -142,8 +142,8 @@ class RateLimiter:
     ) -> None:
         """Count ``ports`` that ``caller`` asks of ``target``, once for each of so many places.
 
-        What a caller asks about itself has a limit of its own, and costs the target nothing:
-        strangers must not be able to use up what an owner has left.
+        Ports of the caller's own address have a limit of their own, so strangers cannot use up what
+        an owner may ask for.
 
         Raises:
             RateLimited: The caller, its /48 or the target has fewer left; nothing was counted.

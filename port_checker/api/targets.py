@@ -111,8 +111,8 @@ def _by_prefix(version: int) -> list[tuple[int, dict[int, str]]]:
 
 _NOT_PUBLIC = {version: _by_prefix(version) for version in (4, 6)}
 
-# Answers that are kept, and seconds for which: the kernel tells nothing of a route that ends by
-# itself (an IPv6 router's lifetime, RFC 4861).
+# The most answers that are kept, and for how many seconds: the kernel announces no change when a
+# route expires (an IPv6 router's lifetime, RFC 4861).
 _MOST_KNOWN = 1024
 _LONGEST_KNOWN = 10.0
 
@@ -152,9 +152,9 @@ def is_own_address(address: Address) -> bool:
 
 
 class KnownRoutes:
-    """What the kernel has said of its routes, as long as it tells of no change.
+    """Remembers the kernel's answers about routes until it announces a change.
 
-    For one thread: others may ask the kernel meanwhile.
+    For one thread.
 
     Args:
         clock: Tells the seconds.
@@ -175,7 +175,7 @@ class KnownRoutes:
         return self.ask(route_to, address)
 
     def ask(self, question: Callable[[Address], _T], address: Address) -> _T:
-        """Return the answer to a question about an address, which the kernel is asked if need be.
+        """Return the answer to a question about an address; ask the kernel unless it is known.
 
         Raises:
             OSError, CheckFailed: As the question does.
@@ -198,7 +198,7 @@ class KnownRoutes:
         now = self._clock()
         is_old = now - self._since > _LONGEST_KNOWN or len(self._known) >= _MOST_KNOWN
         if self._changes.since_last() or is_old:
-            # Not cleared: who asks the kernel now puts an answer where nobody looks any more.
+            # Not cleared: whoever is asking the kernel now may still write to the old one.
             self._known, self._since = {}, now
         return self._known
 
@@ -213,7 +213,7 @@ class TargetRules:
         is_gateway: Whether an address is the next hop of a route of this machine's. It runs in a
             thread, since that takes 0.15 s for each 100,000 routes (measured).
         is_relay: Whether others' requests come from an address of this machine's own.
-        known: What is known of this machine's routes.
+        known: Remembers the kernel's answers.
     """
 
     def __init__(
