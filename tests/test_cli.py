@@ -5,7 +5,6 @@ import gzip
 import json
 import os
 import pty
-import re
 import resource
 import select
 import shlex
@@ -17,15 +16,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from port_checker import __version__, advice
-from port_checker.cli import app
 from port_checker.schemas import ErrorCode
+from tests.support.cli import Done, invoke
 from tests.support.hostile_tls import showing_in_tls_1_3, slow_certificate
 from tests.support.loopback import free_port, free_ports, refused_port
 from tests.support.namespace import ROOT
@@ -41,7 +38,7 @@ from tests.support.scripted import (
     scripted,
     verdicts,
 )
-from tests.support.service import program, serve
+from tests.support.service import serve
 from tests.support.tls import endpoint
 from tests.support.waiting import wait_until
 
@@ -60,20 +57,6 @@ def environment(**more: str) -> dict[str, str]:
     """This environment, without what changes how terminals are written to."""
     changing = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "TERM", "PYTHONIOENCODING")
     return {name: os.environ[name] for name in os.environ if name not in changing} | more
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a run of the program ended."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def complaint(self) -> str:
-        """What it says on stderr, without the frame around it and its line breaks."""
-        return " ".join(re.sub("[─│╭╮╰╯]", " ", self.err).split())
 
 
 def prepare(files: tuple[int, int] | None = None) -> None:
@@ -96,18 +79,6 @@ def run(*words: str, files: tuple[int, int] | None = None, **more: str) -> Done:
     )
     assert "Traceback" not in done.stderr, done.stderr
     return Done(done.returncode, done.stdout, done.stderr)
-
-
-def invoke(*words: str, **more: str) -> Done:
-    """Run the program in this process: for what does not concern a process."""
-    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
-    handlers = {number: signal.getsignal(number) for number in numbers}
-    try:
-        result = CliRunner().invoke(app, words, prog_name="port-checker", env=more)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return Done(result.exit_code, result.stdout, result.stderr)
 
 
 def check(url: str, *words: str, **more: str) -> Done:
@@ -327,9 +298,6 @@ def test_both_families_one_after_the_other() -> None:
     assert done.status == as_json.status == 0
 
 
-as_lines_and_json = pytest.mark.parametrize("words", [[], ["--json"]], ids=["lines", "JSON"])
-
-
 def check_in_a_shell(redirection: str, *words: str) -> Done:
     """Have an open port checked, with the streams redirected."""
     with scripted() as server:
@@ -344,19 +312,21 @@ def check_in_a_shell(redirection: str, *words: str) -> Done:
     return Done(done.returncode, done.stdout, done.stderr)
 
 
-@as_lines_and_json
 @pytest.mark.parametrize(
-    ("redirection", "why"),
-    [(">/dev/full", "No space left on device"), (">&-", "Bad file descriptor")],
+    ("words", "redirection", "why"),
+    [
+        ([], ">/dev/full", "No space left on device"),
+        (["--json"], ">&-", "Bad file descriptor"),
+    ],
 )
 def test_output_that_cannot_be_written_is_a_sentence(
-    redirection: str, why: str, words: list[str]
+    words: list[str], redirection: str, why: str
 ) -> None:
     done = check_in_a_shell(redirection, *words)
     assert done == Done(1, "", f"port-checker: cannot write the report: {why}\n")
 
 
-@as_lines_and_json
+@pytest.mark.parametrize("words", [[], ["--json"]], ids=["lines", "JSON"])
 def test_a_reader_that_has_left_changes_nothing(words: list[str]) -> None:
     theirs, ours = os.pipe()
     os.close(theirs)
@@ -574,7 +544,8 @@ def test_a_signal_ends_it_while_it_reads_certificates_that_take_minutes(
     ):
         try:
             assert shown.wait(60)
-            wait_until(lambda: _cpu_seconds(process.pid) > 2, "the program to be busy with them")
+            busy = _cpu_seconds(process.pid) + 0.5
+            wait_until(lambda: _cpu_seconds(process.pid) > busy, "the program to be busy with them")
             process.send_signal(number)
             output, _ = process.communicate(timeout=60)
         finally:
@@ -683,10 +654,7 @@ HOSTILE: dict[str, tuple[bytes, bytes]] = {  # what is sent first, and then with
 }
 
 
-@pytest.mark.parametrize("what", HOSTILE)
-def test_nothing_that_a_server_sends_takes_memory(what: str) -> None:
-    first, more = HOSTILE[what]
-
+def sending(first: bytes, more: bytes) -> Callable[[socket.socket], None]:
     def send(connection: socket.socket) -> None:
         connection.recv(65536)
         with contextlib.suppress(OSError):
@@ -694,15 +662,22 @@ def test_nothing_that_a_server_sends_takes_memory(what: str) -> None:
             while more:
                 connection.sendall(more)
 
+    return send
+
+
+def test_nothing_that_a_server_sends_takes_memory() -> None:
     script = """
 import atexit, runpy
 status = open("/proc/self/status")
 atexit.register(lambda: print(status.read().split("VmHWM:")[1].split()[0]))
 runpy.run_module("port_checker", run_name="__main__")
 """
-    with raw_server(send) as url:
+    with contextlib.ExitStack() as stack:
+        words = ["check", "--ip", "::1", "1000-1999"]
+        for first, more in HOSTILE.values():
+            words += ["--server", stack.enter_context(raw_server(sending(first, more)))]
         done = subprocess.run(
-            [sys.executable, "-c", script, "check", "--server", url, "--ip", "::1", "1000-1999"],
+            [sys.executable, "-c", script, *words],
             env=environment(),
             capture_output=True,
             text=True,
@@ -749,12 +724,28 @@ def test_the_manual_page_has_the_words_of_the_help() -> None:
         assert words in made.stdout
 
 
-@pytest.mark.parametrize("words", [[], ["serve"]], ids=["no words", "serve"])
-def test_it_starts_the_server(words: list[str]) -> None:
-    installed = str(Path(sys.executable).with_name("port-checker"))
-    with program(installed, *words) as running, running.client() as client:
-        assert client.get("/ip").json() == {"ip": "127.0.0.1"}
-        assert running.stop() == 0
+@pytest.mark.parametrize(
+    ("variable", "value", "status", "message"),
+    [
+        ("PORT_CHECKER_PORT", "80", 0, ""),
+        (
+            "PORT_CHECKER_PROT",
+            "80",
+            0,
+            "port-checker: PORT_CHECKER_PROT is not a setting; did you mean PORT_CHECKER_PORT?\n",
+        ),
+        (
+            "PORT_CHECK_TARGETS",
+            "all",
+            2,
+            "port-checker: PORT_CHECK_TARGETS='all' is wrong: it must be public or caller\n",
+        ),
+    ],
+)
+def test_settings_are_checked_and_nothing_is_started(
+    variable: str, value: str, status: int, message: str
+) -> None:
+    assert invoke("serve", "--check-settings", **{variable: value}) == Done(status, "", message)
 
 
 def test_a_wrong_setting_is_one_line() -> None:

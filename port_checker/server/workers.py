@@ -215,13 +215,14 @@ class Supervisor:
         self._start_missing()
 
     def _replace_outdated(self) -> None:
-        """Have those leave in whose place others are ready."""
+        """Have those leave in whose place others are ready, and none before the first is."""
         serving = [worker for worker in self._workers if not worker.is_leaving]
         outdated = [worker for worker in serving if worker.settings is not self._settings]
         if not outdated:
             self._before = None
         ready = sum(worker.is_ready for worker in serving if worker not in outdated)
-        for worker in outdated[: max(0, len(outdated) + ready - self._settings.workers)]:
+        excess = max(0, len(outdated) + ready - self._settings.workers) if ready else 0
+        for worker in outdated[:excess]:
             worker.is_leaving = True
             worker.process.send_signal(signal.SIGUSR2)
 

@@ -14,24 +14,16 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.loopback import refused_port
+from tests.support.cli import Done, invoke
 from tests.support.service import Program, ask, check_under_way, program
 from tests.support.waiting import wait_until
 
+DONE = Done(0, "", "")
 
-def reload(running: Program, directory: Path, **settings: str) -> tuple[int, str]:
-    """Its exit status, and what it says."""
+
+def reload(running: Program, directory: Path, **settings: str) -> Done:
     own = {"PORT_CHECKER_HOST": "127.0.0.1", "PORT_CHECKER_PORT": str(running.port)}
-    done = subprocess.run(
-        [sys.executable, "-m", "port_checker", "reload"],
-        env={**os.environ, **own, **settings, "RUNTIME_DIRECTORY": str(directory)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.stdout == ""
-    return done.returncode, done.stderr
+    return invoke("reload", **own, **settings, RUNTIME_DIRECTORY=str(directory))
 
 
 def max_ports(client: httpx.Client) -> int:
@@ -41,82 +33,60 @@ def max_ports(client: httpx.Client) -> int:
     return int(error["message"].split("at most ")[1].split()[0])
 
 
+def wait_for_max_ports(running: Program, count: int) -> None:
+    """Wait until new connections meet that setting."""
+    with running.client() as newcomer:
+        wait_until(lambda: max_ports(newcomer) == count, "the other settings")
+
+
 @contextmanager
 def asking(running: Program) -> Iterator[list[object]]:
     """Ask for the service's health, over new connections and a kept one; yield what was wrong."""
     wrong: list[object] = []
     is_over = threading.Event()
 
-    def ask_on_and_on(is_kept: bool) -> None:
-        kept = running.client()
-        while not is_over.wait(0.05):
-            client = kept if is_kept else running.client()
-            try:
-                if (answer := client.get("/health")).status_code != 200:
-                    wrong.append(answer)
-            except httpx.TransportError as error:
-                wrong.append(error)
-            if not is_kept:
-                client.close()
-        kept.close()
+    def ask_on_and_on() -> None:
+        with running.client() as kept:
+            while not is_over.wait(0.05):
+                if not running.answers():
+                    wrong.append("a new connection")
+                try:
+                    if (answer := kept.get("/health")).status_code != 200:
+                        wrong.append(answer)
+                except httpx.TransportError as error:
+                    wrong.append(error)
 
     with ThreadPoolExecutor() as pool:
-        for is_kept in True, False:
-            pool.submit(ask_on_and_on, is_kept)
+        over = pool.submit(ask_on_and_on)
         try:
             yield wrong
         finally:
             is_over.set()
+            over.result()
 
 
-@pytest.mark.parametrize(("before", "after"), [("1", "2"), ("2", "1")])
-def test_a_reload_takes_other_settings_and_refuses_nobody(
-    before: str, after: str, tmp_path: Path
-) -> None:
-    with (
-        program(
-            RUNTIME_DIRECTORY=str(tmp_path),
-            PORT_CHECKER_WORKERS=before,
-            # The check shall last for longer than workers take to start on a busy machine.
-            PORT_CHECK_RETRIES="10",
-            PORT_CHECK_TIMEOUT="30",
-        ) as running,
-        check_under_way(running) as check,
-        asking(running) as wrong,
-    ):
-        assert reload(running, tmp_path, PORT_CHECKER_WORKERS=after, PORT_CHECK_MAX_PORTS="7") == (
-            0,
-            "",
-        )
-        with running.client() as newcomer:
-            wait_until(lambda: max_ports(newcomer) == 7, "the other settings")
-        assert not check.is_done()
-        assert check.finish().json()["message"] == "Successfully verified 2 out of 2 ports"
-        assert not wrong
-        assert len(running.workers()) >= int(after)
-        # And once more, when there are workers in any case.
-        assert reload(running, tmp_path, PORT_CHECK_MAX_PORTS="8") == (0, "")
-        with running.client() as newcomer:
-            wait_until(lambda: max_ports(newcomer) == 8, "the other settings")
-        assert not wrong
+def test_a_reload_takes_other_settings_and_refuses_nobody(tmp_path: Path) -> None:
+    with program(
+        RUNTIME_DIRECTORY=str(tmp_path),
+        # A check shall last for longer than workers take to start on a busy machine.
+        PORT_CHECK_RETRIES="10",
+        PORT_CHECK_TIMEOUT="30",
+    ) as running:
+        # From one process to two workers, and from those to one.
+        for workers, most in ("2", 7), ("1", 8):
+            settings = {"PORT_CHECKER_WORKERS": workers, "PORT_CHECK_MAX_PORTS": str(most)}
+            with check_under_way(running) as check, asking(running) as wrong:
+                assert reload(running, tmp_path, **settings) == DONE
+                wait_for_max_ports(running, most)
+                assert not check.is_done()
+                answer = check.finish().json()
+                assert answer["message"] == "Successfully verified 2 out of 2 ports"
+            assert not wrong
+            assert len(running.workers()) >= int(workers)
         assert running.stop() == 0
     log = "".join(running.lines)
     assert log.count(": Reloaded\n") == 2
     assert "ERROR" not in log
-
-
-def test_a_wrong_setting_leaves_everything_as_it_is(tmp_path: Path) -> None:
-    with program(
-        RUNTIME_DIRECTORY=str(tmp_path), PORT_CHECKER_WORKERS="2", PORT_CHECK_MAX_PORTS="9"
-    ) as running:
-        processes = running.workers()
-        status, message = reload(running, tmp_path, PORT_CHECK_TIMEOUT="soon")
-        assert status == 2
-        assert message.startswith("port-checker: PORT_CHECK_TIMEOUT='soon' is wrong: ")
-        with running.client() as client:
-            assert max_ports(client) == 9
-        assert running.workers() == processes
-        assert running.stop() == 0
 
 
 NO_START = """
@@ -127,7 +97,7 @@ if sys.orig_argv[-1] == "worker" and os.environ.get("PORT_CHECK_MAX_PORTS") == "
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_where_no_worker_starts_everything_stays_as_it_is(workers: str, tmp_path: Path) -> None:
+def test_a_reload_that_fails_leaves_everything_as_it_is(workers: str, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(NO_START)
     with program(
         RUNTIME_DIRECTORY=str(tmp_path),
@@ -135,15 +105,27 @@ def test_where_no_worker_starts_everything_stays_as_it_is(workers: str, tmp_path
         PORT_CHECKER_WORKERS=workers,
         PORT_CHECK_MAX_PORTS="9",
     ) as running:
-        status, message = reload(running, tmp_path, PORT_CHECK_MAX_PORTS="7")
-        assert status == 1
-        assert message == "port-checker: cannot reload: no worker can start; the log says why\n"
+        processes = running.workers()
+        wrong = reload(running, tmp_path, PORT_CHECK_TIMEOUT="soon")
+        assert (wrong.status, wrong.out) == (2, "")
+        assert wrong.err.startswith("port-checker: PORT_CHECK_TIMEOUT='soon' is wrong: ")
+        no_worker = "port-checker: cannot reload: no worker can start; the log says why\n"
+        assert reload(running, tmp_path, PORT_CHECK_MAX_PORTS="7") == Done(1, "", no_worker)
         with running.client() as client:
             assert max_ports(client) == 9
-        assert reload(running, tmp_path, PORT_CHECK_MAX_PORTS="8") == (0, "")
-        with running.client() as client:
-            wait_until(lambda: max_ports(client) == 8, "the other settings")
+        assert running.workers() == processes
+        assert reload(running, tmp_path, PORT_CHECK_MAX_PORTS="8") == DONE
+        wait_for_max_ports(running, 8)
         assert running.stop() == 0
+
+
+@contextmanager
+def reloading(directory: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The command, as a process."""
+    environment = {**os.environ, "RUNTIME_DIRECTORY": str(directory)}
+    words = [sys.executable, "-m", "port_checker", "reload"]
+    with subprocess.Popen(words, env=environment, stderr=subprocess.DEVNULL) as process:
+        yield process
 
 
 def test_a_stop_in_the_middle_of_a_reload(tmp_path: Path) -> None:
@@ -154,13 +136,12 @@ def test_a_stop_in_the_middle_of_a_reload(tmp_path: Path) -> None:
     )
     with (
         program(RUNTIME_DIRECTORY=str(tmp_path), PYTHONPATH=str(tmp_path)) as running,
-        ThreadPoolExecutor() as pool,
+        reloading(tmp_path) as process,
     ):
-        reloading = pool.submit(reload, running, tmp_path)
         wait_until(running.workers, "a worker")
         workers = running.workers()
         assert running.stop(signal.SIGTERM) == 0
-        assert reloading.result()[0] == 1
+        assert process.wait(timeout=60) == 1
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
 
@@ -169,20 +150,15 @@ def test_systemd_may_end_a_reload_for_a_stop(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as service:
         service.bind(str(tmp_path / "reload"))
         service.listen()
-        with (
-            subprocess.Popen(
-                [sys.executable, "-m", "port_checker", "reload"],
-                env={**os.environ, "RUNTIME_DIRECTORY": str(tmp_path)},
-            ) as process,
-            service.accept()[0] as request,
-        ):
+        with reloading(tmp_path) as process, service.accept()[0] as request:
             assert request.recv(100)
             process.terminate()
             assert process.wait(timeout=60) == 0
 
 
 def test_where_there_is_no_service_to_reload(tmp_path: Path) -> None:
-    with refused_port() as port, program(PORT_CHECKER_PORT=str(port), ready=False) as running:
-        status, message = reload(running, tmp_path)
-    assert status == 1
-    assert message.startswith("port-checker: cannot reload: ")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as service:
+        service.bind(str(tmp_path / "reload"))  # as one that was killed leaves it
+    done = invoke("reload", RUNTIME_DIRECTORY=str(tmp_path))
+    assert (done.status, done.out) == (1, "")
+    assert done.err.startswith("port-checker: cannot reload: ")

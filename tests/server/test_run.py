@@ -1,11 +1,11 @@
 """The program and the server around the application, as processes."""
 
+import logging
 import os
 import resource
 import socket
 import subprocess
 import sys
-from contextlib import AbstractContextManager
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -28,20 +28,20 @@ from port_checker.settings import Rate, Settings
 from tests.support.http import client_of
 from tests.support.loopback import free_port, open_port
 from tests.support.namespace import ROOT, needs_root
-from tests.support.service import Program, ask, check_under_way, program, serve
+from tests.support.service import ask, check_under_way, program, serve
 from tests.support.waiting import wait_until
 
 
 @pytest.mark.parametrize(
     "command",
     [
-        [sys.executable, "-m", "port_checker"],
         [sys.executable, str(ROOT / "run.py")],
         [str(Path(sys.executable).with_name("port-checker")), "serve"],
         [sys.executable, "-m", "uvicorn", "port_checker.main:app", "--port", "{port}"],
     ],
 )
 def test_every_way_to_start_it(command: list[str]) -> None:
+    """The other one, python -m port_checker, is how all tests start it."""
     port = free_port()
     words = [word.format(port=port) for word in command]
     with (
@@ -89,14 +89,12 @@ def test_what_ends_a_process_is_logged_and_not_printed(workers: str, tmp_path: P
     assert all(" CRITICAL port_checker.server.logs: Ended by a bug" in line for line in before)
 
 
-def test_debugging_logs_each_port_and_request() -> None:
-    with program(PORT_CHECKER_DEBUG="true") as running, open_port() as opened:
-        with running.client() as client:
-            ask(client, opened)
-        running.stop()
-    log = "".join(running.lines)
-    assert f" DEBUG port_checker.api.routes: 127.0.0.1 port {opened}: open\n" in log
-    assert '"POST /check-ports HTTP/1.1" 200' in log
+def test_debugging_logs_each_port_and_request(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    with serve(debug=True) as client, open_port() as opened:
+        ask(client, opened)
+    assert f"127.0.0.1 port {opened}: open" in caplog.messages
+    assert any('"POST /check-ports HTTP/1.1" 200' in message for message in caplog.messages)
 
 
 def test_before_it_stops_it_finishes_checks_in_flight_and_refuses_new_requests() -> None:
@@ -121,12 +119,20 @@ def test_before_it_stops_it_finishes_checks_in_flight_and_refuses_new_requests()
     assert "Traceback" not in "".join(running.lines)
 
 
-def test_a_busy_port_is_one_line() -> None:
-    with open_port() as busy, program(ready=False, PORT_CHECKER_PORT=str(busy)) as running:
-        assert running.wait() == 1
-    assert running.lines == [
-        f"port-checker: cannot listen on 127.0.0.1 port {busy}: Address already in use\n"
-    ]
+def test_what_is_listened_on_already_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    path.touch()
+    with open_port() as busy:
+        for host, where in (
+            ("127.0.0.1", f"127.0.0.1 port {busy}"),
+            (f"unix:{path}", f"unix:{path}"),
+        ):
+            settings = {"PORT_CHECKER_HOST": host, "PORT_CHECKER_PORT": str(busy)}
+            with program(ready=False, descriptors=None, **settings) as running:
+                assert running.wait() == 1
+            assert running.lines == [
+                f"port-checker: cannot listen on {where}: Address already in use\n"
+            ]
 
 
 # Somebody whom the machine does not know, who has no home; with the right to read this checkout.
@@ -146,48 +152,6 @@ def test_an_unknown_user_on_a_root_that_is_read_only() -> None:
         assert ask(client, opened).json()["success"] is True
         assert running.stop() == 0
     assert "Warning:" not in "".join(running.lines)
-
-
-def test_workers_are_started_as_their_parent_was() -> None:
-    words = [sys.executable, "-I", "-W", "error", "-m", "port_checker"]
-    with program(*words, PORT_CHECKER_WORKERS="2") as running:
-        for worker in running.workers():
-            command = Path(f"/proc/{worker}/cmdline").read_text().split("\0")
-            assert command == [*words, "worker", ""]
-        assert running.stop() == 0
-    assert "Warning:" not in "".join(running.lines)
-
-
-@pytest.mark.parametrize(
-    ("variable", "value", "status", "message"),
-    [
-        ("PORT_CHECKER_PORT", "80", 0, ""),
-        (
-            "PORT_CHECKER_PROT",
-            "80",
-            0,
-            "port-checker: PORT_CHECKER_PROT is not a setting; did you mean PORT_CHECKER_PORT?\n",
-        ),
-        (
-            "PORT_CHECK_TARGETS",
-            "all",
-            2,
-            "port-checker: PORT_CHECK_TARGETS='all' is wrong: it must be public or caller\n",
-        ),
-    ],
-)
-def test_settings_are_checked_and_nothing_is_started(
-    variable: str, value: str, status: int, message: str
-) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "port_checker", "serve", "--check-settings"],
-        env={**os.environ, variable: value},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (status, "", message)
 
 
 def test_a_wrong_setting_is_one_line_of_a_bare_uvicorn_too() -> None:
@@ -286,18 +250,11 @@ def test_all_addresses_are_those_of_ipv4_where_the_kernel_has_no_ipv6() -> None:
     assert f" Listening on 0.0.0.0:{running.port}, page at http://localhost:" in running.lines[0]
 
 
-def unix_program(path: Path, workers: str = "1") -> AbstractContextManager[Program]:
-    return program(ready=False, PORT_CHECKER_HOST=f"unix:{path}", PORT_CHECKER_WORKERS=workers)
-
-
-def answers_on(path: Path) -> bool:
-    return health.run(f"unix:{path}") == 0
-
-
 def test_a_unix_socket_for_a_proxy_of_another_user(tmp_path: Path) -> None:
     path = tmp_path / "socket"
-    with unix_program(path, workers="2") as running:
-        wait_until(lambda: answers_on(path), "the program to answer")
+    host = f"unix:{path}"
+    with program(ready=False, PORT_CHECKER_HOST=host, PORT_CHECKER_WORKERS="2") as running:
+        wait_until(lambda: health.run(host) == 0, "the program to answer")
         assert path.stat().st_mode & 0o777 == 0o666
         assert running.stop() == 0
     assert f" Listening on unix:{path}; processes: 2," in running.lines[0]
@@ -308,26 +265,20 @@ def test_a_unix_socket_that_was_left_behind_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
-    with unix_program(path) as running:
-        wait_until(lambda: answers_on(path), "the program to answer")
-        assert running.stop() == 0
+    with listen(f"unix:{path}", 0), socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
 
 
-@pytest.mark.parametrize("kind", ["socket", "file"])
-def test_a_path_that_is_taken_is_left_alone(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / "socket"
+def test_a_path_that_is_taken_is_left_alone(tmp_path: Path) -> None:
+    used, file = tmp_path / "socket", tmp_path / "file"
+    file.touch()
     with socket.socket(socket.AF_UNIX) as listener:
-        if kind == "socket":
-            listener.bind(str(path))
-            listener.listen()
-        else:
-            path.touch()
-        with unix_program(path) as running:
-            assert running.wait() == 1
-    assert running.lines == [
-        f"port-checker: cannot listen on unix:{path}: Address already in use\n"
-    ]
-    assert path.exists()
+        listener.bind(str(used))
+        listener.listen()
+        for path in used, file:
+            with pytest.raises(OSError, match="Address already in use"):
+                listen(f"unix:{path}", 0)
+            assert path.exists()
 
 
 def test_the_descriptor_limit_is_raised_and_bounds_the_ports_in_flight() -> None:
@@ -346,9 +297,8 @@ def test_the_descriptor_limit_is_raised_and_bounds_the_ports_in_flight() -> None
     assert "ports in flight in each: 512" in start
 
 
-@pytest.mark.parametrize("refused", ["setrlimit", "prlimit64"])
-def test_where_the_limit_may_not_be_raised_it_stays(refused: str) -> None:
-    with program(descriptors=1024, refused_calls=[refused]) as running:
+def test_where_the_limit_may_not_be_raised_it_stays() -> None:
+    with program(descriptors=1024, refused_calls=["setrlimit", "prlimit64"]) as running:
         assert running.stop() == 0
     assert "this process may open only 512 files" in running.lines[0]
 

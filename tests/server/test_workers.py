@@ -37,15 +37,20 @@ def at_the_start_of_workers(code: str, directory: Path) -> Iterator[str]:
     yield str(directory)
 
 
-def test_workers_share_the_port_and_stop_together() -> None:
-    with program(PORT_CHECKER_WORKERS="2") as running, open_port() as opened:
+def test_workers_share_the_port_start_as_their_parent_did_and_stop_together() -> None:
+    words = [sys.executable, "-I", "-W", "error", "-m", "port_checker"]
+    with program(*words, PORT_CHECKER_WORKERS="2") as running, open_port() as opened:
         for _ in range(8):
             with running.client() as client:
                 assert ask(client, opened).json()["success"] is True
         workers = running.workers()
         assert len(workers) == 2
+        for worker in workers:
+            command = Path(f"/proc/{worker}/cmdline").read_text().split("\0")
+            assert command == [*words, "worker", ""]
         assert running.stop() == 0
     assert not any(map(is_running, workers))
+    assert not lines_with(running, "Warning:")
     assert len(lines_with(running, " outcome=completed ")) == 8
 
 
