@@ -27,6 +27,7 @@ from port_checker.linux import (
     ConnectionTracking,
     connection_tracking,
     descriptor_limit,
+    grow_descriptor_table,
     raise_descriptor_limit,
 )
 from port_checker.metrics import Metrics, StatusLine, Totals
@@ -306,6 +307,7 @@ class Service:
     ) -> "Server":
         """Return the server of this process."""
         most = max_connections(self._settings)
+        grow_descriptor_table(self._settings.max_in_flight + most)
         limits = ConnectionLimits(
             most,
             trusted_proxies=self._settings.trusted_proxies,
