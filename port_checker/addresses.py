@@ -38,6 +38,12 @@ def parse_address(text: str) -> Address:
     return address
 
 
+@functools.lru_cache(maxsize=1024)
+def unpack_address(packed: bytes) -> Address:
+    """Return the address that 4 or 16 bytes stand for."""
+    return parse_address(str(ipaddress.ip_address(packed)))
+
+
 def parse_host(host: str) -> Address:
     """Return the address of an end of a socket, as ``getsockname`` and ASGI servers have it.
 

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
-import functools
 import io
 import json
 import os
@@ -15,7 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -477,17 +476,25 @@ def _verify(
     """Have the ports verified; on a terminal, show what is happening meanwhile."""
     from port_checker.provider import verify
 
-    check = functools.partial(verify, pairs, servers=servers, tls=endpoints, ip=ip, family=family)
+    reports: list[Report] = []
+
+    async def check(**callbacks: Any) -> None:
+        # Not returned: asyncio writes out what a task returns when it restores a signal's handler.
+        reports.append(
+            await verify(pairs, servers=servers, tls=endpoints, ip=ip, family=family, **callbacks)
+        )
+
     on_terminal = sys.stderr is not None and sys.stderr.isatty()  # None if it was closed
     if not on_terminal:
-        return asyncio.run(check(on_progress=_tell_wait))
-    if quiet:
-        return asyncio.run(check())
+        asyncio.run(check(on_progress=_tell_wait))
+    elif quiet:
+        asyncio.run(check())
+    else:
+        from port_checker.provider.screen import progress
 
-    from port_checker.provider.screen import progress
-
-    with progress(len(pairs)) as (on_progress, on_checked):
-        return asyncio.run(check(on_progress=on_progress, on_checked=on_checked))
+        with progress(len(pairs)) as (on_progress, on_checked):
+            asyncio.run(check(on_progress=on_progress, on_checked=on_checked))
+    return reports[0]
 
 
 def _tell_wait(text: str) -> None:

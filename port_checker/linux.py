@@ -19,7 +19,7 @@ from enum import IntEnum
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
-from port_checker.addresses import Address, Network, parse_address, parse_host
+from port_checker.addresses import Address, Network, parse_address, parse_host, unpack_address
 
 # linux/rtnetlink.h and linux/netlink.h
 _RTM_GETROUTE, _RTA_DST, _NLM_F_REQUEST, _NLMSG_ERROR = 26, 1, 1, 2
@@ -260,8 +260,8 @@ def route_to(address: Address) -> Route | None:
     (interface,) = struct.unpack("=I", attributes.get(_RTA_OIF, bytes(4)))
     return Route(
         _route_type(number),
-        parse_address(str(ip_address(source))) if source else None,
-        parse_address(str(ip_address(next_hop))) if next_hop else None,
+        unpack_address(source) if source else None,
+        unpack_address(next_hop) if next_hop else None,
         interface,
     )
 
@@ -387,7 +387,7 @@ def way_to(address: Address, source: Address | None = None) -> Way | None:
         preferred = found.get(_RTA_PREFSRC)
         return Way(
             socket.if_indextoname(index),
-            parse_address(str(ip_address(preferred))) if preferred else None,
+            unpack_address(preferred) if preferred else None,
         )
     except OSError:
         return None
@@ -730,13 +730,13 @@ def _connected_to(remote: Address, states: int) -> set[_End]:
     for answer in _dump(_TCPDIAG_GETSOCK, question, _NETLINK_SOCK_DIAG):
         packed = answer[8:12] if answer[0] == socket.AF_INET else answer[8:24]
         port, remote_port = struct.unpack_from("!4xHH", answer)
-        found.add((parse_address(str(ip_address(packed))), port, remote_port))
+        found.add((unpack_address(packed), port, remote_port))
     return found
 
 
 @dataclass(frozen=True, slots=True)
 class TcpSocket:
-    """A TCP socket of this machine, as the tables of /proc/net have it (proc_net_tcp.rst).
+    """A TCP socket of this machine, as sock_diag(7) and proc_net_tcp.rst have it.
 
     Attributes:
         address: Its local address; ``0.0.0.0`` or ``::`` for all of them.
@@ -757,40 +757,62 @@ class TcpSocket:
     peer_port: int = 0
 
 
-def tcp_sockets(ports: Container[int], *, listening: bool = False) -> list[TcpSocket]:
+def tcp_sockets(ports: Container[int], state: TcpState | None = None) -> list[TcpSocket]:
     """Return this machine's TCP sockets whose local port is one of ``ports``.
 
-    Of the network namespace that this thread is in; every user may read that.
+    Of the network namespace that this thread is in; every user may ask for that.
 
     Args:
         ports: The ports.
-        listening: Whether to return only those that listen: there are few, and they come first.
+        state: Return only those in this state.
     """
-    sockets = []
+    try:
+        return list(_dumped_sockets(ports, state))
+    except OSError:  # a sandbox, or a kernel without it
+        return [sock for sock in _listed_sockets(ports) if state in (None, sock.state)]
+
+
+def _dumped_sockets(ports: Container[int], state: TcpState | None) -> Iterator[TcpSocket]:
+    """Ask by netlink: in a fifth of the time that it takes to read the tables (measured).
+
+    Raises:
+        OSError: The kernel cannot tell.
+    """
+    states = _STATES | 1 << TcpState.LISTEN if state is None else 1 << state
+    question = struct.pack("=4x48xI4x", states)  # struct inet_diag_req
+    for answer in _dump(_TCPDIAG_GETSOCK, question, _NETLINK_SOCK_DIAG):
+        family, number, port, peer_port = struct.unpack_from("!BBxxHH", answer)
+        if port in ports:
+            size = 4 if family == socket.AF_INET else 16
+            yield TcpSocket(
+                unpack_address(answer[8 : 8 + size]),
+                port,
+                _tcp_state(number),
+                int(struct.unpack_from("=I", answer, 56)[0]),
+                family == socket.AF_INET6,
+                unpack_address(answer[24 : 24 + size]),
+                peer_port,
+            )
+
+
+def _listed_sockets(ports: Container[int]) -> Iterator[TcpSocket]:
     for table, ipv6 in ("/proc/thread-self/net/tcp", False), ("/proc/thread-self/net/tcp6", True):
         with contextlib.suppress(OSError), open(table) as lines:
             next(lines)
             for line in lines:
                 _, local, remote, state, queues, *_ = line.split(None, 5)
-                if listening and _tcp_state(state) is not TcpState.LISTEN:
-                    break
                 host, _, number = local.partition(":")
-                if (port := int(number, 16)) not in ports:
-                    continue
-                peer, _, peer_port = remote.partition(":")
-                queued = int(queues.partition(":")[2], 16)
-                sockets.append(
-                    TcpSocket(
+                if (port := int(number, 16)) in ports:
+                    peer, _, peer_port = remote.partition(":")
+                    yield TcpSocket(
                         _kernels_address(host),
                         port,
-                        _tcp_state(state),
-                        queued,
+                        _tcp_state(int(state, 16)),
+                        int(queues.partition(":")[2], 16),
                         ipv6,
                         _kernels_address(peer),
                         int(peer_port, 16),
                     )
-                )
-    return sockets
 
 
 def shows_sockets() -> bool:
@@ -801,12 +823,12 @@ def shows_sockets() -> bool:
 def _kernels_address(text: str) -> Address:
     """Read an address that is written word by word, each in this machine's byte order."""
     words = (int(text[at : at + 8], 16) for at in range(0, len(text), 8))
-    return parse_address(str(ip_address(b"".join(struct.pack("=I", word) for word in words))))
+    return unpack_address(b"".join(struct.pack("=I", word) for word in words))
 
 
-def _tcp_state(number: str) -> TcpState:
+def _tcp_state(number: int) -> TcpState:
     try:
-        return TcpState(int(number, 16))
+        return TcpState(number)
     except ValueError:
         return TcpState.OTHER
 
@@ -818,9 +840,8 @@ def half_open_ports(ports: Collection[int]) -> dict[int, set[Address]]:
     port that stays in this state receives packets, and its answers get lost.
     """
     peers: dict[int, set[Address]] = {}
-    for sock in tcp_sockets(ports) if ports else ():
-        if sock.state is TcpState.SYN_RECV:
-            peers.setdefault(sock.port, set()).add(sock.peer)
+    for sock in tcp_sockets(ports, TcpState.SYN_RECV) if ports else ():
+        peers.setdefault(sock.port, set()).add(sock.peer)
     return peers
 
 

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 
 from port_checker import advice as advice_for
-from port_checker.linux import tcp_sockets
+from port_checker.linux import TcpState, tcp_sockets
 from port_checker.provider.origin import Contact, is_own
 from port_checker.provider.remote import ServerError
 from port_checker.provider.report import PortPair, TlsAnswer, TlsReport
@@ -27,7 +27,7 @@ async def check_tls(contacts: Sequence[Contact], pair: PortPair) -> TlsReport:
             reasons.append(f"{contact.url} {result}")
         else:
             raise result
-    is_listened_on = bool(tcp_sockets({pair.inner}, listening=True))
+    is_listened_on = bool(tcp_sockets({pair.inner}, TcpState.LISTEN))
     ip = next((contact.address for contact in contacts if contact.address), None)
     return judge_tls(
         pair,

@@ -8,16 +8,15 @@ from what never arrives; and with its sender, so that others' packets blame nobo
 import asyncio
 import contextlib
 import ctypes
-import functools
+import itertools
 import socket
 import struct
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from ipaddress import ip_address
 from typing import Self
 
-from port_checker.addresses import Address, parse_address
+from port_checker.addresses import Address, unpack_address
 
 _ETH_P_ALL = 3  # linux/if_ether.h
 _SO_ATTACH_FILTER, _SO_RCVBUFFORCE = 26, 33  # asm-generic/socket.h; the socket module lacks them
@@ -96,7 +95,7 @@ class Capture:
     def __init__(self, sock: socket.socket) -> None:
         self.clock = 0
         self._sock = sock
-        # By the peer, packed, and our port.
+        # By the peer, packed, and our port; in the order in which the latest began.
         self._attempts: dict[tuple[bytes, int], Attempt] = {}
         self._begun: set[tuple[bytes, int, int]] = set()  # the peer, its port, number
         self._numbers: dict[int, Attempt] = {}
@@ -144,20 +143,23 @@ class Capture:
 
     def attempts(self, is_peer: Callable[[Address], bool], since: int) -> dict[int, Attempt]:
         """Return the attempts of certain peers since a moment, the latest at each port."""
-        self._read(_MAX_RECORDED)
-        recent = [item for item in self._attempts.items() if item[1].last > since]
-        recent.sort(key=lambda item: item[1].last)
-        theirs = {peer for peer in {peer for (peer, _), _ in recent} if is_peer(_address(peer))}
-        return {port: attempt for (peer, port), attempt in recent if peer in theirs}
+        recent = self._since(since)
+        peers = {peer for (peer, _), _ in recent}
+        theirs = {peer for peer in peers if is_peer(unpack_address(peer))}
+        return {port: attempt for (peer, port), attempt in reversed(recent) if peer in theirs}
 
     def seen(self, since: int = 0) -> dict[int, set[Address]]:
         """Return who began to connect, by port, since the clock showed ``since``."""
-        self._read(_MAX_RECORDED)
         found: dict[int, set[Address]] = {}
-        for (peer, port), attempt in self._attempts.items():
-            if attempt.last > since:
-                found.setdefault(port, set()).add(_address(peer))
+        for (peer, port), _ in self._since(since):
+            found.setdefault(port, set()).add(unpack_address(peer))
         return found
+
+    def _since(self, clock: int) -> list[tuple[tuple[bytes, int], Attempt]]:
+        """Return the attempts since a moment, by peer and port, the latest first."""
+        self._read(_MAX_RECORDED)
+        latest_first = reversed(self._attempts.items())
+        return list(itertools.takewhile(lambda item: item[1].last > clock, latest_first))
 
     def _read(self, most: int = _PACKETS_PER_TURN) -> None:
         for _ in range(most):
@@ -181,8 +183,8 @@ class Capture:
         elif not flags & _ACK and flags & _SYN:
             # One of others that is passed on keeps its number, whatever is translated.
             attempt = self._numbers.get(number)
-            if attempt and attempt.address != _address(destination):
-                attempt.passed_to = _address(destination)
+            if attempt and attempt.address != unpack_address(destination):
+                attempt.passed_to = unpack_address(destination)
         elif attempt := self._attempts.get((destination, from_port)):
             if flags & _SYN:  # at a bridge before its port, which is seen last when it comes in
                 attempt.answered_at = attempt.answered_at or interface
@@ -204,15 +206,11 @@ class Capture:
         elif len(self._begun) < _MAX_RECORDED:
             self.clock += 1
             self._begun.add(begun)
-            attempt = self._attempts.setdefault(
-                (peer, port), Attempt(_address(destination), interface)
+            attempt = self._attempts.pop((peer, port), None) or Attempt(
+                unpack_address(destination), interface
             )
             attempt.last = self.clock
+            self._attempts[peer, port] = attempt
             self._numbers[number] = attempt
         else:
             self._lost = True
-
-
-@functools.lru_cache(maxsize=1024)  # the same few addresses come again and again
-def _address(packed: bytes) -> Address:
-    return parse_address(str(ip_address(packed)))

@@ -46,11 +46,11 @@ def rows(report: Report) -> list[Row]:
 def _port_rows(ports: Iterable[PortReport]) -> Iterator[Row]:
     groups: dict[tuple[str, str], tuple[list[PortPair], list[str]]] = {}
     for port in ports:
+        outside = _outside(port)
         # What has one cause shares a row, whatever its words from outside.
-        key = (str(port.local), port.advice or _outside(port))
-        pairs, outsides = groups.setdefault(key, ([], []))
+        pairs, outsides = groups.setdefault((port.local, port.advice or outside), ([], []))
         pairs.append(PortPair(port.port, port.inner))
-        if (outside := _outside(port)) not in outsides:
+        if outside not in outsides:
             outsides.append(outside)
     for (local, advice), (pairs, outsides) in groups.items():
         outside = " / ".join(outsides)

@@ -5,9 +5,10 @@ import contextlib
 import errno
 import os
 import re
+import select
 import socket
 import struct
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Self
@@ -21,6 +22,8 @@ _OPENED_PER_TURN = 50
 # Seconds between looks at half-open connections. Where a firewall of this machine keeps an answer
 # back, the kernel gives the connection up when it would repeat that, after a second (RFC 6298).
 _HALF_OPEN_INTERVAL = 0.5
+# Connections accepted or closed in one turn of the event loop; one takes some 30 µs.
+_EVENTS_PER_TURN = 50
 # Accepted connections that are kept open for the other end to close.
 MAX_HELD = 64
 # Other checks on this machine find this abstract socket in /proc/net/unix. The lowest and highest
@@ -55,9 +58,12 @@ class Listeners:
         self.errors: dict[int, int] = {}
         self._ports = list(ports)
         self._ipv6 = ip_version == 6
-        self._listeners: dict[int, socket.socket] = {}
+        # By descriptor. The event loop watches them through one of its own: it would take as long
+        # for each as the kernel does.
+        self._listeners: dict[int, tuple[int, socket.socket]] = {}
+        self._held: dict[int, socket.socket] = {}
+        self._epoll = select.epoll()
         self._mark = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._held: deque[socket.socket] = deque()
         self._arrival = asyncio.Event()
         self._half_open: defaultdict[int, set[Address]] = defaultdict(set)
         self._next_look: asyncio.TimerHandle | None = None
@@ -68,6 +74,7 @@ class Listeners:
         others = self._checks(self._ipv6)
         self._mark.bind(f"\0{mark}{low}-{high}-{os.getpid()}-{id(self)}")
         listening = self._other_listeners()
+        asyncio.get_running_loop().add_reader(self._epoll.fileno(), self._on_events)
         try:
             for number, port in enumerate(self._ports):
                 if number % _OPENED_PER_TURN == 0:
@@ -86,24 +93,24 @@ class Listeners:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        loop = asyncio.get_running_loop()
         if self._next_look:
             self._next_look.cancel()
-        for listener in self._listeners.values():
-            loop.remove_reader(listener.fileno())
-            listener.close()
-        self._listeners.clear()
+        asyncio.get_running_loop().remove_reader(self._epoll.fileno())
+        listeners = [listener for _, listener in self._listeners.values()]
+        for sock in (*listeners, *self._held.values()):
+            sock.close()
+        self._epoll.close()
         self._mark.close()
-        while self._held:
-            self._release(self._held[0])
 
     def seen(self, since: int = 0) -> dict[int, set[Address]]:
         """Return who connected, by port, since the clock showed ``since``."""
-        found = {
-            port: {peer for peer, last in peers.items() if last > since}
+        if not since:
+            return {port: set(peers) for port, peers in self._arrivals.items()}
+        return {
+            port: recent
             for port, peers in self._arrivals.items()
+            if (recent := {peer for peer, last in peers.items() if last > since})
         }
-        return {port: peers for port, peers in found.items() if peers}
 
     def half_open(self) -> dict[int, set[Address]]:
         """Return from whom connections have arrived that were not established, by port."""
@@ -155,7 +162,7 @@ class Listeners:
         """
         found: defaultdict[int, list[TcpSocket]] = defaultdict(list)
         checks = self._checks(not self._ipv6)
-        for sock in tcp_sockets(frozenset(self._ports), listening=True):
+        for sock in tcp_sockets(frozenset(self._ports), TcpState.LISTEN):
             if sock.ipv6 != self._ipv6 and not sock.address.is_loopback:
                 found[sock.port].append(sock)
         # A check may have begun or ended meanwhile: it is marked for as long as it listens.
@@ -183,12 +190,12 @@ class Listeners:
             self.other_family.add(port)
             return
         self.local[port] = "bound"
-        self._listeners[port] = listener
-        # By its number: asyncio puts a socket's whole description into an error that nobody reads.
-        asyncio.get_running_loop().add_reader(listener.fileno(), self._on_connection, port)
+        self._listeners[listener.fileno()] = port, listener
+        self._epoll.register(listener.fileno(), select.EPOLLIN)
 
     def _listen(self, port: int) -> socket.socket:
-        listener = socket.socket(socket.AF_INET6 if self._ipv6 else socket.AF_INET)
+        family = socket.AF_INET6 if self._ipv6 else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             # Connections of another program may still be in TIME_WAIT.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -196,7 +203,6 @@ class Listeners:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             listener.bind(("::" if self._ipv6 else "0.0.0.0", port))  # noqa: S104  # as documented
             listener.listen()
-            listener.setblocking(False)
         except OSError:
             listener.close()
             raise
@@ -215,27 +221,34 @@ class Listeners:
             ):
                 self.local[port] = "outgoing connection"
 
-    def _on_connection(self, port: int) -> None:
+    def _on_events(self) -> None:
+        ready = [descriptor for descriptor, _ in self._epoll.poll(0, _EVENTS_PER_TURN)]
+        # Before others are accepted, which get the same descriptors.
+        for descriptor in self._held.keys() & ready:
+            self._held.pop(descriptor).close()
+        for descriptor in self._listeners.keys() & ready:
+            self._accept(*self._listeners[descriptor])
+
+    def _accept(self, port: int, listener: socket.socket) -> None:
         try:
-            connection, peer = self._listeners[port].accept()
+            connection, peer = listener.accept()
         except OSError as error:
-            if error.errno in _NO_DESCRIPTOR and self._held:
-                self._release(self._held[0])
+            if error.errno in _NO_DESCRIPTOR:
+                self._close_longest_held()
             return
         self.clock += 1
         self._arrivals[port][parse_host(peer[0])] = self.clock
         self._arrival.set()
         # The other end closes first, as a rule. A reset at once might look to it like a failure.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-        self._held.append(connection)
-        asyncio.get_running_loop().add_reader(connection.fileno(), self._release, connection)
+        self._held[connection.fileno()] = connection
+        self._epoll.register(connection.fileno(), select.EPOLLIN)
         if len(self._held) > MAX_HELD:
-            self._release(self._held[0])
+            self._close_longest_held()
 
-    def _release(self, connection: socket.socket) -> None:
-        asyncio.get_running_loop().remove_reader(connection.fileno())
-        self._held.remove(connection)
-        connection.close()
+    def _close_longest_held(self) -> None:
+        if self._held:
+            self._held.pop(next(iter(self._held))).close()
 
 
 def _is_outgoing(sock: TcpSocket) -> bool:
@@ -244,7 +257,7 @@ def _is_outgoing(sock: TcpSocket) -> bool:
     The end that accepted it has a port that was not taken from the ephemeral ones, or listens.
     """
     port = sock.peer_port
-    return port not in ephemeral_ports() or bool(tcp_sockets({port}, listening=True))
+    return port not in ephemeral_ports() or bool(tcp_sockets({port}, TcpState.LISTEN))
 
 
 def _read_text(path: str) -> str:

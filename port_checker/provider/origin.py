@@ -70,7 +70,7 @@ class Contact:
     peers: frozenset[Address] = frozenset()
     strangers: frozenset[Address] = frozenset()
 
-    @property
+    @cached_property
     def url(self) -> str:
         """The server's URL, without a password."""
         return str(self.server.url)

@@ -92,7 +92,7 @@ class Phases:
         local = self.witness.listeners.local
         watched = ("bound", "in use") if self.witness.capture else ("bound",)
         pairs = [pair for pair in self.pairs if local[pair.inner] in watched]
-        reached = [pair for pair in pairs if _reaches(answers, pair)]
+        reached = [pair for pair in pairs if pair.outer in answers.reached]
         seen = self.witness.seen(self.start)
         tried = self.seen([contact], seen)
         asked = reached or [pair for pair in pairs if pair.outer in answers.verdicts]
@@ -127,9 +127,10 @@ class Phases:
                 if came and contact.nearness is Nearness.OUTSIDE:
                     banned[contact.url] = len(came & reached_here)
                 continue
-            lost = [pair.outer for pair in self.pairs if self._is_lost(answers, pair)]
-            lost = [port for port in lost if port in verdicts]
-            reached = {port for port, verdict in verdicts.items() if verdict.accessible}
+            reached, accessible = answers[contact.url].reached, _reached(answers)
+            # Also those at which a packet that was sent again arrived, too late for the server.
+            lost = [pair.outer for pair in self.pairs if self._is_bound(pair)]
+            lost = [port for port in lost if port in verdicts and port not in accessible]
             timed_out = [p for p in lost if verdicts[p].kind is VerdictKind.TIMED_OUT]
             is_banned = looks_banned([*verdicts], reached, lost)
             if looks_limited(self.pairs, reached, timed_out):
@@ -157,15 +158,6 @@ class Phases:
     def _inner(self) -> set[int]:
         return {pair.inner for pair in self.pairs}
 
-    def unreached(self, answers: Mapping[str, Answers]) -> set[int]:
-        """Return the inner ports that not all servers reach."""
-        return {p.inner for p in self.pairs if not all(_reaches(a, p) for a in answers.values())}
-
-    def _is_lost(self, answers: Mapping[str, Answers], pair: PortPair) -> bool:
-        """Whether no server reaches a port at which this machine listens."""
-        # Also where a packet that was sent again arrived, too late for the server.
-        return self._is_bound(pair) and not _is_accessible(answers, pair)
-
     async def trace(
         self,
         contacts: Sequence[Contact],
@@ -185,7 +177,8 @@ class Phases:
         """
         bound = {pair for pair in self.pairs if self._is_bound(pair)}
         arrived = {pair for pair in bound if pair.inner in seen}
-        accessible = {pair for pair in self.pairs if _is_accessible(answers, pair)}
+        reached = _reached(answers)
+        accessible = {pair for pair in self.pairs if pair.outer in reached}
         behind_router = not any(c.address and is_own(c.address) for c in contacts)
         exchanged = suspicious and behind_router and len(accessible) > 1
         if limited or not arrived or not accessible:
@@ -194,8 +187,8 @@ class Phases:
             return None
         self.on_progress("looking at which port each connection arrives")
         for contact in contacts:
-            pairs = [pair for pair in self.pairs if _reaches(answers[contact.url], pair)]
-            if pairs:
+            reached = answers[contact.url].reached
+            if pairs := [pair for pair in self.pairs if pair.outer in reached]:
                 own_seen = self.seen([contact])
                 listeners = self.witness.listeners
                 return await trace_forwards(contact, pairs, own_seen, listeners, self.waits)
@@ -220,15 +213,17 @@ class Phases:
         has_xdp = any(place.xdp for place in places.values())
         captured = bool(capture and capture.is_complete() and not has_xdp)
         half_open_here = self.seen(counted, half_open)
+        urls = {contact.url for contact in counted}
         errors = {c.url: c.error for c in contacts if c.error}
         listeners = self.witness.listeners
         came = self.witness.seen(self.start)
+        unknown = self._unknown(contacts, set[Address]().union(*came.values()))
+        reached, excluded = _reached(answers), {p for a in answers.values() for p in a.excluded}
         nowhere = Place(family=self.family)
         shows_holders = shows_sockets()
         reports = []
         for pair in self.pairs:
             verdicts = _verdicts(answers, pair)
-            is_accessible = _is_accessible(answers, pair)
             arrives_at = elsewhere.get(pair.outer)
             arrived = pair.inner in seen
             if arrivals is not None:
@@ -236,7 +231,7 @@ class Phases:
                 arrives_at = at if at not in (pair.inner, None) else arrives_at
                 # What others' forwards brought here says nothing about this port.
                 arrived = at == pair.inner or (
-                    arrived and not is_accessible and pair.inner not in arrivals.values()
+                    arrived and pair.outer not in reached and pair.inner not in arrivals.values()
                 )
             attempt = attempts.get(pair.inner)
             observed = Observation(
@@ -245,11 +240,11 @@ class Phases:
                 seen=arrived,
                 half_open=pair.inner in half_open_here,
                 attempt=attempt,
-                captured=captured and not self._unknown(contacts, came.get(pair.inner, set())),
+                captured=captured and unknown.isdisjoint(came.get(pair.inner, ())),
                 wrong_way=self._wrong_way(contacts, attempt),
                 in_container=_leads_to_container(attempt),
                 answers=verdicts,
-                counted={contact.url for contact in counted},
+                counted=urls,
                 arrives_at=arrives_at,
                 banned=banned,
                 unused=pair.outer in elsewhere and attempts[elsewhere[pair.outer]].refused,
@@ -257,7 +252,7 @@ class Phases:
                 checked=pair.inner in listeners.checked,
                 bind_error=listeners.errors.get(pair.inner, 0),
                 other_family=pair.inner in listeners.other_family,
-                excluded=any(pair.outer in answer.excluded for answer in answers.values()),
+                excluded=pair.outer in excluded,
                 reason=_join(errors | _failures(answers, pair)) or "no server was asked",
                 places={
                     url: dict(answer.places[pair.outer])
@@ -340,8 +335,10 @@ class Phases:
         peer = next(peer for c in contacts for peer in (*c.peers, c.remote) if peer)
         if peer.version != self.family:
             return None
-        way = way_to(peer, attempt.address)
-        leaves_by = attempt.answered_at or (way.interface if way else "none")
+        leaves_by = attempt.answered_at
+        if not leaves_by:
+            way = way_to(peer, attempt.address)
+            leaves_by = way.interface if way else "none"
         if leaves_by in (attempt.interface, "lo"):
             return None
         is_dropped = not accepts_from(peer, attempt.address, attempt.interface)
@@ -356,14 +353,16 @@ class Phases:
         """Return the inner ports to which servers came; by default, all the way to a listener."""
         if seen is None:
             seen = self.witness.listeners.seen()
-        strangers = {peer for peer in by_peer(seen) if not _is_servers(contacts, peer)}
-        return {port for port, peers in seen.items() if peers - strangers}
+        peers = set[Address]().union(*seen.values())
+        strangers = {peer for peer in peers if not _is_servers(contacts, peer)}
+        return {port for port, peers in seen.items() if not peers <= strangers}
 
     async def _wait_until_seen(
         self, contacts: Sequence[Contact], answers: Mapping[str, Answers]
     ) -> None:
         """Wait for the connections that servers report, from them or from who may be them."""
-        ports = [p.inner for p in self.pairs if self._is_bound(p) and _is_accessible(answers, p)]
+        reached = _reached(answers)
+        ports = [p.inner for p in self.pairs if self._is_bound(p) and p.outer in reached]
         await self.witness.listeners.wait_until_seen(
             ports,
             self.waits.late_connections,
@@ -402,10 +401,6 @@ def _join(errors: Mapping[str, str]) -> str:
     return "; ".join(f"{url}: {error}" for url, error in errors.items())
 
 
-def _reaches(answers: Answers, pair: PortPair) -> bool:
-    return pair.outer in answers.verdicts and answers.verdicts[pair.outer].accessible
-
-
 def _verdicts(answers: Mapping[str, Answers], pair: PortPair) -> dict[str, Verdict]:
     """Return each server's verdict on a port."""
     return {
@@ -415,5 +410,6 @@ def _verdicts(answers: Mapping[str, Answers], pair: PortPair) -> dict[str, Verdi
     }
 
 
-def _is_accessible(answers: Mapping[str, Answers], pair: PortPair) -> bool:
-    return any(_reaches(answer, pair) for answer in answers.values())
+def _reached(answers: Mapping[str, Answers]) -> set[int]:
+    """Return the outer ports that some server reaches."""
+    return set[int]().union(*(answer.reached for answer in answers.values()))

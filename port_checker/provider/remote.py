@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import cached_property
 from http import HTTPStatus
 from typing import Any, NamedTuple
 from urllib.parse import urljoin, urlsplit
@@ -165,6 +166,11 @@ class Answers:
     failures: Mapping[int, str] = field(default_factory=dict)
     address: Address | None = None
     places: Mapping[int, Mapping[str, Verdict]] = field(default_factory=dict)
+
+    @cached_property
+    def reached(self) -> set[int]:
+        """The ports that it could connect to."""
+        return {port for port, verdict in self.verdicts.items() if verdict.accessible}
 
     def __or__(self, later: "Answers") -> "Answers":
         """Add later answers, which count where both have one."""

@@ -452,10 +452,11 @@ def port_pairs(ports: Sequence[int | tuple[int, int]]) -> list[PortPair]:
     outer_of: dict[int, int] = {}
     for port in ports:
         both = port if isinstance(port, tuple) else (port, port)
-        if len(both) != 2 or any(type(number) is not int for number in both):
+        if len(both) != 2 or {*map(type, both)} != {int}:
             raise TypeError(f"a port must be an integer or a pair of integers, not {port!r}")
-        if wrong := [number for number in both if not 1 <= number <= MAX_PORT]:
-            raise ValueError(f"{wrong[0]} is not a port (1-65535)")
+        for number in both:
+            if not 1 <= number <= MAX_PORT:
+                raise ValueError(f"{number} is not a port (1-65535)")
         pair = PortPair(*both)
         if pairs.setdefault(pair.outer, pair) != pair:
             raise ValueError(f"port {pair.outer} cannot lead to two ports of this machine")

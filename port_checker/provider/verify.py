@@ -109,7 +109,7 @@ async def verify(
                 witness = Witness(listeners, capture)
                 check = Phases(part, witness, witness.now(), family, waits, on_progress)
                 contacts, answers = await check.ask(contacts)
-                half_open = listeners.half_open() if check.unreached(answers) else {}
+                half_open = listeners.half_open()
                 contacts = await check.identify(contacts, answers)
                 answers, passed, banned_now = await check.ask_in_groups(contacts, answers)
                 banned |= banned_now

@@ -5,6 +5,7 @@ import contextlib
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address
 
 import pytest
@@ -21,6 +22,7 @@ from tests.support.loopback import (
     refused_port,
 )
 from tests.support.namespace import ROOT, loopback_alone, needs_root
+from tests.support.seccomp import refuse
 
 
 @pytest.mark.parametrize(
@@ -168,6 +170,19 @@ def test_an_outgoing_connection_is_told_from_a_program_that_listens() -> None:
         outgoing.connect(listener.getsockname())
         assert local_binding(listener.getsockname()[1]) == "in use"
         assert local_binding(outgoing.getsockname()[1]) == "outgoing connection"
+
+
+def test_a_sandbox_without_netlink_has_the_kernels_tables() -> None:
+    def bindings(*ports: int) -> list[str]:
+        refuse("socket of netlink")  # for this thread
+        with pytest.raises(OSError, match="Address family"):
+            socket.socket(socket.AF_NETLINK)
+        return [local_binding(port) for port in ports]
+
+    with open_listener() as listener, socket.create_connection(listener.getsockname()) as outgoing:
+        ports = listener.getsockname()[1], outgoing.getsockname()[1]
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(bindings, *ports).result() == ["in use", "outgoing connection"]
 
 
 def test_a_port_that_is_held_without_listening_is_in_use() -> None:

@@ -23,6 +23,7 @@ _NUMBERS = {
         "epoll_ctl": 233,
         "epoll_create1": 291,
         "socket of IPv6": 41,
+        "socket of netlink": 41,
     },
     "aarch64": {
         "memfd_create": 279,
@@ -38,6 +39,7 @@ _NUMBERS = {
         "epoll_ctl": 21,
         "epoll_create1": 20,
         "socket of IPv6": 198,
+        "socket of netlink": 198,
     },
 }[platform.machine()]
 
@@ -46,6 +48,7 @@ _NUMBERS = {
 _CASES = {
     "setrlimit": (32, 0, False, errno.EPERM),  # the third, a pointer to the new limit
     "socket of IPv6": (16, socket.AF_INET6, True, errno.EAFNOSUPPORT),
+    "socket of netlink": (16, socket.AF_NETLINK, True, errno.EAFNOSUPPORT),
 }
 
 # linux/prctl.h, linux/seccomp.h
