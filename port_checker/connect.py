@@ -25,8 +25,8 @@ from port_checker.linux import (
     RouteType,
     answers_itself,
     could_not_retransmit,
-    has_both_ends,
     is_tracked,
+    ports_here,
     refuses_itself,
     report_icmp_errors,
     round_trip_time,
@@ -571,8 +571,8 @@ class _Round:
         self._on_verdict = on_verdict
         self._keep_connected = keep_connected
         # Connected; to whom is not known, or asked for now.
-        self._nearby: list[tuple[socket.SocketType, int]] = []
-        self._asked_about: list[tuple[socket.SocketType, int]] = []
+        self._nearby: dict[int, socket.SocketType] = {}  # by port
+        self._asked_about: dict[int, socket.SocketType] = {}
         self._failed_at_once: dict[int, int] = {}  # the error, by port
         self._held_up = False  # while it waited
         self._waiting: dict[int, tuple[socket.SocketType, int]] = {}  # by descriptor
@@ -609,11 +609,12 @@ class _Round:
         host, is_ipv6 = self._way.host, self._way.target.version == 6
         is_elsewhere = not self._way.target.is_loopback
         family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
+        kind = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
         connecting = []
         for port in ports:
             # Not socket.socket, which extends that type by files and a context manager, in Python:
             # making and closing it takes 7 % of a round (measured).
-            sock = socket.SocketType(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            sock = socket.SocketType(family, kind)
             descriptor = sock.fileno()
             self._waiting[descriptor] = sock, port
             if is_ipv6:
@@ -621,9 +622,8 @@ class _Round:
                     report_icmp_errors(sock)
             error = sock.connect_ex((host, port))
             if error in _FORBIDDEN:
-                self.forbidden[port] = os.strerror(error)
                 del self._waiting[descriptor]
-                sock.close()
+                self._forbid(sock, port, os.strerror(error))
             elif error != errno.EINPROGRESS:
                 raise OSError(error, os.strerror(error))
             else:
@@ -649,8 +649,8 @@ class _Round:
             sock, port = self._waiting[descriptor]
             try:
                 verdict = self._verdict(sock, port, event)
-                if verdict is OPEN and not self._way.is_here and self._may_be_here(sock, port):
-                    self._nearby.append((sock, port))
+                if verdict is OPEN and self._is_near(sock):
+                    self._nearby[port] = sock
                 elif verdict is OPEN:
                     self._accept(sock, port)
                 elif verdict:
@@ -660,8 +660,7 @@ class _Round:
                     undecided.append(descriptor)
                     continue
             except _Forbidden as reason:
-                self.forbidden[port] = str(reason)
-                sock.close()
+                self._forbid(sock, port, str(reason))
             del self._waiting[descriptor]
 
     def _raise_error(self) -> None:
@@ -676,6 +675,10 @@ class _Round:
         if self._on_verdict:
             self._on_verdict(port, verdict)
 
+    def _forbid(self, sock: socket.SocketType, port: int, reason: str) -> None:
+        self.forbidden[port] = reason
+        sock.close()
+
     def _accept(self, sock: socket.SocketType, port: int) -> None:
         self._add(port, OPEN)
         if self._keep_connected:
@@ -683,32 +686,32 @@ class _Round:
         else:
             close_for_good(sock)
 
-    def _may_be_here(self, sock: socket.SocketType, port: int) -> bool:
-        """Whether this machine may have answered, though the target is another one.
-
-        Raises:
-            _Forbidden: It has.
-        """
-        way = self._way
-        if way.target.is_loopback or round_trip_time(sock) > _NEARBY:
-            return False
-        poses_as_target = False
-        with suppress(OSError):  # not every kernel tells
-            poses_as_target = has_both_ends(sock, way.target, port)
-        if not (poses_as_target or is_tracked(sock)):
-            return False
-        if (route := way.route()) and route.type is RouteType.LOCAL:
-            return False
-        if poses_as_target:
-            raise _Forbidden(_ANSWERS_ITSELF)
-        return True
+    def _is_near(self, sock: socket.SocketType) -> bool:
+        """Whether this machine may have answered, though the target is another one."""
+        is_loopback = self._way.is_here or self._way.target.is_loopback
+        return not is_loopback and round_trip_time(sock) <= _NEARBY
 
     def _ask_who_answers(self) -> None:
-        """Have those accepted that something else than this machine answers."""
-        self._asked_about, self._nearby = self._nearby, []
-        source = parse_host(self._asked_about[0][0].getsockname()[0])
-        answer = self._pacer.self_answers.ask(source)
-        answer.add_done_callback(self._accept_what_is_elsewhere)
+        """Accept what something else than this machine answers, at once or when that is known."""
+        self._asked_about, self._nearby = self._nearby, {}
+        posing: set[int] = set()
+        with suppress(OSError):  # not every kernel tells
+            posing = ports_here(self._way.target, self._asked_about)
+        suspects = posing.union(
+            port for port, sock in self._asked_about.items() if is_tracked(sock)
+        )
+        if suspects and (route := self._way.route()) and route.type is RouteType.LOCAL:
+            suspects, posing = set(), set()
+        for port in [*self._asked_about]:
+            if port in posing:
+                self._forbid(self._asked_about.pop(port), port, _ANSWERS_ITSELF)
+            elif port not in suspects:
+                self._accept(self._asked_about.pop(port), port)
+        if self._asked_about:
+            sock = next(iter(self._asked_about.values()))
+            source = parse_host(sock.getsockname()[0])
+            answer = self._pacer.self_answers.ask(source)
+            answer.add_done_callback(self._accept_what_is_elsewhere)
 
     def _is_refused_here(self, port: int) -> bool:
         """Whether this machine refuses connections to a port, though the target is another one."""
@@ -722,10 +725,9 @@ class _Round:
         try:
             is_answered_here = answer.result()
             while self._asked_about:
-                sock, port = self._asked_about.pop()
+                port, sock = self._asked_about.popitem()
                 if is_answered_here:
-                    self.forbidden[port] = _ANSWERS_ITSELF
-                    sock.close()
+                    self._forbid(sock, port, _ANSWERS_ITSELF)
                 else:
                     self._accept(sock, port)
             if self._nearby:
@@ -788,7 +790,7 @@ class _Round:
             sock.close()
         self._waiting.clear()
         for waiting in self._nearby, self._asked_about:
-            for sock, _ in waiting:
+            for sock in waiting.values():
                 sock.close()
             waiting.clear()
         for sock in self.connected.values():

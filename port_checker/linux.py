@@ -13,7 +13,7 @@ import resource
 import signal
 import socket
 import struct
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Collection, Container, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from ipaddress import ip_address, ip_network
@@ -45,6 +45,8 @@ _ROUTE_GROUPS = (1, 5, 7, 8, 9, 11, 19, 32)
 
 # linux/sock_diag.h and linux/inet_diag.h
 _NETLINK_SOCK_DIAG, _TCPDIAG_GETSOCK, _SOCK_DIAG_BY_FAMILY = 4, 18, 20
+# struct nlmsghdr and struct inet_diag_req_v2, up to the interface and the cookie
+_DIAG_QUESTION = struct.Struct("=IHHIIBB6x2s2s16s16sIq")
 _INET_DIAG_REQ_BYTECODE, _INET_DIAG_BC_D_COND = 1, 8
 # Sets of states (net/tcp_states.h): all but LISTEN and CLOSE; and those of a socket whose other end
 # is open: ESTABLISHED, SYN_RECV, FIN_WAIT1, FIN_WAIT2, NEW_SYN_RECV.
@@ -169,14 +171,14 @@ def _route(address: Address, *attributes: tuple[int, bytes], source_bits: int = 
         raise
 
 
-def _ask(kind: int, question: bytes, protocol: int = 0) -> bytes:
-    """Ask the kernel for one thing (netlink(7)); return its answer's content.
+def _ask(kind: int, question: bytes) -> bytes:
+    """Ask the kernel for one thing (rtnetlink(7)); return its answer's content.
 
     Raises:
         OSError: There is no such thing, or the kernel cannot tell now.
     """
     head = struct.pack("=IHHII", 16 + len(question), kind, _NLM_F_REQUEST, 0, 0)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as netlink:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as netlink:
         netlink.send(head + question)
         answer = netlink.recv(65536)
     (answer_kind,) = struct.unpack_from("=4xH", answer)
@@ -640,26 +642,37 @@ def is_tracked(sock: socket.SocketType) -> bool:
     return True
 
 
-def has_both_ends(sock: socket.SocketType, target: Address, port: int) -> bool:
-    """Whether the other end of a connection is on this machine, with the target's address.
+def ports_here(target: Address, connections: Mapping[int, socket.SocketType]) -> set[int]:
+    """Return to which ports connections have their other end on this machine, too.
 
-    A transparent proxy has it (``tproxy`` of nftables), and who listens on that very address.
+    With the target's address: a transparent proxy has that (``tproxy`` of nftables), and who
+    listens on it. All are looked up on one socket, since a check may have a hundred.
+
+    Args:
+        target: The address that they lead to.
+        connections: By port.
 
     Raises:
         OSError: The kernel cannot tell.
     """
-    source, local_port = sock.getsockname()[:2]
-    question = struct.pack("=BB6x", sock.family, socket.IPPROTO_TCP)  # struct inet_diag_req_v2
-    question += struct.pack("!HH", port, local_port)
-    question += target.packed.ljust(16, b"\0") + parse_host(source).packed.ljust(16, b"\0")
-    question += struct.pack("=Iq", 0, -1)  # whatever its interface and its cookie
-    try:
-        answer = _ask(_SOCK_DIAG_BY_FAMILY, question, _NETLINK_SOCK_DIAG)
-    except OSError as error:
-        if error.errno == errno.ENOENT:
-            return False
-        raise
-    return answer[1] != TcpState.LISTEN  # which is found where there is no such connection
+    found = set()
+    kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK
+    with socket.socket(socket.AF_NETLINK, kind, _NETLINK_SOCK_DIAG) as netlink:
+        for port, connection in connections.items():
+            source, local_port = connection.getsockname()[:2]
+            head = _DIAG_QUESTION.size, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0
+            ports = port.to_bytes(2, "big"), local_port.to_bytes(2, "big")
+            addresses = target.packed, parse_host(source).packed
+            of_tcp = connection.family, socket.IPPROTO_TCP
+            netlink.send(_DIAG_QUESTION.pack(*head, *of_tcp, *ports, *addresses, 0, -1))
+            answer = netlink.recv(1024)
+            answer_kind, error = struct.unpack_from("=4xH10xi", answer)
+            if answer_kind == _NLMSG_ERROR:
+                if error != -errno.ENOENT:
+                    raise OSError(-error, os.strerror(-error))
+            elif answer[17] != TcpState.LISTEN:  # which is found where there is no such connection
+                found.add(port)
+    return found
 
 
 def answers_itself(source: Address) -> bool:

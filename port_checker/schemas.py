@@ -358,8 +358,9 @@ def _results_json(verdicts: Mapping[int, Verdict]) -> tuple[int, str]:
     previous = None
     for port, verdict in verdicts.items():
         if verdict is not previous:  # most ports of a check end alike
-            previous, result = verdict, _result_json(verdict.accessible, verdict.error)
-        accessible += verdict.accessible
+            previous, is_open = verdict, verdict.accessible
+            result = _result_json(is_open, verdict.error)
+        accessible += is_open
         results.append(f'"{port}":{result}')
     return accessible, f"{{{','.join(results)}}}"
 
