@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Final, Self
 
 from port_checker.addresses import Address
@@ -131,35 +132,29 @@ class Reservation:
         self._holders = holders
         self._ports = ports
         self._handshake_holders = handshake_holders
-        self._take(holders, ports)
-        self._take(handshake_holders, 1)
+        self._add(holders, ports)
+        self._add(handshake_holders, 1)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._ports:
-            self.release(self._ports)
-        self._give_back(self._handshake_holders, 1)
+        self.release(self._ports)
+        self._add(self._handshake_holders, -1)
 
     def release(self, ports: int) -> None:
         """Give back ``ports``, which are no longer in flight."""
         self._ports -= ports
-        self._give_back(self._holders, ports)
+        self._add(self._holders, -ports)
 
-    def _take(self, holders: Sequence[Hashable], amount: int) -> None:
+    def _add(self, holders: Sequence[Hashable], amount: int) -> None:
         for holder in holders:
-            self._in_flight[holder] = self._in_flight.get(holder, 0) + amount
-
-    def _give_back(self, holders: Sequence[Hashable], amount: int) -> None:
-        for holder in holders:
-            left = self._in_flight[holder] - amount
-            if left:
-                self._in_flight[holder] = left
-            else:
-                del self._in_flight[holder]
+            held = self._in_flight.pop(holder, 0) + amount
+            if held:
+                self._in_flight[holder] = held
 
 
+@dataclass(slots=True)
 class _Check:
     """One check: what all of its ports have in common.
 
@@ -168,19 +163,14 @@ class _Check:
         room: For its ports.
         on_final: Called with each verdict that is final.
         verdicts: Those that there are.
-        forbidden: Ports to which this machine cannot connect.
-        reason: Why not.
+        forbidden: Why this machine cannot connect to ports, by port.
     """
 
-    def __init__(
-        self, way: WayToTarget, room: Reservation, on_final: OnVerdict | None = None
-    ) -> None:
-        self.way = way
-        self.room = room
-        self.on_final = on_final
-        self.verdicts: dict[int, Verdict] = {}
-        self.forbidden: set[int] = set()
-        self.reason = ""
+    way: WayToTarget
+    room: Reservation
+    on_final: OnVerdict | None
+    verdicts: dict[int, Verdict] = field(default_factory=dict)
+    forbidden: dict[int, str] = field(default_factory=dict)
 
 
 class Checker:
@@ -344,13 +334,13 @@ class Checker:
             except ExceptionGroup as errors:
                 raise errors.exceptions[0] from None
         if check.forbidden:
-            ports_forbidden = [port for port in ports if port in check.forbidden]
-            raise CheckFailed(check.reason, ports_forbidden)
+            reason = next(iter(check.forbidden.values()))
+            raise CheckFailed(reason, [port for port in ports if port in check.forbidden])
         if len(check.verdicts) < len(ports):  # all attempts of some port proved nothing
             raise CheckFailed(HELD_UP)
         return {port: check.verdicts[port] for port in ports}
 
-    async def _check_batch(self, check: "_Check", ports: Sequence[int]) -> None:
+    async def _check_batch(self, check: _Check, ports: Sequence[int]) -> None:
         """Check some of the ports of a check: at most ``PER_TURN``."""
         verdicts, on_final = check.verdicts, check.on_final
         failed = list(ports)
@@ -376,8 +366,7 @@ class Checker:
             except CheckFailed as error:
                 if not error.ports:
                     raise
-                check.reason = str(error)
-                check.forbidden.update(error.ports)
+                check.forbidden |= dict.fromkeys(error.ports, str(error))
                 return
             for port, verdict in latest.items():
                 # Routers answer some attempts and are silent at others, as they limit ICMP.

@@ -341,24 +341,10 @@ def test_room_comes_back_to_everybody_who_had_it() -> None:
         assert checker.in_flight == 0
 
 
-def test_a_port_that_is_done_is_in_flight_no_more() -> None:
-    with open_port() as opened, silent_port() as silent:
-        in_flight = []
-
-        async def sleep(_: float) -> None:
-            in_flight.append(checker.in_flight)
-
-        checker = make_checker(retries=2, timeout=1, sleep=sleep)
-        asyncio.run(check(checker, LOOPBACK, [opened, silent]))
-    assert in_flight == [1]
-    assert checker.in_flight == 0
-
-
-def test_a_batch_that_is_done_is_in_flight_no_more() -> None:
-    """Though another one of the same check goes on."""
-    with ExitStack() as stack:
-        opened = [stack.enter_context(open_port()) for _ in range(PER_TURN)]
-        silent = stack.enter_context(silent_port())
+@pytest.mark.parametrize("count", [1, PER_TURN])
+def test_ports_that_are_done_are_in_flight_no_more(count: int) -> None:
+    """Even all of a batch, while another one of the same check goes on."""
+    with ports(count, open_port) as opened, silent_port() as silent:
         in_flight = []
 
         async def sleep(_: float) -> None:
