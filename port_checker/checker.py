@@ -356,12 +356,7 @@ class Checker:
                 return
             try:
                 latest = await attempt(
-                    check.way.target,
-                    failed,
-                    self._timeout,
-                    self._pacer,
-                    on_verdict if on_final else None,
-                    check.way,
+                    check.way, failed, self._timeout, self._pacer, on_verdict if on_final else None
                 )
             except CheckFailed as error:
                 if not error.ports:

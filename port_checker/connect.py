@@ -427,12 +427,11 @@ OnVerdict = Callable[[int, Verdict], object]
 
 
 async def attempt(
-    target: Address,
+    way: "WayToTarget",
     ports: Sequence[int],
     timeout: float,
     pacer: OpenConnectionPacer,
     on_verdict: OnVerdict | None = None,
-    way: "WayToTarget | None" = None,
 ) -> dict[int, Verdict]:
     """Try each of ``ports`` once, all at the same time.
 
@@ -440,12 +439,11 @@ async def attempt(
     cancellation included, it leaves no socket open.
 
     Args:
-        target: The address to connect to.
+        way: To the target; the rounds of one check share what is known of it.
         ports: TCP ports, each at most once.
         timeout: Seconds that an attempt may last.
         pacer: Shared by all rounds of the event loop.
         on_verdict: Called with each verdict as soon as there is one; it must not raise.
-        way: To the target; the rounds of one check share what is known of it.
 
     Returns:
         A verdict for each port, in no particular order; none for ports that were silent while this
@@ -456,7 +454,7 @@ async def attempt(
             network is down; or it cannot connect to some of the ports, and names them all.
     """
     with own_failures("could not connect"):
-        round_ = _Round(way or WayToTarget(target), pacer, on_verdict)
+        round_ = _Round(way, pacer, on_verdict)
         try:
             await round_.run(ports, timeout)
         finally:

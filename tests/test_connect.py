@@ -49,12 +49,22 @@ from tests.support.waiting import wait_until
 LOOPBACK = parse_address("127.0.0.1")
 
 
+async def attempt_here(
+    asked: Sequence[int],
+    timeout: float,
+    pacer: OpenConnectionPacer | None = None,
+    host: str = "127.0.0.1",
+) -> dict[int, Verdict]:
+    way = WayToTarget(parse_address(host))
+    return await attempt(way, asked, timeout, pacer or OpenConnectionPacer())
+
+
 def try_once(
     asked: Sequence[int], host: str = "127.0.0.1", timeout: float = 5, hangs_after: float = 60
 ) -> dict[int, Verdict]:
     async def run() -> dict[int, Verdict]:
         async with asyncio.timeout(hangs_after):
-            return await attempt(parse_address(host), asked, timeout, OpenConnectionPacer())
+            return await attempt_here(asked, timeout, host=host)
 
     return asyncio.run(run())
 
@@ -83,7 +93,7 @@ def test_all_attempts_go_at_once() -> None:
         before = connecting(room_makers)
 
         async def run() -> dict[int, Verdict]:
-            attempts = attempt(LOOPBACK, [*room_makers], 50, OpenConnectionPacer())
+            attempts = attempt_here([*room_makers], 50)
             running = asyncio.create_task(attempts)
             while connecting(room_makers) < before + 100:
                 await asyncio.sleep(0.01)
@@ -108,7 +118,7 @@ def test_a_verdict_that_comes_later_is_waited_for() -> None:
 
         async def run() -> dict[int, Verdict]:
             asyncio.get_running_loop().call_later(0.2, make_room)
-            return await attempt(LOOPBACK, [port], 50, OpenConnectionPacer())
+            return await attempt_here([port], 50)
 
         assert asyncio.run(run()) == {port: OPEN}
 
@@ -221,7 +231,7 @@ def test_all_ports_that_this_machine_may_not_connect_to_are_named() -> None:
 @needs_root
 def test_the_own_firewall_is_told_apart_when_the_kernel_gives_up_first() -> None:
     async def run() -> list[dict[int, Verdict] | BaseException]:
-        rounds = (attempt(LOOPBACK, [port], 60, OpenConnectionPacer()) for port in (25, 80))
+        rounds = (attempt_here([port], 60) for port in (25, 80))
         return await asyncio.gather(*rounds, return_exceptions=True)
 
     with loopback_alone(
@@ -293,7 +303,7 @@ def test_running_out_of_descriptors_is_the_checkers_failure(left: int) -> None:
 
         async def run() -> dict[int, Verdict]:
             with descriptors_left(left):
-                return await attempt(LOOPBACK, opened, 5, OpenConnectionPacer())
+                return await attempt_here(opened, 5)
 
         gc.collect()  # pacers, which have an epoll
         before = open_descriptors()
@@ -309,10 +319,10 @@ def test_cancellation_leaves_nothing() -> None:
 
         async def run() -> None:
             pacer = OpenConnectionPacer()
-            await attempt(LOOPBACK, [], 30, pacer)  # makes the epoll of all rounds
+            await attempt_here([], 30, pacer)  # makes the epoll of all rounds
             before = open_descriptors()
             for delay in (0, 0.01, 0.2):  # while it opens, and while it waits
-                task = asyncio.create_task(attempt(LOOPBACK, silent, 30, pacer))
+                task = asyncio.create_task(attempt_here(silent, 30, pacer))
                 await asyncio.sleep(delay)
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
@@ -329,7 +339,7 @@ def test_many_rounds_at_once_do_not_hold_up_the_loop() -> None:
 
         async def run() -> int:
             pacer = OpenConnectionPacer()
-            rounds = [asyncio.create_task(attempt(LOOPBACK, opened, 5, pacer)) for _ in range(30)]
+            rounds = [asyncio.create_task(attempt_here(opened, 5, pacer)) for _ in range(30)]
             times_around = 0
             while not all(round_.done() for round_ in rounds):
                 await asyncio.sleep(0)
@@ -427,7 +437,7 @@ def test_the_end_of_many_silent_attempts_does_not_hold_up_the_loop() -> None:
     """It is spread over the turns like their beginning."""
     pacer = CountingPacer()
     with ports(20, silent_port) as silent, ports(20, open_port) as opened:
-        verdicts = asyncio.run(attempt(LOOPBACK, silent + opened, 0.5, pacer))
+        verdicts = asyncio.run(attempt_here(silent + opened, 0.5, pacer))
     assert verdicts == dict.fromkeys(silent, TIMED_OUT) | dict.fromkeys(opened, OPEN)
     assert pacer.granted == 20 + 20 + 20
 
@@ -503,7 +513,7 @@ def test_what_has_arrived_is_looked_at_before_an_attempt_is_given_up(
                 make_room_of()
 
         with held_up(2.5, make_room):
-            return await attempt(LOOPBACK, [*waiting], 0.3, OpenConnectionPacer())
+            return await attempt_here([*waiting], 0.3)
 
     with ExitStack() as stack:
         waiting = dict(stack.enter_context(full_backlog()) for _ in range(5))
@@ -514,7 +524,7 @@ def test_what_has_arrived_is_looked_at_before_an_attempt_is_given_up(
 def test_silence_while_the_loop_is_held_up_proves_nothing(hold_up: float) -> None:
     async def check(pacer: OpenConnectionPacer, asked: Sequence[int]) -> dict[int, Verdict]:
         with held_up(hold_up):
-            return await attempt(LOOPBACK, asked, 2, pacer)
+            return await attempt_here(asked, 2, pacer)
 
     with silent_port() as silent, open_port() as opened, refused_port() as refused:
         verdicts = asyncio.run(check(OpenConnectionPacer(), [silent, opened, refused]))
@@ -525,7 +535,7 @@ def test_silence_while_the_loop_is_held_up_proves_nothing(hold_up: float) -> Non
             await check(pacer, [silent])
             verdicts: dict[int, Verdict] = {}
             for _ in range(20):  # a busy machine may hold the loop up once more
-                verdicts = verdicts or await attempt(LOOPBACK, [silent], 2, pacer)
+                verdicts = verdicts or await attempt_here([silent], 2, pacer)
             return verdicts
 
         assert asyncio.run(wait_once_more()) == {silent: TIMED_OUT}  # of this round alone
@@ -560,7 +570,7 @@ def test_hold_ups_are_measured_and_small_delays_are_none() -> None:
 REFUSED_CALL_SCRIPT = """
 import asyncio, sys
 from port_checker.addresses import parse_address
-from port_checker.connect import CheckFailed, OpenConnectionPacer, attempt
+from port_checker.connect import CheckFailed, OpenConnectionPacer, WayToTarget, attempt
 from tests.support.loopback import open_port, refused_port, silent_port
 from tests.support.seccomp import refuse
 
@@ -569,7 +579,8 @@ async def check(host, call):
         ports = {opened: "open", refused: "refused", silent: "silent"}
         refuse(call)
         try:
-            verdicts = await attempt(parse_address(host), [*ports], 0.5, OpenConnectionPacer())
+            way = WayToTarget(parse_address(host))
+            verdicts = await attempt(way, [*ports], 0.5, OpenConnectionPacer())
         except CheckFailed as failure:
             print(failure)
         else:
