@@ -773,7 +773,9 @@ class _Round:
                 continue
             sock, port = self._waiting.pop(descriptor)
             try:
-                verdict = self._verdict_at_timeout(sock)
+                # The kernel puts an ICMP error aside while a socket is in use; SO_ERROR returns it.
+                error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                verdict = self._verdict_of(sock, error or errno.ETIMEDOUT)
                 if verdict is not TIMED_OUT or not self._held_up:
                     self._add(port, verdict)
             except _Forbidden as reason:
@@ -807,11 +809,6 @@ class _Round:
         # The kernel queues an ICMP error, which is an event, before it sets SO_ERROR: in between
         # there is no verdict yet (seen on Linux 6.18). The event will come again.
         return self._verdict_of(sock, error) if error else None
-
-    def _verdict_at_timeout(self, sock: socket.SocketType) -> Verdict:
-        # The kernel puts an ICMP error aside while the socket is in use; SO_ERROR returns it.
-        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        return self._verdict_of(sock, error or errno.ETIMEDOUT)
 
     def _verdict_of(self, sock: socket.SocketType, error: int) -> Verdict:
         if error in OWN_TROUBLE:

@@ -557,9 +557,8 @@ def _exchange_environment(environment: Mapping[str, str]) -> dict[str, str]:
 def fit_descriptor_limit(settings: Settings, limit: int) -> Settings:
     """Return settings whose ports in flight use at most half of ``limit`` descriptors.
 
-    Each port in flight uses one descriptor. The other half is for clients' connections, for the
-    one more that each check uses, and for the process itself. The share of one caller is lowered
-    in proportion.
+    Each port in flight uses one descriptor. The other half is for clients' connections and for the
+    process itself. The share of one caller is lowered in proportion.
     """
     fitting = max(1, limit // 2)
     if limit == resource.RLIM_INFINITY or settings.max_in_flight <= fitting:
@@ -638,13 +637,13 @@ def _warn_of_places_that_do_not_fit(settings: Settings) -> None:
 def max_connections(settings: Settings) -> int:
     """Return how many clients' connections the descriptor limit allows beside the ports in flight.
 
-    Each connection may run a check, which uses one more descriptor, and one for each other place.
+    Each connection may run a check, which uses one more descriptor for each other place.
     """
     limit = descriptor_limit()
     if limit == resource.RLIM_INFINITY:
         return _MAX_CONNECTIONS
     left = limit - settings.max_in_flight - _RESERVED_DESCRIPTORS
-    return min(_MAX_CONNECTIONS, max(1, left // (2 + len(settings.perspectives))))
+    return min(_MAX_CONNECTIONS, max(1, left // (1 + len(settings.perspectives))))
 
 
 def _log_start(settings: Settings, listeners: Sequence[socket.socket]) -> None:
