@@ -351,13 +351,18 @@ def _prepare(
 ) -> "Callable[[], list[Report]]":
     """Read the arguments of a check; return what makes it."""
     from port_checker.linux import raise_descriptor_limit
+    from port_checker.provider.http_client import ServerUrl
+    from port_checker.provider.report import port_pairs
 
     pairs = _parse_ports(ports or [_DEFAULT_PORTS], "PORTS")
-    _require_separate_forwards(pairs)
+    with _refusing("PORTS"):
+        port_pairs(pairs)
     endpoints = _parse_ports(tls, "--tls") if tls else []
     if not servers:
         raise typer.BadParameter("give one, or set PORT_CHECKER_URL.", param_hint="--server")
-    _require_urls(servers)
+    with _refusing("--server"):
+        for url in servers:
+            ServerUrl.parse(url)
     families: list[int | None] = [*([4] if ipv4 else []), *([6] if ipv6 else [])] or [None]
     if ip is not None:
         _require_address(ip, families)
@@ -594,23 +599,14 @@ def _parse_range(text: str) -> range:
     return range(low, high + 1) if 1 <= low <= high <= 65535 else range(0)
 
 
-def _require_separate_forwards(pairs: Sequence[tuple[int, int]]) -> None:
-    from port_checker.provider.report import port_pairs
-
+@contextlib.contextmanager
+def _refusing(param_hint: str) -> Iterator[None]:
+    """Say what is wrong with an argument."""
     try:
-        port_pairs(pairs)
+        yield
     except ValueError as error:
-        raise typer.BadParameter(f"{error}.", param_hint="PORTS") from None
-
-
-def _require_urls(urls: Iterable[str]) -> None:
-    from port_checker.provider.http_client import ServerUrl
-
-    for url in urls:
-        try:
-            ServerUrl.parse(url)
-        except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="--server") from None
+        message = str(error).removesuffix(".") + "."
+        raise typer.BadParameter(message, param_hint=param_hint) from None
 
 
 def _require_address(ip: str, families: Sequence[int | None]) -> None:

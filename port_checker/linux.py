@@ -13,7 +13,7 @@ import resource
 import signal
 import socket
 import struct
-from collections.abc import Collection, Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from ipaddress import ip_address, ip_network
@@ -846,18 +846,6 @@ def _tcp_state(number: int) -> TcpState:
         return TcpState.OTHER
 
 
-def half_open_ports(ports: Collection[int]) -> dict[int, set[Address]]:
-    """Return from whom connections have arrived that are not established, by port.
-
-    The kernel answers the other end's SYN and waits some seconds for the end of the handshake. A
-    port that stays in this state receives packets, and its answers get lost.
-    """
-    peers: dict[int, set[Address]] = {}
-    for sock in tcp_sockets(ports, TcpState.SYN_RECV) if ports else ():
-        peers.setdefault(sock.port, set()).add(sock.peer)
-    return peers
-
-
 def ephemeral_ports() -> range:
     """Return the range from which the kernel takes the local ports of outgoing connections.
 
@@ -873,8 +861,13 @@ def ephemeral_ports() -> range:
 
 def reserved_ports() -> str:
     """Return the ports of that range that it leaves alone, as ``50800-50899,51000``."""
-    with contextlib.suppress(OSError), open("/proc/sys/net/ipv4/ip_local_reserved_ports") as file:
-        return file.read().strip()
+    return read_text("/proc/sys/net/ipv4/ip_local_reserved_ports").strip()
+
+
+def read_text(path: str | Path) -> str:
+    """Return what is in a file; nothing where it cannot be read."""
+    with contextlib.suppress(OSError):
+        return Path(path).read_text(errors="replace")
     return ""
 
 

@@ -179,7 +179,7 @@ class Capture:
             return
         from_port, to_port, number, flags = _TCP.unpack_from(packet, size)
         if not outgoing:
-            self._record_begin(source, from_port, destination, to_port, number, interface)
+            self._record_begin((source, from_port, number), destination, to_port, interface)
         elif not flags & _ACK and flags & _SYN:
             # One of others that is passed on keeps its number, whatever is translated.
             attempt = self._numbers.get(number)
@@ -191,15 +191,9 @@ class Capture:
             attempt.refused |= not flags & _SYN
 
     def _record_begin(
-        self,
-        peer: bytes,
-        peer_port: int,
-        destination: bytes,
-        port: int,
-        number: int,
-        interface: str,
+        self, begun: tuple[bytes, int, int], destination: bytes, port: int, interface: str
     ) -> None:
-        begun = peer, peer_port, number
+        peer, _, number = begun
         if begun in self._begun:  # sent again, or the same at a bridge after its port
             if attempt := self._attempts.get((peer, port)):
                 attempt.interface = interface

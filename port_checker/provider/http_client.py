@@ -273,8 +273,7 @@ class HttpClient:
             try:
                 async with asyncio.timeout(self.answer_timeout):
                     head = _head(url, method, path, body, lines=on_lines is not None)
-                    response = await _exchange(reader, writer, head, max_size, on_lines or _ignore)
-                    return _last_line(response)
+                    return _last_line(await _exchange(reader, writer, head, max_size, on_lines))
             finally:
                 writer.transport.abort()
         except TimeoutError:
@@ -301,7 +300,26 @@ class HttpClient:
 
     @functools.cached_property  # it takes some 30 ms to read the system's authorities
     def _tls_context(self) -> ssl.SSLContext:
-        return _tls_context()
+        """What the system trusts; SSL_CERT_FILE and SSL_CERT_DIR name other authorities.
+
+        Raises:
+            HttpError: There is nothing in SSL_CERT_FILE to trust. OpenSSL would pass over that, and
+                blame the server's certificate.
+        """
+        context = ssl.create_default_context()
+        if name := os.environ.get("SSL_CERT_FILE"):
+            try:
+                context.load_verify_locations(name)
+            except OSError as error:
+                is_empty = isinstance(error, ssl.SSLError)
+                why = "no certificate in it" if is_empty else _strerror(error)
+                message = f"TLS failed: SSL_CERT_FILE={printable(name)} cannot be used: {why}"
+                raise HttpError(message, passes=False) from None
+        # Python 3.13 sets these flags itself; here every Python judges alike, and a private
+        # authority whose certificates lack what RFC 5280 asks for can be used.
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        return context
 
     async def _connect(self, url: ServerUrl) -> socket.socket:
         """Connect to the first of the server's addresses that answers."""
@@ -325,12 +343,11 @@ class HttpClient:
                 self.ports.bind(sock)
                 async with asyncio.timeout(self.connect_timeout / len(found)):
                     await loop.sock_connect(sock, (address, url.port))
-            except OSError as error:
+            except BaseException as error:
                 sock.close()
+                if not isinstance(error, OSError):
+                    raise
                 failures.append(error)
-            except BaseException:
-                sock.close()
-                raise
             else:
                 return sock
         raise failures[0]
@@ -368,7 +385,7 @@ async def _exchange(
     writer: asyncio.StreamWriter,
     events: list[h11.Event],
     max_size: int,
-    on_lines: OnLines,
+    on_lines: OnLines | None,
 ) -> Response:
     http = h11.Connection(h11.CLIENT)
     with contextlib.suppress(ConnectionError):  # it may have answered without reading all
@@ -388,8 +405,8 @@ async def _exchange(
             response = event
         elif isinstance(event, h11.Data):
             body += event.data
-            if new_lines := event.data.count(b"\n"):
-                lines += new_lines
+            lines += (new_lines := event.data.count(b"\n"))
+            if on_lines and new_lines:
                 on_lines(lines)
             if len(body) > max_size:
                 raise HttpError("answer is too long: is this a port checker?", passes=False)
@@ -409,10 +426,6 @@ async def _exchange(
         parse_address(local.partition("%")[0]),
         parse_address(remote.partition("%")[0]),
     )
-
-
-def _ignore(_lines: int) -> None:
-    pass
 
 
 def _last_line(response: Response) -> Response:
@@ -440,28 +453,6 @@ def _ends_at_close(response: h11.Response | None) -> bool:
     """Whether the body's end is that of the connection (RFC 9112 section 6.3)."""
     names = {name for name, _ in response.headers} if response else set()
     return bool(response) and not names & {b"content-length", b"transfer-encoding"}
-
-
-def _tls_context() -> ssl.SSLContext:
-    """Trust what the system trusts; SSL_CERT_FILE and SSL_CERT_DIR name other authorities.
-
-    Raises:
-        HttpError: There is nothing in SSL_CERT_FILE to trust. OpenSSL would pass over that, and
-            blame the server's certificate.
-    """
-    context = ssl.create_default_context()
-    if name := os.environ.get("SSL_CERT_FILE"):
-        try:
-            context.load_verify_locations(name)
-        except OSError as error:
-            why = "no certificate in it" if isinstance(error, ssl.SSLError) else _strerror(error)
-            message = f"TLS failed: SSL_CERT_FILE={printable(name)} cannot be used: {why}"
-            raise HttpError(message, passes=False) from None
-    # Python 3.13 sets these flags itself; here every Python judges alike, and a private authority
-    # whose certificates lack what RFC 5280 asks for can be used.
-    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    return context
 
 
 def _strerror(error: OSError) -> str:

@@ -128,13 +128,10 @@ def notes(report: Report, *, show_reason: bool) -> Iterator[str]:
 def totals(report: Report) -> Iterator[str]:
     """Yield how many ports are reachable, at each address that was checked."""
     at_each = reached_at(report.servers, report.ports)
-    if len(at_each) < 2:
-        yield _total(report, report.reachable, report.ip or "this machine")
-    for ip, reached in at_each.items() if len(at_each) > 1 else ():
-        yield _total(report, len(reached), ip)
-
-
-def _total(report: Report, reachable: int, whose: str) -> str:
+    counts = {ip: len(reached) for ip, reached in at_each.items()}
+    if len(counts) < 2:
+        counts = {report.ip or "this machine": report.reachable}
     port, verb = ("port", "is") if report.total == 1 else ("ports", "are")
     over = f"over IPv{report.family}"
-    return f"{reachable} of {report.total} {port} of {whose} {verb} reachable {over}."
+    for whose, reachable in counts.items():
+        yield f"{reachable} of {report.total} {port} of {whose} {verb} reachable {over}."

@@ -10,11 +10,10 @@ import socket
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Self
 
 from port_checker.addresses import MAX_PORT, Address, parse_host
-from port_checker.linux import TcpSocket, TcpState, ephemeral_ports, half_open_ports, tcp_sockets
+from port_checker.linux import TcpSocket, TcpState, ephemeral_ports, read_text, tcp_sockets
 from port_checker.provider.report import LocalBinding
 
 # Listeners opened before the event loop goes round: one takes some 20 µs.
@@ -152,8 +151,12 @@ class Listeners:
         self._next_look = asyncio.get_running_loop().call_later(_HALF_OPEN_INTERVAL, self._look)
 
     def _find_half_open(self) -> None:
-        for port, peers in half_open_ports(frozenset(self._ports)).items():
-            self._half_open[port] |= peers
+        """Look for ports that receive packets, and whose answers get lost.
+
+        The kernel answers the other end's SYN and waits some seconds for the end of the handshake.
+        """
+        for sock in tcp_sockets(frozenset(self._ports), TcpState.SYN_RECV):
+            self._half_open[sock.port].add(sock.peer)
 
     def _other_listeners(self) -> dict[int, list[TcpSocket]]:
         """Find programs that listen over the other family alone: binding would not notice them.
@@ -174,7 +177,7 @@ class Listeners:
     def _checks(self, ipv6: bool) -> list[tuple[int, int]]:
         """Return the lowest and highest port of each check of a family that is running."""
         mark = f"@{_MARK.format(version=6 if ipv6 else 4)}([0-9]+)-([0-9]+)-"
-        found = re.findall(mark, _read_text("/proc/thread-self/net/unix"))
+        found = re.findall(mark, read_text("/proc/thread-self/net/unix"))
         return [(int(low), int(high)) for low, high in found]
 
     def _open(self, port: int, others: list[TcpSocket]) -> None:
@@ -258,12 +261,6 @@ def _is_outgoing(sock: TcpSocket) -> bool:
     """
     port = sock.peer_port
     return port not in ephemeral_ports() or bool(tcp_sockets({port}, TcpState.LISTEN))
-
-
-def _read_text(path: str) -> str:
-    with contextlib.suppress(OSError):
-        return Path(path).read_text(errors="replace")
-    return ""
 
 
 _BINDINGS: dict[int, LocalBinding] = {

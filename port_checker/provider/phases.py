@@ -11,7 +11,7 @@ from functools import partial
 from ipaddress import IPv4Address
 
 from port_checker.addresses import Address
-from port_checker.connect import Verdict, VerdictKind
+from port_checker.connect import VerdictKind
 from port_checker.linux import accepts_from, interface_kind, shows_sockets, way_to
 from port_checker.provider.evidence import Attempt
 from port_checker.provider.http_client import SILENCE, LocalPorts
@@ -82,13 +82,8 @@ class Phases:
     def _is_connecting(self, contact: Contact) -> bool:
         return bool(self.seen([contact], self.witness.seen(self.start)))
 
-    async def identify(
-        self, contacts: Sequence[Contact], answers: Mapping[str, Answers]
-    ) -> list[Contact]:
-        """Find the addresses from which servers connect, where they are not known yet."""
-        return [await self._identify(contact, answers[contact.url]) for contact in contacts]
-
-    async def _identify(self, contact: Contact, answers: Answers) -> Contact:
+    async def identify(self, contact: Contact, answers: Answers) -> Contact:
+        """Find the addresses from which a server connects, where they are not known yet."""
         local = self.witness.listeners.local
         watched = ("bound", "in use") if self.witness.capture else ("bound",)
         pairs = [pair for pair in self.pairs if local[pair.inner] in watched]
@@ -223,7 +218,11 @@ class Phases:
         shows_holders = shows_sockets()
         reports = []
         for pair in self.pairs:
-            verdicts = _verdicts(answers, pair)
+            verdicts = {
+                url: answer.verdicts[pair.outer]
+                for url, answer in answers.items()
+                if pair.outer in answer.verdicts
+            }
             arrives_at = elsewhere.get(pair.outer)
             arrived = pair.inner in seen
             if arrivals is not None:
@@ -253,7 +252,7 @@ class Phases:
                 bind_error=listeners.errors.get(pair.inner, 0),
                 other_family=pair.inner in listeners.other_family,
                 excluded=pair.outer in excluded,
-                reason=_join(errors | _failures(answers, pair)) or "no server was asked",
+                reason=_reason(errors, answers, pair.outer),
                 places={
                     url: dict(answer.places[pair.outer])
                     for url, answer in answers.items()
@@ -388,26 +387,15 @@ def _is_servers(contacts: Sequence[Contact], peer: Address) -> bool:
     return any(contact.has_peer(peer) for contact in contacts)
 
 
-def _failures(answers: Mapping[str, Answers], pair: PortPair) -> dict[str, str]:
-    """Return those servers' own errors that stand in place of a verdict on a port."""
-    return {
-        url: f"could not connect itself ({answer.failures[pair.outer]})"
+def _reason(errors: dict[str, str], answers: Mapping[str, Answers], port: int) -> str:
+    """Say why servers have no verdict on a port: what they said, or their own errors."""
+    failures = {
+        url: f"could not connect itself ({answer.failures[port]})"
         for url, answer in answers.items()
-        if pair.outer in answer.failures
+        if port in answer.failures
     }
-
-
-def _join(errors: Mapping[str, str]) -> str:
-    return "; ".join(f"{url}: {error}" for url, error in errors.items())
-
-
-def _verdicts(answers: Mapping[str, Answers], pair: PortPair) -> dict[str, Verdict]:
-    """Return each server's verdict on a port."""
-    return {
-        url: answer.verdicts[pair.outer]
-        for url, answer in answers.items()
-        if pair.outer in answer.verdicts
-    }
+    reasons = errors | failures
+    return "; ".join(f"{url}: {why}" for url, why in reasons.items()) or "no server was asked"
 
 
 def _reached(answers: Mapping[str, Answers]) -> set[int]:

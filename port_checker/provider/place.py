@@ -4,7 +4,6 @@ And what the network before it does with whole addresses: shares them out, or lo
 """
 
 import asyncio
-import contextlib
 import socket
 from collections import Counter
 from collections.abc import Collection
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from port_checker.addresses import Address, lies_in
-from port_checker.linux import interface_kind, way_to, xdp_interface
+from port_checker.linux import interface_kind, read_text, way_to, xdp_interface
 from port_checker.provider.http_client import LocalPorts
 from port_checker.provider.listeners import Listeners
 from port_checker.provider.origin import Contact, is_own
@@ -99,7 +98,7 @@ def router_of(interface: str, local: Address | None, root: Path = Path("/")) -> 
         return Router.CONTAINER
     identity = root / "sys/class/dmi/id"
     names = ("sys_vendor", "product_name", "chassis_asset_tag")
-    if any(cloud in _read(identity / name) for name in names for cloud in _CLOUDS):
+    if any(cloud in read_text(identity / name) for name in names for cloud in _CLOUDS):
         return Router.CLOUD
     return Router.ROUTER
 
@@ -173,11 +172,5 @@ async def loops_back(
 def _is_container(root: Path) -> bool:
     if any((root / mark).exists() for mark in _CONTAINER_MARKS):
         return True
-    groups = _read(root / "proc/1/cgroup") + _read(root / "proc/self/cgroup")
+    groups = read_text(root / "proc/1/cgroup") + read_text(root / "proc/self/cgroup")
     return any(group in groups for group in _CONTAINER_GROUPS)
-
-
-def _read(path: Path) -> str:
-    with contextlib.suppress(OSError):
-        return path.read_text(errors="replace")
-    return ""

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from ipaddress import IPv4Address, IPv6Address
 
@@ -26,7 +26,6 @@ from port_checker.provider.remote import (
     Waits,
 )
 from port_checker.provider.report import (
-    PortPair,
     PortReport,
     Report,
     ServerReport,
@@ -97,7 +96,9 @@ async def verify(
     ]
     reports: list[PortReport] = []
     retried, banned, loops = 0, dict[str, int](), None
-    parts = list(_in_parts(pairs, descriptors_left() - _OTHER_DESCRIPTORS))
+    room = descriptors_left() - _OTHER_DESCRIPTORS
+    size = max(1, min(room, MAX_PORTS_PER_REQUEST))
+    parts = [pairs[start : start + size] for start in range(0, len(pairs), size)]
     with ExitStack() as stack:
         capture = Capture.open()
         if capture:
@@ -110,7 +111,7 @@ async def verify(
                 check = Phases(part, witness, witness.now(), family, waits, on_progress)
                 contacts, answers = await check.ask(contacts)
                 half_open = listeners.half_open()
-                contacts = await check.identify(contacts, answers)
+                contacts = [await check.identify(c, answers[c.url]) for c in contacts]
                 answers, passed, banned_now = await check.ask_in_groups(contacts, answers)
                 banned |= banned_now
                 counted = counted_servers(contacts)
@@ -136,7 +137,10 @@ async def verify(
     moved = await _moved(contacts, reports)
     share, reports = _shared_by_ports(contacts, reports)
     endpoint_reports = [await check_tls(contacts, pair) for pair in endpoints]
-    server_reports = [_server_report(contact) for contact in contacts]
+    server_reports = [
+        ServerReport(c.url, c.asked, c.error, str(c.address) if c.address else None)
+        for c in contacts
+    ]
     return Report(
         ip=_address_of(server_reports, reports),
         servers=server_reports,
@@ -233,11 +237,6 @@ def _address_of(servers: Sequence[ServerReport], ports: Sequence[PortReport]) ->
     return next((ip for ip, reached in at_each.items() if reached == reachable), None)
 
 
-def _server_report(contact: Contact) -> ServerReport:
-    ip = str(contact.address) if contact.address else None
-    return ServerReport(contact.url, contact.asked, contact.error, ip)
-
-
 async def _choose_family(urls: Sequence[ServerUrl], ports: LocalPorts, waits: Waits) -> int:
     """Choose IPv4 where a server can be reached over it, else IPv6."""
     http = _client(ports, 4, waits)
@@ -266,9 +265,3 @@ def _address(ip: str | Address | None) -> Address | None:
     if not isinstance(ip, str | IPv4Address | IPv6Address):
         raise TypeError(f"ip must be an IP address, not {ip!r}")
     return parse_address(str(ip))
-
-
-def _in_parts(pairs: Sequence[PortPair], size: int) -> Iterator[Sequence[PortPair]]:
-    size = max(1, min(size, MAX_PORTS_PER_REQUEST))
-    for start in range(0, len(pairs), size):
-        yield pairs[start : start + size]

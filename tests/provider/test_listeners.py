@@ -11,7 +11,7 @@ from ipaddress import ip_address
 import pytest
 
 from port_checker.addresses import Address
-from port_checker.linux import half_open_ports
+from port_checker.linux import TcpState, tcp_sockets
 from port_checker.provider.listeners import Listeners
 from tests.support.loopback import (
     family_of,
@@ -102,12 +102,13 @@ def test_a_handshake_that_does_not_end_is_half_open(host: str) -> None:
         port = listener.getsockname()[1]
         # The kernel ignores the end of a handshake until there are data, or the time is up.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 30)
-        assert not half_open_ports({port})
+        assert not tcp_sockets({port}, TcpState.SYN_RECV)
         with socket.create_connection((host, port), 5) as client:
-            assert half_open_ports({port}) == {port: {ip_address(host)}}
+            (half_open,) = tcp_sockets({port}, TcpState.SYN_RECV)
+            assert half_open.peer == ip_address(host)
             client.sendall(b"data")
             listener.accept()[0].close()
-            assert not half_open_ports({port})
+            assert not tcp_sockets({port}, TcpState.SYN_RECV)
 
 
 KEEP_BACK = (
@@ -127,7 +128,7 @@ def test_a_half_open_connection_is_remembered() -> None:
                 client.connect_ex(("127.0.0.1", port))
                 while not listeners.half_open():
                     await asyncio.sleep(0.01)
-            while half_open_ports({port}):
+            while tcp_sockets({port}, TcpState.SYN_RECV):
                 await asyncio.sleep(0.01)
             return listeners.half_open()
 
