@@ -5,6 +5,7 @@ which adds the rows up: nothing is counted twice, no counter falls when a worker
 no files.
 """
 
+import math
 import os
 import threading
 import time
@@ -163,7 +164,18 @@ _REQUEST_SLOTS: Final = {
     route: _SLOTS[REQUESTS.name, f"{route} {_REQUEST_BUCKETS[0]}"] for route in ROUTES
 }
 _SAMPLED: Final = len(_FIGURES)  # the slot that says whether a row's gauges were ever read
-ROW_SIZE: Final = _SAMPLED + 1
+_RECEIVED: Final = _SAMPLED + 1  # connections that other processes have accepted for this one
+ROW_SIZE: Final = _RECEIVED + 1
+
+_CONNECTIONS, _MOST_CONNECTIONS, _PORTS, _MOST_PORTS = (
+    _SLOTS[name, ""]
+    for name in (
+        "connections",
+        "connections_limit",
+        "ports_in_flight",
+        "ports_in_flight_limit",
+    )
+)
 
 
 class Metrics:
@@ -218,6 +230,23 @@ class Metrics:
         for slot, read in self._gauges.items():
             self.row[slot] = read()
         self.row[_SAMPLED] = 1
+
+    def receive_connection(self) -> None:
+        """Note that a connection has come which another process accepted."""
+        self.row[_RECEIVED] += 1
+        self.sample()
+
+
+def share_taken(row: Row, sent: int) -> float:
+    """Return which share of a process's room is taken: of its connections, and of its ports.
+
+    Args:
+        row: What it counts.
+        sent: Connections that other processes have sent it, with those that are still on their way.
+    """
+    connections = row[_CONNECTIONS] + sent - row[_RECEIVED]
+    # An application that checks no ports has no limit of them.
+    return connections / row[_MOST_CONNECTIONS] + row[_PORTS] / (row[_MOST_PORTS] or math.inf)
 
 
 @dataclass(frozen=True, slots=True)

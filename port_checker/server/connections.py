@@ -368,6 +368,11 @@ class ConnectionLimits:
             self.metrics.count("refusals", limit)
         self._log_refusal(address, code, limit)
 
+    @property
+    def size(self) -> int:
+        """How many connections there are."""
+        return self._all.size
+
     def return_memory(self) -> None:
         """Give back to the kernel what connections have used that are gone; call it every second.
 

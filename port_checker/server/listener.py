@@ -37,11 +37,12 @@ class Listener:
     """Accepts the connections to one listening socket.
 
     Args:
-        listening: The socket; whoever made it closes it.
+        listening: The socket, or what accepts as one does; whoever made it closes it.
         limits: Who may have how many connections. Those beyond an address's share are closed before
             anything is made for them.
         make_connection: Makes the protocol of a connection that was admitted.
         loop: The event loop.
+        on_end: Called when there will be no more connections.
     """
 
     def __init__(
@@ -50,11 +51,13 @@ class Listener:
         limits: ConnectionLimits,
         make_connection: Callable[[Place], asyncio.BaseProtocol],
         loop: asyncio.AbstractEventLoop,
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
         self._listening = listening
         self._limits = limits
         self._make_connection = make_connection
         self._loop = loop
+        self._on_end = on_end
         self._tasks: set[asyncio.Task[None]] = set()
         self._retry: asyncio.TimerHandle | None = None
         self._logged_at = -math.inf
@@ -77,6 +80,10 @@ class Listener:
             try:
                 connection, address = self._listening.accept()
             except BlockingIOError:
+                return
+            except EOFError:
+                self.close()
+                self._on_end()
                 return
             except OSError as error:
                 if error.errno in _EXHAUSTION:

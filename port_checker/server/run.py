@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import resource
-import signal
 import socket
 import stat
 import sys
@@ -33,6 +32,7 @@ from port_checker.linux import (
 from port_checker.metrics import Metrics, StatusLine, Totals
 from port_checker.server import systemd
 from port_checker.server.connections import ConnectionLimits, LogRefusal
+from port_checker.server.distributor import ReceivedConnections
 from port_checker.server.listener import Listener
 from port_checker.server.logs import dropped_lines, log_uncaught, set_up_logging
 from port_checker.server.protocol import BoundedProtocol
@@ -174,13 +174,13 @@ class Service:
         return has_served
 
     def run_worker(self, assignment: Assignment) -> None:
-        """Serve as one of several processes, until SIGTERM, or until SIGUSR2 and others serve."""
+        """Serve as one of several processes, until SIGTERM, or until others serve in its place."""
         metrics = Metrics(shared_row(assignment.memory, assignment.slot))
         heartbeat = systemd.Heartbeat()
-        self._listeners_stay = assignment.listeners_stay
+        self._listeners_stay = False
         server = self._server(metrics, heartbeat.beat, heartbeat.stop)
-        signal.signal(signal.SIGUSR2, server.leave)
-        server.run([socket.socket(fileno=descriptor) for descriptor in assignment.listeners])
+        with ReceivedConnections(assignment.channel, metrics) as connections:
+            server.run([connections])
 
     def _listen(self) -> socket.socket:
         host, port = self._settings.host, self._settings.port
@@ -323,7 +323,7 @@ class Service:
         make_app = functools.partial(self._make_app, self._settings, metrics)
         config = server_config(self._settings, make_app)
         server = Server(config, limits, beat, on_stop, listeners_stay=self._listeners_stay)
-        metrics.watch("connections", lambda: len(server.server_state.connections))
+        metrics.watch("connections", lambda: limits.size)
         metrics.watch("connections_limit", lambda: most)
         metrics.watch("event_loop_lag_seconds", lambda: server.lag)
         metrics.watch("log_lines_dropped", dropped_lines)
@@ -379,7 +379,7 @@ class Server(uvicorn.Server):
         self.is_told_to_stop = True
         super().handle_exit(sig, frame)
 
-    def leave(self, *_: object) -> None:
+    def leave(self) -> None:
         """End when those who are connected have been answered: another process has taken over."""
         self._is_leaving = self._limits.is_leaving = self.should_exit = True
 
@@ -396,7 +396,8 @@ class Server(uvicorn.Server):
             _loop=loop,
         )
         listeners = [
-            Listener(listening, self._limits, make_connection, loop) for listening in sockets or []
+            Listener(listening, self._limits, make_connection, loop, self.leave)
+            for listening in sockets or []
         ]
         self.servers = cast(list[asyncio.Server], listeners)  # uvicorn only closes them
         # What was made until now stays. To look at it again in each full collection would hold up

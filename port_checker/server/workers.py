@@ -1,7 +1,7 @@
 """Worker processes: started, watched and replaced by their parent.
 
-A worker is this program again, with a hidden command. It inherits the listening sockets, and tells
-its parent that it is ready and alive as it would tell systemd (sd_notify(3)).
+A worker is this program again, with a hidden command. It gets its connections from its parent, and
+tells it that it is ready and alive as it would tell systemd (sd_notify(3)).
 
 uvicorn's own supervisor asks a thread of the worker for a sign of life, which answers also when the
 event loop is stuck; and its workers outlive it.
@@ -26,6 +26,7 @@ from typing import IO, NamedTuple
 
 from port_checker.linux import end_with_parent
 from port_checker.metrics import ROW_SIZE, Row, Totals
+from port_checker.server.distributor import Channel, Distributor
 from port_checker.settings import Settings
 
 # Seconds between two looks at the workers, and between two signs of life of a worker.
@@ -64,16 +65,14 @@ class Assignment(NamedTuple):
     Attributes:
         settings: The operator's settings.
         parent: The process id of its parent.
-        listeners: Descriptors of the listening sockets.
-        listeners_stay: Whether these stay open for the next process when this service stops.
+        channel: The descriptor of its end of the channel on which connections come.
         memory: The descriptor of the memory that it shares with its parent.
         slot: Which row of that memory is its own.
     """
 
     settings: Settings
     parent: int
-    listeners: Sequence[int]
-    listeners_stay: bool
+    channel: int
     memory: int
     slot: int
 
@@ -105,7 +104,7 @@ class Supervisor:
     Args:
         command: Starts a worker.
         settings: The operator's settings.
-        listeners: The sockets that workers accept connections from.
+        listeners: The sockets that connections come from.
         totals: Adds up what the workers count.
         listeners_stay: Whether the sockets stay open for the next process when this service stops.
         stop_patience: Seconds that workers have for finishing what they do.
@@ -132,7 +131,7 @@ class Supervisor:
     ) -> None:
         self._command = command
         self._settings = settings
-        self._listeners = listeners
+        self._distributor = Distributor(listeners)
         self._totals = totals
         self._listeners_stay = listeners_stay
         self._stop_patience = stop_patience
@@ -224,7 +223,7 @@ class Supervisor:
         excess = max(0, len(outdated) + ready - self._settings.workers) if ready else 0
         for worker in outdated[:excess]:
             worker.is_leaving = True
-            worker.process.send_signal(signal.SIGUSR2)
+            self._distributor.close(worker.channel)
 
     def _start_missing(self) -> None:
         while self._lacks_worker() and self._pause <= 0:
@@ -252,21 +251,23 @@ class Supervisor:
         row = shared_row(memory, slot)
         for figure in range(ROW_SIZE):
             row[figure] = 0.0
-        listeners = [listener.fileno() for listener in self._listeners]
-        assignment = Assignment(
-            self._settings, os.getpid(), listeners, self._listeners_stay, memory, slot
-        )
-        with _anonymous_file() as stdin:  # a pipe that nobody reads yet takes no more than 64 KiB
+        channel = Channel(row)
+        end = channel.end.fileno()
+        assignment = Assignment(self._settings, os.getpid(), end, memory, slot)
+        with (
+            channel.end,
+            _anonymous_file() as stdin,
+        ):  # a pipe that nobody reads yet takes no more than 64 KiB
             pickle.dump(assignment, stdin)
             stdin.seek(0)
             process = subprocess.Popen(  # noqa: S603  # our own command
                 self._command,
                 stdin=stdin,
-                pass_fds=(memory, *listeners),
+                pass_fds=(memory, end),
                 env={**os.environ, "NOTIFY_SOCKET": self._notices.address},
                 process_group=0,  # Ctrl-C in a terminal is for the parent, which stops its workers
             )
-        return _Worker(process, self._settings, slot, row)
+        return _Worker(process, self._settings, slot, row, channel)
 
     def _count_failed_start(self) -> None:
         self._failed_starts += 1
@@ -279,12 +280,14 @@ class Supervisor:
                 worker.silence = 0.0
                 if "READY=1" in assignments and not worker.is_ready:
                     worker.is_ready = True
+                    self._distributor.open(worker.channel)
                     self._failed_starts = 0
 
     def _look(self, worker: "_Worker", elapsed: float) -> bool:
         """Look after a worker; return whether it lives."""
         process = worker.process
         if process.poll() is not None:
+            self._distributor.close(worker.channel)
             self._totals.end(worker.row, is_death=not worker.is_leaving)
             if worker.is_leaving:
                 logger.debug("Worker %d has left", process.pid)
@@ -310,6 +313,8 @@ class Supervisor:
 
     def stop_workers(self) -> None:
         """Stop the workers, and wait for them."""
+        if self._listeners_stay:
+            self._distributor.stop()
         for worker in self._workers:
             worker.process.terminate()
         deadline = time.monotonic() + self._stop_patience
@@ -320,6 +325,8 @@ class Supervisor:
                 logger.error("Worker %d does not stop; killing it", worker.process.pid)
                 worker.process.kill()
                 worker.process.wait()
+            self._distributor.close(worker.channel)
+        self._distributor.stop()
 
 
 class _Worker:
@@ -330,6 +337,7 @@ class _Worker:
         settings: Those that it was started with.
         slot: Where its row is in the shared memory.
         row: What it counts.
+        channel: The way on which its connections go to it.
         silence: Seconds since its start, or its last sign of life.
         is_ready: Whether it has come up.
         is_leaving: Whether it was told to end, since another one has taken its place.
@@ -338,12 +346,18 @@ class _Worker:
     """
 
     def __init__(
-        self, process: "subprocess.Popen[bytes]", settings: Settings, slot: int, row: Row
+        self,
+        process: "subprocess.Popen[bytes]",
+        settings: Settings,
+        slot: int,
+        row: Row,
+        channel: Channel,
     ) -> None:
         self.process = process
         self.settings = settings
         self.slot = slot
         self.row = row
+        self.channel = channel
         self.silence = 0.0
         self.is_ready = False
         self.is_leaving = False

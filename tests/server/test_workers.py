@@ -3,11 +3,12 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,10 @@ def is_running(pid: int) -> bool:
         return " Z" not in Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:
         return False
+
+
+def descriptors(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
 
 
 def lines_with(running: Program, text: str) -> list[str]:
@@ -52,6 +57,23 @@ def test_workers_share_the_port_start_as_their_parent_did_and_stop_together() ->
     assert not any(map(is_running, workers))
     assert not lines_with(running, "Warning:")
     assert len(lines_with(running, " outcome=completed ")) == 8
+
+
+def test_each_worker_has_as_many_connections_as_the_other() -> None:
+    with (
+        program(PORT_CHECKER_WORKERS="2", PORT_CHECKER_DEBUG="true") as running,
+        ExitStack() as stack,
+    ):
+        wait_until(lambda: len(lines_with(running, "startup complete")) == 2, "both workers")
+        before = {pid: descriptors(pid) for pid in running.workers()}
+
+        def each_has_many() -> bool:
+            stack.enter_context(socket.create_connection(("127.0.0.1", running.port)))
+            return all(descriptors(pid) >= before[pid] + 30 for pid in before)
+
+        wait_until(each_has_many, "connections of both workers")
+        first, second = (descriptors(pid) - before[pid] for pid in before)
+        assert abs(first - second) <= 5
 
 
 def test_a_worker_that_is_killed_is_replaced_and_leaves_a_line() -> None:
