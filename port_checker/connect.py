@@ -320,9 +320,9 @@ _Waiting = deque[tuple[asyncio.Future[None], int]]
 class SelfAnswers:
     """Finds out whether something on this machine answers in the place of targets.
 
-    The kernel looks through all connections of this machine for that, and how many these are,
-    strangers decide (10 ms beside 10,000: measured). So it does that in a thread, in one look for
-    all who ask meanwhile, and with pauses.
+    It is asked of connections that the firewall tracks. The kernel looks through all of this
+    machine's for that, and how many these are, strangers decide (10 ms beside 10,000: measured). So
+    it does that in a thread, in one look for all who ask meanwhile, and with pauses.
 
     Args:
         look: Tells whether connections from a source end here.
@@ -626,6 +626,7 @@ class _Round:
                 raise OSError(error, os.strerror(error))
             else:
                 connecting.append(descriptor)
+                # What fails at once, this machine may refuse itself.
                 if is_elsewhere and (error := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)):
                     self._failed_at_once[port] = error
         return connecting
@@ -634,7 +635,7 @@ class _Round:
         """Take the events of sockets, whose attempts they end; return those that go on."""
         undecided: list[int] = []
         try:
-            self._take(events, undecided)
+            undecided = self._take(events)
             if self._nearby and not self._asked_about:
                 self._ask_who_answers()
         except Exception as error:
@@ -642,7 +643,8 @@ class _Round:
         self._end_if_done()
         return undecided
 
-    def _take(self, events: Iterable[tuple[int, int]], undecided: list[int]) -> None:
+    def _take(self, events: Iterable[tuple[int, int]]) -> list[int]:
+        undecided = []
         for descriptor, event in events:
             sock, port = self._waiting[descriptor]
             try:
@@ -660,6 +662,7 @@ class _Round:
             except _Forbidden as reason:
                 self._forbid(sock, port, str(reason))
             del self._waiting[descriptor]
+        return undecided
 
     def _raise_error(self) -> None:
         if self._error:

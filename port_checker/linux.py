@@ -631,7 +631,8 @@ def is_tracked(sock: socket.SocketType) -> bool:
     """Whether the firewall may track a connection, as it does with each that it leads elsewhere.
 
     The kernel knows where a connection that it tracks was to lead (SO_ORIGINAL_DST, by which
-    transparent proxies find that out); for others that is an error.
+    transparent proxies find that out); for others that is an error. Rules that change addresses
+    without tracking, or in another zone than the default one, are not seen.
     """
     is_ipv4 = sock.family == socket.AF_INET
     level = socket.IPPROTO_IP if is_ipv4 else socket.IPPROTO_IPV6
