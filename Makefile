@@ -10,7 +10,7 @@
 #                     needs root, debhelper, debootstrap, systemd-container, podman and runc
 #   make fuzz         run the tests with generated requests for minutes; FUZZ_EXAMPLES sets how many
 #   make lint         ruff and mypy
-#   make bench        measure, side by side with the published version; needs wrk
+#   make bench        measure, side by side with other programs; needs wrk; BENCH_ROUNDS=7
 #   make soak         keep the service busy and watch what grows; SOAK_MINUTES sets for how long
 #   make pictures     take the README's pictures of the page and the terminal anew; needs what
 #                     the tests of pages and make lab need
@@ -79,7 +79,7 @@ lint: $(VENV)/dev.stamp
 	@$(BIN)/mypy
 
 bench: $(VENV)/dev.stamp
-	@$(BIN)/python -m benchmarks
+	@$(BIN)/python -m benchmarks $(BENCH_ROUNDS)
 
 soak: $(VENV)/dev.stamp
 	@$(BIN)/python -m benchmarks.soak $(SOAK_MINUTES)

@@ -1,149 +1,184 @@
-"""``python -m benchmarks``: measure costs and growth in one run, and print the figures."""
+"""``python -m benchmarks [ROUNDS]``: what a request costs, beside others; prints the figures."""
 
 import os
 import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
 
-from benchmarks import BenchmarkFailed, alone, wrk
+from benchmarks import HOST, BenchmarkFailed, wrk
 from benchmarks.distance import DELAY, FAR, NEAR, distance
 from benchmarks.processes import (
     OURS_COMMAND,
     PUBLISHED,
+    PYTHON_LOOP,
     UVICORN_COMMAND,
+    Cost,
+    Service,
+    c_loop_command,
+    cost_of_loop,
     go_command,
     open_ports,
     published_command,
     run,
     service,
 )
-from benchmarks.wrk import Cost
 from port_checker import __version__
 
 ROUNDS = 7
 PORTS = 100
 
 OURS = "this service"
-GO = "Go, a goroutine a port"
+UVICORN = "bare uvicorn"
+
+# Programs, by how they are called in the tables.
+Commands = Mapping[str, Sequence[str]]
 
 
 def main() -> int:
     """Measure and print. The figures are for people to judge; none of them is a failure.
 
     Returns:
-        The exit status: 0; 1 if something could not be measured; 2 if wrk is not installed.
+        The exit status: 0; 1 if something could not be measured; 2 for a bad argument, or if wrk is
+        not installed.
     """
+    rounds = sys.argv[1] if len(sys.argv) > 1 else str(ROUNDS)
+    if not (rounds.isdecimal() and 0 < int(rounds) <= 100):
+        sys.stderr.write("benchmarks: ROUNDS must be a number from 1 to 100\n")
+        return 2
     if not shutil.which("wrk"):
         sys.stderr.write("benchmarks: wrk is not installed: apt-get install wrk\n")
         return 2
-    return run("benchmarks", _measure)
+    return run("benchmarks", lambda _, directory: _Comparison(int(rounds), directory).run())
 
 
-def _measure(stack: ExitStack, directory: Path) -> bool:
-    started = time.monotonic()
-    commands = {OURS: OURS_COMMAND, f"published {PUBLISHED}": published_command()}
-    if go := go_command():
-        commands[GO] = go
-    print(
-        f"golem-port-checker {__version__}, Python {platform.python_version()}, "
-        f"{platform.system()} {platform.release()}, {os.cpu_count()} cores.\n"
-        f"Figures are medians of {ROUNDS} rounds in turn, after one to warm up (lowest to highest "
-        f"in brackets); wrk,\n1 thread, {wrk.CONNECTIONS} connections, {wrk.SECONDS} s a round. "
-        "The last column is\n"
-        "how much this service does with the CPU that another needs for one request."
-    )
-    if not go:
+class _Comparison:
+    """Measures programs in turn, and notes what could not be measured.
+
+    Args:
+        rounds: How often each is measured.
+        directory: For what they write.
+    """
+
+    def __init__(self, rounds: int, directory: Path) -> None:
+        self._rounds = rounds
+        self._directory = directory
+        self._ratios: dict[str, dict[tuple[str, str], float]] = {}  # to ours, by program
+        self._is_complete = True
+
+    def run(self) -> bool:
+        """Measure everything; return whether nothing failed."""
+        started = time.monotonic()
         print(
-            "Without the server in Go: there is no Go toolchain here (apt-get install golang-go)."
+            f"golem-port-checker {__version__}, Python {platform.python_version()}, "
+            f"{platform.system()} {platform.release()}, {os.cpu_count()} cores.\n"
+            f"Medians of {self._rounds} rounds in turn, after one to warm up (lowest to highest in "
+            f"brackets);\nwrk, 1 thread, {wrk.CONNECTIONS} connections, {wrk.SECONDS} s a round."
         )
-    ports = stack.enter_context(open_ports(PORTS))
-    with ExitStack() as services:
-        running = {
-            name: services.enter_context(service("service", command, directory))
-            for name, command in {**commands, "bare uvicorn": UVICORN_COMMAND}.items()
-        }
-        for load in wrk.loads(ports):
-            measures: dict[str, Callable[[], Cost]] = {
-                name: partial(wrk.measure, each, load, directory)
-                for name, each in running.items()
-                if load.path == "/health" or name != "bare uvicorn"
+        services = self._commands(
+            {
+                OURS: lambda: OURS_COMMAND,
+                f"published {PUBLISHED}": published_command,
+                "Go, a goroutine a port": go_command,
             }
-            if load.bodies:
-                batch = PORTS if len(load.bodies) == 1 else 1
-                measures["bare loop in Python"] = partial(alone.bare_loop, ports, batch)
-            _table(f"{load.name}, loopback", _in_turn(measures))
-    _print_growth(*alone.usage_before_and_after(ports))
-    try:
-        with distance() as near:
-            _measure_far(near, commands, directory)
-    except BenchmarkFailed as error:
-        print(f"\nNot measured at a distance: {error}")
-    print(f"\nThe whole run took {time.monotonic() - started:.0f} s.")
-    return True
+        )
+        loops = self._commands(
+            {"bare loop in Python": lambda: PYTHON_LOOP, "bare loop in C": c_loop_command}
+        )
+        self._measure("loopback", HOST, {**services, UVICORN: UVICORN_COMMAND}, HOST, loops)
+        with self._failures("anything at a distance"), distance() as near:
+            there = {name: (*near, *command) for name, command in services.items()}
+            self._measure(f"round trip {2000 * DELAY:g} ms", NEAR, there, FAR, {})
+        self._print_ratios()
+        print(f"\nThe whole run took {time.monotonic() - started:.0f} s.")
+        return self._is_complete
 
+    def _commands(self, makers: Mapping[str, Callable[[], Sequence[str]]]) -> Commands:
+        commands: dict[str, Sequence[str]] = {}
+        for name, make in makers.items():
+            with self._failures(name):
+                commands[name] = make()
+        return commands
 
-def _measure_far(
-    near: Sequence[str], commands: Mapping[str, Sequence[str]], directory: Path
-) -> None:
-    """Measure the same at a distance; this process is at the far end, with wrk and the ports."""
-    with ExitStack() as stack:
-        ports = stack.enter_context(open_ports(PORTS, FAR))
-        running = {
-            name: stack.enter_context(service("service", (*near, *command), directory, NEAR))
-            for name, command in commands.items()
-        }
-        for load in wrk.loads(ports, FAR):
-            measures = {
-                name: partial(wrk.measure, each, load, directory) for name, each in running.items()
-            }
-            _table(f"{load.name}, round trip {2000 * DELAY:g} ms", _in_turn(measures))
+    def _measure(
+        self, place: str, host: str, commands: Commands, target: str, loops: Commands
+    ) -> None:
+        """Start services on a host, and measure each with each load of ports of a target."""
+        with ExitStack() as stack:
+            ports = stack.enter_context(open_ports(PORTS, target))
+            running: dict[str, Service] = {}
+            for name, command in commands.items():
+                with self._failures(name):
+                    log = f"{len(running)} {place}"
+                    running[name] = stack.enter_context(
+                        service(log, command, self._directory, host)
+                    )
+            for load in wrk.loads(ports, target):
+                measures: dict[str, Callable[[], Cost]] = {
+                    name: partial(wrk.measure, each, load, self._directory)
+                    for name, each in running.items()
+                    if load.path == "/health" or name != UVICORN
+                }
+                if load.bodies:
+                    batch = PORTS if len(load.bodies) == 1 else 1
+                    for name, command in loops.items():
+                        measures[name] = partial(cost_of_loop, command, target, batch, ports)
+                self._print(load.name, place, self._in_turn(measures))
 
+    def _in_turn(self, measures: dict[str, Callable[[], Cost]]) -> Mapping[str, list[Cost]]:
+        """Measure one after the other, round by round, so that lasting noise affects all."""
+        costs: dict[str, list[Cost]] = {name: [] for name in measures}
+        for _ in range(1 + self._rounds):
+            for name, measure in list(measures.items()):
+                try:
+                    costs[name].append(measure())
+                except BenchmarkFailed as error:
+                    self._note_failure(name, error)
+                    del measures[name], costs[name]
+        return {name: each[1:] for name, each in costs.items()}
 
-def _in_turn(measures: Mapping[str, Callable[[], Cost]]) -> dict[str, list[Cost]]:
-    """Measure one after the other, round by round, so that lasting noise affects all."""
-    for measure in measures.values():
-        measure()  # to warm up
-    costs: dict[str, list[Cost]] = {name: [] for name in measures}
-    for _ in range(ROUNDS):
-        for name, measure in measures.items():
-            costs[name].append(measure())
-    return costs
+    def _print(self, load: str, place: str, costs: Mapping[str, Sequence[Cost]]) -> None:
+        title = f"{load}, {place}"
+        print(f"\n{title:36}{'CPU us a request':>16}{'requests a second':>28}")
+        for name, each in costs.items():
+            cpu = _summary([cost.cpu * 1e6 for cost in each])
+            per_second = _summary([cost.per_second for cost in each])
+            print(f"  {name:24}{cpu:>26}{per_second:>28}", flush=True)
+            if OURS in costs:
+                ratios = self._ratios.setdefault(name, {})
+                ratios[load, place] = median(cost.cpu for cost in each) / median(
+                    cost.cpu for cost in costs[OURS]
+                )
 
+    def _print_ratios(self) -> None:
+        columns = [*self._ratios.get(OURS, ())]
+        print("\nHow many times the CPU of this service each needs for one request")
+        for part in 1, 0:
+            print(" " * 26 + "".join(f"{column[part]:>18}" for column in columns))
+        for name, ratios in self._ratios.items():
+            cells = (f"{ratios[each]:.2f}" if each in ratios else "" for each in columns)
+            print(f"  {name:24}" + "".join(f"{cell:>18}" for cell in cells))
 
-def _table(title: str, costs: Mapping[str, Sequence[Cost]]) -> None:
-    print(f"\n{title}")
-    print(f"  {'':24}{'CPU us a request':>26}{'requests a second':>28}{'ours to it':>12}")
-    ours = median(cost.cpu for cost in costs[OURS])
-    for name, each in costs.items():
-        cpu = _summary([cost.cpu * 1e6 for cost in each])
-        per_second = _summary([cost.per_second for cost in each])
-        ratio = median(cost.cpu for cost in each) / ours
-        print(f"  {name:24}{cpu:>26}{per_second:>28}{ratio:>12.2f}")
+    @contextmanager
+    def _failures(self, what: str) -> Iterator[None]:
+        """Go on without what fails here."""
+        try:
+            yield
+        except BenchmarkFailed as error:
+            self._note_failure(what, error)
+
+    def _note_failure(self, what: str, error: BenchmarkFailed) -> None:
+        self._is_complete = False
+        print(f"Without {what}: {' '.join(str(error).split())[:300]}", flush=True)
 
 
 def _summary(figures: Sequence[float]) -> str:
     return f"{median(figures):,.0f} ({min(figures):,.0f} to {max(figures):,.0f})"
-
-
-def _print_growth(before: alone.Usage, after: alone.Usage) -> None:
-    print(
-        f"\nGrowth over {alone.CHECKS:,} checks of {alone.OPEN_EACH} open and "
-        f"{alone.REFUSED_EACH} refused ports, {alone.AT_ONCE} at once, after {alone.WARM_UP:,} "
-        "to warm up"
-    )
-    print(f"  {'':28}{'before':>10}{'after':>10}{'growth':>10}")
-    for name, was, is_ in (
-        ("descriptors", before.descriptors, after.descriptors),
-        ("asyncio tasks", before.tasks, after.tasks),
-        ("resident memory, KiB", before.resident // 1024, after.resident // 1024),
-    ):
-        print(f"  {name:28}{was:>10,}{is_:>10,}{is_ - was:>+10,}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """What benchmarks start: the two services, and a process with open ports."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from tests.support.loopback import free_port
 PUBLISHED = "0.1.25"
 
 OURS_COMMAND = (sys.executable, "-m", "port_checker")
+PYTHON_LOOP = (sys.executable, str(Path(__file__).with_name("bare_loop.py")))
 
 # Answers everything with one constant: what uvicorn takes by itself.
 UVICORN_COMMAND = (
@@ -34,6 +34,8 @@ UVICORN_COMMAND = (
 _CHECKOUT = Path(__file__).parent.parent
 _PUBLISHED_VENV = _CHECKOUT / ".benchmarks" / "published"
 
+_LOOP_SECONDS = 1.0
+
 _PATIENCE = 30.0  # seconds for a service to answer, and for a process to end
 
 # Limits that are never reached. They are not off, since the figures should include what they cost;
@@ -45,6 +47,19 @@ _SETTINGS = {
     "PORT_CHECK_OTHERS_RATE_LIMIT": "100000000/second",
     "PORT_CHECK_MAX_IN_FLIGHT_PER_CALLER": "10000",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a program made of a load.
+
+    Attributes:
+        per_second: Requests that it answered in a second.
+        cpu: Seconds of CPU that one took.
+    """
+
+    per_second: float
+    cpu: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,21 +138,43 @@ def published_command() -> tuple[str, ...]:
     return python, "-c", "from port_checker.main import start; start()"
 
 
-def go_command() -> tuple[str, ...] | None:
-    """Return the command that starts the server in Go, built first; None without a toolchain.
+def go_command() -> tuple[str, ...]:
+    """Return the command that starts the server in Go, built first.
 
     Raises:
         BenchmarkFailed: It could not be built.
     """
-    go = shutil.which("go")
-    if not go:
-        return None
-    program = _CHECKOUT / ".benchmarks" / "go-server"
-    program.parent.mkdir(exist_ok=True)
-    source = Path(__file__).with_name("go") / "server.go"
-    _run("env", "GO111MODULE=off", go, "build", "-o", str(program), str(source))
+    program = _built("go/server.go", "env", "GO111MODULE=off", "go", "build", "-o")
     start = 'GOMAXPROCS=1 exec "$0" $PORT_CHECKER_HOST:$PORT_CHECKER_PORT'
-    return "sh", "-c", start, str(program)
+    return "sh", "-c", start, program
+
+
+def c_loop_command() -> tuple[str, ...]:
+    """Return the command that starts the bare loop in C, built first.
+
+    Raises:
+        BenchmarkFailed: It could not be built.
+    """
+    return (_built("c/loop.c", "cc", "-O2", "-o"),)
+
+
+def _built(source: str, *compiler: str) -> str:
+    """Compile a source file of this folder; return the program."""
+    program = _CHECKOUT / ".benchmarks" / Path(source).stem
+    program.parent.mkdir(exist_ok=True)
+    _run(*compiler, str(program), str(Path(__file__).parent / source))
+    return str(program)
+
+
+def cost_of_loop(command: Sequence[str], host: str, batch: int, ports: Sequence[int]) -> Cost:
+    """Run a bare loop that connects to ``batch`` ports at once; return what one batch takes.
+
+    Raises:
+        BenchmarkFailed: It could not connect.
+    """
+    printed = _run(*command, host, str(_LOOP_SECONDS), str(batch), *map(str, ports))
+    batches, seconds, used = map(float, printed.split())
+    return Cost(batches / seconds, used / batches)
 
 
 @contextmanager
@@ -221,12 +258,17 @@ def _running(
             process.wait()
 
 
-def _run(*command: str) -> None:
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
+def _run(*command: str) -> str:
+    """Run a command, and return what it prints."""
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+    except OSError as error:
+        raise BenchmarkFailed(f"{command[0]} is not installed: {error.strerror}") from None
     if done.returncode:
-        raise BenchmarkFailed(f"{' '.join(command)} failed:\n{done.stdout}")
+        raise BenchmarkFailed(f"{' '.join(command)[:100]} failed: {done.stdout[-200:]}")
+    return done.stdout
 
 
 def _answers(host: str, port: int) -> bool:

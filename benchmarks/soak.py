@@ -244,7 +244,6 @@ async def _soak(running: Service, checks: Sequence[Check], minutes: float) -> bo
     run.result()
     load.close()
     after = _Usage.of(running)
-    # asyncio tasks cannot be counted from outside; benchmarks/alone.py counts them.
     print(f"\n  {'':24}{'before':>10}{'1st minute':>12}{'end':>10}{'growth':>10}")
     for name, was, at_first, is_ in (
         ("resident memory, KiB", before.resident, (first or before).resident, after.resident),

@@ -364,7 +364,7 @@ def test_the_checkers_own_failure_gives_its_room_back() -> None:
 
 
 def test_nothing_grows_with_the_number_of_checks() -> None:
-    """In descriptors and tasks; ``make bench`` measures the memory, too."""
+    """In descriptors and tasks; ``make soak`` measures the memory, too."""
     with open_port() as opened, refused_port() as refused:
 
         async def run() -> None:
