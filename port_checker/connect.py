@@ -7,6 +7,7 @@ This module is the one place that translates the operating system's errors. Its 
 
 import asyncio
 import errno
+import math
 import os
 import select
 import socket
@@ -16,7 +17,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import islice
 
 from port_checker.addresses import Address, parse_host, text_of
 from port_checker.errors import ErrorCode, ServiceError
@@ -222,14 +222,14 @@ class HoldUps:
     def __init__(self) -> None:
         self._waiting = 0
         self._seconds = 0.0
-        self._due: float | None = None  # when the loop is to call next
+        self._due = math.inf  # when the loop is to call next
 
     def begin(self) -> float:
         """Measure from now on, until ``end`` is called with what this returns."""
         loop = asyncio.get_running_loop()
         self._waiting += 1
-        if self._due is None:
-            self._call_again(loop)
+        if self._due == math.inf:
+            self._look(loop)
         return self._total(loop)
 
     def end(self, begun: float) -> float:
@@ -238,18 +238,15 @@ class HoldUps:
         return self._total(asyncio.get_running_loop()) - begun
 
     def _total(self, loop: asyncio.AbstractEventLoop) -> float:
-        late = loop.time() - self._due if self._due else 0.0
+        late = loop.time() - self._due
         return self._seconds + (late if late > _HOLD_UP else 0.0)
 
-    def _call_again(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._due = loop.time() + _HOLD_UP
-        loop.call_at(self._due, self._on_call, loop)
-
-    def _on_call(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         self._seconds = self._total(loop)
-        self._due = None
+        self._due = math.inf
         if self._waiting:
-            self._call_again(loop)
+            self._due = loop.time() + _HOLD_UP
+            loop.call_at(self._due, self._look, loop)
 
 
 class OpenConnectionPacer:
@@ -272,15 +269,14 @@ class OpenConnectionPacer:
         self._small: _Waiting = deque()
         self._large: dict[object, _Waiting] = {}  # by whose they are: the next one's first
 
-    async def take(self, wanted: int, whose: object = None) -> int:
-        """Wait until it is the caller's turn; return how many it may do: up to ``PER_TURN``.
+    async def take(self, wanted: int, whose: object = None) -> None:
+        """Wait until it is the caller's turn.
 
         Args:
-            wanted: How many it would do.
+            wanted: How many connections it would open or end: up to ``PER_TURN``.
             whose: Whose turn it is. Others of the same wait for it.
         """
         loop = asyncio.get_running_loop()
-        wanted = min(wanted, PER_TURN)
         if self._left <= 0 or self._small or self._large:
             waiter: asyncio.Future[None] = loop.create_future()
             is_small = wanted <= _SMALL
@@ -292,7 +288,6 @@ class OpenConnectionPacer:
                 loop.call_soon(self._begin_turn, loop)
             # Whoever waited for the rest would be late: its timeout begins when it has all.
             self._left -= wanted
-        return wanted
 
     def _begin_turn(self, loop: asyncio.AbstractEventLoop) -> None:
         self._left = PER_TURN
@@ -411,11 +406,7 @@ class SharedEpoll:
         """Hand their events to the rounds."""
         of_rounds: dict[_Round, list[tuple[int, int]]] = {}
         for event in self._epoll.poll(0, PER_TURN):
-            round_ = self._rounds.pop(event[0])
-            if round_ in of_rounds:
-                of_rounds[round_].append(event)
-            else:
-                of_rounds[round_] = [event]
+            of_rounds.setdefault(self._rounds.pop(event[0]), []).append(event)
         for round_, events in of_rounds.items():
             for descriptor in round_.take(events):
                 self._rounds[descriptor] = round_
@@ -440,7 +431,7 @@ async def attempt(
 
     Args:
         way: To the target; the rounds of one check share what is known of it.
-        ports: TCP ports, each at most once.
+        ports: TCP ports, each at most once, up to ``PER_TURN``.
         timeout: Seconds that an attempt may last.
         pacer: Shared by all rounds of the event loop.
         on_verdict: Called with each verdict as soon as there is one; it must not raise.
@@ -580,19 +571,16 @@ class _Round:
     async def run(self, ports: Sequence[int], timeout: float) -> None:
         """Try each of ``ports`` once; then there are verdicts, or it raises ``CheckFailed``."""
         self._sockets.begin()
-        opened = 0
-        while opened < len(ports):
-            granted = await self._pacer.take(len(ports) - opened, self._way)
-            descriptors = self.open(ports[opened : opened + granted])
-            self.take(_events(descriptors))  # those of a loopback target are there by now
-            self._raise_error()
-            self._sockets.add((it for it in descriptors if it in self._waiting), self)
-            opened += granted
+        await self._pacer.take(len(ports), self._way)
+        descriptors = self.open(ports)
+        self.take(_events(descriptors))  # those of a loopback target are there by now
+        self._raise_error()
+        self._sockets.add((it for it in descriptors if it in self._waiting), self)
         if not self._is_done():
             await self.wait(timeout)
-        while self._waiting:
-            granted = await self._pacer.take(len(self._waiting), self._way)
-            self.give_up([*islice(self._waiting, granted)])
+        if self._waiting:
+            await self._pacer.take(len(self._waiting), self._way)
+            self.give_up([*self._waiting])
             self._raise_error()
         if self._asked_about:
             await self._until_ended()
