@@ -31,7 +31,6 @@ import asyncio
 import json
 import os
 import secrets
-import statistics
 import subprocess
 import sys
 import time
@@ -43,10 +42,11 @@ from itertools import count
 from pathlib import Path
 from socket import create_server
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 import uvloop
 
+from benchmarks.capacity import percentiles
+from benchmarks.processes import Service
 from port_checker.linux import raise_descriptor_limit
 
 SECONDS = 120.0
@@ -132,14 +132,10 @@ class Tally:
     def __str__(self) -> str:
         if not self.seconds:
             return "none"
-        cuts = statistics.quantiles([*self.seconds, self.seconds[-1]], n=100)
         outcomes = ", ".join(
             f"{number} {outcome}" for outcome, number in sorted(self.outcomes.items())
         )
-        return (
-            f"{outcomes}; p50 {cuts[49] * 1000:.1f} ms, p99 {cuts[98] * 1000:.1f} ms, "
-            f"max {max(self.seconds) * 1000:.1f} ms"
-        )
+        return f"{outcomes}; {percentiles(self.seconds)}"
 
 
 def main() -> None:
@@ -170,7 +166,8 @@ async def run(seconds: float, attacks: Sequence[str], python: str, *, pin: bool)
     honest, single, handshake, health = Tally(), Tally(), Tally(), Tally()
     load = os.getloadavg()[0]
     async with service(python, pin=pin) as (log, pid), listeners():
-        before = state(pid)
+        running = Service(_PORT, pid)
+        before = running.resident(), running.descriptors()
         async with asyncio.TaskGroup() as group:
             until = time.monotonic() + seconds
             group.create_task(watch("health", seconds, health))
@@ -181,18 +178,16 @@ async def run(seconds: float, attacks: Sequence[str], python: str, *, pin: bool)
                 group.create_task(check_honestly(until, address, honest))
             for attack in attacks:
                 group.create_task(run_part(attack, seconds))
-        largest = state(pid)
         await asyncio.sleep(SETTLED)
-        after = state(pid)
+        after, peak = (running.resident(), running.descriptors()), running.peak_resident()
         used, waited, _ = map(int, Path(f"/proc/{pid}/schedstat").read_text().split())
         errors = [line for line in log.read_text().splitlines() if "ERROR" in line]
         syns = {name: packets(name) for name in ("to_strangers", "to_honest")}
     print(f"{seconds:g} s, load {load:.1f} before and {os.getloadavg()[0]:.1f} after")
     print(f"service:   ran for {used / 1e9:.1f} s, waited {waited / 1e9:.1f} s for a processor")
-    print(
-        f"memory:    {before.resident} MiB before, {largest.peak} at most, {after.resident} after"
-    )
-    print(f"descriptors: {before.descriptors} before, {after.descriptors} after")
+    memory = [f"{size // 1024} MiB" for size in (before[0], peak, after[0])]
+    print("memory:    {} before, {} at most, {} after".format(*memory))
+    print(f"descriptors: {before[1]} before, {after[1]} after")
     print(f"honest:    {honest}")
     print(f"one port, kept connection: {single}")
     print(f"TLS endpoint, new connections: {handshake}")
@@ -202,21 +197,6 @@ async def run(seconds: float, attacks: Sequence[str], python: str, *, pin: bool)
     print(f"errors in the service's log: {len(errors)}", *errors[:5], sep="\n")
     outcomes = honest.outcomes + single.outcomes + handshake.outcomes
     return 0 if outcomes.keys() == {"200"} else 1
-
-
-class State(NamedTuple):
-    """What a process uses: memory in MiB, now and at most so far, and descriptors."""
-
-    resident: int
-    peak: int
-    descriptors: int
-
-
-def state(pid: int) -> State:
-    """Return what a process uses."""
-    status = dict(line.split(":") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    resident, peak = (int(status[name].split()[0]) // 1024 for name in ("VmRSS", "VmHWM"))
-    return State(resident, peak, len(os.listdir(f"/proc/{pid}/fd")))
 
 
 @asynccontextmanager

@@ -225,8 +225,8 @@ async def _soak(running: Service, checks: Sequence[Check], minutes: float) -> bo
         f"{'minute':>7}{'requests':>10}{'wrong':>7}{'not 200':>9}{'unanswered':>12}"
         f"{'resident, KiB':>15}{'descriptors':>13}{'/health p99, ms':>17}"
     )
-    before = _Usage.of(running)
-    first: _Usage | None = None
+    before = _usage(running)
+    first: tuple[int, int] | None = None
     watching = asyncio.create_task(load.watch_health())
     run = asyncio.create_task(load.run(rate, minutes * 60))
     started = time.perf_counter()
@@ -236,24 +236,17 @@ async def _soak(running: Service, checks: Sequence[Check], minutes: float) -> bo
             run.cancel()
             raise BenchmarkFailed("/health did not answer") from watching.exception()
         minute, load.minute = load.minute, Minute()
-        held = _Usage.of(running)
+        held = _usage(running)
         first = first or held
         is_clean &= _is_clean(minute)
         _print_minute((time.perf_counter() - started) / 60, minute, held)
     watching.cancel()
     run.result()
     load.close()
-    after = _Usage.of(running)
+    after = _usage(running)
     print(f"\n  {'':24}{'before':>10}{'1st minute':>12}{'end':>10}{'growth':>10}")
-    for name, was, at_first, is_ in (
-        ("resident memory, KiB", before.resident, (first or before).resident, after.resident),
-        (
-            "descriptors",
-            before.descriptors,
-            (first or before).descriptors,
-            after.descriptors,
-        ),
-    ):
+    names = "resident memory, KiB", "descriptors"
+    for name, was, at_first, is_ in zip(names, before, first or before, after, strict=True):
         print(f"  {name:24}{was:>10,}{at_first:>12,}{is_:>10,}{is_ - at_first:>+10,}")
     return is_clean
 
@@ -262,30 +255,23 @@ def _is_clean(minute: Minute) -> bool:
     return not (minute.wrong or minute.statuses or minute.failed)
 
 
-def _print_minute(minute: float, count: Minute, held: "_Usage") -> None:
+def _print_minute(minute: float, count: Minute, held: tuple[int, int]) -> None:
     health = sorted(count.health)
     p99 = f"{health[int(0.99 * len(health))] * 1000:.1f}" if health else "none"
     statuses = ", ".join(f"{number} x {status}" for status, number in count.statuses.items())
     print(
         f"{minute:>7.1f}{count.requests:>10,}{count.wrong:>7,}{statuses or '0':>9}"
-        f"{count.failed:>12,}{held.resident:>15,}{held.descriptors:>13,}{p99:>17}",
+        f"{count.failed:>12,}{held[0]:>15,}{held[1]:>13,}{p99:>17}",
         flush=True,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Usage:
-    """What the service uses: KiB of resident memory, and descriptors."""
-
-    resident: int
-    descriptors: int
-
-    @classmethod
-    def of(cls, running: Service) -> "_Usage":
-        try:
-            return cls(running.resident(), running.descriptors())
-        except OSError as error:
-            raise BenchmarkFailed("the service has exited") from error
+def _usage(running: Service) -> tuple[int, int]:
+    """Return what the service uses: KiB of resident memory, and descriptors."""
+    try:
+        return running.resident(), running.descriptors()
+    except OSError as error:
+        raise BenchmarkFailed("the service has exited") from error
 
 
 def _has_clean_log(log: str) -> bool:
