@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import FastAPI, Request, Response
@@ -101,8 +100,8 @@ class Api:
 
     def add_routes(self, app: FastAPI) -> None:
         """Add the routes to ``app``."""
-        # An included router would take 5 microseconds more to find a route in (measured).
-        add = partial(app.router.add_api_route, route_class_override=_PlainRoute)
+        add = app.add_api_route
+        class_of_others, app.router.route_class = app.router.route_class, _PlainRoute
         add(
             "/check-ports",
             self.check_ports,
@@ -163,6 +162,7 @@ class Api:
         add("/health", self.health, methods=["HEAD"], include_in_schema=False)
         add("/ip", self.ip, methods=["HEAD"], include_in_schema=False)
         add("/port/{port}", self.check_own_port, methods=["HEAD"], include_in_schema=False)
+        app.router.route_class = class_of_others
         routes = [route for route in app.routes if isinstance(route, _PlainRoute)]
         app.add_middleware(_Shortcut, [route for route in routes if not route.param_convertors])
 
