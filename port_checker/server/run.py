@@ -69,6 +69,10 @@ _RECEIVE_BUFFER = 64 * 1024
 # Seconds between two looks at whether the requests in progress have finished.
 _STOP_INTERVAL = 0.1
 
+# Seconds, from when it stops, for requests of those whose connections it has accepted, where others
+# wait for the next process, and none has to be refused.
+_LAST_REQUESTS = 2.0
+
 # Clients' connections in one process, however many descriptors there are.
 _MAX_CONNECTIONS = 50_000
 
@@ -423,12 +427,12 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finish what is in progress, and refuse all other requests meanwhile."""
         if self._is_leaving:
-            await self._wait_for_connections()
+            await self._wait_for_connections(self.config.timeout_graceful_shutdown or 0)
         else:
             self._on_stop()
-        if self._listeners_stay:
-            for server in self.servers:
-                server.close()
+            if self._listeners_stay:
+                self._limits.is_leaving = True
+                await self._wait_for_connections(_LAST_REQUESTS)
         for connection in list(self.server_state.connections):
             if isinstance(connection, BoundedProtocol):
                 connection.drain()
@@ -441,15 +445,20 @@ class Server(uvicorn.Server):
         # uvicorn closes the sockets. The parent of workers needs them, which this process may be.
         await super().shutdown([] if self._is_leaving else sockets)
 
-    async def _wait_for_connections(self) -> None:
-        """Let those who are connected ask once more, while others accept connections."""
+    async def _wait_for_connections(self, patience: float) -> None:
+        """Let those who are connected ask once more, while new connections are others' or wait."""
+        is_told_to_stop = self.is_told_to_stop
         for listener in self.servers:
             listener.close()
         for connection in list(self.server_state.connections):
             if isinstance(connection, BoundedProtocol):
                 connection.leave()
-        patience: float = self.config.timeout_graceful_shutdown or 0
-        while self.server_state.connections and patience > 0 and not self.is_told_to_stop:
+        await asyncio.sleep(_STOP_INTERVAL)  # some may have been accepted, and not made yet
+        while (
+            self.server_state.connections
+            and patience > 0
+            and self.is_told_to_stop == is_told_to_stop
+        ):
             await asyncio.sleep(_STOP_INTERVAL)
             patience -= _STOP_INTERVAL
 

@@ -14,7 +14,7 @@ import pytest
 
 from port_checker.schemas import ErrorCode, ErrorResponse
 from port_checker.server import systemd
-from tests.support.http import HEALTH
+from tests.support.http import HEALTH, connected, read_answer
 from tests.support.loopback import free_port
 from tests.support.service import Program, passing, program
 
@@ -70,16 +70,30 @@ def test_it_tells_when_it_is_ready_that_it_lives_and_that_it_stops(
         assert running.wait() == 0
 
 
-def test_a_socket_that_systemd_passes_is_listened_on() -> None:
-    port = free_port()
-    with program(
-        *passing(f"socket.AF_INET, ('127.0.0.1', {port})"),
-        PORT_CHECKER_HOST="192.0.2.7",  # which cannot be bound
-        PORT_CHECKER_PORT=str(port),
-        PORT_CHECKER_WORKERS="2",
-    ) as running:
+def test_a_socket_that_systemd_passes_is_listened_on_and_whoever_is_accepted_is_answered(
+    tmp_path: Path,
+) -> None:
+    port, address = free_port(), str(tmp_path / "notify")
+    with (
+        manager(address) as notices,
+        program(
+            *passing(f"socket.AF_INET, ('127.0.0.1', {port})"),
+            PORT_CHECKER_HOST="192.0.2.7",  # which cannot be bound
+            PORT_CHECKER_PORT=str(port),
+            NOTIFY_SOCKET=address,
+        ) as running,
+        running.client() as client,
+        connected(client) as accepted,
+    ):
         assert is_healthy(running)
-        assert running.stop() == 0
+        running.process.send_signal(signal.SIGTERM)
+        while "STOPPING=1" not in notices.next():
+            pass
+        accepted.sendall(HEALTH)
+        head, _ = read_answer(accepted)
+        assert head.startswith(b"HTTP/1.1 200 ")
+        assert b"\r\nconnection: close\r\n" in head.lower()
+        assert running.wait() == 0
     assert f"Listening on 127.0.0.1:{port}," in running.lines[0]
 
 
