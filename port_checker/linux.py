@@ -323,8 +323,13 @@ class RouteChanges:
         self._socket = self._joined()
 
     def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back the descriptor; the next look takes another."""
         if self._socket:
             self._socket.close()
+        self._socket = None
 
     def since_last(self) -> bool:
         """Return whether anything may have changed since the last call, or the kernel tells not."""

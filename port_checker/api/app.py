@@ -67,6 +67,7 @@ def create_app(
         app.openapi()  # makes the schema, which takes a while, before anybody waits for an answer
         async with limits.shared(), perspectives.connected() if perspectives else nullcontext():
             yield
+        known.close()  # FastAPI's caches may keep all this for as long as the process lasts
 
     app = FastAPI(
         title="Golem Port Checker",

@@ -3,6 +3,7 @@
 All URLs in them are relative, so both work under any path that a proxy puts before them.
 """
 
+import asyncio
 import functools
 import gzip
 import hashlib
@@ -105,27 +106,26 @@ class _StaticFile:
         name: Its own, with a hash of its content in it.
         media_type: The value of ``Content-Type``.
         content: Its bytes.
-        compressed: The same in gzip's format.
     """
 
     name: str
     media_type: str
     content: bytes
-    compressed: bytes
 
     @classmethod
     def read(cls, path: Path) -> "_StaticFile":
         content = path.read_bytes()
         version = hashlib.sha256(content).hexdigest()[:12]
-        return cls(
-            f"{path.stem}.{version}{path.suffix}",
-            _MEDIA_TYPES[path.suffix],
-            content,
-            gzip.compress(content, mtime=0),
-        )
+        name = f"{path.stem}.{version}{path.suffix}"
+        return cls(name, _MEDIA_TYPES[path.suffix], content)
+
+    @functools.cached_property
+    def compressed(self) -> bytes:
+        """The same in gzip's format. Swagger UI takes 50 ms, for which no start has to wait."""
+        return gzip.compress(self.content, mtime=0)
 
 
-@functools.cache  # once in a process, for all its applications: Swagger UI takes 50 ms to compress
+@functools.cache  # once in a process, for all its applications
 def _static_files() -> dict[str, _StaticFile]:
     """Return all of them, by the names that the pages use."""
     swagger_ui = Path(fastapi_offline.__file__).parent / "static"
@@ -195,7 +195,8 @@ def add_pages(app: FastAPI, settings: Settings) -> None:
         headers = {**_FOR_EVER, "Content-Type": file.media_type}
         if not accepts(request, b"accept-encoding", "gzip", "*"):
             return Response(file.content, headers=headers)
-        return Response(file.compressed, headers={**headers, "Content-Encoding": "gzip"})
+        compressed = await asyncio.to_thread(getattr, file, "compressed")
+        return Response(compressed, headers={**headers, "Content-Encoding": "gzip"})
 
     for path, endpoint in {
         "/": home,

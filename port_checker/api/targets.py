@@ -166,6 +166,10 @@ class KnownRoutes:
         self._known: dict[tuple[Hashable, Address], object] = {}
         self._since = clock()
 
+    def close(self) -> None:
+        """Give back what it has of the kernel."""
+        self._changes.close()
+
     def is_own(self, address: Address) -> bool:
         """Whether an address is this machine's, as ``is_own_address`` has it."""
         return self.ask(is_own_address, address)
