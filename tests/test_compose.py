@@ -13,6 +13,7 @@ import pytest
 from dotenv import dotenv_values
 
 from port_checker.settings import Settings
+from tests.support.http import client_of
 from tests.support.namespace import ROOT, loopback_alone, needs_root
 from tests.support.packages import needs
 from tests.support.processes import end_with_parent
@@ -66,16 +67,16 @@ def test_what_compose_puts_together_works_together(tmp_path: Path) -> None:
         stack.enter_context(as_shipped(ROOT / "contrib" / "nginx.conf", tmp_path))
         store = {"port_checker_rate_limit_store_up": "1"}
 
+        client = stack.enter_context(client_of("http://127.0.0.1:9090/api/v1"))
+
         def scraped() -> dict[str, str]:
             with suppress(httpx.TransportError):
-                found = httpx.get(
-                    "http://127.0.0.1:9090/api/v1/query",
-                    params={"query": '{__name__="port_checker_rate_limit_store_up"}'},
-                ).json()["data"]["result"]
+                query = {"query": '{__name__="port_checker_rate_limit_store_up"}'}
+                found = client.get("query", params=query).json()["data"]["result"]
                 return {each["metric"]["__name__"]: each["value"][1] for each in found}
             return {}
 
         wait_until(lambda: scraped() == store, "Prometheus to scrape")
-        rules = httpx.get("http://127.0.0.1:9090/api/v1/rules").json()["data"]["groups"]
+        rules = client.get("rules").json()["data"]["groups"]
         assert {rule["health"] for group in rules for rule in group["rules"]} <= {"ok", "unknown"}
         assert running.process.poll() is None

@@ -7,16 +7,16 @@ import os
 import re
 import shutil
 import subprocess
-from contextlib import suppress
 from pathlib import Path
 
-import httpx
 import pytest
 
 from port_checker.addresses import parse_address
 from port_checker.api.records import RefusalLog
 from port_checker.errors import ErrorCode, Limit
 from port_checker.metrics import DURATION, FAMILIES, REQUESTS
+from tests.support.http import client_of
+from tests.support.loopback import is_listened_on
 from tests.support.namespace import ROOT, loopback_alone, needs_root
 from tests.support.processes import end_with_parent
 from tests.support.service import program
@@ -69,16 +69,11 @@ def test_the_blackbox_exporter_tests_the_service_with_its_modules(tmp_path: Path
 
         def is_success(module: str, path: str) -> bool:
             asked = {"module": module, "target": f"http://127.0.0.1:9000/{path}"}
-            answer = httpx.get("http://127.0.0.1:9115/probe", params=asked, timeout=60).text
-            return "\nprobe_success 1\n" in answer
-
-        def listens() -> bool:
-            with suppress(httpx.TransportError):
-                return httpx.get("http://127.0.0.1:9115/").status_code == 200
-            return False
+            with client_of("http://127.0.0.1:9115") as client:
+                return "\nprobe_success 1\n" in client.get("probe", params=asked).text
 
         try:
-            wait_until(listens, "the exporter")
+            wait_until(lambda: is_listened_on(9115), "the exporter")
             assert is_success("port_checker", "health")
             assert not is_success("port_checker", "ip")
             assert is_success("port_checker_check", "port/9115")

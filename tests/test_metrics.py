@@ -114,13 +114,19 @@ def test_metrics_are_what_was_sent(workers: int) -> None:
         if workers > 1:
             processes += workers
             spent = scraper["process_cpu_seconds_total"]
-            for victim in running.workers():  # all that have counted
-                os.kill(victim, signal.SIGKILL)
-            wait_until(lambda: scraper["port_checker_worker_deaths_total"] == workers, "deaths")
+            victim, other = running.workers()  # both have counted
+            os.kill(victim, signal.SIGKILL)
+            wait_until(lambda: scraper["port_checker_worker_deaths_total"] == 1, "the death")
             counted()
             assert scraper["process_cpu_seconds_total"] >= spent
-            wait_until(lambda: scraper["port_checker_workers"] == workers, "new workers")
+            wait_until(lambda: scraper["port_checker_workers"] == workers, "a new worker")
+            assert other in running.workers()
         assert scraper["process_max_fds"] == processes * limit
+        assert running.stop() == 0
+    deaths = [line for line in running.lines if "Worker" in line]
+    assert len(deaths) == workers - 1
+    for line in deaths:
+        assert f"ERROR port_checker.server.workers: Worker {victim} was killed by SIGKILL" in line
 
 
 def test_a_scrape_is_answered_while_the_event_loop_is_stuck(tmp_path: Path) -> None:

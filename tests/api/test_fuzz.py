@@ -32,7 +32,7 @@ from tests.support.http import check_of
 from tests.support.loopback import open_port
 from tests.support.service import serve
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
 
 
 def fuzzed(examples: int = EXAMPLES) -> settings:

@@ -7,14 +7,14 @@ They connect to the service from 127.0.0.1, which is trusted by default. Their c
 import json
 import socket
 import ssl
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.support.http import HEALTH, read_answer
+from tests.support.http import HEALTH, Headers, client_of, read_answer
 from tests.support.loopback import open_port
 from tests.support.namespace import ROOT, loopback_alone, needs_root
 from tests.support.proxies import (
@@ -35,16 +35,11 @@ OUTER_NGINX = "127.0.0.3"
 
 FORWARDS = "proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;"  # as in the docs
 
-Headers = Mapping[str, str] | Sequence[tuple[str, str]]
-
 
 @contextmanager
 def outsider(port: int, address: str = OUTSIDE, headers: Headers = ()) -> Iterator[httpx.Client]:
     """A client that connects to a port from a given address."""
-    transport = httpx.HTTPTransport(local_address=address)
-    with httpx.Client(
-        base_url=f"http://127.0.0.1:{port}", transport=transport, headers=headers, timeout=120
-    ) as client:
+    with client_of(f"http://127.0.0.1:{port}", address, headers) as client:
         yield client
 
 
@@ -290,7 +285,7 @@ def test_what_operators_copy_works_as_it_stands(name: str, tmp_path: Path) -> No
             with outsider(80, headers=headers) as client:
                 assert ip(client) == OUTSIDE, headers
                 assert check(client, OUTSIDE, opened) == ACCESSIBLE
-        with httpx.Client(base_url="http://[::1]:80", timeout=120) as client:
+        with client_of("http://[::1]:80") as client:
             client.get("/health").raise_for_status()
 
 

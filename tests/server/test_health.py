@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from port_checker.server.health import DEFAULT_HOST, DEFAULT_PORT
+from port_checker.server.health import DEFAULT_HOST, DEFAULT_PORT, run
 from port_checker.settings import Settings
 from tests.support.loopback import refused_port
 from tests.support.namespace import loopback_alone, needs_root
@@ -64,7 +64,8 @@ def test_the_service_of_a_settings_file(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_service_on_a_unix_socket(tmp_path: Path) -> None:
     host = f"unix:{tmp_path}/socket"
     with program(ready=False, PORT_CHECKER_HOST=host) as running:
-        wait_until(lambda: health(host) == (0, ""), "the program to answer")
+        wait_until(lambda: run(host) == 0, "the program to answer")
+        assert health(host) == (0, "")
         assert health(PORT_CHECKER_HOST=host) == (0, "")
         assert running.stop() == 0
     status, message = health(host)
@@ -88,7 +89,8 @@ def test_a_service_on_all_addresses_where_there_is_no_ipv4() -> None:
         program(ready=False, PORT_CHECKER_HOST="::", PORT_CHECKER_PORT="9000") as running,
     ):
         asked = {"PORT_CHECKER_HOST": "::", "PORT_CHECKER_PORT": "9000"}
-        wait_until(lambda: health(**asked) == (0, ""), "the program to answer")
+        wait_until(lambda: run("http://[::1]:9000") == 0, "the program to answer")
+        assert health(**asked) == (0, "")
         assert "Listening on [::]:9000, page at http://localhost:9000/" in running.lines[0]
 
 

@@ -240,15 +240,17 @@ FRAMINGS = {
 }
 
 
-@pytest.mark.parametrize("framing", FRAMINGS)
 @pytest.mark.parametrize(
-    ("method", "fields"),
+    ("framing", "method", "fields"),
     [
-        (b"POST", b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\n"),
-        (b"GET", b"Connection: upgrade\r\nUpgrade: websocket\r\n"),
-        (b"OPTIONS", b"Upgrade: TLS/1.0\r\nConnection: Upgrade\r\n"),
-        (b"CONNECT", b""),
-        (b"POST", b""),
+        ("none", b"POST", b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\n"),
+        ("length", b"POST", b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\n"),
+        ("chunked", b"POST", b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\n"),
+        ("none", b"GET", b"Connection: upgrade\r\nUpgrade: websocket\r\n"),
+        ("length", b"OPTIONS", b"Upgrade: TLS/1.0\r\nConnection: Upgrade\r\n"),
+        ("none", b"CONNECT", b""),
+        ("chunked", b"CONNECT", b""),
+        ("chunked", b"POST", b""),
     ],
 )
 def test_an_upgrade_is_ignored_and_a_trailer_dropped_in_every_segmentation(

@@ -13,7 +13,9 @@ def wait_until(condition: Callable[[], object], what: str = "it", seconds: float
         TimeoutError: It did not hold within so many seconds.
     """
     deadline = time.monotonic() + seconds
+    pause = 0.01
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {seconds:g} s for {what}")
-        time.sleep(0.01)
+        time.sleep(pause)
+        pause = min(0.1, 1.1 * pause)  # to look costs time that others need
