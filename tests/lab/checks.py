@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import TypeAdapter
@@ -19,15 +20,8 @@ from port_checker.provider import Report, Waits, verify
 from port_checker.verdicts import port_verdict
 from tests.lab import network
 from tests.lab.network import Lab, end
+from tests.support.service import serve
 
-# A service that is quicker to call something lost than the defaults are.
-QUICK_PORT = 9001
-QUICK = {
-    "PORT_CHECKER_PORT": str(QUICK_PORT),
-    "PORT_CHECK_RETRIES": "2",
-    "PORT_CHECK_TIMEOUT": "1.0",
-    "PORT_CHECK_RETRY_DELAY": "0.1",
-}
 TRAFFIC = str(Path(__file__).parent / "traffic.py")
 OWN = {4: network.PROVIDER_BEHIND_NAT, 6: network.PROVIDER[6]}
 LOOPBACK = {4: "127.0.0.1", 6: "::1"}
@@ -36,8 +30,17 @@ BOTH = pytest.mark.parametrize("version", [4, 6])
 ANSWERED = {4: advice.ANSWERED_ELSEWHERE, 6: advice.ANSWERED_BEFORE}
 NOT_HERE = {4: advice.NOT_FORWARDED, 6: advice.NETWORK_FIREWALL}
 LOST = {4: advice.NOTHING_ARRIVED, 6: advice.NETWORK_FIREWALL}
-# The lab's bans last for ever.
-WAITS = Waits(ban=3)
+_QUICK: dict[str, Any] = {
+    "retries": 2,
+    "timeout": 0.5,
+    "retry_delay": 0.1,
+    "caller_rate_limit": "off",
+    "own_rate_limit": "off",
+    "others_rate_limit": "off",
+    "target_rate_limit": "off",
+}
+# The lab's bans last for ever, and its packets take no time.
+WAITS = Waits(late_connections=0.6, between_groups=0.1, ban=0.1, quiet=0.3)
 
 
 def start_check(
@@ -86,7 +89,7 @@ def run(lab: Lab, machine: str, *words: str, behind: Sequence[str] = ()) -> Repo
     return TypeAdapter(Report).validate_python(document)
 
 
-def url_of(hosts: Mapping[int, str], version: int = 4, port: int = QUICK_PORT) -> str:
+def url_of(hosts: Mapping[int, str], version: int = 4, port: int = network.SERVICE_PORT) -> str:
     """The URL of a service on a machine."""
     host = hosts[version]
     return f"http://[{host}]:{port}" if version == 6 else f"http://{host}:{port}"
@@ -111,6 +114,19 @@ def notes(report: Report) -> list[str]:
     """The notes of a report, but for what every check through the lab's router finds out."""
     expected = advice.NOT_LOOPED_BACK.format(ip=network.ROUTER[4])
     return [note for note in report.notes if note != expected]
+
+
+@contextlib.contextmanager
+def service(
+    lab: Lab, machine: str, port: int = network.SERVICE_PORT, **settings: Any
+) -> Iterator[None]:
+    """Run a service in a thread, which is in the machine's network; as quick as the lab's own."""
+    with contextlib.ExitStack() as stack:
+        values = {**_QUICK, "trusted_proxies": (), **settings}
+        running = serve(host="::", on_port=port, **values)
+        client = lab.submit(machine, stack.enter_context, running).result()
+        lab.submit(machine, client.get, "/health").result().raise_for_status()
+        yield
 
 
 @contextlib.contextmanager

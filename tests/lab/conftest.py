@@ -8,26 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.checks import QUICK
 from tests.lab.network import Lab, add_namespace, delete_namespace, open_lab
 
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """A network with the service running in it, for all tests of a session."""
+    """A network with the service running in it, for all tests of a process.
+
+    Half of them are in another group, and so in another process: they mostly wait.
+    """
     if obstacle := _obstacle():
         # On the machine whose job it is to run these tests they may not be passed over.
         give_up = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
         give_up(f"the lab cannot be built: {obstacle}")
     with open_lab(tmp_path_factory.mktemp("lab")) as lab:
         yield lab
-
-
-@pytest.fixture(scope="session")
-def quick_lab(lab: Lab) -> Lab:
-    """The same with a second service, which is quick to call something lost."""
-    lab.serve(**QUICK)
-    return lab
 
 
 def _obstacle() -> str | None:

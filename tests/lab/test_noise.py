@@ -69,20 +69,20 @@ SITUATIONS: list[tuple[Callable[[Lab, range], None], dict[int, str | None], bool
 ]
 
 
-def test_ten_minutes_of_a_lans_noise_change_no_sentence(quick_lab: Lab) -> None:
+def test_ten_minutes_of_a_lans_noise_change_no_sentence(lab: Lab) -> None:
     """Each situation alone, while all the others are checked as well."""
     arranged = []
     for arrange, sentences, nothing_arrives in SITUATIONS:
-        ports = quick_lab.take(PORTS_OF_EACH)
-        arrange(quick_lab, ports)
+        ports = lab.take(PORTS_OF_EACH)
+        arrange(lab, ports)
         arranged.append((ports, sentences, nothing_arrives))
     everything = range(arranged[0][0][0], arranged[-1][0][-1] + 1)
     noise = ["noise", "provider", "192.168.1.1", OWN[4], str(60 * MINUTES)]
-    with monitor(quick_lab, "provider", "127.0.0.1", everything):
-        heard = quick_lab.popen("router", sys.executable, TRAFFIC, *noise)
+    with monitor(lab, "provider", "127.0.0.1", everything):
+        heard = lab.popen("router", sys.executable, TRAFFIC, *noise)
         for _ in count():
             checks = [
-                (check_all(quick_lab, ports, version), sentences[version], nothing_arrives, version)
+                (check_all(lab, ports, version), sentences[version], nothing_arrives, version)
                 for ports, sentences, nothing_arrives in arranged
                 for version in (4, 6)
             ]

@@ -7,7 +7,8 @@ from subprocess import CalledProcessError
 import pytest
 
 from tests.lab import network
-from tests.lab.network import Answer, Lab, end
+from tests.lab.checks import LOOPBACK, service
+from tests.lab.network import Answer, Lab
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.xdist_group("lab")
@@ -56,16 +57,12 @@ def test_a_dead_gateway_of_ours_blames_nobody(lab: Lab) -> None:
 
 def test_a_dead_gateway_is_known_before_the_kernel_gives_it_up(lab: Lab) -> None:
     """That takes the kernel three seconds, and an attempt may last shorter."""
-    impatient = {"PORT_CHECK_TIMEOUT": "1", "PORT_CHECK_RETRIES": "1"}
-    service = lab.serve("third", **impatient)
-    try:
+    with service(lab, "third", timeout=1, retries=1):
         for version, target in BEHIND_DEAD_GATEWAY.items():
             gateway = DEAD_GATEWAY[version].replace("60.0.1", "60.0.3").replace("00:1:", "00:3:")
             lab.run("third", "ip", "route", "add", target, "via", gateway)
             answer = lab.ask("provider", target, [80], server=network.THIRD[version]).result()
             assert not wrong([(answer, NO_GATEWAY)])
-    finally:
-        end(service)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -91,34 +88,35 @@ def test_a_link_local_source_blames_nobody(lab: Lab, version: int) -> None:
     assert not wrong([(answer, f"this machine has only the address {source} for {target}")])
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_an_address_that_goes_in_the_middle_of_a_check_blames_nobody(
-    lab: Lab, version: int
-) -> None:
+def test_an_address_that_goes_in_the_middle_of_a_check_blames_nobody(lab: Lab) -> None:
     """Answers to it cannot arrive, wherever later connections come from."""
     opened, silent = open_ports(lab, 1), open_ports(lab, 1)
     lab.filter("router", "forward", silent, "drop")
-    old, new = {4: ("60.0.3.2/24", "60.0.3.7/25"), 6: ("2a00:3::2/64", "2a00:3::7/64")}[version]
-    local = {4: "127.0.0.1", 6: "::1"}[version]
-    service = lab.serve("third", PORT_CHECK_TIMEOUT="6", PORT_CHECK_RETRIES="1")
-    try:
-        target = network.PROVIDER[version]
-        answer = lab.ask("third", target, [*opened, *silent], server=local)
+    old, new = {4: "60.0.3.2/24", 6: "2a00:3::2/64"}, {4: "60.0.3.7/25", 6: "2a00:3::7/64"}
 
-        def is_under_way() -> bool:
-            return f":{silent[0]}" in lab.run("third", "ss", "-Htn", "state", "syn-sent").stdout
+    def are_under_way() -> bool:
+        sent = lab.run("third", "ss", "-Htn", "state", "syn-sent").stdout
+        return all(f"{target}:{silent[0]}" in sent for target in ("60.0.2.2", "[2a00:4:0:1::2]"))
 
-        wait_until(is_under_way, "the check")
-        lab.run("third", "ip", "address", "add", new, "dev", "internet")
-        lab.run("third", "ip", "address", "delete", old, "dev", "internet")
-        gone = f"this machine no longer has the address {network.THIRD[version]}"
-        assert not wrong([(answer.result(), gone)])
-    finally:
-        lab.run("third", "ip", "address", "replace", old, "dev", "internet")
-        lab.run("third", "ip", "address", "delete", new, "dev", "internet")
-        gateway = {4: "60.0.3.1", 6: "2a00:3::1"}[version]
-        lab.run("third", "ip", f"-{version}", "route", "replace", "default", "via", gateway)
-        end(service)
+    with service(lab, "third", timeout=6, retries=1):
+        pending = [
+            lab.ask("third", network.PROVIDER[it], [*opened, *silent], server=LOOPBACK[it])
+            for it in VERSIONS
+        ]
+        wait_until(are_under_way, "the checks")
+        try:
+            for version in VERSIONS:
+                lab.run("third", "ip", "address", "add", new[version], "dev", "internet")
+                lab.run("third", "ip", "address", "delete", old[version], "dev", "internet")
+            for version, answer in zip(VERSIONS, pending, strict=True):
+                gone = f"this machine no longer has the address {network.THIRD[version]}"
+                assert not wrong([(answer.result(), gone)])
+        finally:
+            for version, gateway in (4, "60.0.3.1"), (6, "2a00:3::1"):
+                lab.run("third", "ip", "address", "replace", old[version], "dev", "internet")
+                lab.run("third", "ip", "address", "delete", new[version], "dev", "internet")
+                route = ["route", "replace", "default", "via", gateway]
+                lab.run("third", "ip", f"-{version}", *route)
 
 
 def test_a_rule_for_another_protocol_says_nothing_of_tcp(lab: Lab) -> None:
@@ -158,7 +156,7 @@ def redirected(lab: Lab, name: str, *rules: str) -> Iterator[None]:
 def test_what_answers_in_the_targets_place_blames_and_clears_nobody(
     lab: Lab, version: int, to: str
 ) -> None:
-    opened, elsewhere, (proxy,) = open_ports(lab, 100), open_ports(lab, 100), lab.take(1)
+    opened, elsewhere, (proxy,) = open_ports(lab, 10), open_ports(lab, 10), lab.take(1)
     lab.listen("checker", range(proxy, proxy + 1))
     rule = f"tcp dport {opened[0]}-{opened[-1]} " + to.format(proxy=proxy)
     with redirected(lab, "checker", rule):

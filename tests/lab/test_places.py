@@ -22,45 +22,25 @@ from port_checker import advice
 from port_checker.addresses import parse_networks
 from port_checker.provider import Report, Waits, verify
 from tests.lab import network
+from tests.lab.checks import service
 from tests.lab.network import Lab, end
 from tests.support.http import client_of
 from tests.support.namespace import ROOT
 from tests.support.proxies import needs_proxies, nginx_of
-from tests.support.service import serve
 from tests.support.tls import endpoint, server_context, speaking_tls, trust
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.xdist_group("lab")
+pytestmark = pytest.mark.xdist_group("another lab")
 
 ADDRESSES = {"checker": network.CHECKER, "ams": network.AMS, "sgp": network.SGP}
 PLACES = tuple(ADDRESSES)
 REFUSED, TIMED_OUT = "Connection refused", "Connection timed out"
 
-# A service that is quicker to call something lost than the defaults are.
-QUICK: dict[str, Any] = {
-    "retries": 2,
-    "timeout": 2.0,
-    "retry_delay": 0.1,
-    "caller_rate_limit": "off",
-    "own_rate_limit": "off",
-    "others_rate_limit": "off",
-    "target_rate_limit": "off",
-}
 FROM_HERE = parse_networks(",".join(network.CHECKER.values()))
 
 
 def url(place: str, port: int) -> str:
     return f"http://{ADDRESSES[place][4]}:{port}"
-
-
-@contextmanager
-def service(lab: Lab, place: str, port: int, **settings: Any) -> Iterator[None]:
-    """Run a service in a thread, which is in the place's network."""
-    with ExitStack() as stack:
-        running = serve(host="::", on_port=port, **{**QUICK, "trusted_proxies": (), **settings})
-        client = lab.submit(place, stack.enter_context, running).result()
-        lab.submit(place, client.get, "/health").result().raise_for_status()
-        yield
 
 
 @pytest.fixture(scope="module")

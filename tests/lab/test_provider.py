@@ -17,7 +17,7 @@ import pytest
 
 from port_checker import advice
 from tests.lab import network
-from tests.lab.checks import ANSWERED, QUICK, QUICK_PORT, check, notes, results, url_of, word
+from tests.lab.checks import ANSWERED, check, notes, results, service, url_of, word
 from tests.lab.network import Lab
 
 pytestmark = pytest.mark.xdist_group("lab")
@@ -82,12 +82,6 @@ def own_firewall(machine: str, statement: str) -> Callable[[Lab, range], None]:
 
 def a_firewall_before_the_machine(lab: Lab, ports: range) -> None:
     lab.filter("internet", "forward", ports, "drop")
-
-
-def connections_are_limited(lab: Lab, ports: range) -> None:
-    lab.forward(ports)
-    limit = "ct state new limit rate over 25/second burst 50 packets drop"
-    lab.filter("router", "forward", ports, limit)
 
 
 def a_program_has_them(lab: Lab, ports: range) -> None:
@@ -199,18 +193,17 @@ SITUATIONS = [
         both("bound", TIMED_OUT, advice.NETWORK_FIREWALL),
         machine="third",
     ),
-    Situation(connections_are_limited, {4: REACHABLE}, count=300),
 ]
 
 
 @pytest.mark.parametrize("situation", SITUATIONS, ids=str)
-def test_each_situation_has_its_sentences(quick_lab: Lab, situation: Situation) -> None:
-    ports = quick_lab.take(situation.count)
-    situation.arrange(quick_lab, ports)
+def test_each_situation_has_its_sentences(lab: Lab, situation: Situation) -> None:
+    ports = lab.take(situation.count)
+    situation.arrange(lab, ports)
     with ThreadPoolExecutor() as pool:
         checks = {
             version: pool.submit(
-                check, quick_lab, situation.machine, ports, url_of(network.CHECKER, version)
+                check, lab, situation.machine, ports, url_of(network.CHECKER, version)
             )
             for version in situation.expected
         }
@@ -218,21 +211,16 @@ def test_each_situation_has_its_sentences(quick_lab: Lab, situation: Situation) 
         report = running.result()
         rows = {(port.local, port.error, port.advice) for port in report.ports}
         assert rows == {situation.expected[version]}, version
-        expected = situation.notes.get(version, [])
-        if situation.arrange is connections_are_limited:
-            (note,) = notes(report)
-            assert "limits how many new connections it lets in per second" in note
-        else:
-            assert notes(report) == expected, version
+        assert notes(report) == situation.notes.get(version, []), version
 
 
 @pytest.mark.parametrize("version", [4, 6])
-def test_crossed_forwards_are_named(quick_lab: Lab, version: int) -> None:
+def test_crossed_forwards_are_named(lab: Lab, version: int) -> None:
     """Each port but the last leads to the next one, and a forward of the last is missing."""
-    ports = quick_lab.take(50)
-    quick_lab.cross(ports[:-1], 1)
-    quick_lab.filter("internet", "forward", ports[-1:], "reject with tcp reset")
-    report = check(quick_lab, "provider", ports, url_of(network.CHECKER, version))
+    ports = lab.take(50)
+    lab.cross(ports[:-1], 1)
+    lab.filter("internet", "forward", ports[-1:], "reject with tcp reset")
+    report = check(lab, "provider", ports, url_of(network.CHECKER, version))
     assert report.reachable == 0
     assert {results(report)[port] for port in ports[:-1]} == {(False, advice.CROSSED)}
     assert report.ports[-1].error == REFUSED
@@ -246,85 +234,86 @@ def test_crossed_forwards_are_named(quick_lab: Lab, version: int) -> None:
     ]
 
 
-def test_two_ports_that_are_exchanged_are_found_behind_a_router(quick_lab: Lab) -> None:
+def test_two_ports_that_are_exchanged_are_found_behind_a_router(lab: Lab) -> None:
     """All is accessible and every listener sees a connection."""
-    ports = quick_lab.take(10)
-    quick_lab.cross(ports[3:4], 1)
-    quick_lab.cross(ports[4:5], -1)
-    quick_lab.forward(ports[:3])
-    quick_lab.forward(ports[5:])
-    report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
+    ports = lab.take(10)
+    lab.cross(ports[3:4], 1)
+    lab.cross(ports[4:5], -1)
+    lab.forward(ports[:3])
+    lab.forward(ports[5:])
+    report = check(lab, "provider", ports, url_of(network.CHECKER))
     assert [port.port for port in report.ports if not port.reachable] == list(ports[3:5])
     assert [port.arrives_at for port in report.ports[3:5]] == [ports[4], ports[3]]
 
 
 @pytest.mark.parametrize("version", [4, 6])
-def test_outer_and_inner_ports_may_differ(quick_lab: Lab, version: int) -> None:
-    ports = quick_lab.take(40)
+def test_outer_and_inner_ports_may_differ(lab: Lab, version: int) -> None:
+    ports = lab.take(40)
     outer, inner = ports[:20], ports[20:]
-    quick_lab.cross(outer, 20)
+    lab.cross(outer, 20)
     server = url_of(network.CHECKER, version)
-    report = check(quick_lab, "provider", [*zip(outer, inner, strict=True)], server)
+    report = check(lab, "provider", [*zip(outer, inner, strict=True)], server)
     assert results(report) == dict.fromkeys(outer, (True, None))
     assert notes(report) == []
     # Who does not say so is not told falsehoods.
-    report = check(quick_lab, "provider", ports, server)
+    report = check(lab, "provider", ports, server)
     assert {results(report)[port] for port in outer} == {(False, advice.CROSSED)}
     # Without translation the inner ports can be reached as well.
     assert report.reachable == (20 if version == 6 else 0)
 
 
-def test_a_hundred_ports_of_which_ten_are_not_forwarded(quick_lab: Lab) -> None:
-    ports = quick_lab.take(100)
+def test_a_hundred_ports_of_which_ten_are_not_forwarded(lab: Lab) -> None:
+    ports = lab.take(100)
     forgotten = ports[40:50]
-    quick_lab.forward(ports[:40])
-    quick_lab.forward(ports[50:])
-    report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
+    lab.forward(ports[:40])
+    lab.forward(ports[50:])
+    report = check(lab, "provider", ports, url_of(network.CHECKER))
     assert [port for port, (good, _) in results(report).items() if not good] == list(forgotten)
     assert {results(report)[port][1] for port in forgotten} == {advice.NOT_FORWARDED}
     assert notes(report) == []
 
 
 def test_ports_that_the_server_may_not_connect_to_cost_no_other_its_verdict(
-    quick_lab: Lab,
+    lab: Lab,
 ) -> None:
-    ports = quick_lab.take(20)
-    quick_lab.forward(ports)
-    quick_lab.filter("checker", "output", ports[3:5], "reject")
-    report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
+    ports = lab.take(20)
+    lab.forward(ports)
+    lab.filter("checker", "output", ports[3:5], "reject")
+    report = check(lab, "provider", ports, url_of(network.CHECKER))
     assert report.reachable == 18
     assert [results(report)[port] for port in ports[3:5]] == [(False, advice.SERVER_CANNOT)] * 2
     assert notes(report) == []
 
 
-def test_a_server_on_this_machine_says_nothing_about_the_world(quick_lab: Lab) -> None:
-    quick_lab.serve("provider", **QUICK)
-    for host in ("127.0.0.1", network.PROVIDER_BEHIND_NAT):
-        server = f"http://{host}:{QUICK_PORT}"
-        report = check(quick_lab, "provider", quick_lab.take(5), server)
-        assert report.reachable == 5
-        assert notes(report) == [advice.SERVER_HERE.format(url=server)]
+def test_a_server_on_this_machine_says_nothing_about_the_world(lab: Lab) -> None:
+    with service(lab, "provider"):
+        for host in ("127.0.0.1", network.PROVIDER_BEHIND_NAT):
+            server = url_of({4: host})
+            report = check(lab, "provider", lab.take(5), server)
+            assert report.reachable == 5
+            assert notes(report) == [advice.SERVER_HERE.format(url=server)]
 
 
-def test_a_server_on_the_same_network_says_nothing_about_the_world(quick_lab: Lab) -> None:
-    quick_lab.serve("neighbour", **QUICK)
-    server = url_of(network.NEIGHBOUR, 4)
-    report = check(quick_lab, "provider", quick_lab.take(5), server)
+def test_a_server_on_the_same_network_says_nothing_about_the_world(lab: Lab) -> None:
+    server = url_of(network.NEIGHBOUR)
+    with service(lab, "neighbour"):
+        report = check(lab, "provider", lab.take(5), server)
     assert report.reachable == 5
     assert notes(report) == [
         advice.SERVER_NEARBY.format(url=server, ip=network.PROVIDER_BEHIND_NAT)
     ]
 
 
-def test_a_nat_before_the_server_hides_its_callers(quick_lab: Lab) -> None:
+def test_a_nat_before_the_server_hides_its_callers(lab: Lab) -> None:
     """The neighbour's service is reached as Docker's would be: it sees its router for everybody."""
-    ports, port = quick_lab.take(5), quick_lab.take(1)
-    quick_lab.serve("neighbour", **{**QUICK, "PORT_CHECKER_PORT": str(port[0])})
-    quick_lab.forward(port, network.NEIGHBOUR)
+    ports, port = lab.take(5), lab.take(1)
+    lab.forward(port, network.NEIGHBOUR)
     masquerade = f"oifname neighbour tcp dport {port[0]} masquerade"
-    quick_lab.run("router", "nft", "add", "rule", "inet", "lab", "postrouting", masquerade)
-    server = f"http://{network.ROUTER[4]}:{port[0]}"
-    report = check(quick_lab, "third", ports, server)
+    lab.run("router", "nft", "add", "rule", "inet", "lab", "postrouting", masquerade)
+    server = url_of(network.ROUTER, port=port[0])
+    with service(lab, "neighbour", port[0]):
+        report = check(lab, "third", ports, server)
+        given = check(lab, "third", ports, server, ip=network.THIRD[4])
     assert notes(report) == [advice.NAT_BEFORE_SERVER.format(url=server, ip="192.168.2.1")]
     assert not report.reachable
     for port_report in report.ports:
@@ -332,14 +321,13 @@ def test_a_nat_before_the_server_hides_its_callers(quick_lab: Lab) -> None:
         assert port_report.advice.startswith(
             (advice.CALLER_HIDDEN, advice.NOT_CHECKED.format(reason="")[:-2])
         )
-    given = check(quick_lab, "third", ports, server, ip=network.THIRD[4])
     assert (given.reachable, notes(given)) == (5, [])
 
 
-def test_connections_of_this_machine_do_not_get_in_the_way(quick_lab: Lab) -> None:
+def test_connections_of_this_machine_do_not_get_in_the_way(lab: Lab) -> None:
     """With the ephemeral range on the ports: three times in a row, and all can be bound after."""
-    ports = quick_lab.take(100)
-    quick_lab.forward(ports)
+    ports = lab.take(100)
+    lab.forward(ports)
     own_range = "/proc/sys/net/ipv4/ip_local_port_range"
     reserved = "/proc/sys/net/ipv4/ip_local_reserved_ports"
 
@@ -355,32 +343,32 @@ def test_connections_of_this_machine_do_not_get_in_the_way(quick_lab: Lab) -> No
                 sock.bind(("", port))
                 sock.listen()
 
-    before = quick_lab.submit("provider", set_range, f"{ports[0]} {ports[-1]}").result()
+    before = lab.submit("provider", set_range, f"{ports[0]} {ports[-1]}").result()
     try:
         for _ in range(3):
-            report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
+            report = check(lab, "provider", ports, url_of(network.CHECKER))
             assert report.reachable == 100
-            quick_lab.submit("provider", bind_all_without_reuseaddr).result()
+            lab.submit("provider", bind_all_without_reuseaddr).result()
         # Another program's outgoing connection takes one of them.
-        where = (network.CHECKER[4], QUICK_PORT)
-        outgoing = quick_lab.submit("provider", socket.create_connection, where, 30).result()
+        where = (network.CHECKER[4], network.SERVICE_PORT)
+        outgoing = lab.submit("provider", socket.create_connection, where, 30).result()
         with outgoing:
             port = outgoing.getsockname()[1]
-            report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
+            report = check(lab, "provider", ports, url_of(network.CHECKER))
         assert report.reachable == 99
         assert results(report)[port] == (False, advice.OUTGOING_CONNECTION)
         assert notes(report) == [advice.RESERVE_PORTS.format(ports=word(ports))]
-        quick_lab.submit("provider", Path(reserved).write_text, word(ports)).result()
+        lab.submit("provider", Path(reserved).write_text, word(ports)).result()
         with pytest.raises(OSError, match="Cannot assign"):
-            quick_lab.submit("provider", socket.create_connection, where, 30).result()
+            lab.submit("provider", socket.create_connection, where, 30).result()
     finally:
-        quick_lab.submit("provider", Path(reserved).write_text, "\n").result()
-        quick_lab.submit("provider", set_range, before).result()
+        lab.submit("provider", Path(reserved).write_text, "\n").result()
+        lab.submit("provider", set_range, before).result()
 
 
-def test_programs_that_have_a_port_and_are_not_reached(quick_lab: Lab) -> None:
-    ports = quick_lab.take(5)
-    quick_lab.forward(ports)
+def test_programs_that_have_a_port_and_are_not_reached(lab: Lab) -> None:
+    ports = lab.take(5)
+    lab.forward(ports)
     loopback, ipv6_only, full, bound, firewalled = ports
 
     def hold() -> list[socket.socket]:
@@ -399,10 +387,10 @@ def test_programs_that_have_a_port_and_are_not_reached(quick_lab: Lab) -> None:
             if client.connect_ex(("127.0.0.1", full)):
                 return held
 
-    quick_lab.filter("provider", "input", range(firewalled, firewalled + 1), "drop")
-    held = quick_lab.submit("provider", hold).result()
+    lab.filter("provider", "input", range(firewalled, firewalled + 1), "drop")
+    held = lab.submit("provider", hold).result()
     try:
-        report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
+        report = check(lab, "provider", ports, url_of(network.CHECKER))
     finally:
         for sock in held:
             sock.close()

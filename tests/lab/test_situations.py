@@ -56,67 +56,67 @@ def setting(lab: Lab, name: str, value: str, *paths: str) -> Iterator[None]:
 # The forward
 
 
-def test_a_forward_of_udp_alone(quick_lab: Lab) -> None:
-    ports = quick_lab.take(3)
+def test_a_forward_of_udp_alone(lab: Lab) -> None:
+    ports = lab.take(3)
     rule = f"iif internet udp dport {word(ports)} dnat ip to {OWN[4]}"
-    quick_lab._rule("router", "prerouting", rule)
-    report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
+    lab._rule("router", "prerouting", rule)
+    report = check(lab, "provider", ports, url_of(network.CHECKER))
     assert (report.reachable, advised(report)) == (0, {advice.NOT_FORWARDED})
     assert "(TCP)" in advice.NOT_FORWARDED
 
 
-def test_a_forward_to_an_address_that_this_machine_had(quick_lab: Lab) -> None:
-    ports = quick_lab.take(3)
+def test_a_forward_to_an_address_that_this_machine_had(lab: Lab) -> None:
+    ports = lab.take(3)
     rule = f"iif internet tcp dport {word(ports)} dnat ip to 192.168.1.77"
-    quick_lab._rule("router", "prerouting", rule)
-    report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
+    lab._rule("router", "prerouting", rule)
+    report = check(lab, "provider", ports, url_of(network.CHECKER))
     assert (report.reachable, advised(report)) == (0, {advice.NOTHING_ARRIVED})
     assert "present address" in advice.NOTHING_ARRIVED
 
 
-def test_a_forward_for_some_callers_alone(quick_lab: Lab) -> None:
-    ports = quick_lab.take(3)
+def test_a_forward_for_some_callers_alone(lab: Lab) -> None:
+    ports = lab.take(3)
     source = f"iif internet ip saddr {network.THIRD[4]}"
-    quick_lab._rule("router", "prerouting", f"{source} tcp dport {word(ports)} dnat ip to {OWN[4]}")
-    report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
+    lab._rule("router", "prerouting", f"{source} tcp dport {word(ports)} dnat ip to {OWN[4]}")
+    report = check(lab, "provider", ports, url_of(network.CHECKER))
     assert (report.reachable, advised(report)) == (0, {advice.NOT_FORWARDED})
 
 
-def test_a_forward_that_ends_too_early(quick_lab: Lab) -> None:
-    ports = quick_lab.take(20)
-    quick_lab.forward(ports[:-1])
-    report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
+def test_a_forward_that_ends_too_early(lab: Lab) -> None:
+    ports = lab.take(20)
+    lab.forward(ports[:-1])
+    report = check(lab, "provider", ports, url_of(network.CHECKER))
     assert results(report) == {
         **dict.fromkeys(ports[:-1], (True, None)),
         ports[-1]: (False, advice.NOT_FORWARDED),
     }
 
 
-def test_a_forward_to_another_address_of_this_machine(quick_lab: Lab) -> None:
+def test_a_forward_to_another_address_of_this_machine(lab: Lab) -> None:
     """A program listens at one of them alone."""
-    ports = quick_lab.take(2)
+    ports = lab.take(2)
     other = "192.168.1.3"
-    quick_lab.run("provider", "ip", "address", "add", f"{other}/24", "dev", "router")
+    lab.run("provider", "ip", "address", "add", f"{other}/24", "dev", "router")
     rule = f"iif internet tcp dport {word(ports)} dnat ip to {other}"
-    quick_lab._rule("router", "prerouting", rule)
-    listening = quick_lab.listen_at("provider", OWN[4], ports[:1])
+    lab._rule("router", "prerouting", rule)
+    listening = lab.listen_at("provider", OWN[4], ports[:1])
     try:
-        report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
+        report = check(lab, "provider", ports, url_of(network.CHECKER))
     finally:
         listening()
-        quick_lab.run("provider", "ip", "address", "delete", f"{other}/24", "dev", "router")
+        lab.run("provider", "ip", "address", "delete", f"{other}/24", "dev", "router")
     assert results(report) == {
         ports[0]: (False, advice.IN_USE_LOCALLY.format(addresses=OWN[4])),
         ports[1]: (True, None),
     }
 
 
-def test_well_known_ports_that_the_internet_provider_blocks(quick_lab: Lab) -> None:
-    ports = [25, 80, *quick_lab.take(5)]
+def test_well_known_ports_that_the_internet_provider_blocks(lab: Lab) -> None:
+    ports = [25, 80, *lab.take(5)]
     for port in ports:
-        quick_lab.forward(range(port, port + 1))
-    quick_lab._rule("internet", "forward", "tcp dport { 25, 80 } drop")
-    report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
+        lab.forward(range(port, port + 1))
+    lab._rule("internet", "forward", "tcp dport { 25, 80 } drop")
+    report = check(lab, "provider", ports, url_of(network.CHECKER))
     assert report.reachable == 5
     assert {results(report)[port][1] for port in (25, 80)} == {advice.NOTHING_ARRIVED}
     assert advice.LOW_PORTS_BLOCKED.format(ports="25, 80") in report.notes
@@ -127,47 +127,47 @@ def test_well_known_ports_that_the_internet_provider_blocks(quick_lab: Lab) -> N
 
 @BOTH
 def test_something_before_a_machine_without_a_router_accepts_everything(
-    quick_lab: Lab, version: int
+    lab: Lab, version: int
 ) -> None:
-    ports = quick_lab.take(3)
-    quick_lab.listen("internet", ports)
+    ports = lab.take(3)
+    lab.listen("internet", ports)
     target = {4: "ip daddr 60.0.3.2", 6: "ip6 daddr 2a00:3::2"}[version]
     chain = f"table inet guard{version} {{\nchain in {{ type nat hook prerouting priority dstnat;\n"
     chain += f"{target} tcp dport {word(ports)} redirect\n}}\n}}"
-    quick_lab.run("internet", "nft", "-f", "-", stdin=chain)
-    report = check(quick_lab, "third", ports, url_of(network.CHECKER, version))
+    lab.run("internet", "nft", "-f", "-", stdin=chain)
+    report = check(lab, "third", ports, url_of(network.CHECKER, version))
     assert (report.reachable, advised(report)) == (0, {advice.ANSWERED_BEFORE})
-    quick_lab.run("internet", "nft", "delete", "table", "inet", f"guard{version}")
+    lab.run("internet", "nft", "delete", "table", "inet", f"guard{version}")
 
 
 @pytest.mark.parametrize("count", [1, 6])
-def test_a_proxy_that_accepts_for_everybody(quick_lab: Lab, count: int) -> None:
+def test_a_proxy_that_accepts_for_everybody(lab: Lab, count: int) -> None:
     """As docker-proxy does: whoever comes has the proxy's address."""
-    ports = quick_lab.take(count)
-    with traffic(quick_lab, "router", "proxy", OWN[4], ports[0], ports[-1]):
-        quick_lab.wait_until_listening("router", ports)
-        report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
+    ports = lab.take(count)
+    with traffic(lab, "router", "proxy", OWN[4], ports[0], ports[-1]):
+        lab.wait_until_listening("router", ports)
+        report = check(lab, "provider", ports, url_of(network.CHECKER))
     assert (report.reachable, advised(report)) == (count, {None})
 
 
-def test_a_router_that_hides_who_connects_and_a_monitor_behind_it(quick_lab: Lab) -> None:
+def test_a_router_that_hides_who_connects_and_a_monitor_behind_it(lab: Lab) -> None:
     """Both come from the router's address; the monitor looks at one port."""
-    ports = quick_lab.take(10)
-    quick_lab.forward(ports)
+    ports = lab.take(10)
+    lab.forward(ports)
     hide = f"oifname provider tcp dport {word(ports)} masquerade"
-    quick_lab._rule("router", "postrouting", hide)
-    with monitor(quick_lab, "third", network.ROUTER[4], ports[4:5]):
-        report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
+    lab._rule("router", "postrouting", hide)
+    with monitor(lab, "third", network.ROUTER[4], ports[4:5]):
+        report = check(lab, "provider", ports, url_of(network.CHECKER))
     assert (report.reachable, advised(report)) == (10, {None})
 
 
 @BOTH
-def test_a_program_before_everything_else(quick_lab: Lab, version: int) -> None:
+def test_a_program_before_everything_else(lab: Lab, version: int) -> None:
     """It is named first, and then what stands before this machine."""
-    ports = quick_lab.take(3)
-    quick_lab.forward(ports)
-    with dropping(quick_lab, "provider", "router", ports, version):
-        report = check(quick_lab, "provider", ports, url_of(network.CHECKER, version))
+    ports = lab.take(3)
+    lab.forward(ports)
+    with dropping(lab, "provider", "router", ports, version):
+        report = check(lab, "provider", ports, url_of(network.CHECKER, version))
     (said,) = advised(report)
     rest = {4: advice.TIMED_OUT, 6: advice.OWN_FIREWALL_FIRST}[version]
     assert said == f"{advice.XDP_FIRST.format(interface='router')} {rest}"
@@ -177,14 +177,14 @@ def test_a_program_before_everything_else(quick_lab: Lab, version: int) -> None:
 
 
 @BOTH
-def test_replies_that_leave_by_another_interface(quick_lab: Lab, version: int) -> None:
+def test_replies_that_leave_by_another_interface(lab: Lab, version: int) -> None:
     """A VPN took the route; nothing filters by it."""
-    ports = quick_lab.take(5)
-    quick_lab.forward(ports)
+    ports = lab.take(5)
+    lab.forward(ports)
     family = "ip6" if version == 6 else "ip"
     other = network.CHECKER_SECONDARY[version]
     target = f"{family} daddr {network.PROVIDER[version]} tcp dport {word(ports)}"
-    translate(quick_lab, "checker", f"{target} snat {family} to {other}")
+    translate(lab, "checker", f"{target} snat {family} to {other}")
     vpn = f"""
         link add wg7 type veth peer wg8
         link set wg7 up
@@ -192,21 +192,21 @@ def test_replies_that_leave_by_another_interface(quick_lab: Lab, version: int) -
         route add {other} dev wg7
         neigh add {other} lladdr 02:00:00:00:00:01 dev wg7
     """
-    quick_lab.run("provider", "ip", "-batch", "-", stdin=vpn)
+    lab.run("provider", "ip", "-batch", "-", stdin=vpn)
     try:
-        report = check(quick_lab, "provider", ports, url_of(network.CHECKER, version))
+        report = check(lab, "provider", ports, url_of(network.CHECKER, version))
     finally:
-        quick_lab.run("provider", "ip", "link", "delete", "wg7")
+        lab.run("provider", "ip", "link", "delete", "wg7")
     expected = advice.REPLIES_ELSEWHERE.format(interface="router", other="wg7")
     assert (report.reachable, advised(report)) == (0, {expected})
 
 
-def test_lost_replies_beside_ports_that_are_not_forwarded(quick_lab: Lab) -> None:
+def test_lost_replies_beside_ports_that_are_not_forwarded(lab: Lab) -> None:
     """Where something arrives, no note says that nothing does."""
-    ports = quick_lab.take(6)
-    quick_lab.forward(ports[:3])
-    quick_lab.drop_answers(ports[:3])
-    report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
+    ports = lab.take(6)
+    lab.forward(ports[:3])
+    lab.drop_answers(ports[:3])
+    report = check(lab, "provider", ports, url_of(network.CHECKER))
     assert results(report) == {
         **dict.fromkeys(ports[:3], (False, advice.REPLIES_LOST)),
         **dict.fromkeys(ports[3:], (False, advice.NOT_FORWARDED)),
@@ -224,28 +224,28 @@ def test_lost_replies_beside_ports_that_are_not_forwarded(quick_lab: Lab) -> Non
     ],
 )
 def test_firewalls_before_the_firewall(
-    quick_lab: Lab, version: int, priority: str, statement: str
+    lab: Lab, version: int, priority: str, statement: str
 ) -> None:
-    ports = quick_lab.take(3)
-    quick_lab.forward(ports)
+    ports = lab.take(3)
+    lab.forward(ports)
     hook = f"chain in {{ type filter hook prerouting priority {priority};"
     rule = f"tcp dport {word(ports)} {statement}"
     early = f"table inet early {{\n{hook}\n{rule}\n}}\n}}"
-    quick_lab.run("provider", "nft", "-f", "-", stdin=early)
+    lab.run("provider", "nft", "-f", "-", stdin=early)
     try:
-        report = check(quick_lab, "provider", ports, url_of(network.CHECKER, version))
+        report = check(lab, "provider", ports, url_of(network.CHECKER, version))
     finally:
-        quick_lab.run("provider", "nft", "delete", "table", "inet", "early")
+        lab.run("provider", "nft", "delete", "table", "inet", "early")
     assert advised(report) == {advice.OWN_FIREWALL}
 
 
-def test_a_limit_of_six_connections_in_half_a_minute(quick_lab: Lab) -> None:
+def test_a_limit_of_six_connections_in_half_a_minute(lab: Lab) -> None:
     """As ``ufw limit`` has it: the rest are not said to be closed."""
-    ports = quick_lab.take(20)
-    quick_lab.forward(ports)
+    ports = lab.take(20)
+    lab.forward(ports)
     meter = "ct state new meter six { ip saddr limit rate over 12/minute burst 5 packets } drop"
-    only("input", quick_lab, "provider", f"tcp dport {word(ports)} {meter}")
-    report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
+    only("input", lab, "provider", f"tcp dport {word(ports)} {meter}")
+    report = check(lab, "provider", ports, url_of(network.CHECKER))
     assert 0 < report.reachable < 20
     assert advised(report) - {None} <= {advice.OWN_FIREWALL, advice.BANNED}
     assert re.search(
@@ -255,18 +255,16 @@ def test_a_limit_of_six_connections_in_half_a_minute(quick_lab: Lab) -> None:
 
 @BOTH
 @pytest.mark.parametrize("answers", [True, False])
-def test_a_container_that_is_published_and_runs(
-    quick_lab: Lab, version: int, answers: bool
-) -> None:
+def test_a_container_that_is_published_and_runs(lab: Lab, version: int, answers: bool) -> None:
     """What publishes it holds the ports, as docker-proxy does, and the kernel passes them on."""
-    ports = quick_lab.take(3)
+    ports = lab.take(3)
     name, address, gateway = {
         4: ("docker4", "172.18.0.2/16", "172.18.0.1"),
         6: ("docker6", "2a00:4:0:18::2/64", "2a00:4:0:18::1"),
     }[version]
     container = address.partition("/")[0]
-    quick_lab.forward(ports)
-    quick_lab.listen("provider", ports)
+    lab.forward(ports)
+    lab.listen("provider", ports)
     forwarding = "net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"
     family = "ip6" if version == 6 else "ip"
     tables = f"""
@@ -281,16 +279,16 @@ def test_a_container_that_is_published_and_runs(
             }}
         }}
     """
-    quick_lab.run("provider", "nft", "-f", "-", stdin=tables)
-    with setting(quick_lab, "provider", "1", *forwarding):
+    lab.run("provider", "nft", "-f", "-", stdin=tables)
+    with setting(lab, "provider", "1", *forwarding):
         try:
-            if name not in quick_lab.machines:
-                quick_lab.attach(name, "provider", "eth0", address, gateway)
+            if name not in lab.machines:
+                lab.attach(name, "provider", "eth0", address, gateway)
             if answers:
-                quick_lab.listen(name, ports)
-            report = check(quick_lab, "provider", ports, url_of(network.CHECKER, version))
+                lab.listen(name, ports)
+            report = check(lab, "provider", ports, url_of(network.CHECKER, version))
         finally:
-            quick_lab.run("provider", "nft", "delete", "table", "inet", "docker")
+            lab.run("provider", "nft", "delete", "table", "inet", "docker")
     expected = None if answers else advice.CONTAINER_SILENT.format(address=container)
     assert (report.reachable, advised(report)) == (3 if answers else 0, {expected})
 
@@ -298,21 +296,21 @@ def test_a_container_that_is_published_and_runs(
 # Addresses and servers
 
 
-def test_a_temporary_address_that_the_firewall_does_not_allow(quick_lab: Lab) -> None:
+def test_a_temporary_address_that_the_firewall_does_not_allow(lab: Lab) -> None:
     """It allows the stable one, which the owner has written into it."""
-    ports = quick_lab.take(3)
+    ports = lab.take(3)
     add = ["ip", "address", "add", "2a00:3::8/64", "dev", "internet", "mngtmpaddr"]
-    with setting(quick_lab, "third", "2", "net/ipv6/conf/internet/use_tempaddr"):
-        quick_lab.run("third", *add)
+    with setting(lab, "third", "2", "net/ipv6/conf/internet/use_tempaddr"):
+        lab.run("third", *add)
         try:
-            listed = quick_lab.run("third", "ip", "-6", "address", "show", "temporary").stdout
+            listed = lab.run("third", "ip", "-6", "address", "show", "temporary").stdout
             (temporary,) = re.findall("inet6 (2a00:3:[0-9a-f:]+)/64", listed)
             closed = f"ip6 daddr {temporary} tcp dport {word(ports)} drop"
-            quick_lab._rule("internet", "forward", closed)
-            report = check(quick_lab, "third", ports, url_of(network.CHECKER, 6), ip=temporary)
-            stable = check(quick_lab, "third", ports, url_of(network.CHECKER, 6), ip="2a00:3::2")
+            lab._rule("internet", "forward", closed)
+            report = check(lab, "third", ports, url_of(network.CHECKER, 6), ip=temporary)
+            stable = check(lab, "third", ports, url_of(network.CHECKER, 6), ip="2a00:3::2")
         finally:
-            quick_lab.run("third", "ip", "address", "delete", "2a00:3::8/64", "dev", "internet")
+            lab.run("third", "ip", "address", "delete", "2a00:3::8/64", "dev", "internet")
     assert (report.reachable, advised(report)) == (0, {advice.NETWORK_FIREWALL})
     (note,) = report.notes
     assert "is a temporary address" in note
@@ -320,14 +318,14 @@ def test_a_temporary_address_that_the_firewall_does_not_allow(quick_lab: Lab) ->
     assert (stable.reachable, notes(stable)) == (3, [])
 
 
-def test_an_address_that_changes_meanwhile(quick_lab: Lab) -> None:
-    ports = quick_lab.take(3)
+def test_an_address_that_changes_meanwhile(lab: Lab) -> None:
+    ports = lab.take(3)
     before, after = "60.0.2.7", network.ROUTER[4]
-    quick_lab.forward(ports)
-    quick_lab.run("router", "ip", "address", "add", f"{before}/24", "dev", "internet")
+    lab.forward(ports)
+    lab.run("router", "ip", "address", "add", f"{before}/24", "dev", "internet")
     dropped = f"ip daddr {before} tcp dport {word(ports)} drop"
-    quick_lab._rule("internet", "forward", dropped)
-    server = f"{network.CHECKER[4]} tcp dport 9001"
+    lab._rule("internet", "forward", dropped)
+    server = f"{network.CHECKER[4]} tcp dport {network.SERVICE_PORT}"
     table = f"""
         table inet moving {{
             chain out {{
@@ -336,35 +334,37 @@ def test_an_address_that_changes_meanwhile(quick_lab: Lab) -> None:
             }}
         }}
     """
-    quick_lab.run("router", "nft", "-f", "-", stdin=table)
+    lab.run("router", "nft", "-f", "-", stdin=table)
     try:
-        report = check(quick_lab, "provider", ports, url_of(network.CHECKER))
+        report = check(lab, "provider", ports, url_of(network.CHECKER))
     finally:
-        quick_lab.run("router", "nft", "delete", "table", "inet", "moving")
-        quick_lab.run("router", "ip", "address", "delete", f"{before}/24", "dev", "internet")
+        lab.run("router", "nft", "delete", "table", "inet", "moving")
+        lab.run("router", "ip", "address", "delete", f"{before}/24", "dev", "internet")
     assert notes(report) == [advice.ADDRESS_CHANGED.format(before=before, after=after)]
 
 
 @BOTH
-def test_another_check_at_the_same_time(quick_lab: Lab, version: int) -> None:
+def test_another_check_at_the_same_time(lab: Lab, version: int) -> None:
     """The provider's software asks the same server: its connections are no crossed forwards."""
-    ours, theirs = quick_lab.take(4), quick_lab.take(4)
-    quick_lab.forward(theirs)
+    ours, theirs = lab.take(4), lab.take(4)
+    lab.forward(theirs)
     drop = f"tcp dport {word(ours)} drop"
-    quick_lab._rule("internet", "forward", drop)
+    lab._rule("internet", "forward", drop)
     server = url_of(network.CHECKER, version)
-    checks = [start_check(quick_lab, "provider", ports, server) for ports in (ours, theirs)]
+    checks = [start_check(lab, "provider", ports, server) for ports in (ours, theirs)]
     report, other = (check.result() for check in checks)
     assert (report.reachable, advised(report)) == (0, {LOST[version]})
     assert (other.reachable, advised(other)) == (4, {None})
 
 
-def test_a_thousand_ports_behind_a_limit_on_new_connections(quick_lab: Lab) -> None:
+def test_a_thousand_ports_behind_a_limit_on_new_connections(lab: Lab) -> None:
     """25 a second and 50 at once, as OpenWrt has it; here, with all ten times as fast."""
-    ports = quick_lab.take(1000)
-    quick_lab.forward(ports)
+    ports = lab.take(1000)
+    lab.forward(ports)
     limit = "ct state new limit rate over 250/second burst 500 packets drop"
-    quick_lab.filter("router", "forward", ports, limit)
+    lab.filter("router", "forward", ports, limit)
     waits = Waits(between_groups=0.2, patience=12.0)
-    report = check(quick_lab, "provider", ports, url_of(network.CHECKER), waits=waits)
+    report = check(lab, "provider", ports, url_of(network.CHECKER), waits=waits)
     assert report.reachable == 1000
+    (note,) = notes(report)
+    assert "limits how many new connections it lets in per second" in note

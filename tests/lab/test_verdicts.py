@@ -12,7 +12,7 @@ import pytest
 from tests.lab import network
 from tests.lab.network import Answer, Lab, end
 
-pytestmark = pytest.mark.xdist_group("lab")
+pytestmark = pytest.mark.xdist_group("another lab")
 
 ACCESSIBLE = None
 REFUSED = "Connection refused"
@@ -21,6 +21,7 @@ NO_ROUTE = "No route to host"
 UNREACHABLE = "Network is unreachable"
 NOT_PERMITTED = "Permission denied"  # Linux's error for ICMPv6 "administratively prohibited"
 
+DEFAULTS_PORT = 9001  # of a service with the default number of attempts, and their timeout
 PORTS_OF_A_KIND = 10
 CALLERS = "provider", "third"
 VERSIONS = 4, 6
@@ -174,11 +175,13 @@ class Check:
 
 
 def ask(lab: Lab, caller: str, target: str, what: str, expected: Expected) -> Check:
-    return Check(f"{caller} checks {what}", expected, lab.ask(caller, target, expected))
+    answer = lab.ask(caller, target, expected, service=DEFAULTS_PORT)
+    return Check(f"{caller} checks {what}", expected, answer)
 
 
 def test_every_verdict_is_true(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     """Each kind of port alone in a request, and all in one; both IP versions, both callers."""
+    lab.serve(PORT_CHECKER_PORT=str(DEFAULTS_PORT))
 
     def arrange(kind: Kind) -> range:
         ports = lab.take(PORTS_OF_A_KIND)
