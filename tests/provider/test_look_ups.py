@@ -14,8 +14,11 @@ from tests.support.namespace import ROOT, loopback_alone, needs_root
 pytestmark = needs_root
 
 CHECK = """
-from tests.support.scripted import check
-print(check([50800], "http://checker.example", look_up=0.1).servers[0].error)
+import asyncio
+from port_checker.provider import Waits, verify
+waits = Waits(look_up=0.1, pauses=())
+report = asyncio.run(verify([50800], servers=["http://checker.example"], waits=waits))
+print(report.servers[0].error)
 """
 
 
@@ -50,13 +53,13 @@ def test_a_look_up_has_a_bound_and_is_told_as_such(tmp_path: Path) -> None:
     assert output == "host name cannot be resolved: no DNS server answers\n"
 
 
-@pytest.mark.parametrize("command", ["check", "watch"])
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, None)])
+@pytest.mark.parametrize(
+    ("command", "number", "status"),
+    [("check", signal.SIGINT, 130), ("watch", signal.SIGTERM, 3)],  # that of its last check
+)
 def test_a_signal_ends_it_during_a_look_up(
-    resolver: socket.socket, tmp_path: Path, command: str, number: int, status: int | None
+    resolver: socket.socket, tmp_path: Path, command: str, number: int, status: int
 ) -> None:
-    if status is None:  # check ends by the signal, watch with the status of a check
-        status = -number if command == "check" else 3
     words = ["-m", "port_checker", command, "--server", "http://checker.example", "50800"]
     with start(tmp_path, *words) as process:
         assert resolver.recv(512)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from port_checker.linux import interface_kind
 from port_checker.provider.place import Share, router_of, share_of
 from port_checker.provider.report import Router
-from tests.support.namespace import in_namespace, needs_root
+from tests.support.namespace import loopback_alone, needs_root
 
 DMI = "sys/class/dmi/id"
 
@@ -36,32 +37,23 @@ def test_what_stands_before_this_machine(
     assert router_of(interface, ip_address("192.168.1.2"), tmp_path) is expected
 
 
-CONTAINER_SCRIPT = """
-import tempfile
-from ipaddress import ip_address
-from pathlib import Path
-from port_checker.linux import interface_kind
-from port_checker.provider.place import Share, router_of, share_of
-bare, marked, grouped = (Path(tempfile.mkdtemp()) for _ in range(3))
-(marked / "run").mkdir()
-(marked / "run/.containerenv").touch()
-(grouped / "proc/1").mkdir(parents=True)
-(grouped / "proc/1/cgroup").write_text("0::/docker/0123\\n")
-print(interface_kind("veth7"), interface_kind("lo"))
-for root in bare, marked, grouped:
-    for interface, local in ("veth7", "172.17.0.2"), ("veth7", "192.168.1.2"), ("tap7", "10.1.1.1"):
-        print(router_of(interface, ip_address(local), root))
-"""
-
-
 @needs_root
-def test_a_container_has_a_mark_and_a_containers_network() -> None:
-    veth, tap = "ip link add veth7 type veth peer veth8", "ip tuntap add tap7 mode tap"
-    first, *routers = in_namespace(CONTAINER_SCRIPT, veth, tap).splitlines()
-    assert first == "veth "
+def test_a_container_has_a_mark_and_a_containers_network(tmp_path: Path) -> None:
+    marks = {"bare": "mark", "marked": "run/.containerenv", "grouped": "proc/1/cgroup"}
+    for machine, mark in marks.items():
+        (tmp_path / machine / mark).parent.mkdir(parents=True)
+        (tmp_path / machine / mark).write_text("0::/docker/0123\n")
     # A veth with a container's address, one without, and pasta's or slirp4netns' tap.
-    marked = ["container", "router", "container"]
-    assert routers == ["router", "router", "router", *marked, *marked]
+    networks = ("veth7", "172.17.0.2"), ("veth7", "192.168.1.2"), ("tap7", "10.1.1.1")
+    veth, tap = "ip link add veth7 type veth peer veth8", "ip tuntap add tap7 mode tap"
+    with loopback_alone(veth, tap):
+        assert (interface_kind("veth7"), interface_kind("lo")) == ("veth", "")
+        routers = [
+            [router_of(name, ip_address(local), tmp_path / machine) for name, local in networks]
+            for machine in marks
+        ]
+    marked = [Router.CONTAINER, Router.ROUTER, Router.CONTAINER]
+    assert routers == [[Router.ROUTER] * 3, marked, marked]
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,6 @@ import contextlib
 import gc
 import os
 import re
-import subprocess
-import sys
 import threading
 from ipaddress import ip_address
 
@@ -16,7 +14,12 @@ from port_checker import advice
 from port_checker.provider import verify
 from port_checker.provider.listeners import Listeners
 from tests.support.loopback import free_port, free_ports, is_listened_on, open_listener
-from tests.support.namespace import ROOT, loopback_alone, needs_root, needs_setpriv
+from tests.support.namespace import (
+    CAP_NET_BIND_SERVICE,
+    loopback_alone,
+    needs_root,
+    without_capability,
+)
 from tests.support.scripted import (
     REFUSED,
     TELLS_IP,
@@ -68,21 +71,11 @@ def test_a_program_keeps_its_port() -> None:
 
 
 @needs_root
-@needs_setpriv
 def test_a_port_that_one_may_not_listen_on() -> None:
-    program = [sys.executable, "-m", "tests.programs.check_ports_80_and_20000"]
-    with loopback_alone():
-        done = subprocess.run(
-            ["setpriv", "--bounding-set=-net_bind_service", *program],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    assert done.stdout.splitlines() == [
-        f"80 not permitted False None {advice.NOT_PERMITTED}",
-        "20000 bound True True None",
-    ]
+    with loopback_alone(), serve(retries=1) as client, without_capability(CAP_NET_BIND_SERVICE):
+        low, high = check([80, 20000], str(client.base_url)).ports
+    assert (low.local, low.reachable, low.advice) == ("not permitted", False, advice.NOT_PERMITTED)
+    assert (high.local, high.reachable, high.confirmed) == ("bound", True, True)
 
 
 def test_a_connection_that_comes_after_the_answer_confirms() -> None:

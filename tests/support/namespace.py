@@ -3,6 +3,7 @@
 import ctypes
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -49,6 +50,8 @@ def in_namespace(script: str, *setup: str) -> str:
 
 
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
+CAP_NET_BIND_SERVICE = 10  # linux/capability.h
+_CAPABILITY_VERSION = 0x20080522
 
 
 @contextmanager
@@ -67,3 +70,18 @@ def loopback_alone(*setup: str) -> Iterator[None]:
             yield
         finally:
             assert libc.setns(outside.fileno(), _CLONE_NEWNET) == 0, "cannot return"
+
+
+@contextmanager
+def without_capability(number: int) -> Iterator[None]:
+    """Take a capability from this thread alone (capset(2)), and give it back."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    head = struct.pack("=Ii", _CAPABILITY_VERSION, 0)
+    had = ctypes.create_string_buffer(24)  # effective, permitted and inheritable ones, twice
+    assert libc.capget(head, had) == 0, os.strerror(ctypes.get_errno())
+    effective, *others = struct.unpack("=6I", had)
+    assert libc.capset(head, struct.pack("=6I", effective & ~(1 << number), *others)) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(head, had) == 0
