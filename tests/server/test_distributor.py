@@ -87,8 +87,8 @@ def test_ports_in_flight_take_room_as_connections_do() -> None:
 def test_what_a_worker_has_received_and_closed_takes_no_room() -> None:
     workers = Worker(), Worker()
     with distributed(4, *workers):
-        assert workers[0].receive() == 2
-        assert workers[0].channel.rank() < workers[1].channel.rank()
+        assert workers[1].receive() == 2
+        assert workers[1].channel.rank() < workers[0].channel.rank()
 
 
 def test_a_dead_worker_gets_none() -> None:
