@@ -16,7 +16,7 @@ from typing import Any
 
 from port_checker.metrics import Metrics, Row, share_taken
 
-# Seconds until it is tried again when a connection cannot be accepted, or no worker takes it.
+# Seconds before the next try when the system lacks resources, or no worker takes a connection.
 _PAUSE_WITHOUT_RESOURCES = 1.0
 _PAUSE_WITHOUT_WORKERS = 0.01
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class Channel:
-    """The way on which connections go to one worker, seen by its parent.
+    """A parent's way of sending connections to one worker.
 
     Args:
         row: What the worker counts.
@@ -42,25 +42,24 @@ class Channel:
         self._sent_at = 0.0
 
     def rank(self) -> tuple[float, float]:
-        """Return what is the lowest where the next connection belongs.
+        """Return a key for sorting: the lowest gets the next connection.
 
-        A worker that is stuck is soon the last, since connections that it does not receive take up
-        its room.
+        A stuck worker soon comes last: connections that it has not received take up its room.
         """
         return share_taken(self._row, self.sent), self._sent_at
 
     def send(self, connection: socket.socket) -> bool:
-        """Send a connection; return whether that was possible."""
+        """Send a connection; return whether it was sent."""
         try:
             socket.send_fds(self._socket, [b"\0"], [connection.fileno()])
-        except OSError:  # it takes none at the moment, or has died
+        except OSError:  # it is full, or has died
             return False
         self.sent += 1
         self._sent_at = time.monotonic()
         return True
 
     def close(self) -> None:
-        """Send no more: the worker leaves when it has received what was sent before."""
+        """Send no more: the worker receives what was sent before, and then leaves."""
         self._socket.close()
 
 
@@ -101,7 +100,7 @@ class ReceivedConnections(socket.socket):
 class Distributor:
     """Accepts connections in a thread, and sends each to the worker that has most room.
 
-    Until there is the first worker, connections wait in the kernel.
+    Before the first worker is ready, connections wait in the kernel.
 
     Args:
         listeners: The sockets to accept from.

@@ -103,7 +103,7 @@ class CannotStart(Exception):
 
 @contextlib.contextmanager
 def _refusals_of_the_system(is_starting: Callable[[], bool]) -> Iterator[None]:
-    """Raise CannotStart where the system refuses something while the service starts."""
+    """Turn errors of the system into CannotStart while the service starts."""
     try:
         yield
     except Exception as error:
@@ -122,12 +122,12 @@ def _refusals_of_the_system(is_starting: Callable[[], bool]) -> Iterator[None]:
 
 
 class Service:
-    """What the program serves, in one process or in several.
+    """The service, in one process or in several.
 
     Args:
         settings: The operator's settings.
         make_app: Makes the application.
-        log_refusal: Logs what the application does not get to see.
+        log_refusal: Logs refusals that the application does not see.
     """
 
     def __init__(self, settings: Settings, make_app: MakeApp, log_refusal: LogRefusal) -> None:
@@ -135,8 +135,8 @@ class Service:
         self._make_app = make_app
         self._log_refusal = log_refusal
         self._supervisor: Supervisor | None = None
-        self._request: ReloadRequest | None = None  # while it is being reloaded
-        self._before: tuple[Settings, dict[str, str]] = (settings, {})  # it was reloaded
+        self._request: ReloadRequest | None = None  # the reload in progress
+        self._before: tuple[Settings, dict[str, str]] = (settings, {})  # the last reload
         self._is_ready = False
         with _refusals_of_the_system(lambda: True):
             set_up_logging(debug=settings.debug)
@@ -147,7 +147,7 @@ class Service:
         """Serve until SIGTERM, SIGINT or SIGHUP, then finish the checks in flight.
 
         Returns:
-            Whether it did serve; False if no worker could start.
+            Whether it served; False if no worker could start.
 
         Raises:
             CannotStart: It cannot listen, or lacks memory, descriptors or the like.
@@ -181,7 +181,7 @@ class Service:
         """Serve as one of several processes, until SIGTERM, or until others serve in its place."""
         metrics = Metrics(shared_row(assignment.memory, assignment.slot))
         heartbeat = systemd.Heartbeat()
-        self._listeners_stay = False
+        self._listeners_stay = assignment.listeners_stay
         server = self._server(metrics, heartbeat.beat, heartbeat.stop)
         with ReceivedConnections(assignment.channel, metrics) as connections:
             server.run([connections])
@@ -220,7 +220,7 @@ class Service:
             return self._supervisor.run()
 
     def _serve_alone(self) -> None:
-        """Serve in this process, until it is told to stop, or until a reload has made workers."""
+        """Serve in this process until a signal to stop, or until a reload has started workers."""
         metrics = Metrics()
         self._totals.add(metrics.row, perspectives=self._settings.perspective_names)
 
@@ -260,7 +260,7 @@ class Service:
             raise CannotStart(f"cannot share memory: {error.strerror}") from None
 
     def _reload(self) -> None:
-        """Begin to reload if that is asked for, or end it."""
+        """Begin a requested reload, or finish the one in progress."""
         if not self._request:
             self._request = self._requests.next()
             if self._request and (error := self._begin_reload(self._request)):
@@ -275,7 +275,7 @@ class Service:
             self._end_reload("no worker can start; the log says why")
 
     def _begin_reload(self, request: ReloadRequest) -> str | None:
-        """Have others serve, with other settings; return why not, if they cannot."""
+        """Start workers with new settings; return what went wrong, if anything did."""
         self._before = self._settings, _exchange_environment(request.environment)
         try:
             settings = load_settings()
@@ -335,19 +335,19 @@ class Service:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, with listeners of our own, and signs of life.
+    """uvicorn's server, with our own listeners and a heartbeat.
 
     Args:
         config: uvicorn's configuration.
         limits: Of the connections.
-        on_beat: Called when the server is ready, and every second from then on, by the event loop.
+        on_beat: Called by the event loop when the server is ready, and every second from then on.
         on_stop: Called when it begins to stop.
         listeners_stay: Whether the listening sockets stay open elsewhere, for the next process:
             connections wait there, rather than be refused while this one stops.
 
     Attributes:
-        lag: Seconds by which the event loop was late for the last of these calls.
-        is_told_to_stop: Whether a signal to stop has come.
+        lag: How many seconds late the event loop made the last of these calls.
+        is_told_to_stop: Whether it has received a signal to stop.
     """
 
     def __init__(
@@ -384,7 +384,7 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     def leave(self) -> None:
-        """End when those who are connected have been answered: another process has taken over."""
+        """Stop after one more answer on each connection: another process has taken over."""
         self._is_leaving = self._limits.is_leaving = self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -409,7 +409,7 @@ class Server(uvicorn.Server):
         gc.collect()
         gc.freeze()
         # With 3,000 connections a full collection takes 20 to 40 ms (measured), and finds nothing:
-        # they leave no cycles. Young objects are looked at as ever, but fewer at once. (Since 3.14
+        # they leave no cycles. Young objects are collected as usual, but fewer at once. (Since 3.14
         # the collector does so by itself, and the middle threshold means something else.)
         young, middle, _ = gc.get_threshold()
         if sys.version_info < (3, 14):
@@ -446,7 +446,7 @@ class Server(uvicorn.Server):
         await super().shutdown([] if self._is_leaving else sockets)
 
     async def _wait_for_connections(self, patience: float) -> None:
-        """Let those who are connected ask once more, while new connections are others' or wait."""
+        """Wait until each connection has had one more answer; new ones wait, or are another's."""
         is_told_to_stop = self.is_told_to_stop
         for listener in self.servers:
             listener.close()
@@ -490,7 +490,7 @@ def server_config(settings: Settings, make_app: Callable[[], ASGIApp]) -> Config
 
 
 def _stop_patience(settings: Settings) -> int:
-    """Return the seconds that checks in flight have to finish in when the service stops."""
+    """Return how many seconds running checks have to finish when the service stops."""
     return math.ceil(settings.longest_check) + 1
 
 
@@ -530,9 +530,9 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _listen_on_path(path: str) -> socket.socket:
-    """Listen on a Unix socket, to which everybody may connect who may search its folder.
+    """Listen on a Unix socket, for everyone who has access to its directory.
 
-    One that a process has left behind is replaced.
+    A socket that an earlier process left behind is replaced.
     """
     listener = socket.socket(socket.AF_UNIX)
     try:
@@ -556,7 +556,7 @@ def _is_left_behind(path: str) -> bool:
 
 
 def _exchange_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Set the variables that may be settings, and return those that there were."""
+    """Replace the environment variables that may be settings, and return the old ones."""
     before = {name: value for name, value in os.environ.items() if name.startswith(PREFIXES)}
     for name in before:
         del os.environ[name]
@@ -585,7 +585,7 @@ def fit_descriptor_limit(settings: Settings, limit: int) -> Settings:
 
 
 def warn_of_small_shares(settings: Settings) -> None:
-    """Log a warning for each share of the ports in flight that a full request does not fit."""
+    """Warn of each share of the ports in flight that is too small for a full request."""
     for whose, share in (
         (
             "one caller",
@@ -606,9 +606,9 @@ def warn_of_small_shares(settings: Settings) -> None:
 
 
 def _warn_of_places_that_do_not_fit(settings: Settings) -> None:
-    """Log a warning if a full request about somebody else can never be admitted.
+    """Warn if a full request for somebody else's ports can never be admitted.
 
-    Each of its ports takes room and is paid for once for each place.
+    Each of its ports takes room, and counts towards the limits, once for each place.
     """
     places = 1 + len(settings.perspectives)
     least = settings.max_ports * places

@@ -3,8 +3,8 @@
 A worker is this program again, with a hidden command. It gets its connections from its parent, and
 tells it that it is ready and alive as it would tell systemd (sd_notify(3)).
 
-uvicorn's own supervisor asks a thread of the worker for a sign of life, which answers also when the
-event loop is stuck; and its workers outlive it.
+uvicorn's own supervisor asks a thread of the worker whether it is alive, which answers even while
+the event loop is stuck; and its workers outlive it.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import IO, NamedTuple
 
 from port_checker.linux import end_with_parent
@@ -29,28 +30,28 @@ from port_checker.metrics import ROW_SIZE, Row, Totals
 from port_checker.server.distributor import Channel, Distributor
 from port_checker.settings import Settings
 
-# Seconds between two looks at the workers, and between two signs of life of a worker.
+# Seconds between two looks at the workers, and between two heartbeats of a worker.
 BEAT = 1.0
 
-# Seconds within which a worker must come up: far more than its imports take on a tenth of a core.
+# Seconds that a worker has to start: far more than its imports take on a tenth of a core.
 _START_PATIENCE = 300.0
 
-# Seconds without a sign of life after which a worker is taken for stuck.
+# Seconds without a heartbeat after which a worker counts as stuck.
 _PATIENCE = 30.0
 
-# Seconds that a stuck worker has for writing its traceback before it is killed.
+# Seconds that a stuck worker has to write its traceback before it is killed.
 _TRACEBACK_PATIENCE = 5.0
 
-# The longest pause, in seconds, before a worker that could not start is started once more.
+# The longest pause, in seconds, before a worker that could not start is started again.
 _MAX_PAUSE = 30.0
 
 # Failed starts in a row after which the program gives up, if no worker is serving.
 _START_ATTEMPTS = 3
 
-# Processes that there may be at a time: 64 workers, and those before them, which are leaving.
+# Processes at a time: 64 workers, and earlier ones that are still leaving.
 _MAX_PROCESSES = 256
 
-# Notices that are read at one look at the workers, and bytes of each: anybody may send some.
+# Notices read at a time, and bytes of each: anybody may send some.
 _MAX_NOTICES, _MAX_NOTICE = 1000, 4096
 
 # The process, user and group of a datagram's sender: struct ucred, unix(7).
@@ -66,6 +67,7 @@ class Assignment(NamedTuple):
         settings: The operator's settings.
         parent: The process id of its parent.
         channel: The descriptor of its end of the channel on which connections come.
+        listeners_stay: Whether the listening sockets stay open when this service stops.
         memory: The descriptor of the memory that it shares with its parent.
         slot: Which row of that memory is its own.
     """
@@ -73,6 +75,7 @@ class Assignment(NamedTuple):
     settings: Settings
     parent: int
     channel: int
+    listeners_stay: bool
     memory: int
     slot: int
 
@@ -110,10 +113,10 @@ class Supervisor:
         stop_patience: Seconds that workers have for finishing what they do.
         on_beat: Called at each look at the workers, from when all of them have come up.
         on_stop: Called before the workers are stopped.
-        patience: Seconds without a sign of life after which a worker is replaced.
+        patience: Seconds without a heartbeat after which a worker is replaced.
 
     Raises:
-        OSError: There is no memory to be had that processes share.
+        OSError: Processes cannot share memory here.
     """
 
     def __init__(
@@ -152,7 +155,7 @@ class Supervisor:
     @property
     def is_complete(self) -> bool:
         """Whether all workers have come up, and those before them have been told to leave."""
-        serving = [worker for worker in self._workers if not worker.is_leaving]
+        serving = self._serving()
         return len(serving) == self._settings.workers and all(
             worker.is_ready and worker.settings is self._settings for worker in serving
         )
@@ -185,7 +188,7 @@ class Supervisor:
         """Start the workers, watch them, stop them.
 
         Returns:
-            Whether they did serve; False if none could be started.
+            Whether they served; False if none could start.
         """
         has_been_complete = False
         with self._memory, self._notices, _waiting_for(self._notices) as wait:
@@ -215,7 +218,7 @@ class Supervisor:
 
     def _replace_outdated(self) -> None:
         """Have those leave in whose place others are ready, and none before the first is."""
-        serving = [worker for worker in self._workers if not worker.is_leaving]
+        serving = self._serving()
         outdated = [worker for worker in serving if worker.settings is not self._settings]
         if not outdated:
             self._before = None
@@ -224,6 +227,9 @@ class Supervisor:
         for worker in outdated[:excess]:
             worker.is_leaving = True
             self._distributor.close(worker.channel)
+
+    def _serving(self) -> "list[_Worker]":
+        return [worker for worker in self._workers if not worker.is_leaving]
 
     def _start_missing(self) -> None:
         while self._lacks_worker() and self._pause <= 0:
@@ -238,7 +244,7 @@ class Supervisor:
                 logger.debug("Worker %d started", worker.process.pid)
 
     def _lacks_worker(self) -> bool:
-        serving = [worker for worker in self._workers if not worker.is_leaving]
+        serving = self._serving()
         current = [worker for worker in serving if worker.settings is self._settings]
         is_renewing = len(current) < len(serving)
         if is_renewing and not all(worker.is_ready for worker in current):
@@ -253,7 +259,9 @@ class Supervisor:
             row[figure] = 0.0
         channel = Channel(row)
         end = channel.end.fileno()
-        assignment = Assignment(self._settings, os.getpid(), end, memory, slot)
+        assignment = Assignment(
+            self._settings, os.getpid(), end, self._listeners_stay, memory, slot
+        )
         with (
             channel.end,
             _anonymous_file() as stdin,
@@ -329,6 +337,7 @@ class Supervisor:
         self._distributor.stop()
 
 
+@dataclass(eq=False, slots=True)
 class _Worker:
     """One process.
 
@@ -337,32 +346,24 @@ class _Worker:
         settings: Those that it was started with.
         slot: Where its row is in the shared memory.
         row: What it counts.
-        channel: The way on which its connections go to it.
-        silence: Seconds since its start, or its last sign of life.
-        is_ready: Whether it has come up.
-        is_leaving: Whether it was told to end, since another one has taken its place.
+        channel: How it gets its connections.
+        silence: Seconds since its start, or its last heartbeat.
+        is_ready: Whether it serves.
+        is_leaving: Whether it was told to stop, since another one has taken its place.
         leaving_for: Seconds since then.
-        is_aborted: Whether it was sent a signal to write its traceback and end.
+        is_aborted: Whether it was sent the signal to write its traceback and end.
     """
 
-    def __init__(
-        self,
-        process: "subprocess.Popen[bytes]",
-        settings: Settings,
-        slot: int,
-        row: Row,
-        channel: Channel,
-    ) -> None:
-        self.process = process
-        self.settings = settings
-        self.slot = slot
-        self.row = row
-        self.channel = channel
-        self.silence = 0.0
-        self.is_ready = False
-        self.is_leaving = False
-        self.leaving_for = 0.0
-        self.is_aborted = False
+    process: "subprocess.Popen[bytes]"
+    settings: Settings
+    slot: int
+    row: Row
+    channel: Channel
+    silence: float = 0.0
+    is_ready: bool = False
+    is_leaving: bool = False
+    leaving_for: float = 0.0
+    is_aborted: bool = False
 
     def ending(self) -> str:
         """Say how it ended."""
