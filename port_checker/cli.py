@@ -116,8 +116,6 @@ def reload() -> None:
 
     Exit status: 0 they serve, 1 the service goes on as before, 2 a setting is wrong.
     """
-    import signal
-
     from port_checker.server.reload import ReloadFailed, request_reload
     from port_checker.settings import SettingsError, load_settings
 
@@ -126,12 +124,9 @@ def reload() -> None:
     try:
         load_settings()
         request_reload()
-    except SettingsError as error:
+    except (SettingsError, ReloadFailed) as error:
         sys.stderr.write(f"port-checker: {error}\n")
-        raise typer.Exit(2) from None
-    except ReloadFailed as error:
-        sys.stderr.write(f"port-checker: {error}\n")
-        raise typer.Exit(1) from None
+        raise typer.Exit(2 if isinstance(error, SettingsError) else 1) from None
 
 
 @app.command(hidden=True)

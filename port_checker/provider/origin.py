@@ -20,7 +20,7 @@ from port_checker.addresses import Address, have_one_subscriber, lies_in
 from port_checker.linux import RouteType, own_addresses, route_type
 from port_checker.provider.evidence import Capture
 from port_checker.provider.listeners import Listeners
-from port_checker.provider.remote import Answers, Server, Waits
+from port_checker.provider.remote import Answers, Server, ServerError, Waits
 from port_checker.provider.report import PortPair
 
 # Rounds of halves. A stranger who connects to one port at random moments would have to meet the
@@ -100,6 +100,14 @@ class Contact:
         if self.nearness is Nearness.OUTSIDE and have_one_subscriber(peer, self.remote):
             return True
         return peer == self.remote or peer in self.peers
+
+    async def introduced(self) -> "Contact":
+        """Return what is known of it when it has told this machine's address, or why not."""
+        try:
+            found = await self.server.introduce()
+        except ServerError as error:
+            return replace(self, error=str(error))
+        return replace(self, address=found.address, local=found.local, remote=found.remote)
 
     def after(self, answers: Answers) -> "Contact":
         """Return what is known of it after an exchange."""

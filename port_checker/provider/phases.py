@@ -252,7 +252,7 @@ class Phases:
                 bind_error=listeners.errors.get(pair.inner, 0),
                 other_family=pair.inner in listeners.other_family,
                 excluded=pair.outer in excluded,
-                reason=_reason(errors, answers, pair.outer),
+                reason="" if verdicts else _reason(errors, answers, pair.outer),
                 places={
                     url: dict(answer.places[pair.outer])
                     for url, answer in answers.items()

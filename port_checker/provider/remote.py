@@ -300,7 +300,8 @@ class Server:
         self, address: Address, ports: list[int], is_connecting: Callable[[], bool]
     ) -> Answers:
         """Have ports checked in one request; the answer is all verdicts, or ports to exclude."""
-        checking = f"{self.url} is checking {_count(ports)} (at most {self._waits.answer:.0f} s)"
+        count = "1 port" if len(ports) == 1 else f"{len(ports)} ports"
+        checking = f"{self.url} is checking {count} (at most {self._waits.answer:.0f} s)"
         self._on_progress(checking)
 
         def on_lines(lines: int) -> None:
@@ -440,10 +441,6 @@ def _read_verdict(accessible: bool, error: str | None) -> Verdict | str:
     if not number:
         return Verdict(VerdictKind.OTHER, error)
     return _BY_ERRNO.get(int(number[1])) or error
-
-
-def _count(ports: Sequence[int]) -> str:
-    return "1 port" if len(ports) == 1 else f"{len(ports)} ports"
 
 
 def _retry_after(response: Response) -> float | None:

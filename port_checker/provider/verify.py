@@ -20,7 +20,6 @@ from port_checker.provider.phases import Phases, counted_servers
 from port_checker.provider.place import Share, share_of
 from port_checker.provider.remote import (
     MAX_PORTS_PER_REQUEST,
-    Introduction,
     Server,
     ServerError,
     Waits,
@@ -158,39 +157,18 @@ async def _introduce(
     if all(contact.given for contact in contacts):
         return list(contacts)
     on_progress("asking for this machine's address")
-    introductions = await asyncio.gather(
-        *(contact.server.introduce() for contact in contacts), return_exceptions=True
-    )
-    known = next(
-        (
-            found.address
-            for found in introductions
-            if isinstance(found, Introduction) and found.address
-        ),
-        None,
-    )
-    return [
-        _introduced(contact, found, known, family)
-        for contact, found in zip(contacts, introductions, strict=True)
-    ]
+    contacts = await asyncio.gather(*(contact.introduced() for contact in contacts))
+    known = next((contact.address for contact in contacts if contact.address), None)
+    return [_with_address(contact, contact.address or known, family) for contact in contacts]
 
 
-def _introduced(
-    contact: Contact, found: Introduction | BaseException, known: Address | None, family: int
-) -> Contact:
-    if isinstance(found, ServerError):
-        return dataclasses.replace(contact, error=str(found))
-    if isinstance(found, BaseException):
-        raise found
-    address = found.address or known
-    contact = dataclasses.replace(contact, local=found.local, remote=found.remote)
-    if address is None:
+def _with_address(contact: Contact, address: Address | None, family: int) -> Contact:
+    error = contact.error
+    if not error and address is None:
         error = "does not tell callers their address; give it with --ip"
-        return dataclasses.replace(contact, error=error)
-    if address.version != family:
+    elif not error and address and address.version != family:
         error = f"sees this machine at {address}, not at an IPv{family} address"
-        return dataclasses.replace(contact, error=error)
-    return dataclasses.replace(contact, address=address)
+    return dataclasses.replace(contact, address=None if error else address, error=error)
 
 
 async def _moved(
