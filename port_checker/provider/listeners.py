@@ -21,8 +21,6 @@ _OPENED_PER_TURN = 50
 # Seconds between looks at half-open connections. Where a firewall of this machine keeps an answer
 # back, the kernel gives the connection up when it would repeat that, after a second (RFC 6298).
 _HALF_OPEN_INTERVAL = 0.5
-# Connections accepted or closed in one turn of the event loop; one takes some 30 µs.
-_EVENTS_PER_TURN = 50
 # Accepted connections that are kept open for the other end to close.
 MAX_HELD = 64
 # Other checks on this machine find this abstract socket in /proc/net/unix. The lowest and highest
@@ -225,7 +223,8 @@ class Listeners:
                 self.local[port] = "outgoing connection"
 
     def _on_events(self) -> None:
-        ready = [descriptor for descriptor, _ in self._epoll.poll(0, _EVENTS_PER_TURN)]
+        # All that have come, before an answer is read that tells of them.
+        ready = [descriptor for descriptor, _ in self._epoll.poll(0)]
         # Before others are accepted, which get the same descriptors.
         for descriptor in self._held.keys() & ready:
             self._held.pop(descriptor).close()
