@@ -66,6 +66,9 @@ _STAYS_FINE = 0.5
 # within that time, it is worth to ask whether it is this machine.
 _NEARBY = 0.02
 
+# Seconds in which it usually answers.
+_HERE = 0.001
+
 # Pauses between such looks, in what these take of a processor's time.
 _PAUSE = 3
 
@@ -687,7 +690,9 @@ class _Round:
         with suppress(OSError):  # not every kernel tells
             posing = ports_here(self._way.target, self._asked_about)
         suspects = posing.union(
-            port for port, sock in self._asked_about.items() if is_tracked(sock)
+            port
+            for port, sock in self._asked_about.items()
+            if is_tracked(sock) or round_trip_time(sock) <= _HERE
         )
         if suspects and (route := self._way.route()) and route.type is RouteType.LOCAL:
             suspects, posing = set(), set()
@@ -790,6 +795,7 @@ class _Round:
     def _verdict(self, sock: socket.SocketType, port: int, events: int) -> Verdict | None:
         """The verdict of an attempt that an event has ended; None if it goes on."""
         if events == select.EPOLLOUT:
+            self._require_peer(sock, port)
             return REFUSED if self._is_echo(sock, port) else OPEN
         if error := self._failed_at_once.pop(port, 0):
             verdict = self._verdict_of(sock, error)
@@ -835,6 +841,25 @@ class _Round:
         self._way.require_network(sock)
         if (route := self._way.route()) and route.next_hop:
             raise CheckFailed("the gateway of this machine's route does not answer")
+
+    def _require_peer(self, sock: socket.SocketType, port: int) -> None:
+        """Require that a connection leads to the target.
+
+        A program in the kernel may lead it elsewhere within connect(): eBPF's
+        BPF_CGROUP_INET4_CONNECT, as some service meshes use it.
+
+        Raises:
+            _Forbidden: It leads elsewhere.
+        """
+        way = self._way
+        if way.target.is_loopback:
+            return
+        try:
+            host, peer_port = sock.getpeername()[:2]
+        except OSError:  # it has been reset already
+            return
+        if peer_port != port or (host != way.host and parse_host(host) != way.target):
+            raise _Forbidden(_ANSWERS_ITSELF)
 
     def _is_echo(self, sock: socket.SocketType, port: int) -> bool:
         """Whether the socket is connected to itself (a simultaneous open, RFC 9293 section 3.5).

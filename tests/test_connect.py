@@ -205,6 +205,16 @@ def test_a_prohibition_and_a_lack_of_route_are_the_checkers_failures(
         try_once([80], host)
 
 
+@needs_root
+def test_connections_that_the_kernel_leads_elsewhere_blame_and_clear_nobody() -> None:
+    """As eBPF of a service mesh does: connect() leads to another address than it is given."""
+    program = [sys.executable, "-m", "tests.programs.check_where_connections_are_led_here"]
+    with loopback_alone():
+        done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("[80, "), done.stdout
+    assert "a redirect of a proxy or a service mesh, answers in its place" in done.stdout
+
+
 OUTPUT_CHAIN = (
     "nft add table inet t",
     "nft add chain inet t o '{ type filter hook output priority 0; }'",

@@ -177,6 +177,22 @@ def test_what_answers_in_the_targets_place_blames_and_clears_nobody(
     assert all(result["accessible"] for result in after.body["results"].values())
 
 
+def test_what_the_firewall_tracks_in_a_zone_of_its_own_is_seen_too(lab: Lab) -> None:
+    """The kernel does not show where such connections were to lead."""
+    opened, (proxy,) = open_ports(lab, 3), lab.take(1)
+    lab.listen("checker", range(proxy, proxy + 1))
+    match = f"tcp dport {opened[0]}-{opened[-1]}"
+    with redirected(lab, "checker", f"{match} redirect to :{proxy}"):
+        hook = "{ type filter hook output priority raw; }"
+        lab.run("checker", "nft", "add", "chain", "inet", "mesh", "zones", hook)
+        rule = f"{match} ct zone set 7"
+        lab.run("checker", "nft", "add", "rule", "inet", "mesh", "zones", *rule.split())
+        reply = f"tcp sport {proxy} ct zone set 7"
+        lab.run("checker", "nft", "add", "rule", "inet", "mesh", "zones", *reply.split())
+        answer = lab.ask("third", network.PROVIDER[4], opened).result()
+    assert not wrong([(answer, ANSWERS_ITSELF)])
+
+
 @pytest.mark.parametrize(
     ("version", "to"),
     [

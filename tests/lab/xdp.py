@@ -1,17 +1,15 @@
 """A program at a network interface that drops connections to some ports before all else (XDP)."""
 
 import contextlib
-import ctypes
 import os
-import platform
 import socket
 import struct
 from collections.abc import Iterator
 
 from tests.lab.network import Lab
+from tests.support.ebpf import load
 
-_BPF = {"x86_64": 321, "aarch64": 280}  # the system call's number
-_BPF_PROG_LOAD, _BPF_PROG_TYPE_XDP = 5, 6  # linux/bpf.h
+_BPF_PROG_TYPE_XDP = 6  # linux/bpf.h
 _XDP_DROP, _XDP_PASS, _XDP_FLAGS_SKB_MODE = 1, 2, 2  # linux/bpf.h, linux/if_link.h
 _RTM_SETLINK, _NLM_F_REQUEST, _NLM_F_ACK = 19, 1, 4
 _IFLA_XDP, _IFLA_XDP_FD, _IFLA_XDP_FLAGS, _NLA_F_NESTED = 43, 1, 3, 0x8000
@@ -50,16 +48,7 @@ def _load(ports: range, version: int) -> int:
         (0xB7, 0x00, 0, _XDP_PASS),
         (0x95, 0x00, 0, 0),
     ]
-    instructions = b"".join(struct.pack("=BBhi", *instruction) for instruction in code)
-    program, licence = map(ctypes.create_string_buffer, (instructions, b"GPL"))
-    where = ctypes.addressof(program), ctypes.addressof(licence)
-    attributes = struct.pack("=IIQQ", _BPF_PROG_TYPE_XDP, len(code), *where) + bytes(96)
-    libc = ctypes.CDLL(None, use_errno=True)
-    buffer = ctypes.create_string_buffer(attributes)
-    fd: int = libc.syscall(_BPF[platform.machine()], _BPF_PROG_LOAD, buffer, len(attributes))
-    if fd < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return fd
+    return load(_BPF_PROG_TYPE_XDP, code)
 
 
 def _attach(interface: str, program: int) -> None:
