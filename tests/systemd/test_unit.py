@@ -27,9 +27,10 @@ def _installed(container: Container) -> Iterator[None]:
 def _as_installed(container: Container) -> Iterator[None]:
     yield
     container.run(
-        "changed='/etc/golem/* /run/systemd/system/golem-port-checker.service.d'\n"
-        "if ls $changed || ! systemctl is-active golem-port-checker; then\n"
-        "  rm -rf $changed; systemctl daemon-reload; systemctl restart golem-port-checker\n"
+        "added=/run/systemd/system/golem-port-checker.service.d\n"
+        "if [[ -e $added || $(ls /etc/golem) ]] || ! systemctl is-active golem-port-checker; then\n"
+        "  rm -rf /etc/golem/* $added; systemctl daemon-reload\n"
+        "  systemctl restart golem-port-checker\n"
         "fi"
     )
 
