@@ -237,14 +237,19 @@ class Metrics:
         self.sample()
 
 
-def share_taken(row: Row, sent: int) -> float:
+def connections_received(row: Row) -> int:
+    """Return how many connections have come to a process that another one accepted."""
+    return int(row[_RECEIVED])
+
+
+def share_taken(row: Row, unreceived: int) -> float:
     """Return which share of a process's room is taken: of its connections, and of its ports.
 
     Args:
         row: What it counts.
-        sent: Connections that other processes have sent it, with those that are still on their way.
+        unreceived: Connections that are on their way to it.
     """
-    connections = row[_CONNECTIONS] + sent - row[_RECEIVED]
+    connections = row[_CONNECTIONS] + unreceived
     # An application that checks no ports has no limit of them.
     return connections / row[_MOST_CONNECTIONS] + row[_PORTS] / (row[_MOST_PORTS] or math.inf)
 

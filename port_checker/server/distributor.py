@@ -14,11 +14,15 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from port_checker.metrics import Metrics, Row, share_taken
+from port_checker.metrics import Metrics, Row, connections_received, share_taken
 
 # Seconds before the next try when the system lacks resources, or no worker takes a connection.
 _PAUSE_WITHOUT_RESOURCES = 1.0
 _PAUSE_WITHOUT_WORKERS = 0.01
+
+# Connections on their way to a worker. One that lets more of them wait may be stuck: others come
+# first. A busy one has a turn of its event loop every few milliseconds, and receives all of them.
+_MOST_UNRECEIVED = 8
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +45,11 @@ class Channel:
         self.sent = 0
         self._sent_at = 0.0
 
-    def rank(self) -> tuple[float, float]:
-        """Return a key for sorting: the lowest gets the next connection.
-
-        A stuck worker soon comes last: connections that it has not received take up its room.
-        """
-        return share_taken(self._row, self.sent), self._sent_at
+    def rank(self) -> tuple[bool, float, float]:
+        """Return a key for sorting: the lowest gets the next connection."""
+        unreceived = self.sent - connections_received(self._row)
+        is_stuck = unreceived > _MOST_UNRECEIVED
+        return is_stuck, share_taken(self._row, unreceived), self._sent_at
 
     def send(self, connection: socket.socket) -> bool:
         """Send a connection; return whether it was sent."""

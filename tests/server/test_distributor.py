@@ -84,6 +84,12 @@ def test_ports_in_flight_take_room_as_connections_do() -> None:
         assert [worker.receive() for worker in workers] == [1, 3]
 
 
+def test_a_worker_that_receives_nothing_gets_no_more_however_full_others_are() -> None:
+    stuck, fuller = Worker(), Worker(connections=50)
+    with distributed(12, stuck, fuller):
+        assert [worker.receive() for worker in (stuck, fuller)] == [9, 3]
+
+
 def test_what_a_worker_has_received_and_closed_takes_no_room() -> None:
     workers = Worker(), Worker()
     with distributed(4, *workers):
