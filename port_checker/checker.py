@@ -1,4 +1,4 @@
-"""One check: rounds of attempts with a delay between them; and who may have how much in flight."""
+"""One check: rounds of attempts with a delay between them; and how much each may have in flight."""
 
 import asyncio
 import sys
@@ -22,18 +22,18 @@ from port_checker.connect import (
 from port_checker.errors import ErrorCode, Limit, ServiceError
 from port_checker.tls import TlsClient, TlsVerdict
 
-# Ports in flight that the callers of one network may have, in shares of one caller.
+# How many shares of one caller the callers of one network may have in flight together.
 _SHARES_OF_NETWORK: Final = 2
 
-# A check of so many of the caller's own ports, at most, finds room until there is none at all.
+# A check of at most so many of the caller's own ports finds room until there is none at all.
 _SMALL_CHECK: Final = 10
 
-# Of whose ports in flight there is a bound: of all of them, and of those on others' addresses.
+# Holders of ports in flight: all checks, and those of addresses that are not their callers'.
 _EVERYBODY: Final = "everybody"
 _STRANGERS: Final = "strangers"
 
-# TLS checks of one caller at once. Each may take half a second of this machine's time, so these end
-# within the five seconds that an attempt has by default.
+# TLS checks of one caller at once. Each may take half a second of CPU, so all of them end within
+# the five seconds that an attempt has by default.
 TLS_CHECKS_PER_CALLER: Final = 10
 
 
@@ -41,9 +41,9 @@ class NoRoom(ServiceError):
     """A check would put more ports in flight than it may.
 
     Attributes:
-        asked: Ports that the refused check asked for.
-        most: Ports that may be in flight at once, of those that the check would be among.
-        limit: What they are limited by.
+        asked: How many ports the refused check asked for.
+        most: How many it could have had at the very most.
+        limit: The limit that it would exceed.
         retry_after: Whole seconds after which there may be room.
     """
 
@@ -302,16 +302,16 @@ class Checker:
     ) -> dict[int, Verdict]:
         """Find out which of ``ports`` accept connections.
 
-        All of them are tried at once; those that fail are tried again, all at once, after the
-        delay. A port that succeeds is not tried again, and counts as in flight no more after that
-        round. A cancelled check leaves nothing behind.
+        All are tried at once; those that fail are tried again, all at once, after the delay. A port
+        that succeeds is not tried again, and no longer counts as in flight after that round. A
+        cancelled check leaves nothing behind.
 
         Args:
             target: The address that the ports are on.
             ports: TCP ports, each at most once.
             room: The room for them. Ports that succeed give theirs back before the check ends.
-            on_final: Called once for each port, as soon as nothing can change its verdict but that
-                the check fails; it must not raise.
+            on_final: Called once for each port, as soon as its verdict can no longer change (the
+                whole check may still fail); it must not raise.
 
         Returns:
             A verdict for each port, in the order of ``ports``. If all attempts of a port failed,
@@ -324,8 +324,8 @@ class Checker:
         if len(ports) <= PER_TURN:
             await self._check_batch(check, ports)
         else:
-            # Each batch has its own rounds: a round waits from when its last port is open, and all
-            # ports together may take a second to open.
+            # Each batch has its own rounds: a round's timeout begins when all of its attempts have,
+            # and to begin thousands may take a second.
             try:
                 async with asyncio.TaskGroup() as group:
                     for first in range(0, len(ports), PER_TURN):

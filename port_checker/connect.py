@@ -36,45 +36,45 @@ from port_checker.linux import (
 )
 
 # Seconds until the kernel forgets a connection that we closed, if the target does not acknowledge
-# that or does not close its own end. By default it takes a minute and more (tcp(7),
-# tcp_orphan_retries and tcp_fin_timeout), and strangers can make many. Long enough for four
-# retransmissions on a way that loses packets.
+# that or does not close its own end. By default it takes a minute or more (tcp(7),
+# tcp_orphan_retries and tcp_fin_timeout), and strangers can cause many. Three seconds are enough
+# for four retransmissions on a path that loses packets.
 _CLOSED_AFTER = 3
 
-# Connections opened, ended or given up in one turn of the event loop: as many as a provider has by
-# default. One costs about 30 µs to open and close (measured), so everything else waits for about
-# 3 ms at the most, however many there are.
+# The most connections opened, or ended, in one turn of the event loop: as many as a provider has
+# ports by default. One costs about 30 µs to open and close (measured), so everything else waits for
+# about 3 ms at most, however many there are.
 PER_TURN = 100
 
-# Who wants no more than that goes first.
+# A round of no more ports than this goes before larger ones.
 _SMALL = 16
 
 _ONE_EVENT = select.EPOLLOUT | select.EPOLLONESHOT
 
 
-# The loop is late by some milliseconds now and then. What is later than this is a hold-up; and
-# seconds of these, and the part of a timeout, from which on silence proves nothing.
+# Seconds. An event loop that is later than the first is held up; some milliseconds are usual. After
+# hold-ups of more than the second in all, or than that part of the timeout, silence proves nothing.
 _HOLD_UP = 0.1
 _MOST_HELD_UP = 0.5
 _MOST_HELD_UP_PART = 0.25
 
-# Seconds for which a network that was fine is taken for that: attempts that began together end
-# within as many.
+# Seconds for which a network that was fine is assumed to be fine: attempts that began together end
+# within that time.
 _STAYS_FINE = 0.5
 
-# Seconds in which something on this machine answers, however busy it is. Only of what has answered
-# within that time, it is worth to ask whether it is this machine.
+# Seconds within which this machine answers itself, however busy it is. Only what has answered
+# sooner can be this machine.
 _NEARBY = 0.02
 
-# Seconds in which it usually answers.
+# Seconds within which it usually does.
 _HERE = 0.001
 
-# Pauses between such looks, in what these take of a processor's time.
+# The pause after a look through all connections, in multiples of the CPU time that it took.
 _PAUSE = 3
 
 HELD_UP = "it was held up while it waited for answers"
 
-# Whoever accepts a connection to each address: a service mesh's sidecar, a transparent proxy.
+# For whatever accepts connections to any address: a service mesh's sidecar, a transparent proxy.
 _ANSWERS_ITSELF = (
     "something on this machine, a redirect of a proxy or a service mesh, answers in its place"
 )
@@ -87,7 +87,7 @@ _REFUSES_ITSELF = (
 
 
 class VerdictKind(StrEnum):
-    """How attempts to reach a port ended; the values are the words of the metrics."""
+    """How an attempt to reach a port ended; the values are the words of the metrics."""
 
     OPEN = "accessible"
     REFUSED = "refused"
@@ -216,10 +216,9 @@ class own_failures:  # noqa: N801  # a context manager, as contextlib's are
 
 
 class HoldUps:
-    """Measures for how long an event loop was held up while somebody waits in it.
+    """Measures how long an event loop was held up while something waits in it.
 
-    A callback that takes long, or a pause of the process or of the whole machine: from within, all
-    look alike.
+    A slow callback, a pause of the process and one of the whole machine look alike from within.
     """
 
     def __init__(self) -> None:
@@ -228,7 +227,7 @@ class HoldUps:
         self._due = math.inf  # when the loop is to call next
 
     def begin(self) -> float:
-        """Measure from now on, until ``end`` is called with what this returns."""
+        """Measure from now on; pass what this returns to ``end``."""
         loop = asyncio.get_running_loop()
         self._waiting += 1
         if self._due == math.inf:
@@ -255,13 +254,13 @@ class HoldUps:
 class OpenConnectionPacer:
     """Spreads the opening of connections, and the end of attempts, over the turns of an event loop.
 
-    All rounds share it, so that many which begin together do not hold up everything else. Those
-    that want little go first, and the others take turns. For one event loop.
+    All rounds share it, so that many that begin together do not hold up everything else. Small ones
+    go first, and the others take turns. For one event loop.
 
     Attributes:
         hold_ups: Of the loop, while rounds wait for answers.
-        self_answers: For all rounds.
-        sockets: Of all rounds.
+        self_answers: Finds out for all rounds whether this machine answers itself.
+        sockets: The sockets of all rounds.
     """
 
     def __init__(self) -> None:
@@ -277,7 +276,7 @@ class OpenConnectionPacer:
 
         Args:
             wanted: How many connections it would open or end: up to ``PER_TURN``.
-            whose: Whose turn it is. Others of the same wait for it.
+            whose: Who takes turns with others. Calls with the same value wait for each other.
         """
         loop = asyncio.get_running_loop()
         if self._left <= 0 or self._small or self._large:
@@ -289,7 +288,8 @@ class OpenConnectionPacer:
         else:
             if self._left == PER_TURN:
                 loop.call_soon(self._begin_turn, loop)
-            # Whoever waited for the rest would be late: its timeout begins when it has all.
+            # All of them in this turn, however few are left: its timeout begins when it has opened
+            # all.
             self._left -= wanted
 
     def _begin_turn(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -311,19 +311,19 @@ class OpenConnectionPacer:
             loop.call_soon(self._begin_turn, loop)
 
 
-# Those who wait, and how many they want.
+# Futures of those that wait, and how many connections each wants.
 _Waiting = deque[tuple[asyncio.Future[None], int]]
 
 
 class SelfAnswers:
     """Finds out whether something on this machine answers in the place of targets.
 
-    It is asked of connections that the firewall tracks. The kernel looks through all of this
-    machine's for that, and how many these are, strangers decide (10 ms beside 10,000: measured). So
-    it does that in a thread, in one look for all who ask meanwhile, and with pauses.
+    The kernel has to look through all connections of this machine for that, and strangers decide
+    how many these are (10 ms beside 10,000: measured). So a thread does it, in one look for all who
+    ask meanwhile, and with pauses.
 
     Args:
-        look: Tells whether connections from a source end here.
+        look: Tells whether connections from a source address end here.
     """
 
     def __init__(self, look: Callable[[Address], bool] = answers_itself) -> None:
@@ -332,7 +332,7 @@ class SelfAnswers:
         self._task: asyncio.Task[None] | None = None
 
     def ask(self, source: Address) -> asyncio.Future[bool]:
-        """Return whether connections from ``source`` to others end here, once that is known."""
+        """Return a future of whether connections from ``source`` to others end here."""
         loop = asyncio.get_running_loop()
         if source not in self._asked:
             self._asked[source] = loop.create_future()
@@ -354,7 +354,7 @@ class SelfAnswers:
         self._task = None
 
     def _time(self, source: Address) -> tuple[bool, float]:
-        """Return what a look says, and how many seconds of a processor's time it took."""
+        """Return the result of a look, and how many seconds of CPU it took."""
         is_here = False
         started = time.thread_time()
         with suppress(OSError):  # not every kernel tells
@@ -390,17 +390,17 @@ class SharedEpoll:
             self._loop = loop
 
     def add(self, descriptors: Iterable[int], round_: "_Round") -> None:
-        """Watch sockets of a round, up to one event of each.
+        """Watch sockets of a round until each has had one event.
 
-        Once it has had that, nothing is heard of a socket, even if a process that was forked
-        meanwhile keeps it open when we have closed it.
+        After that, a socket that we have closed causes no more events, even if a process that was
+        forked meanwhile keeps it open.
         """
         for descriptor in descriptors:
             self._epoll.register(descriptor, _ONE_EVENT)
             self._rounds[descriptor] = round_
 
     def remove(self, descriptors: Iterable[int]) -> None:
-        """Forget sockets that are about to be closed, and may have had no event."""
+        """Forget sockets that are about to be closed, whether they have had their event or not."""
         for descriptor in descriptors:
             if self._rounds.pop(descriptor, None):
                 self._epoll.unregister(descriptor)
@@ -416,7 +416,7 @@ class SharedEpoll:
                 self._epoll.modify(descriptor, _ONE_EVENT)
 
 
-# Takes a port and what was found out about it.
+# Called with a port and the verdict on it.
 OnVerdict = Callable[[int, Verdict], object]
 
 
@@ -433,15 +433,15 @@ async def attempt(
     cancellation included, it leaves no socket open.
 
     Args:
-        way: To the target; the rounds of one check share what is known of it.
+        way: The way to the target; the rounds of one check share what is known of it.
         ports: TCP ports, each at most once, up to ``PER_TURN``.
         timeout: Seconds that an attempt may last.
         pacer: Shared by all rounds of the event loop.
         on_verdict: Called with each verdict as soon as there is one; it must not raise.
 
     Returns:
-        A verdict for each port, in no particular order; none for ports that were silent while this
-        process was held up, which proves nothing.
+        A verdict for each port, in no particular order. Ports that were silent while this process
+        was held up have none: that proves nothing.
 
     Raises:
         CheckFailed: The checker ran out of descriptors, memory, buffers or local ports; its own
@@ -484,9 +484,9 @@ async def connect(
 
 
 def close_for_good(connection: socket.SocketType) -> None:
-    """Close a connection so that the kernel forgets it soon, too."""
-    # The one is for a target that does not acknowledge our end of the connection (FIN-WAIT-1), the
-    # other for one that does not close its own (FIN-WAIT-2). Without them it just takes longer.
+    """Close a connection so that the kernel soon forgets it, too."""
+    # The first is for a target that does not acknowledge our FIN (FIN-WAIT-1), the second for one
+    # that does not send its own (FIN-WAIT-2). Without them it just takes longer.
     try:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _CLOSED_AFTER * 1000)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_LINGER2, _CLOSED_AFTER)
@@ -502,9 +502,9 @@ class WayToTarget:
         target: Its address.
 
     Attributes:
-        target: The same.
-        host: The same, for a socket.
-        is_here: Whether the target is this machine, once it is known.
+        target: As given.
+        host: Its text, for sockets.
+        is_here: Whether the target is this machine; None until that is known.
     """
 
     def __init__(self, target: Address) -> None:
@@ -520,12 +520,12 @@ class WayToTarget:
         return self._route
 
     def require_network(self, sock: socket.SocketType) -> None:
-        """Require that a socket's packets to the target leave this machine, and answers can arrive.
+        """Require that packets to the target leave this machine, and answers can arrive.
 
-        As far as the next hop can be seen from here; called when nothing has arrived.
+        It sees no further than the next hop. Called when nothing has arrived.
 
         Raises:
-            CheckFailed: They do not.
+            CheckFailed: They do not, or cannot.
             OSError: The kernel cannot tell now.
         """
         now = time.monotonic()
@@ -562,14 +562,14 @@ class _Round:
         self._sockets = pacer.sockets
         self._on_verdict = on_verdict
         self._keep_connected = keep_connected
-        # Connected; to whom is not known, or asked for now.
+        # Connected, perhaps to this machine; and those for which that is being found out.
         self._nearby: dict[int, socket.SocketType] = {}  # by port
         self._asked_about: dict[int, socket.SocketType] = {}
-        self._failed_at_once: dict[int, int] = {}  # the error, by port
-        self._held_up = False  # while it waited
-        self._waiting: dict[int, tuple[socket.SocketType, int]] = {}  # by descriptor
+        self._failed_at_once: dict[int, int] = {}  # errors within connect(), by port
+        self._held_up = False  # for too long, while it waited
+        self._waiting: dict[int, tuple[socket.SocketType, int]] = {}  # with ports, by descriptor
         self._ended: asyncio.Future[None] | None = None  # while it waits
-        self._error: Exception | None = None  # that ends it
+        self._error: Exception | None = None  # the one that ends it
 
     async def run(self, ports: Sequence[int], timeout: float) -> None:
         """Try each of ``ports`` once; then there are verdicts, or it raises ``CheckFailed``."""
@@ -623,7 +623,7 @@ class _Round:
         return connecting
 
     def take(self, events: Iterable[tuple[int, int]]) -> list[int]:
-        """Take the events of sockets, whose attempts they end; return those that go on."""
+        """End the attempts that events have decided; return the descriptors of undecided ones."""
         undecided: list[int] = []
         try:
             undecided = self._take(events)
@@ -660,7 +660,7 @@ class _Round:
             try:
                 raise self._error
             finally:
-                self._error = None  # whose traceback has this round
+                self._error = None  # its traceback refers to this round
 
     def _add(self, port: int, verdict: Verdict) -> None:
         self.verdicts[port] = verdict
@@ -684,7 +684,7 @@ class _Round:
         return not is_loopback and round_trip_time(sock) <= _NEARBY
 
     def _ask_who_answers(self) -> None:
-        """Accept what something else than this machine answers, at once or when that is known."""
+        """Accept connections that end elsewhere: now, or once it is known where they end."""
         self._asked_about, self._nearby = self._nearby, {}
         posing: set[int] = set()
         with suppress(OSError):  # not every kernel tells
@@ -761,7 +761,7 @@ class _Round:
 
     def give_up(self, descriptors: Sequence[int]) -> None:
         """End attempts that have timed out."""
-        # A loop that is held up comes to its timers before it looks at what has arrived.
+        # A loop that was held up runs its timers before it looks at what has arrived.
         self._sockets.remove(descriptors)
         self.take(_events(descriptors))
         for descriptor in descriptors:
@@ -769,7 +769,7 @@ class _Round:
                 continue
             sock, port = self._waiting.pop(descriptor)
             try:
-                # The kernel puts an ICMP error aside while a socket is in use; SO_ERROR returns it.
+                # The kernel sets an ICMP error aside while a socket is in use; SO_ERROR returns it.
                 error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 verdict = self._verdict_of(sock, error or errno.ETIMEDOUT)
                 if verdict is not TIMED_OUT or not self._held_up:
@@ -793,7 +793,7 @@ class _Round:
             close_for_good(sock)
 
     def _verdict(self, sock: socket.SocketType, port: int, events: int) -> Verdict | None:
-        """The verdict of an attempt that an event has ended; None if it goes on."""
+        """Return the verdict after an event; None if the attempt goes on."""
         if events == select.EPOLLOUT:
             self._require_peer(sock, port)
             return REFUSED if self._is_echo(sock, port) else OPEN
@@ -829,7 +829,8 @@ class _Round:
         """
         icmp = take_icmp_error(sock)
         if icmp is None:
-            # The kernel's own error, while it looked for a way; or it kept no record of another's.
+            # The kernel's own error while it looked for a route, or an ICMP error that it has not
+            # recorded.
             if error in (errno.EHOSTUNREACH, errno.ENETUNREACH):
                 self._way.require_network(sock)
             return
@@ -864,8 +865,8 @@ class _Round:
     def _is_echo(self, sock: socket.SocketType, port: int) -> bool:
         """Whether the socket is connected to itself (a simultaneous open, RFC 9293 section 3.5).
 
-        The kernel may choose the port being checked as the local one, if it is ephemeral and the
-        target is this machine. If it is not, there is no need to ask for each port.
+        If the target is this machine, the kernel may choose the very port being checked, if it is
+        an ephemeral one, as the local port. Otherwise there is no need to look at each port.
         """
         way = self._way
         if way.is_here is False:
