@@ -15,7 +15,7 @@ from tests.lab.network import Lab, add_namespace, delete_namespace, open_lab
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """A network with the service running in it, for all tests of a process.
 
-    Half of them are in another group, and so in another process: they mostly wait.
+    They are in four groups that take about as long, each in a process: they mostly wait.
     """
     if obstacle := _obstacle():
         # On the machine whose job it is to run these tests they may not be passed over.

@@ -36,7 +36,7 @@ from tests.lab.checks import (
 )
 from tests.lab.network import Lab
 
-pytestmark = pytest.mark.xdist_group("another lab")
+pytestmark = pytest.mark.xdist_group("lab 1")
 
 
 def only(chain: str, lab: Lab, name: str, rule: str) -> None:

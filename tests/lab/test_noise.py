@@ -26,7 +26,7 @@ from tests.lab.checks import (
 )
 from tests.lab.network import Lab
 
-pytestmark = pytest.mark.xdist_group("lab")
+pytestmark = pytest.mark.xdist_group("lab 2")
 
 PORTS_OF_EACH = 4
 MINUTES = 10

@@ -9,7 +9,7 @@ from tests.lab import network
 from tests.lab.checks import service
 from tests.lab.network import Lab
 
-pytestmark = pytest.mark.xdist_group("lab")
+pytestmark = pytest.mark.xdist_group("lab 2")
 
 DROPS = "this machine's own firewall or a full queue drops what it sends"
 REJECTS = "this machine's own firewall rejects what it sends"

@@ -11,7 +11,7 @@ from tests.lab.checks import LOOPBACK, service
 from tests.lab.network import Answer, Lab
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.xdist_group("lab")
+pytestmark = pytest.mark.xdist_group("lab 2")
 
 VERSIONS = 4, 6
 

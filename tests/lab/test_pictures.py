@@ -18,7 +18,7 @@ from tests.lab.checks import url_of
 from tests.lab.network import Lab
 from tests.support.namespace import ROOT
 
-pytestmark = pytest.mark.xdist_group("lab")
+pytestmark = pytest.mark.xdist_group("lab 4")
 
 # Of the terminals on the pictures: background, text, red and green, in the colours of the page.
 THEMES = {

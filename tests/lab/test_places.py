@@ -30,7 +30,7 @@ from tests.support.proxies import needs_proxies, nginx_of
 from tests.support.tls import endpoint, server_context, speaking_tls, trust
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.xdist_group("another lab")
+pytestmark = pytest.mark.xdist_group("lab 3")
 
 ADDRESSES = {"checker": network.CHECKER, "ams": network.AMS, "sgp": network.SGP}
 PLACES = tuple(ADDRESSES)

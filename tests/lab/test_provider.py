@@ -20,7 +20,7 @@ from tests.lab import network
 from tests.lab.checks import ANSWERED, check, notes, results, service, url_of, word
 from tests.lab.network import Lab
 
-pytestmark = pytest.mark.xdist_group("lab")
+pytestmark = pytest.mark.xdist_group("lab 2")
 
 ONE_COMMAND = [sys.executable, "-m", "port_checker", "check", "--json"]
 REFUSED, TIMED_OUT, NO_ROUTE = "Connection refused", "Connection timed out", "No route to host"

@@ -28,7 +28,7 @@ from tests.lab.checks import (
 from tests.lab.network import Lab
 from tests.lab.xdp import dropping
 
-pytestmark = pytest.mark.xdist_group("lab")
+pytestmark = pytest.mark.xdist_group("lab 4")
 
 
 def only(chain: str, lab: Lab, name: str, rule: str) -> None:

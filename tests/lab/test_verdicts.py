@@ -12,7 +12,7 @@ import pytest
 from tests.lab import network
 from tests.lab.network import Answer, Lab, end
 
-pytestmark = pytest.mark.xdist_group("another lab")
+pytestmark = pytest.mark.xdist_group("lab 4")
 
 ACCESSIBLE = None
 REFUSED = "Connection refused"
