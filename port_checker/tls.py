@@ -355,7 +355,7 @@ class _Incoming:
         with suppress(TimeoutError):
             async with asyncio.timeout_at(self._clock.deadline):
                 await asyncio.sleep(pause)
-                while not (self._ending or self._whole()):
+                while not (self._whole() or self._ending):
                     # The kernel buffers the message and wakes us when it is whole: a peer that
                     # sends byte by byte, or half of a message, costs us nothing.
                     missing = self._messages.missing(self._buffer)

@@ -425,8 +425,10 @@ def test_a_handshake_has_a_few_hundred_records() -> None:
             connection.sendall(record(b"\0"))
         wait_for_close(connection)
 
+    started = time.monotonic()
     with endpoint(behave) as port:
-        assert judge(port) == failed("more than 500 records received")
+        assert judge(port, timeout=100) == failed("more than 500 records received")
+    assert time.monotonic() - started < 50, "it waited for more all the same"
 
 
 def test_records_that_come_one_by_one_are_not_a_step_each() -> None:
@@ -439,7 +441,7 @@ def test_records_that_come_one_by_one_are_not_a_step_each() -> None:
 
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with endpoint(behave) as port:
-        assert judge(port, timeout=3) == failed("connection closed by peer", try_again=True)
+        assert judge(port) == failed("connection closed by peer", try_again=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_nvcsw - before.ru_nvcsw < 250
 

@@ -5,6 +5,7 @@ import contextlib
 import json
 import socket
 import socketserver
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -117,8 +118,10 @@ class ScriptedServer(ThreadingHTTPServer):
         """Bind, and do not look up this machine's name as HTTPServer does."""
         socketserver.TCPServer.server_bind(self)
 
-    def handle_error(self, *_: object) -> None:
-        """Stay quiet: clients that have enough close the connection."""
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Tell of errors but those of clients that close the connection when they have enough."""
+        if not isinstance(sys.exception(), BrokenPipeError | ConnectionResetError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
