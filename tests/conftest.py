@@ -42,6 +42,15 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """See that groups are kept together, without which each process builds a lab of its own."""
+    if hasattr(config, "workerinput"):  # it is one of pytest-xdist's processes
+        grouped = [item for item in items if item.get_closest_marker("xdist_group")]
+        if not all("@" in item.nodeid for item in grouped):
+            raise pytest.UsageError("pytest-xdist parts the tests of an xdist_group")
+
+
 def pytest_report_header() -> list[str]:
     """Say what cannot even be skipped."""
     return [f"tests/{name} is left out: playwright is in the extra dev" for name in collect_ignore]
