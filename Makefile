@@ -23,8 +23,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
-# Tests that run at the same time. More than two cores can do, since tests mostly wait.
-TEST_PROCESSES ?= 4
+# Tests that run at the same time. More than two cores can do, since tests mostly wait: four processes
+# have a lab each.
+TEST_PROCESSES ?= 6
 PYTEST_FLAGS ?=
 FUZZ_EXAMPLES ?= 2000
 # Kept between runs and between checkouts.
