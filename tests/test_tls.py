@@ -402,7 +402,7 @@ def test_nobody_waits_for_another_ones_certificates(authority: trustme.CA) -> No
         order: list[bool | TlsVerdict] = []
 
         async def attempt(port: int) -> None:
-            verdict = await client.attempt(LOOPBACK, port, [LOOPBACK], 30, pacer)
+            verdict = await client.attempt(LOOPBACK, port, [LOOPBACK], 300, pacer)
             order.append(verdict.valid or verdict)
 
         async with asyncio.TaskGroup() as group:
