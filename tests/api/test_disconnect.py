@@ -1,6 +1,7 @@
 """A check ends with its caller."""
 
 import asyncio
+import gc
 import json
 import socket
 import struct
@@ -18,8 +19,9 @@ from port_checker.metrics import CheckOutcome, Metrics, Totals
 from port_checker.server.connections import ConnectionLimits
 from port_checker.settings import Settings
 from tests.support.http import HEALTH, check_of, connected
+from tests.support.loopback import refused_port
 from tests.support.manual import Client, ManualLoop
-from tests.support.service import serve
+from tests.support.service import ask, serve
 from tests.support.waiting import wait_until
 
 
@@ -122,3 +124,16 @@ def test_the_cancellation_of_the_request_itself_is_not_swallowed(
     loop.settle()
     assert checker.running == 0
     assert task.cancelled()
+
+
+def test_what_a_check_has_taken_is_freed_without_the_collector_of_garbage() -> None:
+    """Which seldom looks at what is as old as a check that takes seconds."""
+    with serve(retries=2, retry_delay=0.1) as client, refused_port() as refused:
+        gc.disable()
+        try:
+            for _ in range(5):
+                assert ask(client, refused).status_code == 200
+            admissions = sum(type(each).__name__ == "_WhileConnected" for each in gc.get_objects())
+        finally:
+            gc.enable()
+    assert admissions <= 1, "the last one may be about to end"
