@@ -13,10 +13,12 @@ from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
+from port_checker.linux import tcp_sockets
 from tests.lab import network
 from tests.lab.checks import url_of
 from tests.lab.network import Lab
 from tests.support.namespace import ROOT
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.xdist_group("lab 4")
 
@@ -49,6 +51,9 @@ def test_the_pictures_of_the_terminal(lab: Lab, tmp_path: Path) -> None:
     """README's pictures are made here: ``make pictures`` keeps them."""
     for ports in range(7466, 7467), range(50800, 50840), range(50850, 50900):
         lab.forward(ports)
+    # They are among those that outgoing connections get by chance: those of earlier tests, say.
+    default = {7466, *range(50800, 50900)}
+    wait_until(lambda: not lab.submit("provider", tcp_sockets, default).result(), "free ports")
     output = output_on_a_terminal(lab, "--server", url_of(network.CHECKER))
     folder = Path(os.environ.get("PICTURES", tmp_path))
     for scheme in THEMES:
