@@ -1,11 +1,11 @@
 """uvicorn's HTTP protocol, hardened for the open internet: deadlines and limits.
 
-On its own uvicorn waits for ever for the rest of a request and for a client to read its answer. It
-does not limit heads and trailers (with httptools), pipelined requests, or connections. It takes
-trailer fields for header fields. And when a request asks for an upgrade, it loses the body, or even
-reads it as the next request.
+On its own, uvicorn waits for ever for the rest of a request, and for a client to read its answer.
+It limits neither heads and trailers (with httptools) nor pipelined requests nor connections. It
+takes trailer fields for header fields. And when a request asks for an upgrade, it loses the body,
+or even reads it as the next request.
 
-Here the parser gets one request at a time, and its head in one piece. What a client sends behind a
+Here the parser gets one request at a time, and its head in one piece. What a client sends after a
 complete request stays unparsed until that request is answered.
 """
 
@@ -36,50 +36,51 @@ from uvicorn.protocols.http.httptools_impl import (
 from port_checker.errors import ErrorCode, Limit
 from port_checker.server.connections import MIN_COST, ConnectionLimits, Place
 
-# Seconds for which a connection is kept between requests: longer than proxies and balancers keep
-# theirs (60 s in nginx, 600 s in a large cloud), which would answer 502 if we closed one that they
+# Seconds for which an idle connection is kept open: longer than proxies and load balancers keep
+# theirs (60 s in nginx, 600 s in a large cloud). They would answer 502 if we closed one that they
 # are about to use.
 KEEP_ALIVE = 620.0
 
-# Bytes of a request's head, and of the target in it; fields of a head.
+# Bytes of a request's head, bytes of the target in it, and its fields.
 MAX_HEAD = 16 * 1024
 MAX_TARGET = 2 * 1024
 MAX_FIELDS = 100
 
-# Bytes of the shortest field, with its line end.
+# Bytes of the shortest field, including its line end.
 _MIN_FIELD = 4
 
-# Bytes of a chunked request besides its head and body: chunk sizes and extensions, and the trailer.
-# The application limits the body itself.
+# Bytes of a chunked body besides its content: chunk sizes and extensions, and the trailer. The
+# application limits the content itself.
 MAX_FRAMING = 4 * 1024
 
-# Unparsed bytes, of some hundred requests, above which reading pauses until some are answered.
+# Unparsed bytes (about a hundred requests) above which reading pauses until some are answered.
 _MAX_UNPARSED = 16 * 1024
 
-# Bytes that the parser gets at once; the limits are checked in between.
+# Bytes that the parser gets at once; the limits are checked between pieces.
 _MAX_PIECE = 16 * 1024
 
-# Bytes that are read and dropped behind the last request that is answered. To close a connection
-# while its client sends would reset it, and could lose the answer (RFC 9112 section 9.6).
+# Bytes that are read and dropped after the last request that is answered. Closing a connection
+# while its client still sends would reset it, and could lose the answer (RFC 9112 section 9.6).
 _MAX_DROPPED = 1024 * 1024
 
-# Seconds between two looks at whether a client reads its answer, or has left while we do not read.
+# Seconds between checks of whether a client reads its answer, or has left while we do not read.
 _PROGRESS_INTERVAL = 1.0
 
-# Bytes that are copied to be written at once. What is longer may be a file that many share.
+# Bytes of a body that is copied to be written together with its head. A longer one may be a file
+# that many answers share.
 _MAX_JOINED = 64 * 1024
 
-# Seconds after which a client may try again that was refused for want of room: by then deadlines
+# Seconds after which a client that was refused for want of room may try again: by then deadlines
 # have closed the connections that did nothing.
 _RETRY_AFTER = 10
 
-# What an HTTP/1 request begins with, after empty lines (RFC 9112 section 2.2).
+# How an HTTP/1 request begins, after empty lines (RFC 9112 section 2.2).
 _REQUEST_LINE = re.compile(rb"[A-Z-]+ +[^ \r\n]+ +HTTP/\d\.\d\r\n")
 
 # A target in absolute form, without userinfo (RFC 9112 section 3.2.2, RFC 9110 section 4.2.4).
 _ABSOLUTE_TARGET = re.compile(rb"https?://([\w.~!$&'()*+,;=:%\[\]-]+)([/?].*)?", re.IGNORECASE)
 
-# What a host and port consist of (RFC 3986 section 3.2).
+# The characters of a host and port (RFC 3986 section 3.2).
 _HOST_CHARACTERS = f"{string.ascii_letters}{string.digits}-._~!$&'()*+,;=:%[]".encode()
 
 
@@ -92,21 +93,21 @@ class Stage(Enum):
 
 
 class Message:
-    """The request that is arriving: how far it is, and how long its parts may be.
+    """The request that is arriving: how much of it is here, and how long its parts may be.
 
     Args:
-        stage: How far it is. The first one of a connection begins with the connection.
+        stage: How far it has arrived. The first request of a connection begins with the connection.
 
     Attributes:
-        content: Bytes of its body so far.
+        content_size: Bytes of content that have arrived.
     """
 
-    # Here rather than in __init__(), which each request would have to wait for.
-    content = 0
-    _searched = 0  # bytes of an incomplete head in which it does not end
-    _empty_lines = 0  # bytes before its head
-    _content_left = 0  # bytes, where their number was announced
-    _framing = 0  # bytes of its body so far that are not content
+    # Class attributes, so that a new request need not set them.
+    content_size = 0
+    _searched_size = 0  # of an incomplete head, in which no end was found
+    _empty_lines_size = 0  # before the head
+    _remaining_content = 0  # bytes, where their number was announced
+    _framing_size = 0  # of the body so far, without its content
     _tail = b""  # the last bytes of a chunked body
 
     def __init__(self, stage: Stage = Stage.NOTHING) -> None:
@@ -124,12 +125,12 @@ class Message:
             start: Where the piece begins.
 
         Raises:
-            _Refused: A head is too large.
+            _Refusal: A head is too large.
         """
         if self.stage is not Stage.BODY:
             return self._head_end(data, start)
-        if self._content_left:
-            return min(start + self._content_left, start + _MAX_PIECE, len(data))
+        if self._remaining_content:
+            return min(start + self._remaining_content, start + _MAX_PIECE, len(data))
         if self._tail:  # the empty line may have begun in the piece before
             end = (self._tail + data[start : start + 3]).find(b"\r\n\r\n")
             if end >= 0:
@@ -139,58 +140,58 @@ class Message:
 
     def _head_end(self, data: bytes, start: int) -> int:
         self.stage = Stage.HEAD
-        searched = start + self._searched
+        searched = start + self._searched_size
         found = data.find(b"\r\n\r\n", max(start, searched - 3))
         end = found + 4 if found >= 0 else len(data)
-        if end - start + self._empty_lines > MAX_HEAD:
+        if end - start + self._empty_lines_size > MAX_HEAD:
             raise _too_large(f"The head is over {MAX_HEAD} bytes.")
         if found < 0:
-            # Kept until it is complete: its fields alone would take several times the memory. But
-            # what cannot become a head goes to the parser, which says what is wrong.
-            self._searched = end - start
+            # It is kept until it is complete: parsed fields would take several times the memory.
+            # But what cannot become a head goes to the parser, which says what is wrong.
+            self._searched_size = end - start
             return start if _may_become_head(data, start, searched) else end
-        self._searched = 0
+        self._searched_size = 0
         if end - start > MAX_FIELDS * _MIN_FIELD:
             lines = data[start:end].lstrip(b"\r\n").count(b"\r\n")
             if lines > MAX_FIELDS + 2:  # besides the request line and the empty line
                 raise _too_large(f"The head has over {MAX_FIELDS} fields.")
         elif end - start == 4:
-            self._empty_lines += 4
+            self._empty_lines_size += 4
         return end
 
     def begin_body(self, content_length: int) -> None:
-        """Go on to the body: its length, 0 where it is chunked."""
+        """Go on to the body, whose ``content_length`` is 0 if it is chunked."""
         self.stage = Stage.BODY
-        self._content_left = content_length
+        self._remaining_content = content_length
 
     def begin_piece(self, piece: bytes) -> None:
-        """Count a piece that the parser gets next."""
+        """Count a piece before the parser gets it."""
         if self.stage is Stage.BODY:
-            self._framing += len(piece)
+            self._framing_size += len(piece)
 
     def add_content(self, size: int) -> None:
         """Count bytes of the piece as content."""
-        self.content += size
-        self._framing -= size
-        if self._content_left:
-            self._content_left -= size
+        self.content_size += size
+        self._framing_size -= size
+        if self._remaining_content:
+            self._remaining_content -= size
 
     def end_piece(self, piece: bytes) -> None:
-        """Note how a piece ended in which the request did not.
+        """Note the end of a piece in which the request did not end.
 
         Raises:
-            _Refused: There is too much framing, or it was not a head.
+            _Refusal: There is too much framing, or the piece was not a head.
         """
         if self.stage is Stage.BODY:
             self._tail = (self._tail + piece[-3:])[-3:]
-            if self._framing > MAX_FRAMING:
+            if self._framing_size > MAX_FRAMING:
                 raise _too_large(f"The body has over {MAX_FRAMING} bytes of chunk framing.")
         elif piece.strip(b"\r\n"):
             raise _bad_request("its head is not one")
 
 
 def _may_become_head(data: bytes, start: int, searched: int) -> bool:
-    """Whether an incomplete head looks like one, up to ``searched`` at least."""
+    """Whether an incomplete head looks like one; up to ``searched`` it did before."""
     line_ends = data.count(b"\r\n", max(start, searched - 1))
     if data.count(b"\n", searched) != line_ends:
         return False  # llhttp accepts no other line end than CRLF
@@ -200,8 +201,8 @@ def _may_become_head(data: bytes, start: int, searched: int) -> bool:
     return not head or b"A" <= head[:1] <= b"Z"
 
 
-class _Refused(Exception):
-    """A request that the application does not get to see."""
+class _Refusal(Exception):
+    """A request is refused before the application sees it."""
 
     def __init__(
         self, status: HTTPStatus, code: ErrorCode, message: str, limit: Limit | None = None
@@ -212,27 +213,27 @@ class _Refused(Exception):
         self.limit = limit
 
 
-class _Dropped(list[tuple[bytes, bytes]]):
-    """A list of header fields that keeps none of them."""
+class _NoFields(list[tuple[bytes, bytes]]):
+    """A list of header fields that drops all of them."""
 
     def append(self, _: tuple[bytes, bytes]) -> None:
         """Drop a field."""
 
 
-_DROPPED = _Dropped()
+_NO_FIELDS = _NoFields()
 
 
 class BoundedProtocol(HttpToolsProtocol):
     """One connection, which answers one request at a time.
 
-    Each request has one deadline as a whole, which only its last byte stops. While an answer is
-    being made there is none. A client that stops reading its answer is disconnected after as long.
-    A request that is answered before it is complete is the last one of its connection.
+    Each request has one deadline for all of it, which only its last byte stops. There is none while
+    an answer is being made. A client that stops reading its answer is disconnected after the same
+    time. A request that is answered before it is complete is the last one of its connection.
 
     Args:
         limits: Shared by all connections of the process.
-        place: This connection's.
-        arguments: uvicorn's.
+        place: This connection's place among them.
+        arguments: What uvicorn's own protocol takes.
     """
 
     def __init__(self, limits: ConnectionLimits, place: Place, **arguments: Any) -> None:
@@ -240,8 +241,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._limits = limits
         self._place = place
         place.close = self._make_way
-        # When to close the connection, if it still waits for its client then. Looking at this when
-        # the timer fires costs less than a new timer for each request.
+        # When to close the connection, if it still waits for its client then. Checking this when a
+        # timer fires costs less than a new timer for each request.
         self._expires = math.inf
         self._timer: asyncio.TimerHandle | None = None
         self._progress_timer: asyncio.TimerHandle | None = None
@@ -250,20 +251,20 @@ class BoundedProtocol(HttpToolsProtocol):
         self._has_made_way = False
         self._message = Message(Stage.HEAD)
         self._keeps_alive = False  # whether the connection is kept after this request
-        self._unparsed = b""  # an incomplete head, or what has arrived too early
+        self._unparsed = b""  # an incomplete head, or what follows the request being answered
         self._is_deferred = False  # until a later turn of the event loop
         self._has_paused_reading = False
         self._drops_input = False  # what else arrives is not answered
-        self._dropped = 0  # bytes
-        self._unread = 0  # bytes that the client has not read
-        self._read_at = 0.0  # when it last read some
-        self.headers = _DROPPED
+        self._dropped_size = 0
+        self._unread_size = 0  # of the answer, by the client
+        self._last_read = 0.0  # when the client last read some of it
+        self.headers = _NO_FIELDS
 
     # Called by the transport
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         """Accept the connection, or refuse it."""
-        # We hear at once, and not only beyond 64 KiB, that the client does not read.
+        # So that we hear at once, and not only beyond 64 KiB, that the client does not read.
         transport.set_write_buffer_limits(high=0)
         self._client_transport = ClientTransport(transport, self._is_receiving)
         super().connection_made(cast(asyncio.Transport, self._client_transport))
@@ -275,7 +276,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(_overloaded("Too many connections are open.", Limit.CONNECTIONS))
 
     def data_received(self, data: bytes) -> None:
-        """Parse a request, or keep what comes before the last one is answered."""
+        """Parse a request, or keep what arrives before the last one is answered."""
         if self._drops_input or self._client_transport.has_ended:
             self._drop(data)
             return
@@ -300,8 +301,8 @@ class BoundedProtocol(HttpToolsProtocol):
         """The client has not read everything: watch it."""
         super().pause_writing()
         self._place.wait(self.loop.time())
-        self._unread = self.transport.get_write_buffer_size()
-        self._read_at = self.loop.time()
+        self._unread_size = self.transport.get_write_buffer_size()
+        self._last_read = self.loop.time()
         self._watch_progress()
 
     def resume_writing(self) -> None:
@@ -319,12 +320,12 @@ class BoundedProtocol(HttpToolsProtocol):
         """Hand the request to the application, or refuse it.
 
         Raises:
-            _Refused: The application shall not see it.
+            _Refusal: The application must not see it.
         """
         if self._limits.is_stopping:
             raise _stopping()
         if self.cycle and not self.cycle.response_complete:
-            # This would be a bug, since a piece ends where a request ends.
+            # That would be a bug, since a piece ends where a request ends.
             raise _bad_request("it begins too early")
         version = self.parser.get_http_version()
         if version not in ("1.1", "1.0"):
@@ -338,12 +339,12 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_headers_complete()
         except (HttpParserError, ValueError):
             raise _bad_request("its target is not a URL") from None
-        self.cycle.__class__ = _Cycle  # uvicorn makes no other than its own
+        self.cycle.__class__ = _Cycle  # uvicorn can only make its own
         self._message.begin_body(content_length)
-        # Only a request that is complete when it is answered keeps its connection.
+        # Only a request that is complete when it is answered keeps its connection open.
         self._keeps_alive, self.cycle.keep_alive = self.cycle.keep_alive, False
-        # Of a trailer (RFC 9110 section 6.5) nothing is kept.
-        self.headers = _DROPPED
+        # The fields of a trailer (RFC 9110 section 6.5) are dropped.
+        self.headers = _NO_FIELDS
 
     def on_body(self, body: bytes) -> None:
         """Hand a part of the body to the application."""
@@ -406,7 +407,7 @@ class BoundedProtocol(HttpToolsProtocol):
     # Parsing
 
     def _parse(self) -> None:
-        """Feed the parser up to the end of one request, as far as there is time in this turn."""
+        """Feed the parser up to the end of one request, if there is time for that in this turn."""
         data, position = self._unparsed, 0
         is_answering = False
         try:
@@ -423,14 +424,14 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._feed(data[position:end])
                 position = end
                 is_answering = self._is_answering()
-        except _Refused as refused:
-            self._refuse(refused)
+        except _Refusal as refusal:
+            self._refuse(refusal)
             self._drop(data[position:])
             return
         self._unparsed = data[position:]
         if not is_answering:
             self._wait_for_client()
-        if self._unparsed or self._message.content or self._place.held:
+        if self._unparsed or self._message.content_size or self._place.held:
             self._hold()
 
     def _resume(self) -> None:
@@ -439,7 +440,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._parse()
 
     def _hold(self) -> None:
-        """Hold what is incomplete or unparsed; if it is much, read no more for now."""
+        """Hold what is incomplete or unparsed; if that is a lot, read no more for now."""
         if len(self._unparsed) > _MAX_UNPARSED:
             self._has_paused_reading = True
             self.transport.pause_reading()
@@ -450,7 +451,7 @@ class BoundedProtocol(HttpToolsProtocol):
         elif self._has_paused_reading:
             self._has_paused_reading = False
             self.transport.resume_reading()
-        held = self._message.content + len(self._unparsed)
+        held = self._message.content_size + len(self._unparsed)
         if not self._place.hold(held) and not self.transport.is_closing():
             if self._is_answering():
                 self._drop_input()
@@ -463,7 +464,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Feed the parser.
 
         Raises:
-            _Refused: It is not what it should be.
+            _Refusal: The request is not valid.
         """
         message = self._message
         message.begin_piece(piece)
@@ -475,7 +476,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._ignore_upgrade()
         except HttpParserError as error:
             reason = error.__context__  # of an error in one of our callbacks
-            if isinstance(reason, _Refused):
+            if isinstance(reason, _Refusal):
                 raise reason from None
             is_http2 = self.parser.get_method() == b"PRI"
             raise _bad_request("HTTP/2 is not supported" if is_http2 else str(error)) from None
@@ -483,10 +484,13 @@ class BoundedProtocol(HttpToolsProtocol):
             message.end_piece(piece)
 
     def _read_fields(self, *, is_http_1_1: bool) -> int:
-        """Return the announced length of the body: 0 if there is none, or none is announced.
+        """Check the fields that say how to read the request.
+
+        Returns:
+            The announced length of the body; 0 if none is announced.
 
         Raises:
-            _Refused: Fields are missing, or not what they should be.
+            _Refusal: One of them is missing or not valid.
         """
         fields = self.headers
         names = [name for name, _ in fields]
@@ -509,14 +513,14 @@ class BoundedProtocol(HttpToolsProtocol):
         """Read a target that is not a path (RFC 9112 section 3.2).
 
         Raises:
-            _Refused: It is not for us.
+            _Refusal: The target is not one of ours.
         """
         if self.url == b"*" and self.parser.get_method() == b"OPTIONS":
             self.url = b"/"
         elif absolute := _ABSOLUTE_TARGET.fullmatch(self.url):
             host, path = absolute.groups()
             self.url = path if path and path.startswith(b"/") else b"/" + (path or b"")
-            # Which stands in place of what the Host field says.
+            # That host replaces the one in the Host field.
             self.headers[:] = [
                 (name, host if name == b"host" else value) for name, value in self.headers
             ]
@@ -528,8 +532,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def _ignore_upgrade(self) -> None:
         """Parse the rest of a request as if it had no Upgrade field (RFC 9110 section 7.8).
 
-        Behind a head with such a field, the parser expects another protocol. So a new parser gets
-        the rest, behind a head with only the fields that say how long the body is.
+        After a head with such a field, the parser expects another protocol. So a new parser gets
+        the rest, after a head with only the fields that say how long the body is.
         """
         framing = [
             b"%b: %b\r\n" % field
@@ -539,12 +543,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self.parser = HttpRequestParser(_BodyCallbacks(self))
         self.parser.feed_data(b"".join([b"POST / HTTP/1.1\r\n", *framing, b"\r\n"]))
 
-    def _refuse(self, refused: _Refused) -> None:
+    def _refuse(self, refusal: _Refusal) -> None:
         """Answer without the application, and close."""
-        self._limits.metrics.count("errors", refused.code)
-        self._limits.record_refusal(self._place.address, refused.code, refused.limit)
-        status = refused.status
-        error = {"detail": {"code": refused.code, "message": str(refused)}}
+        self._limits.metrics.count("errors", refusal.code)
+        self._limits.record_refusal(self._place.address, refusal.code, refusal.limit)
+        status = refusal.status
+        error = {"detail": {"code": refusal.code, "message": str(refusal)}}
         body = json.dumps(error, separators=(",", ":"))
         head = [
             f"HTTP/1.1 {status} {status.phrase}",
@@ -555,7 +559,8 @@ class BoundedProtocol(HttpToolsProtocol):
         ]
         if status == HTTPStatus.SERVICE_UNAVAILABLE:
             head.append(f"retry-after: {_RETRY_AFTER}")
-        # A request that was answered early gets no second answer, which would be the next one's.
+        # A request that was answered early gets no second answer: it would be taken for that to the
+        # next request.
         if self._message.stage is not Stage.BODY or not self.cycle.response_started:
             self.transport.write("\r\n".join([*head, "", body]).encode())
         self.transport.close()
@@ -569,7 +574,7 @@ class BoundedProtocol(HttpToolsProtocol):
         return bool(has_begun or self._drops_input) and not self._limits.is_stopping
 
     def _drop_input(self) -> None:
-        """Answer no more than the present request, and drop what is behind it."""
+        """Answer no more than the present request, and drop what follows it."""
         self._drops_input = True
         self.cycle.keep_alive = False
         self._drop(self._unparsed)
@@ -580,15 +585,15 @@ class BoundedProtocol(HttpToolsProtocol):
     def _drop(self, data: bytes) -> None:
         self._unparsed = b""
         self._place.hold(0)
-        self._dropped += len(data)
-        if self._dropped > _MAX_DROPPED:
+        self._dropped_size += len(data)
+        if self._dropped_size > _MAX_DROPPED:
             self.transport.abort()
 
     def _watch_departure(self) -> None:
-        """Look whether a client has left that we do not read from.
+        """Disconnect a client that has left while we do not read from it.
 
-        What it has sent first hides that it has left. Where that is too much even for the kernel's
-        buffer, which would hide it for good, it is dropped.
+        That it has left shows only after all that it has sent before. Where this fills the kernel's
+        buffer, it would never show, so the input is read and dropped.
         """
         self._departure_timer = None
         if not self._has_paused_reading or self.transport.is_closing():
@@ -612,7 +617,7 @@ class BoundedProtocol(HttpToolsProtocol):
         return cycle is not None and not cycle.response_complete and not cycle.more_body
 
     def _wait_for_client(self) -> None:
-        """Limit the time until the rest of a request, or the next one, is here."""
+        """Limit the time until the rest of a request, or the next one, has arrived."""
         now = self.loop.time()
         self._place.wait(now)
         if self._expires == math.inf:
@@ -629,9 +634,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._timer = None
         if self._expires == math.inf:
             return
-        left = self._expires - self.loop.time()
-        if left > 0:
-            self._timer = self.loop.call_later(left, self._close_if_expired)
+        remaining = self._expires - self.loop.time()
+        if remaining > 0:
+            self._timer = self.loop.call_later(remaining, self._close_if_expired)
         else:
             if self._message.stage is not Stage.NOTHING and not self.transport.is_closing():
                 self._limits.metrics.count("receive_deadlines")
@@ -654,12 +659,12 @@ class BoundedProtocol(HttpToolsProtocol):
         """Disconnect a client that has read nothing for too long."""
         now = self.loop.time()
         unread = self.transport.get_write_buffer_size()
-        if unread < self._unread:
-            self._unread, self._read_at = unread, now
-        left = self._read_at + self._limits.deadline - now
-        if left > 0:
+        if unread < self._unread_size:
+            self._unread_size, self._last_read = unread, now
+        remaining = self._last_read + self._limits.deadline - now
+        if remaining > 0:
             self._progress_timer = self.loop.call_later(
-                min(left, _PROGRESS_INTERVAL), self._watch_progress
+                min(remaining, _PROGRESS_INTERVAL), self._watch_progress
             )
         else:
             self.transport.abort()
@@ -669,32 +674,32 @@ def _nothing() -> bool:
     return False
 
 
-def _overloaded(message: str, limit: Limit | None = None) -> _Refused:
-    return _Refused(HTTPStatus.SERVICE_UNAVAILABLE, ErrorCode.OVERLOADED, message, limit)
+def _overloaded(message: str, limit: Limit | None = None) -> _Refusal:
+    return _Refusal(HTTPStatus.SERVICE_UNAVAILABLE, ErrorCode.OVERLOADED, message, limit)
 
 
-def _stopping() -> _Refused:
+def _stopping() -> _Refusal:
     return _overloaded("The service is stopping.")
 
 
-def _too_large(message: str) -> _Refused:
-    return _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, ErrorCode.REQUEST_TOO_LARGE, message)
+def _too_large(message: str) -> _Refusal:
+    return _Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, ErrorCode.REQUEST_TOO_LARGE, message)
 
 
-def _bad_request(reason: str) -> _Refused:
+def _bad_request(reason: str) -> _Refusal:
     message = f"This is not a valid HTTP/1.1 request: {reason}."
-    return _Refused(HTTPStatus.BAD_REQUEST, ErrorCode.INVALID_REQUEST, message)
+    return _Refusal(HTTPStatus.BAD_REQUEST, ErrorCode.INVALID_REQUEST, message)
 
 
 class _BodyCallbacks:
-    """What a parser calls that shall see nothing but the body of a request."""
+    """The callbacks of a parser that sees only the body of a request."""
 
     def __init__(self, connection: BoundedProtocol) -> None:
         self._connection = connection
         self.on_body = connection.on_body
 
     def on_message_complete(self) -> None:
-        """Complete the request, and leave the next one to a parser that sees all of it."""
+        """Complete the request, and leave the next one to a parser that sees whole requests."""
         self._connection.on_message_complete()
         self._connection.parser = HttpRequestParser(self._connection)
 
@@ -702,11 +707,11 @@ class _BodyCallbacks:
 class _Cycle(RequestResponseCycle):
     """A request and its answer, whose head is sent together with the body.
 
-    uvicorn checks and writes each field of a head anew, and sends the head alone: a quarter of the
-    instructions that ``/health`` takes, a system call and a packet more (measured).
+    uvicorn checks and formats every field of each head, and sends the head on its own: that takes a
+    quarter of the instructions of ``/health``, one more system call and one more packet (measured).
     """
 
-    _start: Any = None  # the first part of the answer, until the next one is there
+    _start: Any = None  # the first part of the answer, held back until the next one
 
     async def send(self, message: Any) -> None:
         """Send a part of the answer."""
@@ -719,7 +724,7 @@ class _Cycle(RequestResponseCycle):
             await super().send(message)
 
     def _send_together(self, start: Any, message: Any) -> bool:
-        """Send an answer of two parts; return whether it is one that needs nothing of uvicorn."""
+        """Send an answer of two parts, unless only uvicorn can; return whether it was sent."""
         if self.disconnected or self.flow.write_paused or self.access_log:
             return False
         fields = (*self.default_headers, *map(tuple, start.get("headers", ())))
@@ -744,10 +749,10 @@ class _Cycle(RequestResponseCycle):
 
 @functools.lru_cache(maxsize=256)
 def _plain_head(status: int, fields: Sequence[tuple[bytes, bytes]]) -> tuple[bytes, int]:
-    """Return a head without the empty line, and the length of the body behind it.
+    """Return a head without its empty line, and the length of the body that follows.
 
-    Empty where the fields are not valid, or say nothing of the length, or something of the
-    connection: what that means, uvicorn knows.
+    The head is empty where uvicorn has to decide: a field is not valid, the length is missing, or a
+    field is about the connection.
     """
     lines = [STATUS_LINE[status]]
     lengths = []
@@ -764,16 +769,16 @@ def _plain_head(status: int, fields: Sequence[tuple[bytes, bytes]]) -> tuple[byt
 
 
 class ClientTransport:
-    """A transport that leaves it to the client to close first, where that may still be sending.
+    """A transport that lets a client close first that may still be sending.
 
-    To close first would reset the connection, and could lose the answer.
+    If we closed first, that would reset the connection, and could lose the answer.
 
     Args:
-        transport: What it sends through.
+        transport: The transport to the client.
         is_receiving: Whether the client may still be sending.
 
     Attributes:
-        has_ended: Whether it is only the client that may still be sending.
+        has_ended: Whether we have sent all, and only the client may still be sending.
     """
 
     def __init__(
@@ -791,17 +796,17 @@ class ClientTransport:
         return self.has_ended or self._transport.is_closing()
 
     def write(self, data: bytes) -> None:
-        """Send something."""
+        """Send data."""
         if not self.is_closing():
             self._transport.write(data)
 
     def writelines(self, parts: Sequence[bytes]) -> None:
-        """Send several parts, none of which is copied."""
+        """Send several parts without copying them."""
         if not self.is_closing():
             self._transport.writelines(parts)
 
     def close(self) -> None:
-        """Send what is written, and close, now or when the client does."""
+        """Send what has been written, and close: now, or when the client does."""
         if not self.is_receiving():
             self.close_now()
         elif not self.is_closing():
@@ -809,5 +814,5 @@ class ClientTransport:
             self._transport.write_eof()
 
     def close_now(self) -> None:
-        """Send what is written, and close."""
+        """Send what has been written, and close."""
         self._transport.close()
