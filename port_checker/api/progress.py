@@ -65,6 +65,7 @@ class ProgressResponse(Response):
         finally:
             if check.cancel():  # this task was cancelled
                 await asyncio.wait([check])
+            del check  # it has the error, whose traceback leads back here
         await self._send(send, more=False)
 
     def _add_line(self, port: int, verdict: Verdict) -> None:
@@ -85,6 +86,8 @@ class ProgressResponse(Response):
             if not isinstance(error, ServiceError):
                 logger.exception("A check was ended by a bug")
             last = bytes((await self._answer(self._request, error)).body)
+        finally:
+            del check
         self._unsent += last + b"\n"
 
     async def _send(self, send: Send, *, more: bool) -> None:

@@ -331,8 +331,9 @@ class _PlainRoute(APIRoute):
         """Return what answers a request: it raises what ``_Shortcut`` has met."""
 
         async def handle(request: Request) -> Response:
-            if error := request.scope.pop(_ERROR, None):
-                raise error
+            if _ERROR in request.scope:
+                # Not by a name, which would lead from its traceback to itself.
+                raise request.scope.pop(_ERROR)
             return cast(Response, await self.endpoint(request))
 
         return handle
