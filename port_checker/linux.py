@@ -452,11 +452,11 @@ def _dump(kind: int, question: bytes, protocol: int = 0) -> Iterator[bytes]:
             start = 0
             while start < len(answer):
                 size, answer_kind = struct.unpack_from("=IH", answer, start)
-                if answer_kind == _NLMSG_DONE:
-                    return
-                if answer_kind == _NLMSG_ERROR:
+                if answer_kind in (_NLMSG_DONE, _NLMSG_ERROR):  # either may bring an error
                     (error,) = struct.unpack_from("=i", answer, start + 16)
-                    raise OSError(-error, os.strerror(-error))
+                    if error:
+                        raise OSError(-error, os.strerror(-error))
+                    return
                 yield answer[start + 16 : start + size]
                 start += _aligned(size)
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+import struct
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from ipaddress import ip_address
 import pytest
 
 from port_checker.addresses import Address
-from port_checker.linux import TcpState, tcp_sockets
+from port_checker.linux import TcpState, _dump, tcp_sockets
 from port_checker.provider.listeners import Listeners
 from tests.support.loopback import (
     family_of,
@@ -109,6 +110,14 @@ def test_a_handshake_that_does_not_end_is_half_open(host: str) -> None:
             client.sendall(b"data")
             listener.accept()[0].close()
             assert not tcp_sockets({port}, TcpState.SYN_RECV)
+
+
+def test_a_kernel_that_does_not_tell_of_sockets_is_not_one_that_has_none() -> None:
+    """One without tcp_diag says so at the end of a list, as each does for a protocol like this."""
+    protocol = 253  # for experiments (RFC 3692)
+    question = struct.pack("=BBxxI48x", socket.AF_INET, protocol, 0x1FFF)
+    with pytest.raises(FileNotFoundError):
+        list(_dump(20, question, 4))  # SOCK_DIAG_BY_FAMILY, NETLINK_SOCK_DIAG
 
 
 KEEP_BACK = (
