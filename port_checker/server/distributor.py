@@ -86,6 +86,7 @@ class ReceivedConnections(socket.socket):
             EOFError: There will be none.
             OSError: The connection is lost.
         """
+        os.close(os.dup(self.fileno()))  # without a descriptor, the next one stays in the channel
         data, descriptors, _, _ = socket.recv_fds(self, 1, 1)
         if not data:
             raise EOFError

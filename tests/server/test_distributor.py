@@ -1,6 +1,7 @@
 """Connections of several workers: which one gets the next."""
 
 import asyncio
+import resource
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -128,6 +129,22 @@ def test_a_worker_receives_what_was_sent_and_then_hears_that_there_is_no_more() 
     with distributed(20, worker) as distributor:
         distributor.close(worker.channel)
         assert asyncio.run(serve(worker.connections)) == 20
+
+
+def test_a_connection_waits_for_a_worker_that_has_no_descriptor_for_it() -> None:
+    worker = Worker()
+    connection, other = socket.socketpair()
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with worker.connections, connection, other:
+        assert worker.channel.send(connection)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                worker.connections.accept()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        worker.channel.close()
+        assert worker.receive() == 1
 
 
 def test_a_connection_that_a_worker_has_no_descriptor_for_is_an_error_of_the_system() -> None:
