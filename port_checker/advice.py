@@ -311,7 +311,7 @@ TEMPORARY_ADDRESS = (
 )
 SERVERS_DISAGREE = "{url} cannot reach {ports} at {ip} ({error}), though another server can."
 CONNECTION_LIMIT = (
-    "{retried} of the ports answered only when a few were asked for at a time: a firewall or "
+    "{count} of the ports answered only when a few were asked for at a time: a firewall or "
     "router limits how many new connections it lets in per second (OpenWrt: SYN-flood "
     "protection). Raise that limit."
 )

@@ -376,7 +376,7 @@ def _prepare(
 def _status(reports: "Sequence[Report]", every_server: bool) -> int:
     """Return the exit status that reports make."""
     ports = [port for report in reports for port in report.ports]
-    if not any(server.asked for report in reports for server in report.servers):
+    if not any(report.is_checked for report in reports):
         could_listen = any(port.local in ("bound", "in use") for port in ports)
         return _NO_SERVER if could_listen or not ports else _SOME_UNREACHABLE
     verdicts = [verdict for port in ports for verdict in port.answers.values()]

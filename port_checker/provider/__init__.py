@@ -6,16 +6,16 @@ As a library::
     for port in report.ports:
         print(port.port, port.reachable, port.advice)
 
-How a check goes, and where each part of it is. ``verify`` has the flow, and nothing else knows all:
+How a check goes, and where each part of it is. Only ``verify`` knows the whole flow:
 
 1. Listen on the ports (``listeners``) and at the interfaces (``evidence``, where this process may).
 2. Ask the servers (``remote``) for this machine's address, and then about the ports.
-3. Find out whose the connections are that came (``origin``): only those of the servers count.
-4. Ask again what is unclear (``second_look``): is the server banned, are connections limited, are
-   forwards crossed? These phases, for the ports that are listened on, are in ``phases``.
-5. Judge each port by what was seen here and said there (``report``), for the place where this
-   machine is (``place``), and say what is true of all of them (``notes``).
-6. Show it (``lines``, or ``screen`` on a terminal), or how it changes (``watch``).
+3. Find out which connections came from the servers (``origin``): only those count.
+4. Ask again about what is unclear (``second_look``): is the server banned, are connections limited,
+   are forwards crossed? The phases while the listeners are open are in ``phases``.
+5. Judge each port by what was seen here and what the servers say (``report``), given where this
+   machine is (``place``), and say what is true of all ports (``notes``).
+6. Show the report (``lines``, or ``screen`` on a terminal), or how it changes (``watch``).
 """
 
 from port_checker.connect import Verdict

@@ -1,4 +1,4 @@
-"""The result for a TLS endpoint, and the advice that follows from what servers say of it."""
+"""The result for a TLS endpoint, and the advice that follows from what servers say about it."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,12 @@ async def check_tls(contacts: Sequence[Contact], pair: PortPair) -> TlsReport:
     """Have each server check the certificate at one port."""
     answers: dict[str, TlsAnswer] = {}
     reasons = [f"{contact.url} {contact.error}" for contact in contacts if contact.error]
-    able = [(c, c.address) for c in contacts if c.address and not c.error]
+    able = {c: c.address for c in contacts if c.address and not c.error}
     results = await asyncio.gather(
-        *(contact.server.check_tls(address, pair.outer) for contact, address in able),
+        *(contact.server.check_tls(address, pair.outer) for contact, address in able.items()),
         return_exceptions=True,
     )
-    for (contact, _), result in zip(able, results, strict=True):
+    for contact, result in zip(able, results, strict=True):
         if isinstance(result, TlsAnswer):
             answers[contact.url] = result
         elif isinstance(result, ServerError):
@@ -53,27 +53,27 @@ def judge_tls(
     Args:
         ports: Its port, outside and here.
         answers: What the servers say, by URL.
-        reason: Why those that say nothing do not.
+        reason: Why the other servers say nothing.
         is_listened_on: Whether a program of this machine listens on the port.
         own_address: Whether the address that was checked is one of this machine's.
         ip: The address that was checked.
     """
-    wrong = [answer for answer in answers.values() if not answer.valid]
-    said = next(iter(wrong or answers.values()), None)
-    if not said:
+    invalid = [answer for answer in answers.values() if not answer.valid]
+    answer = next(iter(invalid or answers.values()), None)
+    if not answer:
         advice: str | None = advice_for.sentence(advice_for.TLS_NOT_CHECKED.format(reason=reason))
-    elif said.valid:
+    elif answer.valid:
         advice = None
     else:
-        advice = _advise(said.kind, is_listened_on).format(
+        advice = _advise(answer.kind, is_listened_on).format(
             ip=ip, port=ports.inner, and_router="" if own_address else advice_for.AND_ROUTER
         )
     return TlsReport(
         port=ports.outer,
         inner=ports.inner,
-        valid=bool(said and said.valid),
-        error=said.error if said else None,
-        not_after=said.not_after if said else None,
+        valid=bool(answer and answer.valid),
+        error=answer.error if answer else None,
+        not_after=answer.not_after if answer else None,
         advice=advice,
         answers=dict(answers),
     )

@@ -1,6 +1,6 @@
 """A report in words: plain lines, and the rows and sentences that ``screen`` shows as well.
 
-Without the library for terminals, which takes 0.1 s of CPU to load (measured).
+It does without the library for terminals, which takes 0.1 s of CPU to load (measured).
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,7 +21,7 @@ NOT_FROM = "; not from "
 
 @dataclass(frozen=True)
 class Row:
-    """Ports with the same result, in words; without advice nothing is wrong with them."""
+    """Ports with the same result, in words; without advice, nothing is wrong with them."""
 
     ports: str
     local: str
@@ -38,7 +38,7 @@ def lines(report: Report) -> Iterator[str]:
 
 
 def rows(report: Report) -> list[Row]:
-    """Return the rows of a report, what is bad first."""
+    """Return the rows of a report, those with trouble first."""
     found = [*_port_rows(report.ports), *map(_tls_row, report.tls)]
     return sorted(found, key=lambda row: not row.advice)
 
@@ -47,9 +47,9 @@ def _port_rows(ports: Iterable[PortReport]) -> Iterator[Row]:
     groups: dict[tuple[str, str], tuple[list[PortPair], list[str]]] = {}
     for port in ports:
         outside = _outside(port)
-        # What has one cause shares a row, whatever its words from outside.
+        # Ports with the same advice share a row, even if they look different from outside.
         pairs, outsides = groups.setdefault((port.local, port.advice or outside), ([], []))
-        pairs.append(PortPair(port.port, port.inner))
+        pairs.append(port.pair)
         if outside not in outsides:
             outsides.append(outside)
     for (local, advice), (pairs, outsides) in groups.items():
@@ -60,13 +60,14 @@ def _port_rows(ports: Iterable[PortReport]) -> Iterator[Row]:
 def _tls_row(endpoint: TlsReport) -> Row:
     outside = _certificate(endpoint.valid, endpoint.error, endpoint.not_after)
     if len({answer.error for answer in endpoint.answers.values()}) > 1:
-        said = endpoint.answers.items()
-        answers = [f"{url}: {_certificate(a.valid, a.error, a.not_after)}" for url, a in said]
+        answers = [
+            f"{url}: {_certificate(answer.valid, answer.error, answer.not_after)}"
+            for url, answer in endpoint.answers.items()
+        ]
         outside += f" ({', '.join(answers)})"
     places = {name: e for a in endpoint.answers.values() for name, e in a.places.items()}
     outside += _from_places(places, good=endpoint.valid, word="valid")
-    ports = port_ranges([PortPair(endpoint.port, endpoint.inner)])
-    return Row(ports, "TLS", outside, endpoint.advice or "")
+    return Row(port_ranges([endpoint.pair]), "TLS", outside, endpoint.advice or "")
 
 
 def _certificate(valid: bool, error: str | None, not_after: str | None) -> str:
@@ -85,14 +86,14 @@ def _outside(port: PortReport) -> str:
     else:
         outside = port.error or "answered by another machine"
     if len({verdict.accessible for verdict in port.answers.values()}) > 1:
-        answers = [f"{url}: {said.error or 'accessible'}" for url, said in port.answers.items()]
+        answers = [f"{url}: {v.error or 'accessible'}" for url, v in port.answers.items()]
         outside += f" ({', '.join(answers)})"
-    places = {name: said.error for at in port.places.values() for name, said in at.items()}
+    places = {name: v.error for verdicts in port.places.values() for name, v in verdicts.items()}
     return outside + _from_places(places, good=port.reachable, word="reachable")
 
 
 def _from_places(errors: Mapping[str, str | None], *, good: bool, word: str) -> str:
-    """Say from which places it is otherwise than the verdict says."""
+    """Name the places whose results differ from the verdict."""
     if not good:
         others = [name for name, error in errors.items() if not error]
         return f"; {word} from {', '.join(others)}" if others else ""
@@ -104,9 +105,9 @@ def _from_places(errors: Mapping[str, str | None], *, good: bool, word: str) -> 
 
 
 def is_unchecked(report: Report) -> bool:
-    """Whether no server checked anything, and that is all there is to say."""
-    is_checked = any(server.asked for server in report.servers)
-    return not is_checked and all(port.local in ("bound", "in use") for port in report.ports)
+    """Whether there is nothing to say but that no server checked anything."""
+    could_listen = all(port.local in ("bound", "in use") for port in report.ports)
+    return could_listen and not report.is_checked
 
 
 def notes(report: Report, *, show_reason: bool) -> Iterator[str]:
@@ -114,7 +115,7 @@ def notes(report: Report, *, show_reason: bool) -> Iterator[str]:
 
     Args:
         report: The report.
-        show_reason: Whether to say why no port was checked, which their rows say otherwise.
+        show_reason: Whether to say why no port was checked. If not, the rows of the ports say it.
     """
     in_rows = not show_reason and any(not port.answers for port in report.ports)
     for server in report.servers:

@@ -12,7 +12,7 @@ from port_checker.provider.place import Share, is_shared, place_of
 from port_checker.provider.report import PortPair, PortReport, port_ranges
 
 _PRIVILEGED = 1024  # ports below are well-known ones
-# What rows say of ports at which nothing arrived.
+# The advice on ports at which nothing arrived.
 _LOST = {*advice.NOTHING_GOT_THROUGH, advice.NETWORK_FIREWALL, advice.IN_CLOUD}
 
 
@@ -21,16 +21,16 @@ class Findings:
     """What was found out besides the results of each port.
 
     Attributes:
-        retried: How many ports answered only when a few were asked for at a time.
-        banned: The servers that seem to be banned as scanners, and how many of their connections
-            got through before.
-        moved: The address before and after, where it changed during the check.
-        share: The customer's part of an address that is shared by ports.
+        reached_in_groups: How many ports answered only when a few were asked for at a time.
+        banned: How many connections of each server got through before it was banned as a scanner,
+            as it seems; by URL.
+        moved: The address before and after, if it changed during the check.
+        share: The customer's part of an address whose ports are shared out.
         loops_back: This machine's public address, and whether the router loops it back; None if
-            nobody knows.
+            that is unknown.
     """
 
-    retried: int = 0
+    reached_in_groups: int = 0
     banned: Mapping[str, int] = field(default_factory=dict)
     moved: tuple[Address, Address] | None = None
     share: Share | None = None
@@ -45,7 +45,7 @@ def notes(
     Args:
         contacts: The servers.
         ports: The results.
-        found: What was found out besides.
+        found: What else was found out.
     """
     for contact in contacts:
         yield from _notes_on_server(contact)
@@ -61,18 +61,18 @@ def notes(
     else:
         yield from _notes_on_address(contacts, ports, found)
     yield from _low_ports(ports)
-    if found.retried:
-        yield advice.CONNECTION_LIMIT.format(retried=found.retried)
+    if found.reached_in_groups:
+        yield advice.CONNECTION_LIMIT.format(count=found.reached_in_groups)
     for url, reached in found.banned.items():
         contact = next(contact for contact in contacts if contact.url == url)
         peer = next(iter(contact.peers), contact.remote)
         yield advice.SERVER_BANNED.format(url=url, reached=reached, peer=peer)
-    wrong = [PortPair(port.port, port.arrives_at) for port in ports if port.arrives_at]
-    if wrong:
+    crossed = [PortPair(port.port, port.arrives_at) for port in ports if port.arrives_at]
+    if crossed:
         yield advice.FORWARDS_CROSSED.format(
-            outer=port_ranges(PortPair(pair.outer, pair.outer) for pair in wrong),
-            inner=port_ranges({PortPair(pair.inner, pair.inner) for pair in wrong}),
-            pairs=port_ranges(wrong),
+            outer=port_ranges(PortPair(pair.outer, pair.outer) for pair in crossed),
+            inner=port_ranges({PortPair(pair.inner, pair.inner) for pair in crossed}),
+            pairs=port_ranges(crossed),
         )
     taken = {port.inner for port in ports if port.local == "outgoing connection"}
     if taken & set(ephemeral_ports()):
@@ -94,7 +94,7 @@ def _notes_on_server(contact: Contact) -> Iterator[str]:
 
 
 def _temporary_addresses(contacts: Sequence[Contact]) -> Iterator[str]:
-    """Name an address that this machine will not keep, and the one that it keeps."""
+    """Name a checked address that this machine will give up, and those that it keeps."""
     own = own_addresses()
     checked = {contact.address for contact in contacts}
     for found in own:
@@ -109,13 +109,13 @@ def _temporary_addresses(contacts: Sequence[Contact]) -> Iterator[str]:
 
 
 def _disagreements(ports: Sequence[PortReport], addresses: dict[str, str]) -> Iterator[str]:
-    """Say of each server what it cannot reach, and another can."""
+    """Name the ports that one server cannot reach and another can."""
     unreached: defaultdict[tuple[str, str | None], list[PortPair]] = defaultdict(list)
     for port in ports:
         if any(verdict.accessible for verdict in port.answers.values()):
             for url, verdict in port.answers.items():
                 if not verdict.accessible:
-                    unreached[url, verdict.error].append(PortPair(port.port, port.inner))
+                    unreached[url, verdict.error].append(port.pair)
     for (url, error), pairs in unreached.items():
         yield advice.SERVERS_DISAGREE.format(
             url=url, ports=port_ranges(pairs), ip=addresses.get(url), error=error
@@ -123,8 +123,8 @@ def _disagreements(ports: Sequence[PortReport], addresses: dict[str, str]) -> It
 
 
 def _low_ports(ports: Sequence[PortReport]) -> Iterator[str]:
-    """Name well-known ports, where they are all that does not get through."""
-    lost = [PortPair(port.port, port.inner) for port in ports if port.advice in _LOST]
+    """Name well-known ports, if nothing but they was lost."""
+    lost = [port.pair for port in ports if port.advice in _LOST]
     if lost and any(port.reachable for port in ports) and max(lost).outer < _PRIVILEGED:
         yield advice.LOW_PORTS_BLOCKED.format(ports=port_ranges(lost))
 
@@ -132,19 +132,19 @@ def _low_ports(ports: Sequence[PortReport]) -> Iterator[str]:
 def _notes_on_address(
     contacts: Sequence[Contact], ports: Sequence[PortReport], found: Findings
 ) -> Iterator[str]:
-    """Tell what the router does with the address, or who else has it."""
+    """Say what the router does with the address, or who else has it."""
     contact = next((contact for contact in contacts if contact.address), None)
     if found.loops_back:
         own, comes_back = found.loops_back
         yield (advice.LOOPED_BACK if comes_back else advice.NOT_LOOPED_BACK).format(ip=own)
     if contact and found.share:
         note = advice.PORTS_SHARED if found.share.certain else advice.PORTS_PERHAPS_SHARED
-        reached = port_ranges(PortPair(p.port, p.inner) for p in ports if p.reachable)
+        reached = port_ranges(port.pair for port in ports if port.reachable)
         yield note.format(ports=reached, size=found.share.size, ip=contact.address)
-    answered = [port for port in ports if port.answers]
-    if not contact or not contact.address or not answered:
+    kinds_of_advice = {port.advice for port in ports if port.answers}
+    if not contact or not contact.address or not kinds_of_advice:
         return
-    if not {port.advice for port in answered} <= advice.NOTHING_GOT_THROUGH:
+    if not kinds_of_advice <= advice.NOTHING_GOT_THROUGH:
         return
     address = contact.address
     if address.version == 6 or not address.is_global or is_own(address):

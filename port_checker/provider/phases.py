@@ -1,13 +1,13 @@
-"""The phases of a check, for some of the ports, while listeners stand on them.
+"""The phases of a check of some ports, while listeners are open on them.
 
-Ask; find out which connections are the servers'; ask again what is unclear; judge.
+Ask; find out which connections are the servers'; ask again about what is unclear; judge.
 """
 
 import asyncio
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from ipaddress import IPv4Address
 
 from port_checker.addresses import Address
@@ -19,6 +19,7 @@ from port_checker.provider.origin import Contact, Nearness, Witness, by_peer, is
 from port_checker.provider.place import loops_back, place_of
 from port_checker.provider.remote import Answers, Waits
 from port_checker.provider.report import (
+    LocalBinding,
     Observation,
     Place,
     PortPair,
@@ -34,20 +35,20 @@ from port_checker.provider.second_look import (
     trace_forwards,
 )
 
-# What leads to containers of this machine.
+# Kinds of interfaces that lead to containers of this machine.
 _CONTAINER_KINDS = ("bridge", "veth")
-# So many ports must have been tried from one unknown address before it may be a server that could
+# Ports that an unknown address must have tried, at least, to be taken for a server that could
 # connect to none.
 _MIN_TRIED = 3
 
 
 @dataclass(frozen=True)
 class Phases:
-    """The phases for some of the ports, while listeners stand on them.
+    """The phases of a check of some ports, while listeners are open on them.
 
     Attributes:
         pairs: The ports.
-        witness: What sees who comes to them.
+        witness: What sees who connects to them.
         start: The moment before anything was asked about them.
         family: 4 or 6.
         waits: How long to wait.
@@ -62,12 +63,10 @@ class Phases:
     on_progress: Callable[[str], None]
 
     async def ask(self, contacts: Sequence[Contact]) -> tuple[list[Contact], Mapping[str, Answers]]:
-        """Ask each server; return what is known of them now, and their answers by URL."""
-        pairs = [
-            p for p in self.pairs if self.witness.listeners.local[p.inner] in ("bound", "in use")
-        ]
-        # In random order: a limit on new connections, or a ban, lets in what comes first, so that
-        # what it drops is scattered, unlike a range that a firewall closes.
+        """Ask each server; return what is now known of them, and their answers by URL."""
+        pairs = self._pairs_that_are("bound", "in use")
+        # In random order: a limit on new connections, or a ban, lets in the first connections. So
+        # the ports that it drops are scattered, unlike a range that a firewall closes.
         ports = [pair.outer for pair in random.sample(pairs, len(pairs))]
         answers = await asyncio.gather(
             *(contact.ask(ports, partial(self._is_connecting, contact)) for contact in contacts)
@@ -84,74 +83,68 @@ class Phases:
 
     async def identify(self, contact: Contact, answers: Answers) -> Contact:
         """Find the addresses from which a server connects, where they are not known yet."""
-        local = self.witness.listeners.local
-        watched = ("bound", "in use") if self.witness.capture else ("bound",)
-        pairs = [pair for pair in self.pairs if local[pair.inner] in watched]
+        pairs = self._pairs_that_are("bound")
+        if self.witness.capture:  # which sees who connects to other programs
+            pairs += self._pairs_that_are("in use")
         reached = [pair for pair in pairs if pair.outer in answers.reached]
         seen = self.witness.seen(self.start)
-        tried = self.seen([contact], seen)
-        asked = reached or [pair for pair in pairs if pair.outer in answers.verdicts]
-        unclear = {pair.inner for pair in asked} - tried
-        strangers = by_peer({port: seen[port] for port in unclear & seen.keys()})
-        if not reached:  # what connected to none may still have tried all
-            enough = max(_MIN_TRIED, len(asked) / 2)
-            strangers = {p: ports for p, ports in strangers.items() if len(ports) >= enough}
-        if all(map(is_own, strangers)) or (tried and not reached):
+        seen_from_it = self.seen([contact], seen)
+        to_ask = reached or [pair for pair in pairs if pair.outer in answers.verdicts]
+        unclear = {pair.inner for pair in to_ask} - seen_from_it
+        candidates = by_peer({port: seen[port] for port in unclear & seen.keys()})
+        if not reached:  # a server that reached none may still have tried all
+            enough = max(_MIN_TRIED, len(to_ask) / 2)
+            candidates = {p: ports for p, ports in candidates.items() if len(ports) >= enough}
+        if all(map(is_own, candidates)) or (seen_from_it and not reached):
             return contact
         self.on_progress(f"looking from where {contact.url} connects")
-        learnt = await learn_peers(contact, asked, strangers, self.witness, self.waits)
-        others = contact.strangers | (strangers.keys() - learnt)
-        return replace(contact, peers=contact.peers | learnt, strangers=others)
+        peers = await learn_peers(contact, to_ask, candidates, self.witness, self.waits)
+        strangers = contact.strangers | (candidates.keys() - peers)
+        return replace(contact, peers=contact.peers | peers, strangers=strangers)
 
     async def ask_in_groups(
         self, contacts: Sequence[Contact], answers: Mapping[str, Answers]
     ) -> tuple[Mapping[str, Answers], int, dict[str, int]]:
-        """Ask again in small groups where a limit on new connections shows, or a ban.
+        """Ask again in small groups where connections seem to be limited, or a server banned.
 
         Returns:
-            The answers with the new ones; how many ports got through only then; and, for each
+            The answers with the new ones; how many ports were reached only then; and, for each
             server that seems to be banned as a scanner, how many of its connections got through.
         """
-        passed, banned = 0, {}
+        newly_reached, banned = 0, {}
         answers = dict(answers)
-        reached_here = self.seen(contacts)
+        seen_here = self.seen(contacts)
         for contact in contacts:
             verdicts = answers[contact.url].verdicts
             if contact.error == SILENCE and not verdicts:  # even its answer got lost
-                came = self.seen([contact], self.witness.seen(self.start)) & self._inner()
-                if came and contact.nearness is Nearness.OUTSIDE:
-                    banned[contact.url] = len(came & reached_here)
+                tried = self.seen([contact], self.witness.seen(self.start)) & self._inner_ports
+                if tried and contact.nearness is Nearness.OUTSIDE:
+                    banned[contact.url] = len(tried & seen_here)
                 continue
-            reached, accessible = answers[contact.url].reached, _reached(answers)
-            # Also those at which a packet that was sent again arrived, too late for the server.
-            lost = [pair.outer for pair in self.pairs if self._is_bound(pair)]
-            lost = [port for port in lost if port in verdicts and port not in accessible]
+            reached, reached_by_any = answers[contact.url].reached, _reached(answers)
+            # Includes ports at which a packet that was sent again arrived too late for the server.
+            lost = [pair.outer for pair in self._pairs_that_are("bound")]
+            lost = [port for port in lost if port in verdicts and port not in reached_by_any]
             timed_out = [p for p in lost if verdicts[p].kind is VerdictKind.TIMED_OUT]
             is_banned = looks_banned([*verdicts], reached, lost)
             if looks_limited(self.pairs, reached, timed_out):
-                later = await ask_in_groups(contact, timed_out, self.waits)
+                new = await ask_in_groups(contact, timed_out, self.waits)
             elif is_banned:
                 self.on_progress(f"asking {contact.url} again, about a few ports at a time")
-                later = await ask_in_groups(contact, lost, self.waits, size=BANNED_GROUP_SIZE)
+                new = await ask_in_groups(contact, lost, self.waits, size=BANNED_GROUP_SIZE)
             else:
                 continue
-            through = sum(verdict.accessible for verdict in later.values())
             # Ports that were reached are reached again, unless the server is banned.
-            sample = await contact.ask([*reached][:2]) if is_banned and not through else None
-            if sample and not any(v.accessible for v in sample.verdicts.values()):
+            sample = await contact.ask([*reached][:2]) if is_banned and not new.reached else None
+            if sample and not sample.reached:
                 await self.waits.sleep(self.waits.ban)
-                again = await ask_in_groups(contact, lost, self.waits, size=BANNED_GROUP_SIZE)
-                through = sum(verdict.accessible for verdict in again.values())
-                later |= again
+                new |= await ask_in_groups(contact, lost, self.waits, size=BANNED_GROUP_SIZE)
                 banned[contact.url] = len(reached)
-            passed += through
-            answers[contact.url] |= Answers(later)
-        if passed:
+            newly_reached += len(new.reached)
+            answers[contact.url] |= new
+        if newly_reached:
             await self._wait_until_seen(contacts, answers)
-        return answers, passed, banned
-
-    def _inner(self) -> set[int]:
-        return {pair.inner for pair in self.pairs}
+        return answers, newly_reached, banned
 
     async def trace(
         self,
@@ -164,30 +157,31 @@ class Phases:
     ) -> dict[int, int] | None:
         """Find out where forwards lead, if there is a reason to ask.
 
-        Where answers and connections differ, and, if ``suspicious``, where a router may exchange
-        ports without that. Not where connections are limited.
+        One is that answers and connections differ. Another, if ``suspicious``, is a router that may
+        exchange ports without that showing. Where connections are ``limited``, nobody is asked.
 
         Returns:
             For each outer port whose connections arrive, the inner one; None if nobody was asked.
         """
-        bound = {pair for pair in self.pairs if self._is_bound(pair)}
+        bound = set(self._pairs_that_are("bound"))
         arrived = {pair for pair in bound if pair.inner in seen}
         reached = _reached(answers)
         accessible = {pair for pair in self.pairs if pair.outer in reached}
-        behind_router = not any(c.address and is_own(c.address) for c in contacts)
-        exchanged = suspicious and behind_router and len(accessible) > 1
-        if limited or not arrived or not accessible:
+        contact = next((c for c in contacts if answers[c.url].reached), None)
+        if limited or not arrived or not contact:
             return None
-        if bound & accessible == arrived and not exchanged:
+        behind_router = not any(c.address and is_own(c.address) for c in contacts)
+        may_be_exchanged = suspicious and behind_router and len(accessible) > 1
+        if bound & accessible == arrived and not may_be_exchanged:
             return None
         self.on_progress("looking at which port each connection arrives")
-        for contact in contacts:
-            reached = answers[contact.url].reached
-            if pairs := [pair for pair in self.pairs if pair.outer in reached]:
-                own_seen = self.seen([contact])
-                listeners = self.witness.listeners
-                return await trace_forwards(contact, pairs, own_seen, listeners, self.waits)
-        return None
+        return await trace_forwards(
+            contact,
+            [pair for pair in self.pairs if pair.outer in answers[contact.url].reached],
+            self.seen([contact]),
+            self.witness.listeners,
+            self.waits,
+        )
 
     def judge(
         self,
@@ -200,7 +194,7 @@ class Phases:
         *,
         banned: bool,
     ) -> list[PortReport]:
-        """Judge each port by all that is known."""
+        """Judge each port by everything that is known."""
         counted = counted_servers(contacts)
         capture = self.witness.capture
         attempts = self._attempts(counted)
@@ -211,8 +205,13 @@ class Phases:
         urls = {contact.url for contact in counted}
         errors = {c.url: c.error for c in contacts if c.error}
         listeners = self.witness.listeners
-        came = self.witness.seen(self.start)
-        unknown = self._unknown(contacts, set[Address]().union(*came.values()))
+        visitors = self.witness.seen(self.start)
+        unknown = {
+            peer
+            for peer in set[Address]().union(*visitors.values())
+            if not (_is_servers(contacts, peer) or is_own(peer))
+            and not any(peer in contact.strangers for contact in contacts)
+        }
         reached, excluded = _reached(answers), {p for a in answers.values() for p in a.excluded}
         nowhere = Place(family=self.family)
         shows_holders = shows_sockets()
@@ -239,7 +238,7 @@ class Phases:
                 seen=arrived,
                 half_open=pair.inner in half_open_here,
                 attempt=attempt,
-                captured=captured and unknown.isdisjoint(came.get(pair.inner, ())),
+                captured=captured and unknown.isdisjoint(visitors.get(pair.inner, ())),
                 wrong_way=self._wrong_way(contacts, attempt),
                 in_container=_leads_to_container(attempt),
                 answers=verdicts,
@@ -263,18 +262,10 @@ class Phases:
             reports.append(judge(observed, places[url] if url else nowhere))
         return reports
 
-    def _unknown(self, contacts: Sequence[Contact], peers: set[Address]) -> set[Address]:
-        """Return those peers that may be a server or not."""
-        return {
-            peer
-            for peer in peers
-            if not (any(c.has_peer(peer) or peer in c.strangers for c in contacts) or is_own(peer))
-        }
-
     def _attempts(
         self, contacts: Sequence[Contact], since: int | None = None
     ) -> dict[int, Attempt]:
-        """Return what the interfaces see of servers, since the start or a later moment."""
+        """Return the servers' attempts at the interfaces, since the start or a later moment."""
         capture = self.witness.capture
         since = self.start[1] if since is None else since
         return capture.attempts(partial(_is_servers, contacts), since) if capture else {}
@@ -282,16 +273,15 @@ class Phases:
     async def elsewhere(
         self, contacts: Sequence[Contact], answers: Mapping[str, Answers]
     ) -> dict[int, int]:
-        """Find which ports lead to others of this machine that are not checked.
+        """Find the ports whose connections arrive at ports of this machine that are not checked.
 
-        Only where it is clear: as many arrive as are missing, or all at one; and one of them comes
-        again when it is asked about alone, for the servers may be checking others for somebody
-        else.
+        Only where that is clear: connections are missing at as many ports as they arrive at
+        unchecked ones, or all arrive at a single one; and the first arrives there again when it is
+        asked about alone, since the servers may be checking this machine for somebody else.
         """
         capture = self.witness.capture
         if not capture or any(c.nearness is Nearness.HERE for c in contacts):
             return {}
-        ours = {pair.inner for pair in self.pairs}
         attempts = self._attempts(contacts)
         asker = {port: c for c in contacts for port in answers[c.url].verdicts}
         missing = [
@@ -299,22 +289,22 @@ class Phases:
             for pair in sorted(self.pairs)
             if pair.outer in asker and pair.inner not in attempts
         ]
-        others = sorted(attempts.keys() - ours)
+        others = sorted(attempts.keys() - self._inner_ports)
         if len(others) == 1:
             others *= len(missing)
         if not missing or len(missing) != len(others):
             return {}
         start = capture.clock
         await asker[missing[0]].ask([missing[0]])
-        came = self._attempts(contacts, start).keys() - ours
-        return dict(zip(missing, others, strict=True)) if came == {others[0]} else {}
+        arrived_at = self._attempts(contacts, start).keys() - self._inner_ports
+        return dict(zip(missing, others, strict=True)) if arrived_at == {others[0]} else {}
 
     async def loops_back(
         self, contacts: Sequence[Contact], reports: Sequence[PortReport], local_ports: LocalPorts
     ) -> tuple[Address, bool] | None:
-        """Find out whether the router loops this machine's address back; None if nobody knows.
+        """Find out whether the router loops this machine's address back; None if that is unknown.
 
-        Its own connection comes after the servers', of which it is no part.
+        It makes a connection of its own, so it comes after judging those of the servers.
         """
         port = next((port for port in reports if port.confirmed), None)
         if not port:
@@ -343,25 +333,29 @@ class Phases:
         is_dropped = not accepts_from(peer, attempt.address, attempt.interface)
         return WrongWay(leaves_by, is_dropped and not attempt.answered_at)
 
-    def _is_bound(self, pair: PortPair) -> bool:
-        return self.witness.listeners.local[pair.inner] == "bound"
+    @cached_property
+    def _inner_ports(self) -> set[int]:
+        return {pair.inner for pair in self.pairs}
+
+    def _pairs_that_are(self, *local: LocalBinding) -> list[PortPair]:
+        return [p for p in self.pairs if self.witness.listeners.local[p.inner] in local]
 
     def seen(
         self, contacts: Sequence[Contact], seen: Mapping[int, set[Address]] | None = None
     ) -> set[int]:
-        """Return the inner ports to which servers came; by default, all the way to a listener."""
+        """Return the inner ports to which servers came, by ``seen`` or by what listeners saw."""
         if seen is None:
             seen = self.witness.listeners.seen()
         peers = set[Address]().union(*seen.values())
-        strangers = {peer for peer in peers if not _is_servers(contacts, peer)}
-        return {port for port, peers in seen.items() if not peers <= strangers}
+        servers = {peer for peer in peers if _is_servers(contacts, peer)}
+        return {port for port, peers in seen.items() if peers & servers}
 
     async def _wait_until_seen(
         self, contacts: Sequence[Contact], answers: Mapping[str, Answers]
     ) -> None:
-        """Wait for the connections that servers report, from them or from who may be them."""
+        """Wait for the connections that servers report, from any peer that may be one of them."""
         reached = _reached(answers)
-        ports = [p.inner for p in self.pairs if self._is_bound(p) and p.outer in reached]
+        ports = [p.inner for p in self._pairs_that_are("bound") if p.outer in reached]
         await self.witness.listeners.wait_until_seen(
             ports,
             self.waits.late_connections,
@@ -370,7 +364,7 @@ class Phases:
 
 
 def _leads_to_container(attempt: Attempt | None) -> bool:
-    """Whether connections are passed on by a link within this machine, not to its network."""
+    """Whether connections are passed on over a link within this machine, not to its network."""
     way = way_to(attempt.passed_to) if attempt and attempt.passed_to else None
     if not attempt or not way or way.interface == attempt.interface:
         return False
@@ -378,7 +372,7 @@ def _leads_to_container(attempt: Attempt | None) -> bool:
 
 
 def counted_servers(contacts: Sequence[Contact]) -> list[Contact]:
-    """Return those servers whose verdicts count: those outside, if one of them checks anything."""
+    """Return the servers whose verdicts count: those outside, if one of them checks anything."""
     outside = [c for c in contacts if c.nearness is Nearness.OUTSIDE and c.asked]
     return outside or list(contacts)
 
@@ -388,7 +382,7 @@ def _is_servers(contacts: Sequence[Contact], peer: Address) -> bool:
 
 
 def _reason(errors: dict[str, str], answers: Mapping[str, Answers], port: int) -> str:
-    """Say why servers have no verdict on a port: what they said, or their own errors."""
+    """Say why servers have no verdict on a port."""
     failures = {
         url: f"could not connect itself ({answer.failures[port]})"
         for url, answer in answers.items()
@@ -399,5 +393,5 @@ def _reason(errors: dict[str, str], answers: Mapping[str, Answers], port: int) -
 
 
 def _reached(answers: Mapping[str, Answers]) -> set[int]:
-    """Return the outer ports that some server reaches."""
+    """Return the outer ports that at least one server reaches."""
     return set[int]().union(*(answer.reached for answer in answers.values()))

@@ -1,7 +1,7 @@
-"""The result for each port and the advice that follows from it."""
+"""The result for each port, and the advice that follows from it."""
 
 import errno
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal, NamedTuple
@@ -14,7 +14,6 @@ from port_checker.provider.evidence import Attempt
 from port_checker.tls import TlsVerdictKind
 
 LocalBinding = Literal["bound", "in use", "outgoing connection", "not permitted", "failed"]
-
 
 _PRIVILEGED = 1024  # ports below are for root, unless ip_unprivileged_port_start says otherwise
 
@@ -39,7 +38,7 @@ class ServerReport:
         url: The server, without a password.
         asked: Whether it checked at least some of the ports.
         error: Why it did not check all of them; None if it did.
-        ip: The address that it checked; None if it could not tell it.
+        ip: The address that it checked; None if it is unknown.
     """
 
     url: str
@@ -54,21 +53,20 @@ class PortReport:
 
     Attributes:
         port: The TCP port as the world sees it.
-        local: Whether a listener could be opened on this machine. With "in use" another program
-            has the port, and with "outgoing connection" one of this machine's connections.
+        local: Whether a listener could be opened on this machine. If "in use", another program has
+            the port; if "outgoing connection", a connection from this machine has it.
         reachable: Whether the world can reach this machine on the port: a server connected, and
             the listener saw the connection or another program has the port.
-        confirmed: Whether the listener saw the connection that a server reports; None where there
-            was no listener.
+        confirmed: Whether the listener saw the connection that a server reports; None if there was
+            no listener.
         error: The connection error that the servers report, in the system's words; None if one of
-            them could connect, and if none checked the port.
+            them could connect, or if none checked the port.
         advice: What to do; None if nothing is wrong.
         answers: The verdict of each server that checked the port, by URL.
         inner: The port of this machine that was listened on.
-        arrives_at: The other port of this machine at which connections arrive; None if there is
-            none.
-        places: What each place says from which a server looked, by URL and name, where the server
-            asks others.
+        arrives_at: The other port of this machine at which connections arrive; None if they do not.
+        places: The verdict of each place from which a server looked, by URL and name, where the
+            server asks other places.
     """
 
     port: int
@@ -82,18 +80,23 @@ class PortReport:
     arrives_at: int | None = None
     places: dict[str, dict[str, Verdict]] = field(default_factory=dict)
 
+    @property
+    def pair(self) -> PortPair:
+        """The port, outside and here."""
+        return PortPair(self.port, self.inner)
+
 
 @dataclass(frozen=True)
 class TlsAnswer:
-    """What one server says of a TLS endpoint.
+    """What one server says about a TLS endpoint.
 
     Attributes:
         kind: Its verdict.
         error: Why it does not trust the certificate; None if it does.
-        not_after: Until when the certificate is good, in ISO 8601; None if its chain was not
+        not_after: Until when the certificate is valid, in ISO 8601; None if its chain was not
             verified.
-        places: The error of each place from which the server looked, by name, where it asks
-            others; None for those that trust the certificate.
+        places: The error of each place from which the server looked, by name, where it asks other
+            places; None for those that trust the certificate.
     """
 
     kind: TlsVerdictKind
@@ -114,11 +117,11 @@ class TlsReport:
     Attributes:
         port: The TCP port as the world sees it.
         inner: The port of this machine that it is forwarded to.
-        valid: Whether every server that checked the endpoint trusts it, and one did check it.
+        valid: Whether a server checked the endpoint, and every one that did trusts it.
         error: Why not, as the first of them says; None if none checked it.
-        not_after: Until when the certificate is good, as ``TlsAnswer`` has it.
+        not_after: Until when the certificate is valid, as ``TlsAnswer`` has it.
         advice: What to do; None if nothing is wrong.
-        answers: What each server says that checked it, by URL.
+        answers: The answer of each server that checked it, by URL.
     """
 
     port: int
@@ -129,21 +132,26 @@ class TlsReport:
     advice: str | None
     answers: dict[str, TlsAnswer]
 
+    @property
+    def pair(self) -> PortPair:
+        """The port, outside and here."""
+        return PortPair(self.port, self.inner)
+
 
 @dataclass(frozen=True)
 class Report:
     """The result of ``verify``.
 
     Attributes:
-        ip: The address that was checked, at which the ports are reachable; None if no server could
-            tell it, or if different ports are reachable at different ones (see ``servers``).
+        ip: The address that was checked, at which the ports are reachable; None if it is unknown,
+            or if different ports are reachable at different addresses (see ``servers``).
         servers: One for each server, in the order given.
         ports: One for each port, in the order given.
         notes: What is true of all of them, in sentences.
         family: 4 or 6: the IP version of the address.
         tls: One for each TLS endpoint, in the order given.
         reachable: How many ports are reachable.
-        total: How many there are.
+        total: How many ports there are.
     """
 
     ip: str | None
@@ -159,30 +167,31 @@ class Report:
         object.__setattr__(self, "reachable", sum(port.reachable for port in self.ports))
         object.__setattr__(self, "total", len(self.ports))
 
+    @property
+    def is_checked(self) -> bool:
+        """Whether a server checked at least some of the ports."""
+        return any(server.asked for server in self.servers)
+
 
 def reached_at(servers: Iterable[ServerReport], ports: Sequence[PortReport]) -> dict[str, set[int]]:
     """Return the ports that were reached at each address that was checked."""
     reached: dict[str, set[int]] = {server.ip: set() for server in servers if server.ip}
-    for server in servers:
-        if server.ip:
-            reached[server.ip] |= {
-                port.port
-                for port in ports
-                if port.reachable
-                and server.url in port.answers
-                and port.answers[server.url].accessible
-            }
+    for port in ports:
+        for server in servers:
+            verdict = port.answers.get(server.url)
+            if port.reachable and server.ip and verdict and verdict.accessible:
+                reached[server.ip].add(port.port)
     return reached
 
 
 class Router(StrEnum):
-    """What forwards connections to this machine where it does not have the address itself."""
+    """What forwards connections to this machine if it does not have the address itself."""
 
     ROUTER = "router"
     CONTAINER = "container"
     VPN = "vpn"
     CLOUD = "cloud"
-    SHARED = "shared"  # its internet provider's, which shares addresses out
+    SHARED = "shared"  # the internet provider's NAT, where customers share an address
 
 
 @dataclass(frozen=True)
@@ -190,11 +199,12 @@ class Place:
     """What is known of the way to this machine.
 
     Attributes:
-        own_address: Whether the address that was checked is one of this machine's: no router
-            translates addresses then.
-        caller_hidden: Whether it is probably another machine's: private, and not this machine's.
+        own_address: Whether the address that was checked is one of this machine's: then no router
+            translates addresses.
+        caller_hidden: Whether that address is probably another machine's: it is private, and not
+            one of this machine's.
         family: 4 or 6.
-        address: The address at which connections arrive here, if it is known.
+        address: The address at which connections arrive here; None if it is unknown.
         router: What forwards connections, if the address is not this machine's.
         interface: Where connections to the internet leave; empty if that is unknown.
         xdp: An interface at which a program sees packets before everything else; empty if none.
@@ -213,8 +223,8 @@ class WrongWay(NamedTuple):
     """Answers leave by another interface than the one at which connections arrive.
 
     Attributes:
-        interface: The one by which they leave.
-        filtered: Whether the kernel drops the connections for that.
+        interface: The interface by which they leave.
+        filtered: Whether the kernel drops the connections because of that.
     """
 
     interface: str
@@ -228,24 +238,24 @@ class Observation:
     Attributes:
         ports: The port, outside and here.
         local: Whether a listener could be opened.
-        seen: Whether the listener saw a connection of the servers to this very port.
-        half_open: Whether one began and was not completed.
-        attempt: Their connections as the interfaces see them; None if there are none.
+        seen: Whether the listener saw a connection from a server to this very port.
+        half_open: Whether such a connection began and was not completed.
+        attempt: Such connections as the interfaces see them; None if there are none.
         captured: Whether all packets at the interfaces were seen.
-        wrong_way: By where answers leave, if not where the connections arrive.
+        wrong_way: How answers leave, if not where the connections arrive.
         in_container: Whether this machine passes the connections on to a container of its own.
         answers: The verdicts, by server.
-        counted: The servers that say something about the world; by default all.
+        counted: The servers whose verdicts say something about the world; by default all.
         banned: Whether a server seems to be banned as a scanner.
-        arrives_at: The other port of this machine at which its connections arrive.
+        arrives_at: The other port of this machine at which the port's connections arrive.
         unused: Whether nobody listens there.
-        holders: The sockets that have the port, if it is in use; None if that cannot be known.
+        holders: The sockets that have the port, if it is in use; None if that is unknown.
         checked: Whether another check of this machine has the port.
-        bind_error: Why a listener could not be opened, by the system's number; 0 if it could.
-        other_family: Whether the program that has it listens over the other IP version alone.
-        excluded: Whether a server may not connect to it.
-        reason: Why no server checked it.
-        places: What each place says from which a server looked, by URL and name.
+        bind_error: Why a listener could not be opened: the system's error number; 0 if it could.
+        other_family: Whether the program that has the port listens over the other IP version alone.
+        excluded: Whether a server may not connect to the port.
+        reason: Why no server checked the port.
+        places: The verdict of each place from which a server looked, by URL and name.
     """
 
     ports: PortPair
@@ -271,7 +281,7 @@ class Observation:
 
     @property
     def is_reached_from_some_place(self) -> bool:
-        """Whether a place could connect from which a server looked that says something."""
+        """Whether a place could connect, of those from which the servers that count looked."""
         return any(
             verdict.accessible
             for url, places in self.places.items()
@@ -281,7 +291,7 @@ class Observation:
 
 
 def judge(observed: Observation, place: Place) -> PortReport:
-    """Combine what this machine saw with what the servers report."""
+    """Judge a port by what this machine saw and what the servers report."""
     answers, counted = observed.answers, observed.counted
     verdicts = [v for url, v in answers.items() if counted is None or url in counted]
     accessible = any(verdict.accessible for verdict in verdicts)
@@ -306,10 +316,10 @@ def judge(observed: Observation, place: Place) -> PortReport:
 
 
 def _is_programs(observed: Observation, place: Place) -> bool:
-    """Whether the program that has the port can have been the one that answered."""
+    """Whether the program that has the port may be what answered."""
     if observed.local != "in use" or observed.other_family or observed.checked:
         return False
-    # What publishes a container's port holds it, too (docker-proxy, conmon).
+    # The program that publishes a container's port holds it, too (docker-proxy, conmon).
     arrived = observed.attempt and (observed.in_container or not observed.attempt.passed_to)
     if observed.captured and not arrived:
         return False
@@ -364,7 +374,7 @@ def _advise(observed: Observation, place: Place, kinds: Sequence[VerdictKind]) -
 
 
 def _advise_on_way(observed: Observation, place: Place, kind: VerdictKind) -> str:
-    """Name what keeps connections from a port at which somebody listens."""
+    """Name what keeps connections from a port on which a program listens."""
     attempt = observed.attempt
     if observed.banned:
         return advice_for.BANNED
@@ -385,7 +395,7 @@ def _advise_on_way(observed: Observation, place: Place, kind: VerdictKind) -> st
 
 
 def _advise_on_what_is_before(observed: Observation, place: Place, kind: VerdictKind) -> str:
-    """Name what keeps connections from this machine, or answers in its place."""
+    """Name what keeps connections away from this machine, or answers in its place."""
     answered = kind is VerdictKind.OPEN
     if place.own_address and not answered:
         captured = observed.captured
@@ -413,7 +423,7 @@ def _advise_on_what_is_before(observed: Observation, place: Place, kind: Verdict
 def _advise_on_program(
     observed: Observation, place: Place, kinds: Sequence[VerdictKind]
 ) -> str | None:
-    """Say what is wrong with the program that has a port; None if it is not to blame."""
+    """Say what is wrong with the program that has the port; None if it is not to blame."""
     if observed.checked:
         return advice_for.CHECK_RUNNING
     listeners = [sock for sock in observed.holders or () if sock.state is TcpState.LISTEN]
@@ -437,14 +447,14 @@ def _advise_on_program(
 
 
 def port_pairs(ports: Sequence[int | tuple[int, int]]) -> list[PortPair]:
-    """Check what stands for ports, and leave out repeats.
+    """Return ports as pairs, without repeats.
 
     Args:
-        ports: Ports, which lead to themselves, or pairs of an outer and an inner one.
+        ports: Ports, which lead to themselves, or pairs of an outer and an inner port.
 
     Raises:
-        TypeError: One is neither an integer nor a pair of them.
-        ValueError: One is out of range, or a port is named for two others.
+        TypeError: One is neither an integer nor a pair of integers.
+        ValueError: One is out of range, or a port leads to two others.
     """
     if isinstance(ports, str | bytes):
         raise TypeError(f"ports must be a list of ports, not {ports!r}")
@@ -467,21 +477,13 @@ def port_pairs(ports: Sequence[int | tuple[int, int]]) -> list[PortPair]:
 
 def port_ranges(ports: Iterable[PortPair]) -> str:
     """Write ports as the program reads them: ``7466, 50800-50899, 60800-60899:50800-50899``."""
-    return ", ".join(_write(*run) for run in _runs(sorted(ports)))
-
-
-def _runs(ports: Sequence[PortPair]) -> Iterator[tuple[PortPair, PortPair]]:
-    """Join ports in a row, outside and here, into their first and last."""
-    if not ports:
-        return
-    first = last = ports[0]
-    for port in ports[1:]:
-        same_offset = port.inner - port.outer == first.inner - first.outer
-        if port.outer != last.outer + 1 or not same_offset:
-            yield first, last
-            first = port
-        last = port
-    yield first, last
+    runs: list[list[PortPair]] = []  # of consecutive ports, both outside and here
+    for port in sorted(ports):
+        if runs and port == PortPair(runs[-1][-1].outer + 1, runs[-1][-1].inner + 1):
+            runs[-1].append(port)
+        else:
+            runs.append([port])
+    return ", ".join(_write(run[0], run[-1]) for run in runs)
 
 
 def _write(first: PortPair, last: PortPair) -> str:

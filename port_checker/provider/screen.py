@@ -1,4 +1,4 @@
-"""Shows a report on a terminal: a table, or blocks where that is narrow; and how far it is."""
+"""Shows a report on a terminal: a table, or blocks where it is narrow; and the check's progress."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +25,7 @@ from port_checker.provider.lines import NOT_FROM, Row, is_unchecked, notes, rows
 from port_checker.provider.remote import MAX_PORTS_PER_REQUEST
 from port_checker.provider.report import Report
 
-# A narrower terminal has no room for four columns and readable advice.
+# A narrower terminal has no room for four columns with readable advice.
 _MIN_TABLE_WIDTH = 100
 _CUT = "..."
 
@@ -54,7 +54,7 @@ def show(report: Report, console: Console) -> None:
 
 
 class _End:
-    """Text of which a narrow terminal shows the end: how long it may take, and how far it is."""
+    """Text of which a narrow terminal shows the end, which says how far the check is."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -70,7 +70,7 @@ class _End:
 
 
 class _Countdown(ProgressColumn):
-    """What is happening; a time until the next attempt counts down."""
+    """What is happening; the time until the next attempt counts down."""
 
     def __init__(self, table_column: Column) -> None:
         super().__init__(table_column)
@@ -98,9 +98,9 @@ def progress(
     """Show on the terminal what is happening, until the block ends.
 
     Args:
-        ports: How many are checked. Of more than a server takes at once, a bar shows how far the
-            check is and how long it may still take.
-        console: Where to show it; stderr unless it is given.
+        ports: How many ports are checked. If they are more than a server takes at once, a bar shows
+            how far the check is and how long it may still take.
+        console: Where to show it; stderr by default.
 
     Yields:
         ``on_progress`` and ``on_checked`` of ``verify``.

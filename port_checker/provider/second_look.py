@@ -1,8 +1,8 @@
 """Asking again, about fewer ports at a time: are forwards crossed, or connections limited?
 
-A listener that saw a connection proves that something was forwarded to it, but not what. So the
-server is asked about half of the ports at a time, each time divided differently: which halves a
-listener sees is, in binary, the number of the port whose connections arrive at it.
+A listener that saw a connection proves that something was forwarded to it, but not which port. So
+the server is asked about half of the ports at a time, divided differently each time: the halves
+that a listener sees are, in binary, the number of the port whose connections arrive at it.
 """
 
 import random
@@ -13,21 +13,22 @@ from math import comb
 from port_checker.connect import Verdict
 from port_checker.provider.listeners import Listeners
 from port_checker.provider.origin import Contact
-from port_checker.provider.remote import Waits
+from port_checker.provider.remote import Answers, Waits
 from port_checker.provider.report import PortPair
 
-# Ports in a group that is asked for by itself when new connections are limited on the way. What
-# OpenWrt lets in at once is 50, and 25 more each second.
+# Ports in a group that is asked about by itself when new connections are limited on the way.
+# OpenWrt lets in 50 at once, and 25 more each second.
 GROUP_SIZE = 40
-# How often forwards are traced that are still unclear.
-_ROUNDS = 3
-# So many ports that got through, and so many that did not, make a pattern.
-_MIN_PATTERN = 10
-# How probable the order of what got through may be by chance before a ban is suspected.
-_CHANCE = 1 / 400
+# The same, when the server seems to be banned.
 BANNED_GROUP_SIZE = 3
-# So many stretches of lost ports: a single one is a range that a firewall closes. Those that a
-# limit drops are scattered, since every second port is asked about first.
+# How often forwards that are still unclear are traced.
+_ROUNDS = 3
+# Ports that got through, and ports that did not, which it takes to see a pattern.
+_MIN_PATTERN = 10
+# The probability that the order of what got through is chance, below which a ban is suspected.
+_CHANCE = 1 / 400
+# Runs of lost ports that show a limit: a single one is a range that a firewall closes. The ports
+# that a limit drops are scattered, since they are asked about in random order.
 _MIN_RUNS = 2
 
 
@@ -40,13 +41,13 @@ async def trace_forwards(
 ) -> dict[int, int]:
     """Find out at which port of this machine connections to each port arrive.
 
-    Packets get lost, and strangers connect: what does not fit is looked at once more.
+    Packets get lost, and strangers connect: what does not fit is traced again.
 
     Args:
         contact: The server to ask.
         pairs: The ports that it could connect to.
         seen: The inner ports at which it was seen.
-        listeners: Theirs, and all others.
+        listeners: All listeners, not only those of these ports.
         waits: How long to wait for connections.
 
     Returns:
@@ -62,7 +63,7 @@ async def trace_forwards(
         remaining = [pair for pair in remaining if pair.outer not in arrivals]
         if not remaining or not found:
             break
-    # Those that nothing else was found out about stand as they were first seen.
+    # Ports about which nothing else was found out stand as they were first seen.
     unclaimed = set(seen) - set(arrivals.values())
     return arrivals | {pair.outer: pair.inner for pair in remaining if pair.inner in unclaimed}
 
@@ -104,7 +105,7 @@ async def _trace_once(
         outers = by_halves[halves]
         if len(outers) == 1 and outers[0] not in arrivals:
             arrivals[outers[0]] = inner
-    # A port that gets its own connections may get others' besides.
+    # A port that gets its own connections may get those of other ports, too.
     claimed = set(arrivals.values())
     return {
         pair.outer: pair.inner
@@ -141,20 +142,20 @@ def looks_banned(order: Sequence[int], reached: Collection[int], lost: Collectio
         lost: Those that did not.
     """
     first = [port for port in order if port in reached or port in lost][: len(reached)]
-    overtaken = sum(port in lost for port in first)  # they begin at once
-    as_good = (comb(len(reached), n) * comb(len(lost), n) for n in range(overtaken + 1))
-    return sum(as_good) < _CHANCE * comb(len(reached) + len(lost), len(reached))
+    overtaken = sum(port in lost for port in first)  # since all connections begin at once
+    orders_as_good = (comb(len(reached), n) * comb(len(lost), n) for n in range(overtaken + 1))
+    return sum(orders_as_good) < _CHANCE * comb(len(reached) + len(lost), len(reached))
 
 
 async def ask_in_groups(
     contact: Contact, ports: Sequence[int], waits: Waits, *, size: int = GROUP_SIZE
-) -> dict[int, Verdict]:
-    """Ask about ports that got lost once more, in small groups.
+) -> Answers:
+    """Ask again about ports that got lost, in small groups.
 
-    A first group, taken from all over, shows whether that helps.
+    A first group of random ports shows whether that helps.
 
     Returns:
-        The new verdicts.
+        The new verdicts, nothing else.
     """
     remaining = random.sample(list(ports), len(ports))
     verdicts: dict[int, Verdict] = {}
@@ -163,8 +164,8 @@ async def ask_in_groups(
         await waits.sleep(waits.between_groups)
         answers = await contact.ask(group)
         verdicts |= answers.verdicts
-        lost = [port for port, verdict in answers.verdicts.items() if not verdict.accessible]
+        lost = [port for port in answers.verdicts if port not in answers.reached]
         remaining += lost
         if answers.error or not remaining or len(lost) > len(group) / 2:
             break
-    return verdicts
+    return Answers(verdicts)

@@ -50,21 +50,21 @@ async def verify(
     """Verify that the world can reach this machine on its ports.
 
     Opens a temporary listener on each port, unless another program uses it, and asks all servers
-    at once to connect. The listeners are always closed, also when this is cancelled. A server's
+    at once to connect. The listeners are always closed, even if this is cancelled. A server's
     failure is part of the report.
 
     Args:
         ports: TCP ports, 1 to 65535. A pair is a port as the world sees it and the port of this
             machine that it is forwarded to.
         servers: URLs of port checkers.
-        tls: Ports, or pairs, at which programs of this machine serve TLS (HTTPS, say). After the
-            other ports, their certificates are checked; no listeners are opened on these.
+        tls: Ports, or pairs, at which programs of this machine serve TLS (HTTPS, say). Their
+            certificates are checked after the other ports; no listeners are opened on them.
         ip: This machine's public address; by default, each server is asked about the address that
             it sees.
         family: 4 or 6, the IP version to check; by default that of ``ip``, else 4 where a server
             can be reached over it, else 6.
         on_progress: Called with a few words on what is happening.
-        on_checked: Called with how many ports have been checked, and how many there are.
+        on_checked: Called with the number of ports that have been checked, and of all ports.
         waits: How long to wait.
 
     Returns:
@@ -73,7 +73,7 @@ async def verify(
     Raises:
         TypeError: An argument is of another type.
         ValueError: ``ip`` is not an IP address or not of ``family``, a port is out of range or
-            named for two others, or a URL is not one.
+            leads to two others, or a URL is not valid.
     """
     pairs = port_pairs(ports)
     endpoints = [pair for port in tls for pair in port_pairs([port])]
@@ -94,7 +94,7 @@ async def verify(
         for url in urls
     ]
     reports: list[PortReport] = []
-    retried, banned, loops = 0, dict[str, int](), None
+    reached_in_groups, banned, loops = 0, dict[str, int](), None
     room = descriptors_left() - _OTHER_DESCRIPTORS
     size = max(1, min(room, MAX_PORTS_PER_REQUEST))
     parts = [pairs[start : start + size] for start in range(0, len(pairs), size)]
@@ -111,25 +111,25 @@ async def verify(
                 contacts, answers = await check.ask(contacts)
                 half_open = listeners.half_open()
                 contacts = [await check.identify(c, answers[c.url]) for c in contacts]
-                answers, passed, banned_now = await check.ask_in_groups(contacts, answers)
-                banned |= banned_now
+                answers, newly_reached, new_bans = await check.ask_in_groups(contacts, answers)
+                banned |= new_bans
                 counted = counted_servers(contacts)
-                seen = check.seen(counted)  # before tracing, when crossed forwards show anew
+                seen = check.seen(counted)
                 arrivals = await check.trace(
                     counted,
                     answers,
                     seen,
                     suspicious=len(parts) == 1,
-                    limited=passed > 0 or bool(banned_now),
+                    limited=newly_reached > 0 or bool(new_bans),
                 )
-                elsewhere = await check.elsewhere(counted, answers) if not banned_now else {}
-                judged = check.judge(
-                    contacts, answers, seen, half_open, arrivals, elsewhere, banned=bool(banned_now)
+                elsewhere = await check.elsewhere(counted, answers) if not new_bans else {}
+                new_reports = check.judge(
+                    contacts, answers, seen, half_open, arrivals, elsewhere, banned=bool(new_bans)
                 )
                 if loops is None:
-                    loops = await check.loops_back(counted, judged, local_ports)
-                reports += judged
-                retried += passed
+                    loops = await check.loops_back(counted, new_reports, local_ports)
+                reports += new_reports
+                reached_in_groups += newly_reached
             on_checked(len(reports), len(pairs))
     if not reports:
         contacts = await _introduce(contacts, family, on_progress)
@@ -144,7 +144,9 @@ async def verify(
         ip=_address_of(server_reports, reports),
         servers=server_reports,
         ports=reports,
-        notes=list(notes(contacts, reports, Findings(retried, banned, moved, share, loops))),
+        notes=list(
+            notes(contacts, reports, Findings(reached_in_groups, banned, moved, share, loops))
+        ),
         family=family,
         tls=endpoint_reports,
     )
@@ -153,7 +155,7 @@ async def verify(
 async def _introduce(
     contacts: Sequence[Contact], family: int, on_progress: Callable[[str], None]
 ) -> list[Contact]:
-    """Have each server tell this machine's address, unless it was given."""
+    """Ask each server for this machine's address, unless it was given."""
     if all(contact.given for contact in contacts):
         return list(contacts)
     on_progress("asking for this machine's address")
@@ -174,7 +176,7 @@ def _with_address(contact: Contact, address: Address | None, family: int) -> Con
 async def _moved(
     contacts: Sequence[Contact], ports: Sequence[PortReport]
 ) -> tuple[Address, Address] | None:
-    """Return the address before and now, where nothing got through and it has changed."""
+    """Return this machine's old and new address, if nothing got through and it has changed."""
     if any(port.reachable for port in ports):
         return None
     for contact in contacts:
@@ -190,7 +192,7 @@ async def _moved(
 def _shared_by_ports(
     contacts: Sequence[Contact], ports: list[PortReport]
 ) -> tuple[Share | None, list[PortReport]]:
-    """Recognize an address that is shared by ports, and say so of those that are others'."""
+    """Recognize an address whose ports are shared out, and mark the ports of other customers."""
     addresses = {contact.address for contact in contacts if contact.address}
     address = addresses.pop() if len(addresses) == 1 else None
     if not address or address.version == 6 or is_own(address):
@@ -206,9 +208,9 @@ def _shared_by_ports(
 
 
 def _address_of(servers: Sequence[ServerReport], ports: Sequence[PortReport]) -> str | None:
-    """Return the address that the results are true of: all reachable ports were reached at it.
+    """Return the address at which all reachable ports were reached.
 
-    None if no server knows an address, or if different ports were reached at different ones.
+    None if no server knows an address, or if different ports were reached at different addresses.
     """
     reachable = {port.port for port in ports if port.reachable}
     at_each = reached_at(servers, ports)
@@ -218,13 +220,11 @@ def _address_of(servers: Sequence[ServerReport], ports: Sequence[PortReport]) ->
 async def _choose_family(urls: Sequence[ServerUrl], ports: LocalPorts, waits: Waits) -> int:
     """Choose IPv4 where a server can be reached over it, else IPv6."""
     http = _client(ports, 4, waits)
-    families = await asyncio.gather(*(http.families(url) for url in urls))
-    if not any(6 in some for some in families):
+    families = dict(zip(urls, await asyncio.gather(*map(http.families, urls)), strict=True))
+    if not any(6 in versions for versions in families.values()):
         return 4
-    reached = await asyncio.gather(
-        *(http.reaches(url) for url, some in zip(urls, families, strict=True) if 4 in some)
-    )
-    return 4 if any(reached) else 6
+    over_ipv4 = [url for url, versions in families.items() if 4 in versions]
+    return 4 if any(await asyncio.gather(*map(http.reaches, over_ipv4))) else 6
 
 
 def _client(ports: LocalPorts, family: int | None, waits: Waits) -> HttpClient:

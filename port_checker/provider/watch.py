@@ -1,4 +1,4 @@
-"""The same check again and again, of which only the changes are told."""
+"""The same check again and again, which reports only what changes."""
 
 import random
 import subprocess
@@ -9,9 +9,10 @@ from datetime import datetime
 
 from port_checker.provider.report import PortPair, Report, port_ranges
 
-# Seconds between checks, at least: they cost the server and this machine's firewall something.
+# Seconds between checks, at least: each costs the server and this machine's firewall something.
 SHORTEST_PAUSE = 60
-# The share of a pause by which it is shorter or longer, so that many who watch do not ask at once.
+# The share of a pause by which it may be shorter or longer, so that many watchers do not ask at
+# the same moment.
 _JITTER = 0.1
 # Seconds that a command may take.
 _COMMAND_TIMEOUT = 60
@@ -28,40 +29,37 @@ def watch(
     Args:
         check: Makes a check.
         every: Seconds from the end of one to the beginning of the next.
-        on_change: Called with what has changed, in sentences, and the new reports; the first time
-            with how things are.
+        on_change: Called with what has changed, in sentences, and the new reports; the first time,
+            with how things stand.
         sleep: What to wait with.
     """
-    before: Sequence[Report] = ()
+    before: Sequence[Report | None] | None = None
     while True:
         after = check()
-        lines = [line for n, report in enumerate(after) for line in _changes(before[n:], report)]
-        if lines:
+        pairs = zip(before or [None] * len(after), after, strict=True)
+        if lines := [line for last, report in pairs for line in _changes(last, report)]:
             on_change(lines, after)
         before = after
         sleep(max(every, SHORTEST_PAUSE) * random.uniform(1 - _JITTER, 1 + _JITTER))  # noqa: S311  # no secret
 
 
-def _changes(before: Sequence[Report], after: Report) -> Iterator[str]:
-    """Yield what is different from the first of the reports before, if there is one."""
-    last = before[0] if before else None
-    was_checked = last is not None and any(server.asked for server in last.servers)
-    if not any(server.asked for server in after.servers):
-        if last is None or was_checked:
+def _changes(before: Report | None, after: Report) -> Iterator[str]:
+    """Yield what is different from the report before, if there is one."""
+    last = before if before and before.is_checked else None
+    if not after.is_checked:
+        if last or not before:
             reasons = "; ".join(f"{s.url}: {s.error}" for s in after.servers if s.error)
             yield f"no server could check over IPv{after.family}: {reasons}"
         return
-    if last is None or not was_checked or last.ip != after.ip:
+    if not last or last.ip != after.ip:
         total = f"{after.reachable} of {after.total} ports"
         yield f"{total} of {after.ip} are reachable over IPv{after.family}"
-        if last is None or not was_checked:
-            last = None
     old = {port.port: port.reachable for port in last.ports} if last else {}
     causes: dict[tuple[bool, str], list[PortPair]] = {}
     for port in after.ports:
         if old.get(port.port, True) != port.reachable:
             cause = f"{port.error}. {port.advice}" if port.error else port.advice or ""
-            causes.setdefault((port.reachable, cause), []).append(PortPair(port.port, port.inner))
+            causes.setdefault((port.reachable, cause), []).append(port.pair)
     for (reachable, cause), pairs in causes.items():
         state = "reachable again" if reachable else f"not reachable: {cause}"
         yield f"{port_ranges(pairs)}: {state}"
@@ -73,7 +71,7 @@ def _changes(before: Sequence[Report], after: Report) -> Iterator[str]:
 
 
 def log(lines: Sequence[str]) -> None:
-    """Write each change with its time, to stdout."""
+    """Write each change to stdout, with the time."""
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     for line in lines:
         sys.stdout.write(f"{now} {line}\n")

@@ -106,7 +106,7 @@ def test_what_a_limit_kept_out_is_asked_for_in_small_groups() -> None:
     assert report.reachable == 200
     assert [len(asked) for asked in server.asked] == [200, 40, 40, 20]
     assert slept == [2, 2, 2]
-    assert advice.CONNECTION_LIMIT.format(retried=100) in report.notes
+    assert advice.CONNECTION_LIMIT.format(count=100) in report.notes
 
 
 def test_where_small_groups_do_not_help_one_is_enough() -> None:
