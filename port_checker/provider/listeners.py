@@ -9,54 +9,54 @@ import select
 import socket
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Self
 
 from port_checker.addresses import MAX_PORT, Address, parse_host
-from port_checker.linux import TcpSocket, TcpState, ephemeral_ports, read_text, tcp_sockets
-from port_checker.provider.report import LocalBinding
+from port_checker.linux import (
+    TcpSocket,
+    TcpState,
+    ephemeral_ports,
+    read_text,
+    shows_sockets,
+    tcp_sockets,
+)
+from port_checker.provider.report import Binding, BindingState
 
-# Listeners opened before the event loop goes round: one takes some 20 µs.
+# Listeners opened in one turn of the event loop; each takes some 20 µs.
 _OPENED_PER_TURN = 50
-# Seconds between looks at half-open connections. Where a firewall of this machine keeps an answer
-# back, the kernel gives the connection up when it would repeat that, after a second (RFC 6298).
+# Seconds between looks at half-open connections. If a firewall of this machine drops an answer, the
+# kernel gives the connection up when it would repeat the answer, after a second (RFC 6298).
 _HALF_OPEN_INTERVAL = 0.5
 # Accepted connections that are kept open for the other end to close.
 MAX_HELD = 64
-# Other checks on this machine find this abstract socket in /proc/net/unix. The lowest and highest
-# port follow.
+# The name of an abstract socket by which other checks on this machine see this one, in
+# /proc/net/unix. The lowest and highest port follow.
 _MARK = "port-checker-listeners-ipv{version}-"
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # struct linger
 
 
 class Listeners:
-    """Temporary listeners on all addresses of this machine, of one family.
+    """Temporary listeners on all addresses of this machine, over one IP version.
 
-    A context manager that needs a running event loop and always closes them. Whatever it has
-    accepted is reset in the end, so that nothing stays in TIME_WAIT and every port can be bound at
-    once by a program without SO_REUSEADDR.
+    A context manager that needs a running event loop and always closes the listeners. The
+    connections that they accepted are reset in the end, so that none stays in TIME_WAIT and every
+    port can be bound at once by a program without SO_REUSEADDR.
 
     Attributes:
-        local: Whether a listener could be opened, by port.
+        bindings: Whether a listener could be opened, by port.
         clock: How many connections have arrived.
-        holders: Of the ports "in use", the sockets that have them.
-        other_family: Those of them that programs have over the other family alone.
-        checked: Those that another check of the same family has.
-        errors: Why a listener could not be opened, by port; the system's number.
     """
 
     def __init__(self, ports: Iterable[int], ip_version: int) -> None:
-        self.local: dict[int, LocalBinding] = {}
+        self.bindings: dict[int, Binding] = {}
         self.clock = 0
         self._arrivals: defaultdict[int, dict[Address, int]] = defaultdict(dict)
-        self.holders: defaultdict[int, list[TcpSocket]] = defaultdict(list)
-        self.other_family: set[int] = set()
-        self.checked: set[int] = set()
-        self.errors: dict[int, int] = {}
         self._ports = list(ports)
         self._ipv6 = ip_version == 6
-        # By descriptor. The event loop watches them through one of its own: it would take as long
-        # for each as the kernel does.
+        # By descriptor. The event loop watches the one descriptor of an epoll of their own: to add
+        # each to the loop would double the time that it takes to open them.
         self._listeners: dict[int, tuple[int, socket.socket]] = {}
         self._held: dict[int, socket.socket] = {}
         self._epoll = select.epoll()
@@ -68,24 +68,19 @@ class Listeners:
     async def __aenter__(self) -> Self:
         mark = _MARK.format(version=6 if self._ipv6 else 4)
         low, high = min(self._ports, default=0), max(self._ports, default=0)
-        others = self._checks(self._ipv6)
+        checks = self._checks(self._ipv6)
         self._mark.bind(f"\0{mark}{low}-{high}-{os.getpid()}-{id(self)}")
-        listening = self._other_listeners()
+        of_other_family = self._ports_of_other_family()
         asyncio.get_running_loop().add_reader(self._epoll.fileno(), self._on_events)
         try:
             for number, port in enumerate(self._ports):
                 if number % _OPENED_PER_TURN == 0:
                     await asyncio.sleep(0)
-                self._open(port, listening.get(port, []))
+                self.bindings[port] = self._open(port, other_family=port in of_other_family)
         except BaseException:
             await self.__aexit__()
             raise
-        self._look_up_holders()
-        self.checked = {
-            port
-            for port, local in self.local.items()
-            if local == "in use" and any(low <= port <= high for low, high in others)
-        }
+        self._look_up_holders(checks)
         self._next_look = asyncio.get_running_loop().call_later(_HALF_OPEN_INTERVAL, self._look)
         return self
 
@@ -100,9 +95,7 @@ class Listeners:
         self._mark.close()
 
     def seen(self, since: int = 0) -> dict[int, set[Address]]:
-        """Return who connected, by port, since the clock showed ``since``."""
-        if not since:
-            return {port: set(peers) for port, peers in self._arrivals.items()}
+        """Return who has connected since the clock showed ``since``, by port."""
         return {
             port: recent
             for port, peers in self._arrivals.items()
@@ -110,7 +103,7 @@ class Listeners:
         }
 
     def half_open(self) -> dict[int, set[Address]]:
-        """Return from whom connections have arrived that were not established, by port."""
+        """Return from whom connections have arrived that were not completed, by port."""
         self._find_half_open()
         return {port: set(peers) for port, peers in self._half_open.items()}
 
@@ -123,10 +116,10 @@ class Listeners:
         since: int = 0,
         ignored: Callable[[Address], bool] = lambda _: False,
     ) -> None:
-        """Wait until connections to all of ``ports`` were seen, or ``timeout`` seconds.
+        """Wait, for ``timeout`` seconds at most, until connections to ``ports`` were seen.
 
-        Or, to whatever ports, to as many of them as are ``enough``. Connections before ``since``
-        and from ``ignored`` peers do not count.
+        It also ends once connections to ``enough`` ports were seen, whichever they are. Connections
+        before ``since`` and from ``ignored`` peers do not count.
         """
         missing, arrived = set(ports), set[int]()
 
@@ -149,50 +142,46 @@ class Listeners:
         self._next_look = asyncio.get_running_loop().call_later(_HALF_OPEN_INTERVAL, self._look)
 
     def _find_half_open(self) -> None:
-        """Look for ports that receive packets, and whose answers get lost.
+        """Look for ports that receive packets while their answers get lost.
 
-        The kernel answers the other end's SYN and waits some seconds for the end of the handshake.
+        The kernel answers the peer's SYN, and waits some seconds for the handshake to be completed.
         """
         for sock in tcp_sockets(frozenset(self._ports), TcpState.SYN_RECV):
             self._half_open[sock.port].add(sock.peer)
 
-    def _other_listeners(self) -> dict[int, list[TcpSocket]]:
-        """Find programs that listen over the other family alone: binding would not notice them.
+    def _ports_of_other_family(self) -> set[int]:
+        """Return ports on which programs listen over the other IP version alone.
 
-        Unless a check of the other family is running: the listeners are its own.
+        Binding would not notice them. Those of a running check over that version do not count.
         """
-        found: defaultdict[int, list[TcpSocket]] = defaultdict(list)
         checks = self._checks(not self._ipv6)
-        for sock in tcp_sockets(frozenset(self._ports), TcpState.LISTEN):
-            if sock.ipv6 != self._ipv6 and not sock.address.is_loopback:
-                found[sock.port].append(sock)
+        found = {
+            sock.port
+            for sock in tcp_sockets(frozenset(self._ports), TcpState.LISTEN)
+            if sock.ipv6 != self._ipv6 and not sock.address.is_loopback
+        }
         # A check may have begun or ended meanwhile: it is marked for as long as it listens.
-        for low, high in checks + self._checks(not self._ipv6):
-            for port in [port for port in found if low <= port <= high]:
-                del found[port]
-        return found
+        checks += self._checks(not self._ipv6)
+        return {port for port in found if not any(port in ports for ports in checks)}
 
-    def _checks(self, ipv6: bool) -> list[tuple[int, int]]:
-        """Return the lowest and highest port of each check of a family that is running."""
+    def _checks(self, ipv6: bool) -> list[range]:
+        """Return the ports of each running check over an IP version, from lowest to highest."""
         mark = f"@{_MARK.format(version=6 if ipv6 else 4)}([0-9]+)-([0-9]+)-"
         found = re.findall(mark, read_text("/proc/thread-self/net/unix"))
-        return [(int(low), int(high)) for low, high in found]
+        return [range(int(low), int(high) + 1) for low, high in found]
 
-    def _open(self, port: int, others: list[TcpSocket]) -> None:
+    def _open(self, port: int, *, other_family: bool) -> Binding:
         try:
             listener = self._listen(port)
         except OSError as error:
-            self.local[port] = _BINDINGS.get(error.errno or 0, "failed")
-            self.errors[port] = error.errno or 0
-            return
-        if others:
+            number = error.errno or 0
+            return Binding(_STATES.get(number, "failed"), number)
+        if other_family:
             listener.close()
-            self.local[port] = "in use"
-            self.other_family.add(port)
-            return
-        self.local[port] = "bound"
+            return Binding("in use", other_family=True)
         self._listeners[listener.fileno()] = port, listener
         self._epoll.register(listener.fileno(), select.EPOLLIN)
+        return Binding("bound")
 
     def _listen(self, port: int) -> socket.socket:
         family = socket.AF_INET6 if self._ipv6 else socket.AF_INET
@@ -209,23 +198,27 @@ class Listeners:
             raise
         return listener
 
-    def _look_up_holders(self) -> None:
-        """Tell programs that listen from outgoing connections that have a port."""
-        in_use = {port for port, local in self.local.items() if local == "in use"}
-        if not in_use:
-            return
-        for sock in tcp_sockets(in_use):
-            self.holders[sock.port].append(sock)
-        for port, sockets in self.holders.items():
-            if all(sock.state is not TcpState.LISTEN for sock in sockets) and any(
-                map(_is_outgoing, sockets)
-            ):
-                self.local[port] = "outgoing connection"
+    def _look_up_holders(self, checks: Sequence[range]) -> None:
+        """Find out what has the ports that are in use: one of the other ``checks``, say."""
+        in_use = {port for port, binding in self.bindings.items() if binding.state == "in use"}
+        holders: defaultdict[int, list[TcpSocket]] = defaultdict(list)
+        for sock in tcp_sockets(in_use) if in_use else ():
+            holders[sock.port].append(sock)
+        are_known = shows_sockets()
+        for port in in_use:
+            is_listened_on = any(sock.state is TcpState.LISTEN for sock in holders[port])
+            is_outgoing = not is_listened_on and any(map(_is_outgoing, holders[port]))
+            self.bindings[port] = replace(
+                self.bindings[port],
+                state="outgoing connection" if is_outgoing else "in use",
+                holders=holders[port] if are_known else None,
+                checked=any(port in ports for ports in checks),
+            )
 
     def _on_events(self) -> None:
-        # All that have come, before an answer is read that tells of them.
+        # All connections that have come, before the loop reads an answer that reports them.
         ready = [descriptor for descriptor, _ in self._epoll.poll(0)]
-        # Before others are accepted, which get the same descriptors.
+        # First, since connections that are accepted then may get the same descriptors.
         for descriptor in self._held.keys() & ready:
             self._held.pop(descriptor).close()
         for descriptor in self._listeners.keys() & ready:
@@ -241,7 +234,7 @@ class Listeners:
         self.clock += 1
         self._arrivals[port][parse_host(peer[0])] = self.clock
         self._arrival.set()
-        # The other end closes first, as a rule. A reset at once might look to it like a failure.
+        # The peer closes first, as a rule. To it, a reset at once might look like a failure.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         self._held[connection.fileno()] = connection
         self._epoll.register(connection.fileno(), select.EPOLLIN)
@@ -256,13 +249,13 @@ class Listeners:
 def _is_outgoing(sock: TcpSocket) -> bool:
     """Whether this machine began a connection, as far as that shows.
 
-    The end that accepted it has a port that was not taken from the ephemeral ones, or listens.
+    Then the port of the other end is not an ephemeral one, or a program listens on it.
     """
     port = sock.peer_port
     return port not in ephemeral_ports() or bool(tcp_sockets({port}, TcpState.LISTEN))
 
 
-_BINDINGS: dict[int, LocalBinding] = {
+_STATES: dict[int, BindingState] = {
     errno.EADDRINUSE: "in use",
     errno.EACCES: "not permitted",
     errno.EPERM: "not permitted",

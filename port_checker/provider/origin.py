@@ -236,7 +236,7 @@ async def _ask_half(
         return None
     reached = [pair for pair in group if verdicts[pair.outer].accessible]
     await witness.listeners.wait_until_seen(
-        [pair.inner for pair in reached if witness.listeners.local[pair.inner] == "bound"],
+        [pair.inner for pair in reached if witness.listeners.bindings[pair.inner].state == "bound"],
         waits.late_connections / 3,
         enough=len(reached),
         since=start[0],

@@ -12,14 +12,14 @@ from ipaddress import IPv4Address
 
 from port_checker.addresses import Address
 from port_checker.connect import VerdictKind
-from port_checker.linux import accepts_from, interface_kind, shows_sockets, way_to
+from port_checker.linux import accepts_from, interface_kind, way_to
 from port_checker.provider.evidence import Attempt
 from port_checker.provider.http_client import SILENCE, LocalPorts
 from port_checker.provider.origin import Contact, Nearness, Witness, by_peer, is_own, learn_peers
 from port_checker.provider.place import loops_back, place_of
 from port_checker.provider.remote import Answers, Waits
 from port_checker.provider.report import (
-    LocalBinding,
+    BindingState,
     Observation,
     Place,
     PortPair,
@@ -204,7 +204,6 @@ class Phases:
         half_open_here = self.seen(counted, half_open)
         urls = {contact.url for contact in counted}
         errors = {c.url: c.error for c in contacts if c.error}
-        listeners = self.witness.listeners
         visitors = self.witness.seen(self.start)
         unknown = {
             peer
@@ -214,7 +213,6 @@ class Phases:
         }
         reached, excluded = _reached(answers), {p for a in answers.values() for p in a.excluded}
         nowhere = Place(family=self.family)
-        shows_holders = shows_sockets()
         reports = []
         for pair in self.pairs:
             verdicts = {
@@ -234,7 +232,7 @@ class Phases:
             attempt = attempts.get(pair.inner)
             observed = Observation(
                 ports=pair,
-                local=listeners.local[pair.inner],
+                binding=self.witness.listeners.bindings[pair.inner],
                 seen=arrived,
                 half_open=pair.inner in half_open_here,
                 attempt=attempt,
@@ -246,10 +244,6 @@ class Phases:
                 arrives_at=arrives_at,
                 banned=banned,
                 unused=pair.outer in elsewhere and attempts[elsewhere[pair.outer]].refused,
-                holders=listeners.holders.get(pair.inner, ()) if shows_holders else None,
-                checked=pair.inner in listeners.checked,
-                bind_error=listeners.errors.get(pair.inner, 0),
-                other_family=pair.inner in listeners.other_family,
                 excluded=pair.outer in excluded,
                 reason="" if verdicts else _reason(errors, answers, pair.outer),
                 places={
@@ -337,8 +331,9 @@ class Phases:
     def _inner_ports(self) -> set[int]:
         return {pair.inner for pair in self.pairs}
 
-    def _pairs_that_are(self, *local: LocalBinding) -> list[PortPair]:
-        return [p for p in self.pairs if self.witness.listeners.local[p.inner] in local]
+    def _pairs_that_are(self, *states: BindingState) -> list[PortPair]:
+        bindings = self.witness.listeners.bindings
+        return [pair for pair in self.pairs if bindings[pair.inner].state in states]
 
     def seen(
         self, contacts: Sequence[Contact], seen: Mapping[int, set[Address]] | None = None

@@ -13,7 +13,7 @@ from port_checker.linux import TcpSocket, TcpState
 from port_checker.provider.evidence import Attempt
 from port_checker.tls import TlsVerdictKind
 
-LocalBinding = Literal["bound", "in use", "outgoing connection", "not permitted", "failed"]
+BindingState = Literal["bound", "in use", "outgoing connection", "not permitted", "failed"]
 
 _PRIVILEGED = 1024  # ports below are for root, unless ip_unprivileged_port_start says otherwise
 
@@ -28,6 +28,26 @@ class PortPair(NamedTuple):
 
     outer: int
     inner: int
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Whether a listener could be opened on a port, and if not, what has the port.
+
+    Attributes:
+        state: If "in use", another program has the port; if "outgoing connection", a connection
+            from this machine has it.
+        error: Why a listener could not be opened: the system's error number; 0 if it could.
+        other_family: Whether the program that has the port listens over the other IP version alone.
+        holders: The sockets that have the port, if it is in use; None if that is unknown.
+        checked: Whether another check of this machine has the port.
+    """
+
+    state: BindingState
+    error: int = 0
+    other_family: bool = False
+    holders: Sequence[TcpSocket] | None = ()
+    checked: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,8 +73,7 @@ class PortReport:
 
     Attributes:
         port: The TCP port as the world sees it.
-        local: Whether a listener could be opened on this machine. If "in use", another program has
-            the port; if "outgoing connection", a connection from this machine has it.
+        local: Whether a listener could be opened on this machine; see ``Binding.state``.
         reachable: Whether the world can reach this machine on the port: a server connected, and
             the listener saw the connection or another program has the port.
         confirmed: Whether the listener saw the connection that a server reports; None if there was
@@ -70,7 +89,7 @@ class PortReport:
     """
 
     port: int
-    local: LocalBinding
+    local: BindingState
     reachable: bool
     confirmed: bool | None
     error: str | None
@@ -237,7 +256,7 @@ class Observation:
 
     Attributes:
         ports: The port, outside and here.
-        local: Whether a listener could be opened.
+        binding: Whether a listener could be opened.
         seen: Whether the listener saw a connection from a server to this very port.
         half_open: Whether such a connection began and was not completed.
         attempt: Such connections as the interfaces see them; None if there are none.
@@ -249,17 +268,13 @@ class Observation:
         banned: Whether a server seems to be banned as a scanner.
         arrives_at: The other port of this machine at which the port's connections arrive.
         unused: Whether nobody listens there.
-        holders: The sockets that have the port, if it is in use; None if that is unknown.
-        checked: Whether another check of this machine has the port.
-        bind_error: Why a listener could not be opened: the system's error number; 0 if it could.
-        other_family: Whether the program that has the port listens over the other IP version alone.
         excluded: Whether a server may not connect to the port.
         reason: Why no server checked the port.
         places: The verdict of each place from which a server looked, by URL and name.
     """
 
     ports: PortPair
-    local: LocalBinding
+    binding: Binding
     seen: bool = False
     half_open: bool = False
     attempt: Attempt | None = None
@@ -271,10 +286,6 @@ class Observation:
     banned: bool = False
     arrives_at: int | None = None
     unused: bool = False
-    holders: Sequence[TcpSocket] | None = ()
-    checked: bool = False
-    bind_error: int = 0
-    other_family: bool = False
     excluded: bool = False
     reason: str = "there is no server"
     places: dict[str, dict[str, Verdict]] = field(default_factory=dict)
@@ -297,13 +308,13 @@ def judge(observed: Observation, place: Place) -> PortReport:
     accessible = any(verdict.accessible for verdict in verdicts)
     crossed = observed.arrives_at is not None
     confirmed = None
-    if observed.local == "bound":
+    if observed.binding.state == "bound":
         confirmed = reachable = accessible and observed.seen and not crossed
     else:
         reachable = accessible and not crossed and _is_programs(observed, place)
     return PortReport(
         port=observed.ports.outer,
-        local=observed.local,
+        local=observed.binding.state,
         reachable=reachable,
         confirmed=confirmed,
         error=verdicts[0].error if verdicts and not accessible else None,
@@ -317,20 +328,21 @@ def judge(observed: Observation, place: Place) -> PortReport:
 
 def _is_programs(observed: Observation, place: Place) -> bool:
     """Whether the program that has the port may be what answered."""
-    if observed.local != "in use" or observed.other_family or observed.checked:
+    binding = observed.binding
+    if binding.state != "in use" or binding.other_family or binding.checked:
         return False
     # The program that publishes a container's port holds it, too (docker-proxy, conmon).
     arrived = observed.attempt and (observed.in_container or not observed.attempt.passed_to)
     if observed.captured and not arrived:
         return False
-    if observed.holders is None:
+    if binding.holders is None:
         return True
     known = observed.attempt.address if observed.attempt else None
     if known is None and place.own_address:
         known = place.address
     return any(
         _listens_at(sock, known) if known else not sock.address.is_loopback
-        for sock in observed.holders
+        for sock in binding.holders
         if sock.state is TcpState.LISTEN
     )
 
@@ -340,13 +352,13 @@ def _listens_at(sock: TcpSocket, address: Address | None) -> bool:
 
 
 def _advise(observed: Observation, place: Place, kinds: Sequence[VerdictKind]) -> str:
-    match observed.local:
+    match observed.binding.state:
         case "not permitted":
             port = observed.ports.inner
             is_low = port < _PRIVILEGED
             return advice_for.NOT_PERMITTED if is_low else advice_for.NOT_PERMITTED_HERE
         case "failed":
-            no_family = observed.bind_error in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+            no_family = observed.binding.error in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
             family = f"IPv{place.family}"
             return advice_for.NO_FAMILY.format(family=family) if no_family else advice_for.FAILED
         case "outgoing connection":
@@ -358,11 +370,12 @@ def _advise(observed: Observation, place: Place, kinds: Sequence[VerdictKind]) -
     if observed.arrives_at is not None:
         sentence = advice_for.ARRIVES_UNUSED if observed.unused else advice_for.CROSSED
         return sentence.format(port=observed.arrives_at)
+    is_in_use = observed.binding.state == "in use"
     if observed.attempt and observed.attempt.passed_to:
-        published = observed.local == "in use" and observed.in_container
+        published = is_in_use and observed.in_container
         sentence = advice_for.CONTAINER_SILENT if published else advice_for.PASSED_ON
         return sentence.format(address=observed.attempt.passed_to)
-    if observed.local == "in use" and (fault := _advise_on_program(observed, place, kinds)):
+    if is_in_use and (fault := _advise_on_program(observed, place, kinds)):
         return fault
     if VerdictKind.OPEN in kinds:
         if observed.attempt:
@@ -424,14 +437,15 @@ def _advise_on_program(
     observed: Observation, place: Place, kinds: Sequence[VerdictKind]
 ) -> str | None:
     """Say what is wrong with the program that has the port; None if it is not to blame."""
-    if observed.checked:
+    binding = observed.binding
+    if binding.checked:
         return advice_for.CHECK_RUNNING
-    listeners = [sock for sock in observed.holders or () if sock.state is TcpState.LISTEN]
-    if observed.holders and not listeners and observed.holders[0].peer_port:
+    listeners = [sock for sock in binding.holders or () if sock.state is TcpState.LISTEN]
+    if binding.holders and not listeners and binding.holders[0].peer_port:
         return advice_for.IN_USE_BY_CONNECTION.format(port=observed.ports.inner)
-    if not listeners and observed.holders is not None:
+    if not listeners and binding.holders is not None:
         return advice_for.IN_USE_NOT_LISTENING
-    if observed.other_family:
+    if binding.other_family:
         return advice_for.IN_USE_OTHER_FAMILY.format(family=f"IPv{place.family}")
     address = observed.attempt.address if observed.attempt else place.address
     if listeners and not any(_listens_at(sock, address) for sock in listeners):

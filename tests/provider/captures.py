@@ -16,7 +16,7 @@ from port_checker.connect import OPEN, REFUSED, TIMED_OUT, Verdict
 from port_checker.linux import TcpSocket, TcpState
 from port_checker.provider import PortReport, Report, ServerReport
 from port_checker.provider.evidence import Attempt
-from port_checker.provider.report import Observation, Place, PortPair, judge
+from port_checker.provider.report import Binding, Observation, Place, PortPair, judge
 from port_checker.provider.screen import progress, show
 
 WIDTHS = 40, 80, 120
@@ -28,7 +28,7 @@ DEAD = ServerReport(URL, False, "cannot be reached: Connection refused")
 
 
 def port(number: int, verdict: Verdict | None = OPEN, **observed: object) -> PortReport:
-    known = {"local": "bound", "seen": verdict is OPEN, "captured": True, **observed}
+    known = {"seen": verdict is OPEN, "captured": True, "binding": Binding("bound"), **observed}
     answers = {URL: verdict} if verdict else {}
     return judge(Observation(PortPair(number, number), answers=answers, **known), Place())  # type: ignore[arg-type]
 
@@ -49,8 +49,8 @@ SEVEN_CAUSES = replace(
         *(port(n, TIMED_OUT, attempt=ARRIVED) for n in range(50800, 50810)),
         *(port(n, OPEN, seen=False) for n in range(50810, 50820)),
         *(port(n, OPEN, arrives_at=n + 1) for n in range(50820, 50830)),
-        port(50830, REFUSED, local="in use", holders=[LOCAL]),
-        *(port(n, None, local="outgoing connection") for n in (50840, 50842)),
+        port(50830, REFUSED, binding=Binding("in use", holders=[LOCAL])),
+        *(port(n, None, binding=Binding("outgoing connection")) for n in (50840, 50842)),
         *(port(n, None, excluded=True) for n in range(50850, 50860)),
         *(port(n) for n in range(50860, 50900)),
     ),

@@ -36,7 +36,7 @@ def test_listeners_are_on_all_addresses_and_see_who_connects(
 
     async def listen() -> None:
         async with Listeners([quiet, *ports], ip_version) as listeners:
-            assert set(listeners.local.values()) == {"bound"}
+            assert {binding.state for binding in listeners.bindings.values()} == {"bound"}
             assert not listeners.seen()
             for host, port in zip(hosts, ports, strict=True):
                 await asyncio.to_thread(is_listened_on, port, host)
@@ -82,9 +82,9 @@ async def listen():
     used = len(os.listdir("/proc/self/fd"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (used + 5, used + 5))
     async with Listeners(map(int, sys.argv[1:]), 4) as listeners:
-        return listeners.local
+        return [binding.state for binding in listeners.bindings.values()]
 
-print(*asyncio.run(listen()).values(), sep=",")
+print(*asyncio.run(listen()), sep=",")
 """
 
 
@@ -92,9 +92,9 @@ def test_out_of_files_concerns_only_the_ports_without_one() -> None:
     words = [sys.executable, "-c", OUT_OF_FILES_SCRIPT, *map(str, free_ports(20))]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stderr == ""
-    local = done.stdout.strip().split(",")
-    assert len(local) == 20
-    assert set(local) == {"bound", "failed"}
+    states = done.stdout.strip().split(",")
+    assert len(states) == 20
+    assert set(states) == {"bound", "failed"}
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
@@ -169,7 +169,7 @@ def test_every_port_can_be_bound_afterwards_without_reuseaddr(host: str) -> None
 def local_binding(port: int, ip_version: int = 4) -> str:
     async def listen() -> str:
         async with Listeners([port], ip_version) as listeners:
-            return listeners.local[port]
+            return listeners.bindings[port].state
 
     return asyncio.run(listen())
 
@@ -212,7 +212,7 @@ def test_checks_of_both_families_do_not_take_each_other_for_programs() -> None:
 
     async def listen() -> None:
         async with Listeners([port], 4) as one, Listeners([port], 6) as other:
-            assert one.local[port] == other.local[port] == "bound"
+            assert one.bindings[port].state == other.bindings[port].state == "bound"
 
     asyncio.run(listen())
 
@@ -233,6 +233,6 @@ def test_a_second_check_of_the_same_ports_says_so() -> None:
 
     async def listen() -> None:
         async with Listeners([port], 4), Listeners([port], 4) as second:
-            assert (second.local[port], second.checked) == ("in use", {port})
+            assert (second.bindings[port].state, second.bindings[port].checked) == ("in use", True)
 
     asyncio.run(listen())

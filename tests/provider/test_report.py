@@ -12,7 +12,7 @@ from port_checker.connect import OPEN, Verdict
 from port_checker.linux import TcpSocket, TcpState
 from port_checker.provider.evidence import Attempt
 from port_checker.provider.report import (
-    LocalBinding,
+    Binding,
     Observation,
     Place,
     PortPair,
@@ -29,6 +29,7 @@ REFUSED, TIMED_OUT = "Connection refused", "Connection timed out"
 NO_ROUTE, PROHIBITED = "No route to host", "Permission denied"
 PORT = PortPair(60800, 50800)
 OWN, BEHIND_ROUTER = Place(own_address=True), Place()
+BOUND, IN_USE = Binding("bound"), Binding("in use")
 
 
 def closed(error: str) -> Verdict:
@@ -36,10 +37,10 @@ def closed(error: str) -> Verdict:
 
 
 def judged(
-    *verdicts: Verdict, place: Place = BEHIND_ROUTER, local: LocalBinding = "bound", **observed: Any
+    *verdicts: Verdict, place: Place = BEHIND_ROUTER, binding: Binding = BOUND, **observed: Any
 ) -> PortReport:
     answers = {f"http://{number}": verdict for number, verdict in enumerate(verdicts)}
-    return judge(Observation(PORT, local, answers=answers, **observed), place)
+    return judge(Observation(PORT, binding, answers=answers, **observed), place)
 
 
 def holder(address: str, state: TcpState = TcpState.LISTEN, queued: int = 0) -> TcpSocket:
@@ -49,7 +50,7 @@ def holder(address: str, state: TcpState = TcpState.LISTEN, queued: int = 0) -> 
 
 
 ARRIVED = Attempt(ip_address("203.0.113.7"), "eth0")
-ANYWHERE = [holder("0.0.0.0")]  # noqa: S104  # shown only
+SERVED = Binding("in use", holders=[holder("0.0.0.0")])  # noqa: S104  # shown only
 
 # What was observed; reachable, confirmed, advice.
 JUDGEMENTS: list[tuple[PortReport, bool, bool | None, str | None]] = [
@@ -59,41 +60,41 @@ JUDGEMENTS: list[tuple[PortReport, bool, bool | None, str | None]] = [
     (judged(OPEN, closed(REFUSED)), False, False, advice.ANSWERED_ELSEWHERE),
     (judged(OPEN, arrives_at=50801), False, False, advice.CROSSED),
     (judged(OPEN, seen=True, arrives_at=50801), False, False, advice.CROSSED),
-    (judged(OPEN, local="in use", arrives_at=50801), False, None, advice.CROSSED),
+    (judged(OPEN, binding=IN_USE, arrives_at=50801), False, None, advice.CROSSED),
     (judged(OPEN, attempt=ARRIVED, captured=True), False, False, advice.REDIRECTED_HERE),
     (judged(closed(TIMED_OUT), seen=True), False, False, advice.WAY_BACK_FIRST),
     (judged(closed(REFUSED), seen=True), False, False, advice.WAY_BACK_FIRST),
     (judged(), False, False, advice.NOT_CHECKED.format(reason="there is no server")),
     (judged(excluded=True), False, False, advice.SERVER_CANNOT),
-    (judged(OPEN, local="in use", holders=ANYWHERE), True, None, None),
+    (judged(OPEN, binding=SERVED), True, None, None),
     (
-        judged(OPEN, local="in use", holders=ANYWHERE, captured=True, attempt=ARRIVED),
+        judged(OPEN, binding=SERVED, captured=True, attempt=ARRIVED),
         True,
         None,
         None,
     ),
     (
-        judged(OPEN, local="in use", holders=ANYWHERE, captured=True),
+        judged(OPEN, binding=SERVED, captured=True),
         False,
         None,
         advice.ANSWERED_ELSEWHERE,
     ),
     (
-        judged(OPEN, local="in use", holders=[holder("127.0.0.1")]),
+        judged(OPEN, binding=Binding("in use", holders=[holder("127.0.0.1")])),
         False,
         None,
         advice.IN_USE_LOCALLY.format(addresses="127.0.0.1"),
     ),
-    (judged(OPEN, local="in use"), False, None, advice.IN_USE_NOT_LISTENING),
+    (judged(OPEN, binding=IN_USE), False, None, advice.IN_USE_NOT_LISTENING),
     (
-        judged(OPEN, local="in use", holders=[holder("::")], other_family=True),
+        judged(OPEN, binding=Binding("in use", other_family=True, holders=[holder("::")])),
         False,
         None,
         advice.IN_USE_OTHER_FAMILY.format(family="IPv4"),
     ),
-    (judged(local="outgoing connection"), False, None, advice.OUTGOING_CONNECTION),
-    (judged(local="not permitted"), False, None, advice.NOT_PERMITTED_HERE),
-    (judged(local="failed"), False, None, advice.FAILED),
+    (judged(binding=Binding("outgoing connection")), False, None, advice.OUTGOING_CONNECTION),
+    (judged(binding=Binding("not permitted")), False, None, advice.NOT_PERMITTED_HERE),
+    (judged(binding=Binding("failed")), False, None, advice.FAILED),
 ]
 
 
@@ -219,9 +220,8 @@ PROGRAMS: list[tuple[Sequence[TcpSocket], str, bool, str]] = [
 def test_why_a_program_is_not_reached(
     holders: Sequence[TcpSocket], error: str, other_family: bool, expected: str
 ) -> None:
-    port = judged(
-        closed(error), local="in use", holders=holders, other_family=other_family, place=OWN
-    )
+    binding = Binding("in use", other_family=other_family, holders=holders)
+    port = judged(closed(error), binding=binding, place=OWN)
     assert (port.reachable, port.confirmed, port.advice) == (False, None, expected)
 
 

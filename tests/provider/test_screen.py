@@ -14,6 +14,7 @@ from port_checker.linux import TcpSocket, TcpState
 from port_checker.provider import PortReport, Report, ServerReport
 from port_checker.provider.lines import lines
 from port_checker.provider.report import (
+    Binding,
     Observation,
     Place,
     PortPair,
@@ -34,7 +35,7 @@ def port(number: int, *verdicts: Verdict, inner: int = 0, **observed: object) ->
     observation = Observation(
         PortPair(number, inner or number),
         **{
-            "local": "bound",
+            "binding": Binding("bound"),
             "seen": OPEN in verdicts,
             "answers": answers,
             "captured": True,
@@ -129,8 +130,8 @@ def test_a_narrow_terminal_loses_nothing(encoding: str) -> None:
     [
         (
             report(
-                port(50800, local="not permitted"),
-                port(50801, OPEN, local="in use", holders=[PROGRAM], captured=False),
+                port(50800, binding=Binding("not permitted")),
+                port(50801, OPEN, binding=Binding("in use", holders=[PROGRAM]), captured=False),
                 ip="::1",
                 family=6,
             ),

@@ -6,7 +6,7 @@ import pytest
 
 from port_checker.connect import OPEN, REFUSED, Verdict
 from port_checker.provider import Report, ServerReport
-from port_checker.provider.report import Observation, Place, PortPair, judge
+from port_checker.provider.report import Binding, Observation, Place, PortPair, judge
 from port_checker.provider.watch import watch
 
 URL = "https://checker.example"
@@ -21,7 +21,7 @@ def report(*verdicts: Verdict, error: str | None = None) -> Report:
         judge(
             Observation(
                 PortPair(50800 + number, 50800 + number),
-                "bound",
+                Binding("bound"),
                 seen=verdict == OPEN,
                 answers={} if error else {URL: verdict},
             ),
