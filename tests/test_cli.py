@@ -186,7 +186,7 @@ def test_a_json_document() -> None:
 
 
 def test_it_raises_its_limit_of_open_files_and_does_with_what_there_is() -> None:
-    ports = free_ports(1000)
+    ports = free_ports(500)
     with scripted(connected) as server:
         done = run("check", "--server", server.url, written(ports), files=(64, 256))
     assert done.out.startswith(f"{written(ports)}: bound; reachable.\n")
@@ -643,9 +643,7 @@ def http(body: bytes, *headers: bytes) -> bytes:
 
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-BOMB = gzip.compress(gzip.compress(bytes(100_000_000)))
 HOSTILE: dict[str, tuple[bytes, bytes]] = {  # what is sent first, and then without end
-    "an encoded answer": (http(BOMB, b"Content-Encoding: gzip, gzip"), b""),
     "many chunks": (CHUNKED, b"10000\r\n" + b"x" * 65536 + b"\r\n"),
     "a long header": (b"HTTP/1.1 200 OK\r\na: ", b"x" * 65536),
     "a long trailer": (CHUNKED + b"2\r\n{}\r\n0\r\n", b"a: b\r\n" * 10_000),
@@ -672,9 +670,11 @@ status = open("/proc/self/status")
 atexit.register(lambda: print(status.read().split("VmHWM:")[1].split()[0]))
 runpy.run_module("port_checker", run_name="__main__")
 """
+    bomb = gzip.compress(gzip.compress(bytes(100_000_000)))
+    encoded = http(bomb, b"Content-Encoding: gzip, gzip"), b""
     with contextlib.ExitStack() as stack:
         words = ["check", "--ip", "::1", "1000-1999"]
-        for first, more in HOSTILE.values():
+        for first, more in (encoded, *HOSTILE.values()):
             words += ["--server", stack.enter_context(raw_server(sending(first, more)))]
         done = subprocess.run(
             [sys.executable, "-c", script, *words],

@@ -80,13 +80,13 @@ def test_lines_are_for_those_who_like_nothing_better(accept: str, media_type: st
     assert answer.headers["Content-Type"] == media_type
 
 
-def test_each_of_a_thousand_ports_has_one_line_though_most_are_tried_again() -> None:
+def test_each_of_many_ports_has_one_line_though_most_are_tried_again() -> None:
     with (
-        serve(**UNLIMITED, retries=2, retry_delay=0, timeout=1, max_ports=1000) as client,
+        serve(**UNLIMITED, retries=2, retry_delay=0, timeout=1, max_ports=500) as client,
         ports(100, open_port) as opened,
         ports(20, silent_port) as silent,
     ):
-        checked = [*silent, *free_ports(880), *opened]
+        checked = [*silent, *free_ports(380), *opened]
         with progress(client, checked) as answer:
             *lines, last = [json.loads(line) for line in answer.iter_lines()]
         usual = client.post("/check-ports", json=body_of(checked))
@@ -95,7 +95,7 @@ def test_each_of_a_thousand_ports_has_one_line_though_most_are_tried_again() -> 
     assert told == last["results"]
     assert list(last["results"]) == [str(port) for port in checked]
     assert last == usual.json()
-    assert last["message"] == "Successfully verified 100 out of 1000 ports"
+    assert last["message"] == "Successfully verified 100 out of 500 ports"
 
 
 def test_a_port_that_answers_a_later_attempt_has_one_line_which_is_good() -> None:

@@ -217,11 +217,11 @@ def test_other_tasks_run_while_many_listeners_are_opened() -> None:
 
     async def listen() -> None:
         counting = asyncio.create_task(count())
-        async with Listeners(free_ports(1000), 4):
+        async with Listeners(free_ports(350), 4):
             counting.cancel()
 
     asyncio.run(listen())
-    assert turns >= 20
+    assert turns >= 7
 
 
 # What is known about the way to this machine
@@ -275,10 +275,11 @@ def test_ports_are_bound_before_the_server_is_asked_anything() -> None:
     assert bound == [True] * 20
 
 
+@needs_root
 def test_how_far_a_long_check_is() -> None:
-    ports = free_ports(2100)
+    ports = range(10_000, 12_001)
     told: list[tuple[int, int]] = []
-    with scripted() as server:
+    with loopback_alone(), scripted() as server:
         report = asyncio.run(
             verify(
                 ports,
@@ -287,8 +288,8 @@ def test_how_far_a_long_check_is() -> None:
                 waits=short_waits(),
             )
         )
-    assert report.reachable == 2100
-    assert told[-1] == (2100, 2100)
+    assert report.reachable == 2001
+    assert told[-1] == (2001, 2001)
     assert len(told) >= 3
 
 
