@@ -1,8 +1,9 @@
-"""What this machine's kernel tells of the connections that come.
+"""What this machine's interfaces see of the connections that come.
 
-Where this process may (CAP_NET_RAW), it sees the packets that begin, answer and refuse connections
-as they pass the interfaces: before any firewall, so that what arrives and is then dropped is told
-from what never arrives; and with its sender, so that others' packets blame nobody.
+If this process may (CAP_NET_RAW), it sees the packets that begin, answer and refuse connections as
+they pass the interfaces. It sees them before any firewall, so that a packet that is dropped here
+can be told from one that never arrived; and with their senders, so that those of strangers prove
+nothing.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ _SYN, _RST, _ACK = 0x02, 0x04, 0x10  # RFC 9293 section 3.1
 # Packets read in one turn of the event loop; one takes about 3 µs.
 _PACKETS_PER_TURN = 200
 _RECEIVE_BUFFER = 8 * 1024 * 1024
-# Others' connections are recorded as well until it shows whose they are; more are not.
+# Connections that are recorded. Those of strangers are among them: it shows later whose they are.
 _MAX_RECORDED = 50_000
 # A TCP header's ports, sequence number and flags.
 _TCP = struct.Struct("!HHI5xB")
@@ -33,8 +34,8 @@ _TCP = struct.Struct("!HHI5xB")
 _SNAPPED = 80
 
 # A classic BPF program (linux/filter.h) that passes TCP packets that come with SYN alone, and that
-# leave with SYN or RST; it begins at the IP header. Of IPv6 only those without extension headers:
-# nobody opens a connection with others.
+# leave with SYN or RST; it begins at the IP header. IPv6 packets with extension headers do not
+# pass: nobody opens a connection with them.
 _FILTER = [
     (0x30, 0, 0, 0),  # 0: A = version and header length
     (0x54, 0, 0, 0xF0),  # 1
@@ -97,9 +98,9 @@ class Capture:
         self._sock = sock
         # By the peer, packed, and our port; in the order in which the latest began.
         self._attempts: dict[tuple[bytes, int], Attempt] = {}
-        self._begun: set[tuple[bytes, int, int]] = set()  # the peer, its port, number
-        self._numbers: dict[int, Attempt] = {}
-        self._lost = False
+        self._begun: set[tuple[bytes, int, int]] = set()  # the peer, its port, sequence number
+        self._by_number: dict[int, Attempt] = {}
+        self._has_lost_packets = False
 
     @classmethod
     def open(cls) -> Self | None:
@@ -135,11 +136,11 @@ class Capture:
         threading.Thread(target=self._sock.close, daemon=True).start()
 
     def is_complete(self) -> bool:
-        """Whether all packets so far have been seen: then what was not seen did not arrive."""
+        """Whether all packets so far were seen: then a packet that was not seen did not arrive."""
         self._read(_MAX_RECORDED)
         statistics = self._sock.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8)  # resets them
-        self._lost |= struct.unpack("II", statistics)[1] > 0
-        return not self._lost
+        self._has_lost_packets |= struct.unpack("II", statistics)[1] > 0
+        return not self._has_lost_packets
 
     def attempts(self, is_peer: Callable[[Address], bool], since: int) -> dict[int, Attempt]:
         """Return the attempts of certain peers since a moment, the latest at each port."""
@@ -149,7 +150,7 @@ class Capture:
         return {port: attempt for (peer, port), attempt in reversed(recent) if peer in theirs}
 
     def seen(self, since: int = 0) -> dict[int, set[Address]]:
-        """Return who began to connect, by port, since the clock showed ``since``."""
+        """Return who has begun to connect since the clock showed ``since``, by port."""
         found: dict[int, set[Address]] = {}
         for (peer, port), _ in self._since(since):
             found.setdefault(port, set()).add(unpack_address(peer))
@@ -181,12 +182,12 @@ class Capture:
         if not outgoing:
             self._record_begin((source, from_port, number), destination, to_port, interface)
         elif not flags & _ACK and flags & _SYN:
-            # One of others that is passed on keeps its number, whatever is translated.
-            attempt = self._numbers.get(number)
+            # A connection that is passed on keeps its number, whatever else is translated.
+            attempt = self._by_number.get(number)
             if attempt and attempt.address != unpack_address(destination):
                 attempt.passed_to = unpack_address(destination)
         elif attempt := self._attempts.get((destination, from_port)):
-            if flags & _SYN:  # at a bridge before its port, which is seen last when it comes in
+            if flags & _SYN:  # of a bridge and its port, the bridge: packets leave by it first
                 attempt.answered_at = attempt.answered_at or interface
             attempt.refused |= not flags & _SYN
 
@@ -194,7 +195,7 @@ class Capture:
         self, begun: tuple[bytes, int, int], destination: bytes, port: int, interface: str
     ) -> None:
         peer, _, number = begun
-        if begun in self._begun:  # sent again, or the same at a bridge after its port
+        if begun in self._begun:  # sent again, or seen at a bridge after its port
             if attempt := self._attempts.get((peer, port)):
                 attempt.interface = interface
         elif len(self._begun) < _MAX_RECORDED:
@@ -205,6 +206,6 @@ class Capture:
             )
             attempt.last = self.clock
             self._attempts[peer, port] = attempt
-            self._numbers[number] = attempt
+            self._by_number[number] = attempt
         else:
-            self._lost = True
+            self._has_lost_packets = True

@@ -1,7 +1,7 @@
 """One HTTP exchange at a time with a port checker, bounded in time and size.
 
-It does what other clients do not: it takes its local ports from outside the ports that are being
-checked, asks over one address family, and decodes no content. HTTP itself is h11's.
+Unlike other clients, it takes no local port from those that are being checked, can be held to one
+IP version, and decodes no content. HTTP itself is h11's.
 """
 
 import asyncio
@@ -31,9 +31,9 @@ from port_checker.resolver import Resolver
 
 _FAMILIES = {None: socket.AF_UNSPEC, 4: socket.AF_INET, 6: socket.AF_INET6}
 _HOST_NAME = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?", re.IGNORECASE)
-# Characters of a server's text that are shown.
+# Characters that are shown of a server's text.
 _MAX_TEXT_LENGTH = 300
-# Tries to find a free local port. Each fails only if somebody has just that port.
+# Attempts to find a free local port. Each fails only if that port is taken.
 _BIND_ATTEMPTS = 50
 _PRIVILEGED = 1024
 _READ_SIZE = 65536
@@ -48,7 +48,7 @@ class HttpError(Exception):
 
     Args:
         message: The rest of a sentence whose subject is the server.
-        passes: Whether it may succeed later.
+        passes: Whether the trouble may pass, so that a later attempt may succeed.
         timed_out: Whether nothing came in time.
     """
 
@@ -67,7 +67,7 @@ class ServerUrl:
         port: Its port.
         tls: Whether it is ``https``.
         path: What the paths of the API are appended to, without a slash at the end.
-        authorization: The header's value for the URL's user and password; None without them.
+        authorization: The Authorization field for the URL's user and password; None without them.
     """
 
     host: str
@@ -81,7 +81,7 @@ class ServerUrl:
         """Read a URL.
 
         Raises:
-            ValueError: It is not a URL of a server; the message is fit to be shown.
+            ValueError: It is not the URL of a server; the message is for users.
         """
         fault = ValueError(f"{without_password(text)!r} is not a valid server URL.")
         if not text.isprintable() or re.search(r"[\s,]", text):
@@ -127,7 +127,7 @@ class ServerUrl:
 
 
 def without_password(url: str) -> str:
-    """Return what may be shown of a URL, or of what was meant to be one."""
+    """Return what may be shown of a URL, or of a text that was meant to be one."""
     return re.sub(r"^([a-z+.-]*://)?.*@", r"\1", url, flags=re.IGNORECASE | re.DOTALL)
 
 
@@ -139,18 +139,18 @@ def printable(text: str) -> str:
 class LocalPorts:
     """Local ports for this program's own connections: none of those that are being checked.
 
-    With the ports under check in the ephemeral range, as the network's default ports are, the
-    kernel might give one of them to a connection to a server.
+    If those are in the ephemeral range, as the network's default ports are, the kernel might give
+    one of them to a connection to a server.
     """
 
     def __init__(self, checked: Collection[int]) -> None:
         excluded = set(checked) | _expand(reserved_ports())
         ranges = ephemeral_ports(), range(_PRIVILEGED, 65536)
-        left = (list(set(ports) - excluded) for ports in ranges)
-        self._ports = next((ports for ports in left if ports), list(ranges[1]))
+        usable = (list(set(ports) - excluded) for ports in ranges)
+        self._ports = next(filter(None, usable), list(ranges[1]))
 
     def bind(self, sock: socket.socket) -> None:
-        """Bind a socket to one of them, on all addresses.
+        """Bind a socket to one of the ports, on all addresses.
 
         Raises:
             OSError: None of those that were tried is free.
@@ -181,12 +181,12 @@ class Response:
     """An answer.
 
     Attributes:
-        status: Its HTTP status.
-        reason: The status' name.
-        headers: By lower-case name; of a repeated one, the last.
+        status: The HTTP status.
+        reason: The name of the status.
+        headers: The values of the fields, by lower-case name; of a repeated field, the last.
         body: At most as many bytes as were asked for.
         local: This machine's address of the connection.
-        remote: The server's.
+        remote: The server's address of the connection.
     """
 
     status: int
@@ -198,7 +198,7 @@ class Response:
 
     @functools.cached_property
     def document(self) -> object:
-        """The body's JSON; None if it has none."""
+        """The body, read as JSON; None if it is not JSON."""
         try:
             return json.loads(self.body)
         except (ValueError, RecursionError):
@@ -226,7 +226,7 @@ class HttpClient:
     resolver: Resolver = field(default_factory=Resolver, repr=False)
 
     async def families(self, url: ServerUrl) -> set[int]:
-        """Return the IP versions of which a server has addresses; none if that is unknown."""
+        """Return the IP versions over which a server has addresses; none if that is unknown."""
         try:
             found = await self._look_up(url, None)
         except (OSError, HttpError):
@@ -260,9 +260,8 @@ class HttpClient:
             path: Appended to the URL's.
             body: JSON; None for none.
             max_size: Bytes of the answer's body that are read.
-            on_lines: Asks for an answer line by line, and is called with the number of lines that
-                have come. What is returned then has the last line alone for its body: the others
-                count only if that one does.
+            on_lines: Called with the number of lines that have come, if the answer is to come line
+                by line. The body of the response is then the last line alone.
 
         Raises:
             HttpError: There is no answer that makes sense.
@@ -303,8 +302,8 @@ class HttpClient:
         """What the system trusts; SSL_CERT_FILE and SSL_CERT_DIR name other authorities.
 
         Raises:
-            HttpError: There is nothing in SSL_CERT_FILE to trust. OpenSSL would pass over that, and
-                blame the server's certificate.
+            HttpError: SSL_CERT_FILE has no certificates. OpenSSL would ignore that, and blame the
+                server's certificate.
         """
         context = ssl.create_default_context()
         if name := os.environ.get("SSL_CERT_FILE"):
@@ -315,8 +314,8 @@ class HttpClient:
                 why = "no certificate in it" if is_empty else _strerror(error)
                 message = f"TLS failed: SSL_CERT_FILE={printable(name)} cannot be used: {why}"
                 raise HttpError(message, passes=False) from None
-        # Python 3.13 sets these flags itself; here every Python judges alike, and a private
-        # authority whose certificates lack what RFC 5280 asks for can be used.
+        # Python 3.13 changed its defaults; here every Python judges alike, and a private authority
+        # can be used whose certificates lack what RFC 5280 asks for.
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
         return context
@@ -429,13 +428,13 @@ async def _exchange(
 
 
 def _last_line(response: Response) -> Response:
-    """Reduce an answer that came line by line to the last one, the answer proper.
+    """Reduce an answer that came line by line to its last line, which is the answer proper.
 
-    An error in that line has no status of its own: a check failed that had begun.
+    An error in that line has no HTTP status of its own: the check had begun when it failed.
 
     Raises:
-        HttpError: The last line is missing. Where a connection's end is that of the body, nothing
-            else shows that the server broke off.
+        HttpError: The last line is missing. Where the body ends with the connection, nothing else
+            shows that the server broke off.
     """
     kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != _NDJSON:
@@ -450,7 +449,7 @@ def _last_line(response: Response) -> Response:
 
 
 def _ends_at_close(response: h11.Response | None) -> bool:
-    """Whether the body's end is that of the connection (RFC 9112 section 6.3)."""
+    """Whether the body ends with the connection (RFC 9112 section 6.3)."""
     names = {name for name, _ in response.headers} if response else set()
     return bool(response) and not names & {b"content-length", b"transfer-encoding"}
 

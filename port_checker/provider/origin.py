@@ -1,10 +1,10 @@
 """Which connections are a server's: only those of the server that was asked are evidence.
 
-A server connects, as a rule, from the address at which it is asked. Where it does not (a proxy is
-in front of it, a NAT before or behind it), its peer is learnt: the server is asked about random
-halves of the ports, and whoever comes to one half's ports exactly while that half is asked for,
-again and again, and never in between, is the server. Monitors, scanners and neighbours do not know
-the halves.
+A server connects, as a rule, from the address at which it is asked. Where it does not (because of a
+proxy or a NAT), the address from which it connects is learnt: the server is asked about random
+halves of the ports, and whoever connects to the ports of one half exactly while that half is asked
+about, every time, and never in between, is the server. Monitors, scanners and neighbours do not
+know the halves.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ from port_checker.provider.listeners import Listeners
 from port_checker.provider.remote import Answers, Server, ServerError, Waits
 from port_checker.provider.report import PortPair
 
-# Rounds of halves. A stranger who connects to one port at random moments would have to meet the
-# right half in each, and in none of the others.
+# Rounds of halves. A stranger who connects to one port at random moments would have to hit the
+# right half in each, and never the other one.
 _ROUNDS = 3
-# One in so many ports may get others' connections from the same address meanwhile.
-_FEW = 4
-# Peers that are looked at more closely: those who came to the most ports.
+# One in so many ports may get stray connections from the same address at the same time.
+_STRAY_SHARE = 4
+# Peers that are looked at more closely: those that came to the most ports.
 _MAX_CANDIDATES = 32
 # Sites get at least a /56, as a rule (RFC 6177).
 _SITE_PREFIX = 56
@@ -46,7 +46,7 @@ class Nearness(Enum):
 
 @dataclass(frozen=True)
 class Contact:
-    """A server, the address that it is asked about, and from where it connects.
+    """A server, the address that it is asked about, and the addresses from which it connects.
 
     Attributes:
         server: The server.
@@ -55,9 +55,9 @@ class Contact:
         error: Why it does not check; None if it does.
         asked: Whether it has checked something.
         local: The address of this machine from which it was asked.
-        remote: The address at which it was asked.
+        remote: The address of the server at which it was asked.
         peers: The addresses from which it connects, as far as they are known.
-        strangers: Addresses that looked like it and were found to be others'.
+        strangers: Addresses that looked like the server's and were found to be others'.
     """
 
     server: Server
@@ -92,8 +92,8 @@ class Contact:
     def has_peer(self, peer: Address) -> bool:
         """Whether a connection from ``peer`` is the server's.
 
-        One of this machine's own is the server's only if it runs here. Of a server elsewhere, any
-        address of its /64 is.
+        One from this machine is the server's only if the server runs here. If it is elsewhere, any
+        address of its /64 is the server's.
         """
         if self.nearness is Nearness.HERE:
             return peer == self.remote or is_own(peer)
@@ -101,8 +101,8 @@ class Contact:
             return True
         return peer == self.remote or peer in self.peers
 
-    async def introduced(self) -> "Contact":
-        """Return what is known of it when it has told this machine's address, or why not."""
+    async def after_introduction(self) -> "Contact":
+        """Return what is known of it after it was asked for this machine's address."""
         try:
             found = await self.server.introduce()
         except ServerError as error:
@@ -149,7 +149,7 @@ def _are_neighbours(remote: Address) -> bool:
 
 @dataclass(frozen=True)
 class Witness:
-    """What sees connections come: the listeners, and the interfaces where they can be watched."""
+    """What sees connections come: the listeners, and the interfaces if they can be watched."""
 
     listeners: Listeners
     capture: Capture | None
@@ -167,7 +167,7 @@ class Witness:
 
 
 def by_peer(seen: Mapping[int, Collection[Address]]) -> dict[Address, set[int]]:
-    """Turn who came to each port into the ports to which each peer came."""
+    """Return the ports to which each peer came, from the peers that came to each port."""
     ports: defaultdict[Address, set[int]] = defaultdict(set)
     for port, peers in seen.items():
         for peer in peers:
@@ -192,7 +192,7 @@ async def learn_peers(
         waits: How long to wait.
 
     Returns:
-        Those of the candidates that are the server; none if that stays unclear.
+        The candidates that are the server; none if that stays unclear.
     """
     by_ports = sorted(candidates, key=lambda peer: -len(candidates[peer]))
     remaining = {peer for peer in by_ports[:_MAX_CANDIDATES] if not is_own(peer)}
@@ -208,13 +208,13 @@ async def learn_peers(
             inner = {pair.inner for pair in group}
             ports = by_peer(witness.seen(start))
             for peer in list(remaining):
-                came = ports.get(peer, set())
-                # Where forwards are crossed, the number alone fits; behind a NAT that hides who
-                # connects, some of others' come with the server's.
-                is_whole = inner <= came and _FEW * len(came - inner) <= len(pairs)
-                if not (came <= inner or is_whole or 1 < len(came) <= reached):
+                visited = ports.get(peer, set())
+                # If forwards are crossed, only the number fits. Behind a NAT that hides who
+                # connects, some connections of strangers come with the server's.
+                is_whole = inner <= visited and _STRAY_SHARE * len(visited - inner) <= len(pairs)
+                if not (visited <= inner or is_whole or 1 < len(visited) <= reached):
                     remaining.discard(peer)
-                arrived[peer] |= came
+                arrived[peer] |= visited
         remaining = {peer for peer in remaining if arrived[peer]}
     return frozenset(remaining)
 
@@ -226,7 +226,7 @@ async def _ask_half(
     waits: Waits,
     start: tuple[int, int],
 ) -> int | None:
-    """Ask about some ports, or wait for a while; return how many it reached, None if it failed."""
+    """Ask about some ports, or wait for a while; return how many it reached, None on failure."""
     if not group:
         await waits.sleep(waits.quiet * random.uniform(0.5, 1.5))  # noqa: S311  # no secret
         return 0

@@ -1,6 +1,6 @@
 """Where this machine is: behind a router, in a container, behind a VPN's exit, or in a cloud.
 
-And what the network before it does with whole addresses: shares them out, or loops them back.
+And what the network in front of it does with addresses: shares them out, or loops them back.
 """
 
 import asyncio
@@ -43,15 +43,16 @@ _CLOUDS = (
     "HUAWEICLOUD",
     "OpenStack",
 )
-# Seconds in which one's own router answers; it is near.
+# Seconds within which this machine's own router, which is near, answers.
 _LOOP_PATIENCE = 1.0
-# Ports of a block in an address that is shared by ports, in bits: MAP-E's are of 16, as a rule.
+# Ports in each block of one customer of a shared address, as powers of two: MAP-E's blocks have 16,
+# as a rule.
 _BLOCK_BITS = range(10, 1, -1)
 _LIKELY_BLOCK = 8
 
 
 def place_of(contact: Contact | None, family: int) -> Place:
-    """Tell what is known of the way from a server to this machine.
+    """Return what is known of the way from a server to this machine.
 
     Args:
         contact: The server; None if there is none.
@@ -77,24 +78,24 @@ def place_of(contact: Contact | None, family: int) -> Place:
 
 
 def router_of(interface: str, local: Address | None, root: Path = Path("/")) -> Router:
-    """Tell what stands between this machine and the internet, for its addresses are translated.
+    """Return what translates addresses between this machine and the internet.
 
     Args:
         interface: Where connections to the internet leave.
         local: This machine's address there.
-        root: Where the files are that tell.
+        root: The directory that is ``/`` to this machine.
     """
     kind = interface_kind(interface)
     if kind == "wireguard" or interface.startswith(_VPN_NAMES):
         return Router.VPN
     if is_shared(local):
         return Router.SHARED
-    # A mark alone says nothing of the network: programs that build images leave it behind, and a
-    # container may have its host's network. A tun that is no VPN's is pasta's or slirp4netns'.
-    looks_like_containers = kind == "tun" or (
+    # A mark alone says nothing about the network: programs that build images leave it behind, and
+    # a container may have its host's network. A tun that no VPN has is pasta's or slirp4netns'.
+    has_container_network = kind == "tun" or (
         kind == "veth" and local is not None and lies_in(local, _CONTAINER_NETWORKS)
     )
-    if looks_like_containers and _is_container(root):
+    if has_container_network and _is_container(root):
         return Router.CONTAINER
     identity = root / "sys/class/dmi/id"
     names = ("sys_vendor", "product_name", "chassis_asset_tag")
@@ -104,16 +105,16 @@ def router_of(interface: str, local: Address | None, root: Path = Path("/")) -> 
 
 
 def is_shared(local: Address | None) -> bool:
-    """Whether a local address is of those that internet providers share out behind their NAT."""
+    """Whether a local address is one that internet providers give out behind a NAT of their own."""
     return isinstance(local, IPv4Address) and lies_in(local, _SHARED_NETWORKS)
 
 
 class Share(NamedTuple):
-    """The ports of an address that one customer has, where others have the others (RFC 7597).
+    """One customer's ports of an address that is shared by ports (RFC 7597).
 
     Attributes:
-        size: The ports in each block.
-        certain: Whether several blocks make the pattern.
+        size: How many ports each block has.
+        certain: Whether several blocks show the pattern.
     """
 
     size: int
@@ -121,11 +122,11 @@ class Share(NamedTuple):
 
 
 def share_of(reached: Collection[int], lost: Collection[int]) -> Share | None:
-    """Recognize the ports of one customer of a shared address by which ones got through.
+    """Recognize one customer's ports of a shared address by which ports got through.
 
-    The blocks have 2^m ports, begin at multiples of that, and the lowest bits of their numbers are
-    the customer's (RFC 7597 section 5.1): they lie at equal distances. Of the ports that were asked
-    about, it is all of those and no other.
+    Blocks have 2^m ports and begin at multiples of that. The lowest bits of a block's number name
+    the customer (RFC 7597 section 5.1), so a customer's blocks lie at equal distances. Of the ports
+    that were asked about, exactly those in the customer's blocks get through.
     """
     for bits in _BLOCK_BITS:
         blocks = Counter(port >> bits for port in reached)
@@ -146,13 +147,13 @@ def share_of(reached: Collection[int], lost: Collection[int]) -> Share | None:
 async def loops_back(
     address: IPv4Address, port: PortPair, listeners: Listeners, local_ports: LocalPorts
 ) -> bool:
-    """Whether a connection of this machine's to its own public address comes back to it.
+    """Whether a connection from this machine to its own public address comes back to it.
 
     Args:
-        address: The public address, which is not this machine's.
-        port: A port that the world reaches there, and at which a listener stands.
-        listeners: Which see the connection come.
-        local_ports: From where to connect.
+        address: The public address, which its router has.
+        port: A port that the world reaches there, on which a listener is open.
+        listeners: What sees the connection come.
+        local_ports: The ports from which to connect.
     """
     start = listeners.clock
     with socket.socket() as sock:

@@ -29,27 +29,27 @@ from port_checker.provider.http_client import (
 from port_checker.provider.report import TlsAnswer
 from port_checker.verdicts import HERE, port_verdict, tls_kind
 
-# How this service says whom it would check instead.
+# How a server names the address that it would check instead.
 _OWN_ADDRESS = re.compile(r"your own address, ([0-9A-Fa-f.:]+[0-9A-Fa-f])")
 
 # Ports in one request: what a server with default settings accepts.
 MAX_PORTS_PER_REQUEST = 1000
-# Bytes of an answer that are read: so many, and so many for each port and place. A verdict has
-# about 70.
+# Bytes of an answer that are read: for everything but verdicts, and for each verdict, on one port
+# from one place. A verdict has about 70.
 _ANSWER_SIZE = 64 * 1024
 _VERDICT_SIZE = 256
 _MOST_PLACES = 17  # from which a server looks: it may ask 16 others
-# What an older server's error number says about the port. Others are its own trouble: no files or
-# ports left, no route, a firewall of its own.
+# What the error numbers of older servers say about a port. Any other number is the server's own
+# trouble: it has no files or ports left, no route, or a firewall of its own.
 _BY_ERRNO = {
     errno.ECONNREFUSED: REFUSED,
     errno.ETIMEDOUT: TIMED_OUT,
     errno.EHOSTUNREACH: HOST_UNREACHABLE,
     errno.ECONNRESET: Verdict(VerdictKind.OTHER, "Connection reset by peer"),
 }
-# How often a server is asked anew that saw this machine at another address than before.
+# How often a server that sees this machine at another address than before is asked again.
 _MAX_MOVES = 6
-# What a server or a proxy before it answers when it may succeed later.
+# Statuses of a server, or of a proxy in front of it, after which a later attempt may succeed.
 _PASSING = {
     HTTPStatus.TOO_MANY_REQUESTS,
     HTTPStatus.BAD_GATEWAY,
@@ -58,12 +58,12 @@ _PASSING = {
     HTTPStatus.REQUEST_TIMEOUT,
     HTTPStatus.TOO_EARLY,
     499,  # nginx: its client left, which is a proxy here
-    *range(520, 531),  # Cloudflare's: the server before which it stands is away or broken
+    *range(520, 531),  # Cloudflare: the server behind it is away or broken
     598,
-    599,  # proxies': a timeout while reading or connecting
+    599,  # proxies: a timeout while reading or connecting
 }
-# A server that has moved says so for good, or keeps the request's path; a network's login page does
-# neither.
+# A server that has moved redirects for good, or keeps the request's path; a network's login page
+# does neither.
 _MOVED = {HTTPStatus.MOVED_PERMANENTLY, HTTPStatus.PERMANENT_REDIRECT}
 _LOGIN_PAGE = "a login page of this network answers in its place: log in there, and try again"
 
@@ -78,15 +78,15 @@ class Waits:
             5 s (resolv.conf(5)).
         answer: For an answer. A server with default settings needs 17 at most, and must not need
             more than 30.
-        pauses: Before each new attempt after failures in a row, where the server does not say how
-            long to wait by ``Retry-After``.
+        pauses: Before each new attempt after failures in a row, unless the server says with
+            ``Retry-After`` how long to wait.
         patience: In total, for one server, until it checks something; attempts without an answer
             count, too.
-        late_connections: After an answer, for the connections that it reports: when the last
-            packet of a handshake is lost, the next one follows after a retransmission timeout.
+        late_connections: After an answer, for the connections that it reports: if the last packet
+            of a handshake is lost, it is sent again after a retransmission timeout.
         between_groups: Between small groups of ports, when new connections are limited on the way.
         ban: Before a server that seems to be banned as a scanner is asked again.
-        quiet: About so long nothing is asked, to see who connects anyway.
+        quiet: With no request, to see who connects anyway; about this long.
         sleep: What to wait with.
     """
 
@@ -113,11 +113,11 @@ class _TooManyPorts(Exception):
 class _OtherAddress(ServerError):
     """The server refuses, since it saw this machine at another address this time."""
 
-    def __init__(self, message: str, seen: str | None) -> None:
+    def __init__(self, message: str, address: str | None) -> None:
         super().__init__(message)
-        self.seen: Address | None = None
+        self.address: Address | None = None
         with contextlib.suppress(ValueError):
-            self.seen = parse_address(seen or "")
+            self.address = parse_address(address or "")
 
 
 class _ErrorDetail(NamedTuple):
@@ -135,7 +135,7 @@ class Introduction:
     Attributes:
         address: This machine's address as the server sees it; None if it does not know.
         local: The address of this machine from which it was asked.
-        remote: The address at which it was asked.
+        remote: The address of the server at which it was asked.
     """
 
     address: Address | None
@@ -148,14 +148,15 @@ class Answers:
     """What a server answered about some ports.
 
     Attributes:
-        verdicts: Its verdict on each port that it checked.
+        verdicts: Its verdict on each port that it checked, in the order of asking.
         excluded: The ports that it may not connect to.
-        failures: Its own errors in place of a verdict, by port.
         error: Why it did not check all the others; None if it did.
         local: The address of this machine from which it was asked; None without an answer.
-        remote: The address at which it was asked.
+        remote: The address of the server at which it was asked; None without an answer.
+        failures: Its own errors in place of a verdict, by port.
         address: The address about which it was asked; None without an answer.
-        places: What each place says from which it looked, by port and name, where it asks others.
+        places: The verdict of each place from which it looked, by port and name, where it asks
+            other places.
     """
 
     verdicts: Mapping[int, Verdict] = field(default_factory=dict)
@@ -173,7 +174,7 @@ class Answers:
         return {port for port, verdict in self.verdicts.items() if verdict.accessible}
 
     def __or__(self, later: "Answers") -> "Answers":
-        """Add later answers, which count where both have one."""
+        """Add later answers; where both have one, the later one counts."""
         return Answers(
             {**self.verdicts, **later.verdicts},
             self.excluded | later.excluded,
@@ -248,12 +249,13 @@ class Server:
         Args:
             address: This machine's.
             ports: The ports.
-            is_connecting: Whether the server has been seen to connect. Then silence is tried once
-                more only: a ban that cut it off would but begin anew.
-            may_move: Whether to ask about another address that the server names as this machine's.
+            is_connecting: Whether the server has been seen to connect. If so, silence leads to only
+                one more attempt: a ban that has cut the server off would begin anew with each.
+            may_move: Whether to ask about another address that the server sees this machine at.
         """
         answers = Answers()
-        remaining, batch_size, moves = list(ports), MAX_PORTS_PER_REQUEST, 0
+        remaining, batch_size = list(ports), MAX_PORTS_PER_REQUEST
+        remaining_moves = _MAX_MOVES if may_move else 0
         while remaining:
             batch = remaining[:batch_size]
             try:
@@ -261,14 +263,14 @@ class Server:
             except _TooManyPorts:
                 batch_size = (len(batch) + 1) // 2
             except _OtherAddress as error:
-                # Where connections leave by several uplinks in turn, an address is right only now
-                # and then.
-                seen = error.seen if error.seen and error.seen.version == address.version else None
-                moves += 1
-                if not may_move or not seen or moves > _MAX_MOVES:
+                # If connections leave by several uplinks in turn, an address is right only now and
+                # then.
+                seen_at = error.address
+                if not (remaining_moves and seen_at and seen_at.version == address.version):
                     return answers | Answers(error=str(error))
+                remaining_moves -= 1
                 if not answers.verdicts:
-                    address = seen
+                    address = seen_at
             except ServerError as error:
                 return answers | Answers(error=str(error))
             else:
@@ -293,13 +295,13 @@ class Server:
         answer = _read_tls(response.document) if response.status == HTTPStatus.OK else None
         if not answer:
             raise ServerError(_describe(response, self.url))
-        seen = ((name, _read_tls(place.get("result"))) for name, place in self._places(response))
-        return replace(answer, places={name: result.error for name, result in seen if result})
+        results = ((name, _read_tls(place.get("result"))) for name, place in self._places(response))
+        return replace(answer, places={name: result.error for name, result in results if result})
 
     async def _check(
         self, address: Address, ports: list[int], is_connecting: Callable[[], bool]
     ) -> Answers:
-        """Have ports checked in one request; the answer is all verdicts, or ports to exclude."""
+        """Ask about ports in one request; the answer is all verdicts, or ports to exclude."""
         count = "1 port" if len(ports) == 1 else f"{len(ports)} ports"
         checking = f"{self.url} is checking {count} (at most {self._waits.answer:.0f} s)"
         self._on_progress(checking)
@@ -309,12 +311,11 @@ class Server:
 
         request = {"provider_ip": str(address), "ports": ports, "perspectives": True}
         document = json.dumps(request).encode()
-        # The lines, the verdicts, and those of each place.
+        # Each verdict comes in a line, in the answer proper, and once for each place.
         size = _ANSWER_SIZE + _VERDICT_SIZE * len(ports) * (2 + _MOST_PLACES)
         response = await self._request(
             "POST", "/check-ports", document, size, len(ports), is_connecting, on_lines
         )
-        ends = response.local, response.remote
         results = _read_results(response.document) if response.status == HTTPStatus.OK else None
         if results is not None:
             if results.keys() != {str(port) for port in ports}:
@@ -325,25 +326,24 @@ class Server:
                     if port in results and isinstance(result, Verdict):
                         places.setdefault(int(port), {})[name] = result
             return Answers(
-                {port: said for port in ports if isinstance(said := results[str(port)], Verdict)},
-                frozenset(),
-                None,
-                *ends,
-                {port: said for port in ports if isinstance(said := results[str(port)], str)},
+                verdicts={p: r for p in ports if isinstance(r := results[str(p)], Verdict)},
+                failures={p: r for p in ports if isinstance(r := results[str(p)], str)},
+                local=response.local,
+                remote=response.remote,
                 places=places,
             )
         detail = _error_detail(response)
         if detail and detail.code == ErrorCode.TARGET_NOT_ALLOWED:
-            seen = _OWN_ADDRESS.search(detail.message)
-            raise _OtherAddress(_describe(response, self.url), seen and seen[1])
+            address_seen = _OWN_ADDRESS.search(detail.message)
+            raise _OtherAddress(_describe(response, self.url), address_seen and address_seen[1])
         if detail and detail.code == ErrorCode.TOO_MANY_PORTS and len(ports) > 1:
             raise _TooManyPorts
         if detail and (excluded := detail.ports & frozenset(ports)):
-            return Answers({}, excluded, None, *ends)
+            return Answers(excluded=excluded, local=response.local, remote=response.remote)
         raise ServerError(_describe(response, self.url))
 
     def _places(self, response: Response) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield what each place says, and what it is called; nothing if there are no others."""
+        """Yield the name of each place and what it says; nothing if the server is the only one."""
         match response.document:
             case {"perspectives": [_, _, *_] as places}:
                 for place in places[:_MOST_PLACES]:
@@ -361,11 +361,11 @@ class Server:
         is_connecting: Callable[[], bool] = lambda: False,
         on_lines: OnLines | None = None,
     ) -> Response:
-        """Make a request, and make it again while what hinders it may pass.
+        """Make a request, and repeat it while the trouble may pass.
 
         Raises:
             ServerError: It does not pass, or not within our patience.
-            _TooManyPorts: After a wait: the server would take fewer ports.
+            _TooManyPorts: The server is busy, and may take fewer ports now, after a pause.
         """
         pauses, was_cut_off = iter(self._waits.pauses), False
         while True:
@@ -398,7 +398,7 @@ class Server:
 
 
 def _read_tls(result: object) -> TlsAnswer | None:
-    """Read the result for a TLS endpoint; None if it is none."""
+    """Read the result for a TLS endpoint; None if it is not one."""
     match result:
         case {
             "valid": bool(valid),
@@ -414,7 +414,7 @@ def _read_tls(result: object) -> TlsAnswer | None:
 
 
 def _read_results(answer: object) -> dict[str, Verdict | str] | None:
-    """Read the results for ports, as ``_read_verdict`` does; None if there are none."""
+    """Read the results for ports, each as ``_read_verdict`` does; None if there are none."""
     match answer:
         case {"results": dict(results)}:
             found = {}
@@ -429,9 +429,9 @@ def _read_results(answer: object) -> dict[str, Verdict | str] | None:
 
 
 def _read_verdict(accessible: bool, error: str | None) -> Verdict | str:
-    """Read a verdict; or what the server says of its own trouble, which is none.
+    """Read a verdict, or else the server's words about its own trouble.
 
-    Older servers put the number of the system's error before its words.
+    Older servers put the system's error number before its words.
     """
     verdict = port_verdict(accessible, error)
     if verdict.kind is not VerdictKind.OTHER:
@@ -464,7 +464,7 @@ def _error_detail(response: Response) -> _ErrorDetail | None:
     return None
 
 
-# What no shell takes apart, for people paste what they are told to give.
+# What every shell takes as it is, since people paste the URL that they are advised to give.
 _PASTABLE = re.compile(r"[A-Za-z0-9._~/:\[\]-]+")
 
 
@@ -493,7 +493,7 @@ def _describe(response: Response, url: ServerUrl) -> str:
 
 
 def _is_elsewhere(target: str, url: ServerUrl) -> bool:
-    """Whether a redirect leads to something else than the API on another host."""
+    """Whether a redirect leads to another host, and not to the API there."""
     try:
         parts = urlsplit(target)
         host = parts.hostname or ""

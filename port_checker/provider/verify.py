@@ -159,7 +159,7 @@ async def _introduce(
     if all(contact.given for contact in contacts):
         return list(contacts)
     on_progress("asking for this machine's address")
-    contacts = await asyncio.gather(*(contact.introduced() for contact in contacts))
+    contacts = await asyncio.gather(*(contact.after_introduction() for contact in contacts))
     known = next((contact.address for contact in contacts if contact.address), None)
     return [_with_address(contact, contact.address or known, family) for contact in contacts]
 
