@@ -449,10 +449,11 @@ class Perspectives:
             while pending and (ballot.hears_all or not ballot.is_settled):
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 for task in sorted(done, key=tasks.__getitem__):
-                    try:
-                        ballot.cast(tasks[task], task.result())
-                    except (CheckFailed, NoVote) as error:
+                    # Raised here, it would lead back to this poll, and both stay in memory.
+                    if isinstance(error := task.exception(), (CheckFailed, NoVote)):
                         ballot.cast(tasks[task], error)
+                    else:
+                        ballot.cast(tasks[task], task.result())
         finally:
             for task in pending:
                 task.cancel()

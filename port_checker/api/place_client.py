@@ -159,9 +159,9 @@ class PlaceClient:
     async def _connect_to_any(self, addresses: Sequence[str]) -> "_Connection":
         """Connect to the address that answers first; each is tried some time after the last."""
         remaining = list(addresses)
-        attempts: list[asyncio.Task[_Connection]] = []
-        pending: set[asyncio.Task[_Connection]] = set()
-        failures: list[BaseException] = []
+        attempts: list[asyncio.Task[_Connection | str]] = []
+        pending: set[asyncio.Task[_Connection | str]] = set()
+        reasons: list[str] = []
         connection: _Connection | None = None
         try:
             while remaining or pending:
@@ -173,12 +173,12 @@ class PlaceClient:
                     pending, timeout=delay, return_when=asyncio.FIRST_COMPLETED
                 )
                 for attempt in done:
-                    if failure := attempt.exception():
-                        failures.append(failure)
-                    else:
-                        connection = attempt.result()
-                        return connection
-            raise failures[0]
+                    match attempt.result():
+                        case _Connection() as connection:
+                            return connection
+                        case str() as reason:
+                            reasons.append(reason)
+            raise NoAnswer(f"It cannot be reached ({reasons[0]}).")
         finally:
             for attempt in attempts:
                 attempt.cancel()
@@ -186,11 +186,15 @@ class PlaceClient:
                 if isinstance(result, _Connection) and result is not connection:
                     result.abort()
 
-    async def _connect_to(self, address: str) -> "_Connection":
+    async def _connect_to(self, address: str) -> "_Connection | str":
+        """Return a connection, or why there is none."""
         name = self._host if self._tls else None
-        _, connection = await asyncio.get_running_loop().create_connection(
-            _Connection, address, self._port, ssl=self._tls, server_hostname=name
-        )
+        try:
+            _, connection = await asyncio.get_running_loop().create_connection(
+                _Connection, address, self._port, ssl=self._tls, server_hostname=name
+            )
+        except OSError as error:
+            return _reason(error)
         self.address = parse_host(address)
         return connection
 
@@ -226,7 +230,10 @@ class _Connection(asyncio.Protocol):
         self._answer = asyncio.get_running_loop().create_future()
         events = [request, *([h11.Data(data=body)] if body else []), h11.EndOfMessage()]
         self._transport.write(b"".join(self._http.send(event) or b"" for event in events))
-        return await self._answer
+        try:
+            return await self._answer
+        finally:
+            self._answer = None  # an error in it would lead back here, and both stay in memory
 
     def abort(self) -> None:
         """Close it at once: a place sees that nobody waits for its answer any more."""
