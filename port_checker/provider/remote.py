@@ -450,7 +450,7 @@ def _retry_after(response: Response) -> float | None:
         if re.fullmatch(r"-?[0-9]{1,9}", text):
             return max(1.0, float(text))
         seconds = (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds()
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return max(1.0, seconds)
 
@@ -474,10 +474,13 @@ def _describe(response: Response, url: ServerUrl) -> str:
         return f"{printable(detail.message)} ({printable(detail.code)})"
     if response.status == HTTPStatus.NETWORK_AUTHENTICATION_REQUIRED:
         return f"cannot be reached: {_LOGIN_PAGE}"
-    if target := response.headers.get("location"):
-        if response.status not in _MOVED and _is_elsewhere(urljoin(f"{url}/", target), url):
+    if location := response.headers.get("location"):
+        target = ""
+        with contextlib.suppress(ValueError):  # it is not a URL
+            target = urljoin(f"{url}/", location)
+        if response.status not in _MOVED and _is_elsewhere(target, url):
             return f"cannot be reached: {_LOGIN_PAGE}"
-        target = printable(without_password(urljoin(f"{url}/", target)))
+        target = printable(without_password(target))
         target = target.removesuffix("/check-ports").removesuffix("/ip")
         if not _PASTABLE.fullmatch(target):
             return "redirects to another URL: ask those who run it for it, and give that"
@@ -494,10 +497,6 @@ def _describe(response: Response, url: ServerUrl) -> str:
 
 def _is_elsewhere(target: str, url: ServerUrl) -> bool:
     """Whether a redirect leads to another host, and not to the API there."""
-    try:
-        parts = urlsplit(target)
-        host = parts.hostname or ""
-    except ValueError:
-        return True
+    parts = urlsplit(target)
     moved = parts.path.endswith(("/ip", "/check-ports", "/check-tls"))
-    return host != url.host and not moved
+    return parts.hostname != url.host and not moved

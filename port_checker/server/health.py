@@ -40,13 +40,14 @@ def run(url: str | None = None) -> int:
     """
     try:
         _require_healthy(_local_urls() if url is None else [url])
+        return 0
     except _Unhealthy as error:
-        sys.stderr.write(f"port-checker: {error}\n")
-        return 1
-    except ValueError as error:
-        sys.stderr.write(f"port-checker: {error}\n")
-        return 2
-    return 0
+        message, status = str(error), 1
+    except (ValueError, HTTPException) as error:
+        message, status = str(error), 2
+    printable = "".join(each if each.isprintable() else "?" for each in message)
+    sys.stderr.write(f"port-checker: {printable}\n")
+    return status
 
 
 def _local_urls() -> list[str]:
@@ -88,7 +89,7 @@ def _require_healthy(urls: Iterable[str]) -> None:
 
     Raises:
         _Unhealthy: None does, or it does not answer that it is well.
-        ValueError: A URL is not one of HTTP.
+        ValueError, HTTPException: A URL is not one of HTTP.
     """
     failure = ""
     for url in urls:
@@ -114,7 +115,7 @@ def _require_ok(connection: HTTPConnection, url: str, path: str) -> None:
         raise _Unhealthy(f"{url} answers {answer.status} {answer.reason}")
     try:
         is_ok = json.loads(body) == {"status": "ok"}
-    except ValueError:
+    except (ValueError, RecursionError):
         is_ok = False
     if not is_ok:
         raise _Unhealthy(f"{url} does not answer as a port checker does")

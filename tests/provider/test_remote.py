@@ -234,6 +234,10 @@ def test_a_wait_without_end_is_not_waited(seconds: str) -> None:
     assert len(server.asked) == 1
 
 
+# A date whose offset from UTC is no number that a date can have.
+TOO_FAR_EAST = f"Mon, 23 Nov 2026 14:40:07 +{'9' * 400}"
+
+
 def passing(answer: Answer, times: int) -> Callable[[list[int]], Answer]:
     answers = iter([answer] * times)
     return lambda ports: next(answers, None) or connected(ports)
@@ -243,7 +247,7 @@ def passing(answer: Answer, times: int) -> Callable[[list[int]], Answer]:
     ("status", "retry_after"),
     [
         *((status, None) for status in (429, 502, 503, 504)),
-        *((503, nonsense) for nonsense in ("soon", "", "9" * 5000, "-1e9")),
+        *((503, nonsense) for nonsense in ("soon", "", "9" * 5000, "-1e9", TOO_FAR_EAST)),
     ],
 )
 def test_what_passes_is_waited_out_with_growing_pauses(
@@ -564,6 +568,18 @@ def test_a_redirects_target_that_a_shell_would_take_apart_is_not_offered(taken_a
         assert error_of(server.url) == (
             "redirects to another URL: ask those who run it for it, and give that"
         )
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (301, "redirects to another URL: "),
+        (302, "cannot be reached: a login page of this network "),
+    ],
+)
+def test_a_redirect_to_what_is_no_url(status: int, error: str) -> None:
+    with scripted(lambda _: Answer(b"", status, {"Location": "http://[/"})) as server:
+        assert error_of(server.url).startswith(error)
 
 
 def test_the_url_of_a_page_of_the_server() -> None:

@@ -1,6 +1,7 @@
 """``port-checker health``."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from port_checker.server.health import DEFAULT_HOST, DEFAULT_PORT, run
 from port_checker.settings import Settings
 from tests.support.loopback import refused_port
 from tests.support.namespace import loopback_alone, needs_root
-from tests.support.scripted import scripted
+from tests.support.scripted import raw_server, scripted
 from tests.support.service import program, serve
 from tests.support.waiting import wait_until
 
@@ -52,6 +53,30 @@ def test_a_server_that_is_none_of_ours() -> None:
             1,
             f"port-checker: {server.url} answers 404 Not Found\n",
         )
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 1000, "does not answer as a port checker does"),
+        (b"HTTP/1.1 500 \x1b[2JNo\r\n\r\n", "answers 500 ?[2JNo"),
+    ],
+    ids=["nested", "control"],
+)
+def test_a_hostile_server(answer: bytes, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def behave(connection: socket.socket) -> None:
+        connection.recv(65536)
+        connection.sendall(answer)
+
+    with raw_server(behave) as url:
+        assert run(url) == 1
+        assert capsys.readouterr().err == f"port-checker: {url} {message}\n"
+
+
+@pytest.mark.parametrize("url", ["http://a b", "http://[", "http://h:x", "ftp://h"])
+def test_a_url_that_is_none(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(url) == 2
+    assert capsys.readouterr().err.startswith("port-checker: ")
 
 
 def test_the_service_of_a_settings_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
