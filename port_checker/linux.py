@@ -160,17 +160,30 @@ def route_type(address: Address) -> RouteType | None:
     return RouteType(*struct.unpack_from("=7xB", route))
 
 
-def _route(address: Address, *attributes: tuple[int, bytes], source_bits: int = 0) -> bytes | None:
+def _route(
+    address: Address, source: Address | None = None, interface: int | None = None
+) -> bytes | None:
     """Ask the kernel for its route to an address: a struct rtmsg with attributes; None without.
+
+    It is the route for TCP: rules may send other protocols elsewhere (``ip rule``, ``ipproto``).
+
+    Args:
+        address: The destination of packets.
+        source: Their source.
+        interface: The index of the interface at which they arrive, if they come from elsewhere.
 
     Raises:
         OSError: The kernel cannot tell now.
     """
-    # A struct rtmsg, and the destination as an attribute.
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-    request = struct.pack("=BBB9x", family, address.max_prefixlen, source_bits)
-    for kind, value in ((_RTA_DST, address.packed), *attributes):
-        request += _attribute(kind, value)
+    source_bits = source.max_prefixlen if source else 0
+    request = struct.pack("=BBB9x", family, address.max_prefixlen, source_bits)  # struct rtmsg
+    request += _attribute(_RTA_DST, address.packed)
+    request += _attribute(_RTA_IP_PROTO, bytes([socket.IPPROTO_TCP]))
+    if source:
+        request += _attribute(_RTA_SRC, source.packed)
+    if interface:
+        request += _attribute(_RTA_IIF, struct.pack("=I", interface))
     try:
         return _ask(_RTM_GETROUTE, request)
     except OSError as error:
@@ -250,27 +263,29 @@ class Route:
         return None
 
 
-def route_to(address: Address) -> Route | None:
-    """Ask the kernel for its route to ``address`` for TCP; None if it has none.
+def route_to(address: Address, source: Address | None = None) -> Route | None:
+    """Ask the kernel for its route to ``address``; None if it has none.
 
-    Rules may send other protocols elsewhere (``ip rule``, ``ipproto``).
+    Args:
+        address: The destination.
+        source: The address of this machine that packets have, which rules may look at.
 
     Raises:
         OSError: The kernel cannot tell now: no descriptor is left, say.
     """
-    answer = _route(address, (_RTA_IP_PROTO, bytes([socket.IPPROTO_TCP])))
+    answer = _route(address, source)
     if answer is None:
         return None
     (number,) = struct.unpack_from("=7xB", answer)
     if number in _LEADS_NOWHERE:
         return None
-    attributes = dict(_attributes(answer[12:]))
-    source = attributes.get(_RTA_PREFSRC)
+    found = dict(_attributes(answer[12:]))
+    preferred = found.get(_RTA_PREFSRC)
     next_hop = next(_next_hops(answer[12:]), None)
-    (interface,) = struct.unpack("=I", attributes.get(_RTA_OIF, bytes(4)))
+    (interface,) = struct.unpack("=I", found.get(_RTA_OIF, bytes(4)))
     return Route(
         RouteType(number),
-        unpack_address(source) if source else None,
+        unpack_address(preferred) if preferred else None,
         unpack_address(next_hop) if next_hop else None,
         interface,
     )
@@ -373,7 +388,7 @@ class RouteChanges:
 
 @dataclass(frozen=True)
 class Way:
-    """How this machine's packets to an address leave.
+    """How this machine's TCP packets to an address leave.
 
     Attributes:
         interface: The name of the interface.
@@ -385,25 +400,11 @@ class Way:
 
 
 def way_to(address: Address, source: Address | None = None) -> Way | None:
-    """Ask the kernel how packets to ``address`` leave; None if it has no route or cannot tell.
-
-    Args:
-        address: Their destination.
-        source: The address of this machine that they have, which rules may look at.
-    """
-    try:
-        attributes = [(_RTA_SRC, source.packed)] if source else []
-        source_bits = source.max_prefixlen if source else 0
-        route = _route(address, *attributes, source_bits=source_bits)
-        found = dict(_attributes(route[12:])) if route else {}
-        (index,) = struct.unpack("=I", found.get(_RTA_OIF, bytes(4)))
-        preferred = found.get(_RTA_PREFSRC)
-        return Way(
-            socket.if_indextoname(index),
-            unpack_address(preferred) if preferred else None,
-        )
-    except OSError:
-        return None
+    """Ask the kernel as ``route_to`` does; None if it has no route or cannot tell."""
+    with contextlib.suppress(OSError):
+        if route := route_to(address, source):
+            return Way(socket.if_indextoname(route.interface), route.source)
+    return None
 
 
 def accepts_from(source: Address, address: Address, interface: str) -> bool:
@@ -417,9 +418,7 @@ def accepts_from(source: Address, address: Address, interface: str) -> bool:
         way = way_to(source)
         return way is None or way.interface in (interface, "lo")
     try:
-        incoming = struct.pack("=I", socket.if_nametoindex(interface))
-        attributes = (_RTA_SRC, source.packed), (_RTA_IIF, incoming)
-        return _route(address, *attributes, source_bits=source.max_prefixlen) is not None
+        return _route(address, source, socket.if_nametoindex(interface)) is not None
     except OSError as error:
         return error.errno != errno.EXDEV
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from port_checker.linux import interface_kind
+from port_checker.linux import RouteType, accepts_from, interface_kind, route_type, way_to
 from port_checker.provider.place import Share, router_of, share_of
 from port_checker.provider.report import Router
 from tests.support.namespace import loopback_alone, needs_root
@@ -54,6 +54,26 @@ def test_a_container_has_a_mark_and_a_containers_network(tmp_path: Path) -> None
         ]
     marked = [Router.CONTAINER, Router.ROUTER, Router.CONTAINER]
     assert routers == [[Router.ROUTER] * 3, marked, marked]
+
+
+@needs_root
+def test_rules_for_tcp_alone_decide_where_connections_go() -> None:
+    peer, own, led_here = map(ip_address, ("203.0.113.7", "198.51.100.2", "192.0.2.1"))
+    with loopback_alone(
+        "ip link add uplink type veth peer router",
+        "ip link add vpn type veth peer exit",
+        "for link in uplink router vpn exit; do ip link set $link up; done",
+        f"ip address add {own}/24 dev uplink",
+        "ip route add 203.0.113.0/24 dev uplink",
+        "ip route add 203.0.113.0/24 dev vpn table 77",
+        f"ip route add local {led_here} dev lo table 77",
+        "ip rule add ipproto tcp table 77",
+        "echo 1 > /proc/sys/net/ipv4/conf/all/rp_filter",
+    ):
+        ways = [way.interface for way in (way_to(peer), way_to(peer, own)) if way]
+        accepted = [name for name in ("uplink", "vpn") if accepts_from(peer, own, name)]
+        kind = route_type(led_here)
+    assert (ways, accepted, kind) == (["vpn", "vpn"], ["vpn"], RouteType.LOCAL)
 
 
 @pytest.mark.parametrize(
