@@ -1,4 +1,4 @@
-"""``make bench``: side by side with other programs that do the same; and what hostile callers cost.
+"""``make bench``: side by side with other programs that do the same. And what hostile callers cost.
 
 All traffic stays on this machine's loopback, or in network namespaces (``hostile``). Linux only,
 since it uses epoll and /proc.

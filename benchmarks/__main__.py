@@ -1,4 +1,4 @@
-"""``python -m benchmarks [ROUNDS]``: what a request costs, beside others; prints the figures."""
+"""``python -m benchmarks [ROUNDS]``: what a request costs here and in other programs."""
 
 import os
 import platform
@@ -36,7 +36,7 @@ PORTS = 100
 OURS = "this service"
 UVICORN = "bare uvicorn"
 
-# Programs, by how they are called in the tables.
+# The commands that start programs, by the programs' names in the tables.
 Commands = Mapping[str, Sequence[str]]
 
 
@@ -62,7 +62,7 @@ class _Comparison:
 
     Args:
         rounds: How often each is measured.
-        directory: For what they write.
+        directory: Where they may write.
     """
 
     def __init__(self, rounds: int, directory: Path) -> None:
@@ -108,7 +108,7 @@ class _Comparison:
     def _measure(
         self, place: str, host: str, commands: Commands, target: str, loops: Commands
     ) -> None:
-        """Start services on a host, and measure each with each load of ports of a target."""
+        """Start services on a host, and measure each under each load, on ports of a target."""
         with ExitStack() as stack:
             ports = stack.enter_context(open_ports(PORTS, target))
             running: dict[str, Service] = {}

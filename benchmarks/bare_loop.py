@@ -1,7 +1,7 @@
 """A loop that only connects to ports: socket, connect, wait, read the result, close.
 
-``python bare_loop.py HOST SECONDS BATCH PORT...`` prints how many batches of ports it did, the
-seconds that it took, and the seconds of CPU.
+``python bare_loop.py HOST SECONDS BATCH PORT...`` prints the number of batches, the seconds that
+they took, and the seconds of CPU.
 """
 
 import select
@@ -11,7 +11,7 @@ import time
 
 
 def main() -> None:
-    """Connect to the ports in turn, so many at once."""
+    """Connect to the ports in turn, a batch at once."""
     host, seconds, batch = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
     ports = [int(port) for port in sys.argv[4:]]
     started, used, batches = time.perf_counter(), time.process_time(), 0

@@ -45,12 +45,13 @@ async def ask(port: int, request: bytes) -> Answer:
     reader, writer = await asyncio.open_connection(HOST, port)
     try:
         writer.write(request)
-        return await _read_answer(reader, started)
+        return await read_answer(reader, started)
     finally:
         writer.close()
 
 
-async def _read_answer(reader: asyncio.StreamReader, started: float) -> Answer:
+async def read_answer(reader: asyncio.StreamReader, started: float) -> Answer:
+    """Read the answer to a request that was sent at ``started``, by ``time.perf_counter``."""
     head = (await reader.readuntil(b"\r\n\r\n")).lower()
     length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
     body = json.loads(await reader.readexactly(length))
@@ -63,7 +64,7 @@ async def probe_health(port: int, seconds: list[float]) -> None:
     while True:
         started = time.perf_counter()
         writer.write(HEALTH)
-        for answer in await _read_answer(reader, started), await ask(port, HEALTH):
+        for answer in await read_answer(reader, started), await ask(port, HEALTH):
             assert answer.status == 200
             seconds.append(answer.seconds)
         await asyncio.sleep(_HEALTH_EVERY)
@@ -121,7 +122,7 @@ def print_figure(name: str, value: str) -> None:
 
 
 def percentiles(seconds: Sequence[float]) -> str:
-    """The median, the 99th percentile and the highest of some times, in words."""
+    """Return the median, the 99th percentile and the highest of some times, in words."""
     ordered = sorted(seconds)
     p50, p99 = (ordered[int(share * len(ordered))] * 1000 for share in (0.5, 0.99))
     return f"p50 {p50:.1f} ms, p99 {p99:.1f} ms, max {ordered[-1] * 1000:.1f} ms"

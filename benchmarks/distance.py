@@ -1,7 +1,7 @@
 """A distance: two network namespaces, and between them a line that takes 2.5 ms each way.
 
-What a check from elsewhere costs, loopback hides: there a connection is made when ``connect()``
-returns. Not every kernel has netem, so the line is a process that keeps packets for as long.
+Loopback hides what a check costs over a distance: there, a connection is made when ``connect()``
+returns. Not every kernel has netem, so the line is a process that holds packets for that time.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from benchmarks import BenchmarkFailed
 
 DELAY = 0.0025  # seconds each way
 
-# Of RFC 5737: nobody has them.
+# Addresses that nobody has (RFC 5737).
 NEAR, FAR = "192.0.2.1", "192.0.2.2"
 
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
@@ -32,7 +32,7 @@ def distance() -> Iterator[Sequence[str]]:
     """Take this process to the far end of a line; what it starts is there, too.
 
     Yields:
-        What a command begins with that is to run at the near end.
+        The beginning of a command that is to run at the near end.
 
     Raises:
         BenchmarkFailed: It may not, or cannot: that takes root, iproute2 and /dev/net/tun.
@@ -61,7 +61,7 @@ def distance() -> Iterator[Sequence[str]]:
 
 
 def _namespace(libc: ctypes.CDLL, own: str, other: str) -> tuple[int, int]:
-    """Enter a new namespace; return its descriptor, and that of the end of a line in it."""
+    """Enter a new namespace; return its descriptor, and that of its end of the line."""
     if libc.unshare(_CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     end = os.open("/dev/net/tun", os.O_RDWR)
@@ -84,7 +84,7 @@ def _forward(*ends: int) -> None:
         poll.register(end, select.POLLIN)
     while True:
         wait = max(0.0, packets[0][0] - time.monotonic()) * 1000 if packets else None
-        # It has whole milliseconds, and would be late by up to one.
+        # Rounded down, since poll() takes whole milliseconds: rounded up, it would be late.
         for end, _ in poll.poll(None if wait is None else int(wait)):
             packets.append((time.monotonic() + DELAY, end, os.read(end, 65536)))
         while packets and packets[0][0] <= time.monotonic():

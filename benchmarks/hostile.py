@@ -4,24 +4,24 @@ The service runs with its default settings in a network namespace of its own. An
 whole internet to it: its addresses look public, and no packet leaves the two. Needs root, ip of
 iproute2 and nft of nftables.
 
-The honest callers check 100 open ports of their own, one of them a single port again and again over
-a kept connection, and one its TLS endpoint, whose certificate nobody trusts. Every answer to these
-that is not 200 is a failure. ``/health`` is asked for on new connections. Each attack takes place
-at the same time, from addresses of its own:
+The honest callers check 100 open ports of their own; one of them, a single port again and again
+over a kept connection; another one, its TLS endpoint, whose certificate nobody trusts. Every answer
+to these that is not 200 is a failure. ``/health`` is asked for on new connections. All attacks take
+place at the same time, each from addresses of its own:
 
 - ``checks``: three callers ask as often as they can for as many ports as they may: silent ones of
-  strangers, ports of the honest callers (to use up what may be asked of these), silent ones of
+  strangers, ports of the honest callers (to use up how often these may be checked), silent ones of
   their own. The third has an IPv6 /48 and asks from another /64 each time.
 - ``crowd``: 400 connections of one address ask for ``/health`` again and again, 3,000 only connect.
 - ``requests``: 490 connections of one address pipeline what costs most to read, at 28 Mbit/s.
-- ``heads``: ten addresses with 300 connections each that send all of a head but its end.
-- ``room``: five addresses with two checks at a time of 1,000 silent ports of their own.
-- ``tls``: one address with 16 checks at a time of a TLS endpoint of its own, whose 260 certificates
-  take OpenSSL minutes to read.
+- ``heads``: ten addresses with 300 connections each send all of a head but its end.
+- ``room``: five addresses have 1,000 silent ports of their own checked twice at a time.
+- ``tls``: one address has a TLS endpoint of its own checked 16 times at a time. Its 260
+  certificates take OpenSSL minutes to read.
 
 The attackers take as much of this machine as they get. ``--pin`` gives the service one processor,
-and everything else the others: so their work, which takes place elsewhere in the world, does not
-slow the service down, and the processes that it starts have no processor more.
+and everything else the others: the attackers' work, which in the world takes place elsewhere, does
+not slow the service down, and the processes that it starts share its processor.
 
 ``--python PATH`` attacks the service that is installed for that interpreter.
 """
@@ -45,7 +45,7 @@ from tempfile import TemporaryDirectory
 
 import uvloop
 
-from benchmarks.capacity import percentiles
+from benchmarks.capacity import percentiles, read_answer
 from benchmarks.processes import Service
 from port_checker.linux import raise_descriptor_limit
 
@@ -77,8 +77,8 @@ SETTLED = 5.0  # seconds after the attack, when memory and descriptors must be b
 _SERVICE = {4: "60.0.0.2", 6: "2a00:1::2"}
 _PORT = 9000
 
-# In the namespace of the internet: all addresses of these networks are its own, so that callers
-# can have them; those of strangers, 62.0.0.0/8 and 2a00:62::/32, are nobody's, and silent.
+# In the namespace of the internet, all addresses of these networks are its own, so that callers can
+# have them. Those of strangers, 62.0.0.0/8 and 2a00:62::/32, are nobody's, and silent.
 _INTERNET = """
 ip link set lo up
 echo 1 > /proc/sys/net/ipv6/ip_nonlocal_bind
@@ -118,28 +118,27 @@ ip -6 route add default via 2a00:1::1
 
 
 class Tally:
-    """What was answered, and how long it took."""
+    """The outcome of each request, and the seconds that it took."""
 
     def __init__(self) -> None:
-        self.outcomes: Counter[str] = Counter()
-        self.seconds: list[float] = []
+        self.requests: list[tuple[str, float]] = []
 
-    def add(self, outcome: str, seconds: float) -> None:
-        """Count one answer."""
-        self.outcomes[outcome] += 1
-        self.seconds.append(seconds)
+    @property
+    def outcomes(self) -> Counter[str]:
+        """How many requests had each outcome."""
+        return Counter(outcome for outcome, _ in self.requests)
 
     def __str__(self) -> str:
-        if not self.seconds:
+        if not self.requests:
             return "none"
         outcomes = ", ".join(
             f"{number} {outcome}" for outcome, number in sorted(self.outcomes.items())
         )
-        return f"{outcomes}; {percentiles(self.seconds)}"
+        return f"{outcomes}; {percentiles([seconds for _, seconds in self.requests])}"
 
 
 def main() -> None:
-    """Run inside a namespace, which is made first."""
+    """Make a namespace, and run inside it."""
     if "--inside" not in sys.argv:
         command = ["unshare", "--net", sys.executable, "-m", "benchmarks.hostile", "--inside"]
         sys.exit(subprocess.call([*command, *sys.argv[1:]]))
@@ -241,9 +240,9 @@ async def service(python: str, *, pin: bool) -> AsyncIterator[tuple[Path, int]]:
         yield log, process.pid
     finally:
         process.terminate()
-        told = time.monotonic()
+        terminated = time.monotonic()
         process.wait()
-        print(f"ended {time.monotonic() - told:.1f} s after SIGTERM")
+        print(f"ended {time.monotonic() - terminated:.1f} s after SIGTERM")
         directory.cleanup()
 
 
@@ -255,8 +254,8 @@ def shell(script: str, *prefix: str) -> None:
 def packets(counter: str) -> int:
     """Return how many packets an nft counter has counted."""
     command = ["nft", "--json", "list", "counter", "inet", "t", counter]
-    told = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-    (found,) = (item["counter"] for item in told["nftables"] if "counter" in item)
+    document = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    (found,) = (item["counter"] for item in document["nftables"] if "counter" in item)
     return int(found["packets"])
 
 
@@ -282,7 +281,7 @@ async def listeners() -> AsyncIterator[None]:
 
 
 async def repeat(until: float, every: float, ask: Callable[[], Awaitable[None]]) -> None:
-    """Ask at each interval, or as soon as the last answer is there."""
+    """Ask at each interval, or as soon as the last answer has come."""
     while time.monotonic() < until:
         began = time.monotonic()
         await ask()
@@ -290,12 +289,12 @@ async def repeat(until: float, every: float, ask: Callable[[], Awaitable[None]])
 
 
 async def ask_health(tally: Tally) -> None:
-    """Ask once, from an address of nobody else."""
+    """Ask once, from an address that nobody else has."""
     await ask("GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", "60.0.0.1", tally)
 
 
 async def run_part(name: str, seconds: float) -> bytes:
-    """Do one of ``PARTS`` in a process that does nothing else; return what it prints."""
+    """Run one of ``PARTS`` in a process of its own; return what it prints."""
     command = ["-m", "benchmarks.hostile", "--inside", "--part", str(seconds), name]
     process = await asyncio.create_subprocess_exec(
         sys.executable, *command, stdout=asyncio.subprocess.PIPE
@@ -306,49 +305,40 @@ async def run_part(name: str, seconds: float) -> bytes:
 
 
 async def watch(part: str, seconds: float, tally: Tally) -> None:
-    """Ask again and again, from a process of its own: it must not wait for its turn.
+    """Ask again and again from a process of its own, which must not wait for others.
 
     Nor for a processor, if the machine gives it precedence.
     """
-    for outcome, took in json.loads(await run_part(part, seconds)):
-        tally.add(outcome, took)
+    tally.requests += json.loads(await run_part(part, seconds))
 
 
 async def probe_health(seconds: float) -> None:
-    """Print how each question ended, and how long it took."""
-    answers: list[tuple[str, float]] = []
-    until = time.monotonic() + seconds
-
-    async def ask_once() -> None:
-        tally = Tally()
-        await ask_health(tally)
-        answers.append((next(iter(tally.outcomes)), tally.seconds[0]))
-
-    await repeat(until, HEALTH_EVERY, ask_once)
-    print(json.dumps(answers))
+    """Print the outcome of each request, and the seconds that it took."""
+    tally = Tally()
+    await repeat(time.monotonic() + seconds, HEALTH_EVERY, lambda: ask_health(tally))
+    print(json.dumps(tally.requests))
 
 
 async def probe_single(seconds: float) -> None:
-    """Print the same of checks of one port, over a kept connection."""
-    answers: list[tuple[str, float]] = []
+    """Print the same for checks of one port, over a kept connection."""
+    requests: list[tuple[str, float]] = []
     until = time.monotonic() + seconds
     address = f"60.1.0.{HONEST + 1}"
     request = check_request(address, [HONEST_PORTS[0]]).replace("Connection: close\r\n", "")
     reader, writer = await asyncio.open_connection(_SERVICE[4], _PORT, local_addr=(address, 0))
 
     async def ask_once() -> None:
-        began = time.monotonic()
+        started = time.perf_counter()
         writer.write(request.encode())
-        head = await reader.readuntil(b"\r\n\r\n")
-        await reader.readexactly(int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0]))
-        answers.append((head[9:12].decode(), time.monotonic() - began))
+        answer = await read_answer(reader, started)
+        requests.append((str(answer.status), answer.seconds))
 
     await repeat(until, SINGLE_EVERY, ask_once)
-    print(json.dumps(answers))
+    print(json.dumps(requests))
 
 
 async def probe_handshake(seconds: float) -> None:
-    """Print the same of checks of a TLS endpoint."""
+    """Print the same for checks of a TLS endpoint."""
     import trustme  # as for attack_by_tls
 
     from tests.support.tls import https
@@ -359,12 +349,11 @@ async def probe_handshake(seconds: float) -> None:
         request = post_request("/check-tls", {"host": address, "port": port})
         expected = "certificate verify failed: self-signed certificate"
         await repeat(until, SINGLE_EVERY, lambda: ask(request, address, tally, expected))
-    outcomes = [outcome for outcome, number in tally.outcomes.items() for _ in range(number)]
-    print(json.dumps([*zip(outcomes, tally.seconds, strict=True)]))
+    print(json.dumps(tally.requests))
 
 
 async def check_honestly(until: float, address: str, tally: Tally) -> None:
-    """Check one's own ports again and again; a wrong verdict is an outcome of its own."""
+    """Have a caller's own ports checked again and again; a wrong verdict is an outcome, too."""
     await asyncio.sleep(secrets.randbelow(1000) / 1000 * HONEST_EVERY)
     request = check_request(address, [*HONEST_PORTS])
     expected = f"Successfully verified {len(HONEST_PORTS)} out of {len(HONEST_PORTS)} ports"
@@ -430,7 +419,7 @@ async def attack_by_requests(seconds: float) -> None:
 
 
 async def attack_by_heads(seconds: float) -> None:
-    """Be those who send no more than the beginning of a head."""
+    """Be the callers that send only the beginning of a head."""
     head = b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: %b\r\n" % (b"y" * 158) * 98
 
     async def begin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -442,7 +431,7 @@ async def attack_by_heads(seconds: float) -> None:
 
 
 async def attack_by_room(seconds: float) -> None:
-    """Be those who have their own silent ports checked, as many as they may."""
+    """Be the callers that have as many silent ports of their own checked as they may."""
     until = time.monotonic() + seconds
     tally = Tally()
 
@@ -459,7 +448,7 @@ async def attack_by_room(seconds: float) -> None:
 
 async def attack_by_tls(seconds: float) -> None:
     """Be the caller whose certificates take OpenSSL minutes to read."""
-    # They take a second to import, which all other parts need not wait for.
+    # They take a second to import; the other parts need not wait for that.
     from tests.support.hostile_tls import showing_in_tls_1_2, slow_certificate
     from tests.support.tls import endpoint
 
@@ -477,7 +466,7 @@ async def attack_by_tls(seconds: float) -> None:
 
 
 async def read_to_the_end(reader: asyncio.StreamReader) -> None:
-    """Read until the service closes the connection, however it does."""
+    """Read until the service closes the connection, in whatever way."""
     with suppress(OSError):
         await reader.read()
 
@@ -486,7 +475,7 @@ Behaviour = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[Non
 
 
 async def crowd(seconds: float, members: Sequence[tuple[str, Behaviour]]) -> None:
-    """Have each member connect from its address and behave; and again when that ends."""
+    """Have each member connect from its address and behave, again and again."""
 
     async def stay(address: str, behave: Behaviour) -> None:
         await asyncio.sleep(secrets.randbelow(1000) / 1000 * RECONNECT_PAUSE)
@@ -509,7 +498,7 @@ async def crowd(seconds: float, members: Sequence[tuple[str, Behaviour]]) -> Non
 
 
 async def ask_for_much(until: float, number: int, tally: Tally) -> None:
-    """Ask for what hurts most, one request after the other."""
+    """Ask for what hurts most, one request after another."""
     silent = [*range(1, HOSTILE_PORTS + 1)]
     for turn in count(secrets.randbelow(3)):
         if time.monotonic() >= until:
@@ -554,7 +543,7 @@ async def ask(request: str, source: str, tally: Tally, expected: str = "") -> No
             outcome = "wrong"
     except OSError as error:
         outcome = type(error).__name__
-    tally.add(outcome, time.monotonic() - began)
+    tally.requests.append((outcome, time.monotonic() - began))
 
 
 ATTACKS = {

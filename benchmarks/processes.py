@@ -1,4 +1,4 @@
-"""What benchmarks start: the two services, and a process with open ports."""
+"""What benchmarks start: services, bare loops, and a process with open ports."""
 
 import os
 import signal
@@ -18,6 +18,8 @@ from tests.support.loopback import free_port
 
 PUBLISHED = "0.1.25"
 
+_CHECKOUT = Path(__file__).parent.parent
+
 OURS_COMMAND = (sys.executable, "-m", "port_checker")
 PYTHON_LOOP = (sys.executable, str(Path(__file__).with_name("bare_loop.py")))
 
@@ -27,19 +29,18 @@ UVICORN_COMMAND = (
     "-c",
     'cd "$0" && exec "$1" -m uvicorn --host $PORT_CHECKER_HOST --port $PORT_CHECKER_PORT '
     "--no-access-log --log-level warning benchmarks.constant:app",
-    str(Path(__file__).parent.parent),
+    str(_CHECKOUT),
     sys.executable,
 )
 
-_CHECKOUT = Path(__file__).parent.parent
 _PUBLISHED_VENV = _CHECKOUT / ".benchmarks" / "published"
 
 _LOOP_SECONDS = 1.0
 
 _PATIENCE = 30.0  # seconds for a service to answer, and for a process to end
 
-# Limits that are never reached. They are not off, since the figures should include what they cost;
-# the published version has none.
+# Limits that are never reached. They are on, since the figures should include what they cost; the
+# published version has none.
 _SETTINGS = {
     "PORT_CHECKER_RATE_LIMIT": "100000000/second",
     "PORT_CHECK_TARGET_RATE_LIMIT": "100000000/second",
@@ -51,11 +52,11 @@ _SETTINGS = {
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a program made of a load.
+    """What requests cost a program.
 
     Attributes:
         per_second: Requests that it answered in a second.
-        cpu: Seconds of CPU that one took.
+        cpu: Seconds of CPU for each.
     """
 
     per_second: float
@@ -99,10 +100,10 @@ class Service:
 
 
 def run(name: str, measure: Callable[[ExitStack, Path], bool]) -> int:
-    """Run a benchmark, and see to it that what it has started ends with it.
+    """Run a benchmark, and make sure that what it has started ends with it.
 
     Args:
-        name: It begins the line that says why something could not be measured.
+        name: The beginning of the line that says why something could not be measured.
         measure: Prints the figures, and returns whether every answer was right. It gets a stack for
             what it starts, and a directory that is deleted at the end.
 

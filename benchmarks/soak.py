@@ -6,7 +6,6 @@ is a failure; the figures are for people to judge.
 """
 
 import asyncio
-import json
 import sys
 import time
 from collections import Counter
@@ -19,6 +18,7 @@ from pathlib import Path
 import uvloop
 
 from benchmarks import HOST, BenchmarkFailed
+from benchmarks.capacity import Answer, read_answer
 from benchmarks.processes import OURS_COMMAND, Service, open_ports, run, service
 from tests.support.http import HEALTH, check_of
 from tests.support.loopback import refused_port
@@ -111,24 +111,23 @@ class Load:
         """Send the next check, and count its outcome."""
         check = next(self._checks)
         try:
-            status, body = await self._ask(check.request)
+            answer = await self._ask(check.request)
         except (OSError, EOFError):
             self.minute.failed += 1
             return
         self.minute.requests += 1
-        if status != 200:
-            self.minute.statuses[status] += 1
-        elif json.loads(body)["results"] != check.results:
+        if answer.status != 200:
+            self.minute.statuses[answer.status] += 1
+        elif answer.body["results"] != check.results:
             self.minute.wrong += 1
 
     async def watch_health(self) -> None:
         """Ask for /health until cancelled, and record how long each answer takes."""
         while True:
-            started = time.perf_counter()
-            status, _ = await self._ask(HEALTH)
-            self.minute.health.append(time.perf_counter() - started)
-            if status != 200:
-                self.minute.statuses[status] += 1
+            answer = await self._ask(HEALTH)
+            self.minute.health.append(answer.seconds)
+            if answer.status != 200:
+                self.minute.statuses[answer.status] += 1
             await asyncio.sleep(_HEALTH_EVERY)
 
     def close(self) -> None:
@@ -136,22 +135,21 @@ class Load:
         for _, _, writer in self._idle:
             writer.close()
 
-    async def _ask(self, request: bytes) -> tuple[int, bytes]:
+    async def _ask(self, request: bytes) -> Answer:
+        started = time.perf_counter()
         async with asyncio.timeout(_PATIENCE):
             reader, writer = await self._connection()
             try:
                 writer.write(request)
-                head = (await reader.readuntil(b"\r\n\r\n")).lower()
-                length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
-                body = await reader.readexactly(length)
+                answer = await read_answer(reader, started)
             except BaseException:
                 writer.close()
                 raise
         self._idle.append((time.perf_counter(), reader, writer))
-        return int(head.split()[1]), body
+        return answer
 
     async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Return the connection used last, or a new one; close those that were idle for long."""
+        """Return the connection used last, or a new one; close those that have been idle long."""
         oldest = time.perf_counter() - _IDLE
         while self._idle and self._idle[0][0] < oldest:
             self._idle.pop(0)[2].close()

@@ -63,7 +63,7 @@ def tls_server(certificate: Path, authority: Path) -> Iterator[int]:
 
 
 def _shakes_hands(port: int, authority: Path) -> bool:
-    """Run ``openssl s_client``, as strict as the service; return whether it is content."""
+    """Run ``openssl s_client``, as strict as the service; return whether it succeeds."""
     command = ["openssl", "s_client", "-connect", f"{HOST}:{port}", "-CAfile", str(authority)]
     done = subprocess.run(
         [*command, "-verify_return_error", "-verify_ip", HOST, "-x509_strict"],
@@ -111,7 +111,7 @@ async def beside_hostile(running: Service, good_port: int, hostile_port: int) ->
 
 
 def _processes(service: int) -> list[int]:
-    """The service's process, and what it has started to make handshakes."""
+    """Return the service's process, and those that it has started to shake hands."""
     children = Path(f"/proc/{service}/task/{service}/children").read_text()
     return [service, *map(int, children.split())]
 
@@ -126,7 +126,7 @@ def _cpu_seconds(service: int) -> float:
 
 
 def _resident(processes: list[int]) -> int:
-    """Memory of processes, in MiB; what they share is counted once."""
+    """Return the memory of processes, in MiB; what they share is counted once."""
     total = 0
     for process in processes:
         total += int(Path(f"/proc/{process}/smaps_rollup").read_text().split("Pss:")[1].split()[0])
@@ -134,7 +134,7 @@ def _resident(processes: list[int]) -> int:
 
 
 async def stalled(running: Service, port: int, count: int) -> bool:
-    """Have so many handshakes stall at once; print what that costs."""
+    """Have ``count`` handshakes stall at once; print what that costs."""
     before, descriptors = _resident(_processes(running.pid)), running.descriptors()
     health: list[float] = []
     probe = asyncio.create_task(probe_health(running.port, health))

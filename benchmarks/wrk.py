@@ -87,15 +87,15 @@ def loads(ports: Sequence[int], host: str = HOST) -> list[Load]:
 
 
 def measure(service: Service, load: Load, directory: Path) -> Cost:
-    """Put ``load`` on a service and return what it takes.
+    """Put a load on a service, and return what a request costs.
 
     Args:
-        service: It.
-        load: What to ask it.
+        service: The service.
+        load: The load.
         directory: Where the script for wrk may be written.
 
     Raises:
-        BenchmarkFailed: wrk failed, a connection did, or an answer was late or not the expected.
+        BenchmarkFailed: wrk or a connection failed, or an answer was late or wrong.
     """
     _require_expected_answer(service, load)
     url = f"http://{service.host}:{service.port}{load.path}"
