@@ -139,11 +139,11 @@ def worker() -> None:
 
 
 def _service(settings: "Settings") -> "Service":
-    from port_checker.api.app import create_app
+    from port_checker.api.app import create_served_app
     from port_checker.api.records import RefusalLog
     from port_checker.server.run import Service
 
-    return Service(settings, create_app, RefusalLog().add)
+    return Service(settings, create_served_app, RefusalLog().add)
 
 
 @app.command()

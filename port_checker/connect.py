@@ -504,12 +504,14 @@ class WayToTarget:
     Attributes:
         target: As given.
         host: Its text, for sockets.
+        is_loopback: Whether it is a loopback address.
         is_here: Whether the target is this machine; None until that is known.
     """
 
     def __init__(self, target: Address) -> None:
         self.target = target
         self.host = text_of(target)
+        self.is_loopback = target.is_loopback
         self.is_here: bool | None = None
         self._route: Route | None = None
         self._fine_until = 0.0
@@ -596,7 +598,7 @@ class _Round:
     def open(self, ports: Sequence[int]) -> list[int]:
         """Begin an attempt to each of ``ports``; return the descriptors of those that go on."""
         host, is_ipv6 = self._way.host, self._way.target.version == 6
-        is_elsewhere = not self._way.target.is_loopback
+        is_elsewhere = not self._way.is_loopback
         family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
         kind = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
         connecting = []
@@ -680,8 +682,8 @@ class _Round:
 
     def _is_near(self, sock: socket.SocketType) -> bool:
         """Whether this machine may have answered, though the target is another one."""
-        is_loopback = self._way.is_here or self._way.target.is_loopback
-        return not is_loopback and round_trip_time(sock) <= _NEARBY
+        is_here = self._way.is_here or self._way.is_loopback
+        return not is_here and round_trip_time(sock) <= _NEARBY
 
     def _ask_who_answers(self) -> None:
         """Accept connections that end elsewhere: now, or once it is known where they end."""
@@ -853,7 +855,7 @@ class _Round:
             _Forbidden: It leads elsewhere.
         """
         way = self._way
-        if way.target.is_loopback:
+        if way.is_loopback:
             return
         try:
             host, peer_port = sock.getpeername()[:2]

@@ -18,7 +18,7 @@ from resource import RLIMIT_NOFILE, prlimit
 import httpx
 import pytest
 
-from port_checker.api.app import create_app
+from port_checker.api.app import create_app, create_served_app
 from port_checker.connect import VerdictKind
 from port_checker.metrics import (
     DURATION,
@@ -323,7 +323,7 @@ def test_a_duration_is_in_the_lowest_bucket_that_holds_it(seconds: float, bucket
 def test_a_request_is_timed_by_its_route(method: str, path: str, route: str) -> None:
     totals, metrics = Totals(), Metrics()
     totals.add(metrics.row)
-    with serve(create_app(Settings(retries=1), metrics)) as client:
+    with serve(create_served_app(Settings(retries=1), metrics)) as client:
         client.request(method, path)
     port = exposed(totals)
     scraper = Scraper(port)

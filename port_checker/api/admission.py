@@ -6,7 +6,7 @@ from types import TracebackType
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from port_checker.addresses import Address, have_one_subscriber, site, subscriber
+from port_checker.addresses import Address, have_one_subscriber, site, subscriber, text_of
 from port_checker.api.limits import RateLimiter
 from port_checker.api.targets import KnownRoutes, TargetRules, verify_local_binding
 from port_checker.checker import Checker, Reservation
@@ -70,7 +70,7 @@ class Admission:
             RateLimited: The caller asks for too many ports, or too many are asked of the target.
         """
         await self._targets.require_allowed(caller, target)
-        if not (client := request.scope.get("client")) or client[0] != str(target):
+        if not (client := request.scope.get("client")) or client[0] != text_of(target):
             # Not needed for the peer: this connection proves that there is a route.
             verify_local_binding(target, self._known.route_to)
         # The room comes before the ports are paid for, so that refusals cost nothing.

@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from port_checker import __version__
 from port_checker.api.admission import Admission
@@ -16,6 +17,7 @@ from port_checker.api.origin import AllowedHosts
 from port_checker.api.pages import add_pages, not_found_page
 from port_checker.api.records import RequestTimer
 from port_checker.api.routes import Api
+from port_checker.api.shortcut import Shortcut
 from port_checker.api.targets import KnownRoutes, TargetRules
 from port_checker.checker import Checker
 from port_checker.metrics import Metrics
@@ -110,3 +112,14 @@ def create_app(
     if settings.allowed_hosts:
         app.add_middleware(AllowedHosts, allowed=settings.allowed_hosts, refuse=answer)
     return app
+
+
+def create_served_app(settings: Settings, metrics: Metrics) -> ASGIApp:
+    """Make an application for a server of our own, which nobody adds anything to.
+
+    Args:
+        settings: How it behaves.
+        metrics: Where to count.
+    """
+    app = create_app(settings, metrics)
+    return app if settings.allowed_hosts else Shortcut(app, metrics)

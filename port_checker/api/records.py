@@ -35,6 +35,9 @@ MAX_REMEMBERED: Final = 10_000
 # callers.
 MAX_LOGGED: Final = 100
 
+# Where a request's scope keeps when it began, if ``RequestTimer`` was not the first to see it.
+STARTED: Final = "port_checker.started"
+
 logger = logging.getLogger(__name__)
 
 
@@ -198,7 +201,7 @@ class RequestTimer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Do what ``app`` does."""
-        started = time.perf_counter()
+        started = scope.get(STARTED) or time.perf_counter()
         try:
             await self._app(scope, receive, send)
         finally:

@@ -1,14 +1,12 @@
 """The routes: each reads a request, passes it on, and builds the response."""
 
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
-from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from port_checker.addresses import Address, lies_in, subscriber
 from port_checker.api.accept import prefers
@@ -26,6 +24,7 @@ from port_checker.api.openapi import (
 from port_checker.api.origin import require_same_origin
 from port_checker.api.progress import NDJSON, Answer, ProgressResponse
 from port_checker.api.records import CheckRecord
+from port_checker.api.shortcut import PlainRoute
 from port_checker.api.targets import TargetNotAllowed, special_purpose
 from port_checker.checker import Checker
 from port_checker.connect import OnVerdict, Verdict, VerdictKind
@@ -57,9 +56,6 @@ if TYPE_CHECKING:
 MAX_BODY = 64 * 1024  # bytes
 
 _NO_STORE_FIELDS = [(name.lower().encode(), value.encode()) for name, value in NO_STORE.items()]
-
-# Where a request's scope keeps an exception, on its way to whoever answers it.
-_ERROR = "port_checker.error"
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +97,7 @@ class Api:
     def add_routes(self, app: FastAPI) -> None:
         """Add the routes to ``app``."""
         add = app.add_api_route
-        class_of_others, app.router.route_class = app.router.route_class, _PlainRoute
+        class_of_others, app.router.route_class = app.router.route_class, PlainRoute
         add(
             "/check-ports",
             self.check_ports,
@@ -163,8 +159,6 @@ class Api:
         add("/ip", self.ip, methods=["HEAD"], include_in_schema=False)
         add("/port/{port}", self.check_own_port, methods=["HEAD"], include_in_schema=False)
         app.router.route_class = class_of_others
-        routes = [route for route in app.routes if isinstance(route, _PlainRoute)]
-        app.add_middleware(_Shortcut, [route for route in routes if not route.param_convertors])
 
     async def check_ports(self, request: Request) -> Response:
         """Connect to all ports at once and report which of them accept connections.
@@ -319,55 +313,6 @@ class _JsonResponse(Response):
         """Write the fields as they are sent: Starlette takes three times as long (by cProfile)."""
         length = b"content-length", b"%d" % len(self.body)
         self.raw_headers = [*_NO_STORE_FIELDS, length, (b"content-type", b"application/json")]
-
-
-class _PlainRoute(APIRoute):
-    """A route whose function takes the request and returns the response; FastAPI documents it.
-
-    It reads a body itself, which may only be read once it is paid for.
-    """
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return what answers a request: it raises what ``_Shortcut`` has met."""
-
-        async def handle(request: Request) -> Response:
-            if _ERROR in request.scope:
-                # Not by a name, which would lead from its traceback to itself.
-                raise request.scope.pop(_ERROR)
-            return cast(Response, await self.endpoint(request))
-
-        return handle
-
-
-class _Shortcut:
-    """Answers requests for routes without parameters, and leaves others and errors to ``app``.
-
-    The layers of Starlette and FastAPI in between, which find a route, answer exceptions and close
-    what dependencies have opened, take a quarter of the instructions of ``/health`` (measured).
-
-    Args:
-        app: Finds the same routes by itself.
-        routes: The routes.
-    """
-
-    def __init__(self, app: ASGIApp, routes: Iterable[_PlainRoute]) -> None:
-        self._app = app
-        self._routes = {
-            (method, route.path): route for route in routes for method in route.methods or ()
-        }
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request."""
-        route = self._routes.get((scope.get("method", ""), scope.get("path", "")))
-        if route:
-            scope["route"] = route  # as the router notes it
-            try:
-                response = await route.endpoint(Request(scope, receive, send))
-                await response(scope, receive, send)
-                return
-            except Exception as error:
-                scope[_ERROR] = error
-        await self._app(scope, receive, send)
 
 
 async def _read_body(request: Request) -> bytes:

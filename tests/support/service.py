@@ -1,7 +1,6 @@
 """The service: in a thread of the test's process, and as a program."""
 
 import contextlib
-import functools
 import os
 import resource
 import signal
@@ -15,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
-from port_checker.api.app import create_app
+from port_checker.api.app import create_served_app
 from port_checker.api.records import RefusalLog
+from port_checker.metrics import Metrics
 from port_checker.server.connections import ConnectionLimits
 from port_checker.server.run import Server, listen, server_config
 from port_checker.settings import Settings
@@ -39,7 +39,7 @@ class ThreadServer(Server):
 
 @contextlib.contextmanager
 def serve(
-    app: FastAPI | None = None,
+    app: ASGIApp | None = None,
     host: str = "127.0.0.1",
     limits: ConnectionLimits | None = None,
     on_port: int = 0,
@@ -59,11 +59,11 @@ def serve(
     """
     settings = Settings(**values)
     with listen(host, on_port) as listener:
-        make_app = functools.partial(create_app, settings) if app is None else lambda: app
+        served = app or create_served_app(settings, Metrics())
         limits = limits or ConnectionLimits(
             1000, trusted_proxies=settings.trusted_proxies, log_refusal=RefusalLog().add
         )
-        server = ThreadServer(server_config(settings, make_app), limits)
+        server = ThreadServer(server_config(settings, lambda: served), limits)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
