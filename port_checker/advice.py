@@ -1,7 +1,7 @@
 """What to do about each kind of trouble with a port, in words.
 
-One constant for each situation, in full sentences; what stands in braces is filled in. The program
-shows them, and so may a page.
+One constant for each situation, in full sentences with fields in braces. The program shows them,
+and so may a page.
 """
 
 import re
@@ -12,7 +12,7 @@ from port_checker.tls import TlsVerdictKind
 
 
 def sentence(text: str) -> str:
-    """End a sentence that ends with others' words, which may have an end already."""
+    """Drop the full stop after somebody else's words that end with a stop of their own."""
     return re.sub(r"([.?!])[.]$", r"\1", text)
 
 
@@ -28,8 +28,8 @@ OWN_FIREWALL_FIRST = (
     "firewall of your hosting company or network."
 )
 NETWORK_FIREWALL = (
-    "Nothing arrived at this machine, which has the address itself: check the firewall before it, "
-    "your router's or your hosting company's (a security group, say)."
+    "Nothing arrived at this machine, which has the address itself: check the firewall in front of "
+    "it, your router's or your hosting company's (a security group, say)."
 )
 NOT_FORWARDED = (
     "The address refuses the connection, and nothing arrived at this machine: forward the port "
@@ -99,8 +99,8 @@ ANSWERED_ELSEWHERE = (
     "Something else answered instead of this machine (another machine, a proxy, a firewall that "
     "accepts everything): forward the port to this machine."
 )
-ANSWERED_BEFORE = (
-    "Something before this machine answered in its place (a protection against attacks, or a "
+ANSWERED_IN_FRONT = (
+    "Something in front of this machine answered in its place (a protection against attacks, or a "
     "firewall or proxy that accepts everything): let your router, hosting company or network pass "
     "the port on to this machine."
 )
@@ -195,7 +195,7 @@ NO_FAMILY = (
 CHECK_RUNNING = "Another check of this machine is running on the port: wait until it has ended."
 FAILED = "This machine could not listen on the port: check whether it is out of files or memory."
 
-# No server told anything.
+# No server has a verdict.
 
 NOT_CHECKED = "No server has checked this port: {reason}."
 SERVER_CANNOT = (
@@ -336,7 +336,7 @@ READ_AS_FORWARD = (
 )
 READ_AS_LIST = "{word} is two ports, {low} and {high}. If you mean one, write {number}."
 
-# The advice that blames what is before this machine, where nothing got through to it.
+# The advice that blames what is in front of this machine, where nothing got through to it.
 NOTHING_GOT_THROUGH = {
     NOT_FORWARDED,
     REFUSED,

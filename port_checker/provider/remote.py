@@ -491,7 +491,7 @@ def _describe(response: Response, url: ServerUrl) -> str:
     if sender := response.headers.get("server"):
         status += f" from {printable(sender)}"
     if response.status in _PASSING:
-        return f"answer with {status}: it, or a proxy before it, is down or busy"
+        return f"answer with {status}: it, or a proxy in front of it, is down or busy"
     return f"unexpected answer, {status}: is this a port checker?"
 
 

@@ -380,7 +380,7 @@ def _advise(observed: Observation, place: Place, kinds: Sequence[VerdictKind]) -
     if VerdictKind.OPEN in kinds:
         if observed.attempt:
             return advice_for.REDIRECTED_HERE
-        return _advise_on_what_is_before(observed, place, VerdictKind.OPEN)
+        return _advise_on_what_is_in_front(observed, place, VerdictKind.OPEN)
     if observed.is_reached_from_some_place:
         return advice_for.REACHED_FROM_SOME_PLACES
     return _advise_on_way(observed, place, kinds[0])
@@ -403,11 +403,11 @@ def _advise_on_way(observed: Observation, place: Place, kind: VerdictKind) -> st
         return advice_for.OWN_FIREWALL
     if place.caller_hidden:
         return advice_for.CALLER_HIDDEN
-    before = _advise_on_what_is_before(observed, place, kind)
-    return f"{advice_for.XDP_FIRST.format(interface=place.xdp)} {before}" if place.xdp else before
+    then = _advise_on_what_is_in_front(observed, place, kind)
+    return f"{advice_for.XDP_FIRST.format(interface=place.xdp)} {then}" if place.xdp else then
 
 
-def _advise_on_what_is_before(observed: Observation, place: Place, kind: VerdictKind) -> str:
+def _advise_on_what_is_in_front(observed: Observation, place: Place, kind: VerdictKind) -> str:
     """Name what keeps connections away from this machine, or answers in its place."""
     answered = kind is VerdictKind.OPEN
     if place.own_address and not answered:
@@ -425,7 +425,7 @@ def _advise_on_what_is_before(observed: Observation, place: Place, kind: Verdict
     match kind:
         case VerdictKind.OPEN:
             no_router = place.own_address or place.router is Router.CLOUD
-            return advice_for.ANSWERED_BEFORE if no_router else advice_for.ANSWERED_ELSEWHERE
+            return advice_for.ANSWERED_IN_FRONT if no_router else advice_for.ANSWERED_ELSEWHERE
         case VerdictKind.REFUSED:
             return advice_for.NOT_FORWARDED if observed.captured else advice_for.REFUSED
         case VerdictKind.TIMED_OUT:

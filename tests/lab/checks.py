@@ -27,7 +27,7 @@ OWN = {4: network.PROVIDER_BEHIND_NAT, 6: network.PROVIDER[6]}
 LOOPBACK = {4: "127.0.0.1", 6: "::1"}
 BOTH = pytest.mark.parametrize("version", [4, 6])
 # Nothing gets to the provider's machine: what is said of that behind a router, and without one.
-ANSWERED = {4: advice.ANSWERED_ELSEWHERE, 6: advice.ANSWERED_BEFORE}
+ANSWERED = {4: advice.ANSWERED_ELSEWHERE, 6: advice.ANSWERED_IN_FRONT}
 NOT_HERE = {4: advice.NOT_FORWARDED, 6: advice.NETWORK_FIREWALL}
 LOST = {4: advice.NOTHING_ARRIVED, 6: advice.NETWORK_FIREWALL}
 _QUICK: dict[str, Any] = {

@@ -136,7 +136,7 @@ def test_something_before_a_machine_without_a_router_accepts_everything(
     chain += f"{target} tcp dport {word(ports)} redirect\n}}\n}}"
     lab.run("internet", "nft", "-f", "-", stdin=chain)
     report = check(lab, "third", ports, url_of(network.CHECKER, version))
-    assert (report.reachable, advised(report)) == (0, {advice.ANSWERED_BEFORE})
+    assert (report.reachable, advised(report)) == (0, {advice.ANSWERED_IN_FRONT})
     lab.run("internet", "nft", "delete", "table", "inet", f"guard{version}")
 
 

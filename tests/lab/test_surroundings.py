@@ -105,7 +105,7 @@ def test_a_cloud_with_one_to_one_nat(lab: Lab) -> None:
     for ports, said in (
         (grouped, advice.IN_CLOUD),
         (own, advice.OWN_FIREWALL),
-        (taken, advice.ANSWERED_BEFORE),
+        (taken, advice.ANSWERED_IN_FRONT),
     ):
         report = check_in(lab, "cloud", ports, CLOUD)
         assert (advised(report), "CGNAT" in str(report.notes)) == ({said}, False)

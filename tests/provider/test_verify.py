@@ -96,7 +96,7 @@ def test_what_a_server_says_without_connecting_is_not_confirmed() -> None:
     with scripted(accessible) as server:
         (said,) = check(free_ports(1), server.url, late_connections=0.01).ports
     assert (said.reachable, said.confirmed, said.error) == (False, False, None)
-    assert said.advice == advice.ANSWERED_BEFORE
+    assert said.advice == advice.ANSWERED_IN_FRONT
 
 
 @needs_root
