@@ -225,8 +225,12 @@ class Supervisor:
         ready = sum(worker.is_ready for worker in serving if worker not in outdated)
         excess = max(0, len(outdated) + ready - self._settings.workers) if ready else 0
         for worker in outdated[:excess]:
-            worker.is_leaving = True
-            self._distributor.close(worker.channel)
+            self._send_no_more(worker)
+
+    def _send_no_more(self, worker: "_Worker") -> None:
+        """Have a worker leave once it has answered what it has."""
+        worker.is_leaving = True
+        self._distributor.close(worker.channel)
 
     def _serving(self) -> "list[_Worker]":
         return [worker for worker in self._workers if not worker.is_leaving]
@@ -290,6 +294,9 @@ class Supervisor:
                     worker.is_ready = True
                     self._distributor.open(worker.channel)
                     self._failed_starts = 0
+                if "STOPPING=1" in assignments and not worker.is_leaving:
+                    logger.warning("Worker %d was told to stop; replacing it", sender)
+                    self._send_no_more(worker)
 
     def _look(self, worker: "_Worker", elapsed: float) -> bool:
         """Look after a worker; return whether it lives."""

@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.loopback import open_port
 from tests.support.namespace import ROOT
-from tests.support.service import Program, ask, program
+from tests.support.service import Program, ask, check_under_way, program
 from tests.support.waiting import wait_until
 
 
@@ -86,6 +86,19 @@ def test_workers_end_with_their_parent() -> None:
         workers = running.workers()
         running.process.kill()
         wait_until(lambda: not any(map(is_running, workers)), "the workers' end")
+
+
+def test_a_worker_that_is_told_to_stop_gets_no_more_connections() -> None:
+    """It would answer that the service is stopping."""
+    with program(PORT_CHECKER_WORKERS="2") as running:
+        with check_under_way(running) as one, check_under_way(running) as other:
+            worker = min(running.workers())  # each has one of the checks
+            os.kill(worker, signal.SIGTERM)
+            wait_until(lambda: lines_with(running, f"Worker {worker} was told to stop"), "the log")
+            assert all(running.answers() for _ in range(10))
+            wait_until(lambda: len(running.workers()) == 3, "another one")
+            assert one.finish().status_code == other.finish().status_code == 200
+        assert running.stop() == 0
 
 
 def test_a_slow_start_is_waited_for(tmp_path: Path) -> None:
