@@ -58,7 +58,7 @@ cover: $(VENV)/dev.stamp
 	@$(IN_PROCESSES) --cov --cov-report=term-missing $(PYTEST_FLAGS)
 
 systemd-test: $(VENV)/dev.stamp $(DEBIANS)/bookworm $(DEBIANS)/trixie
-	@SYSTEMD_TEST_DEBIANS=$(DEBIANS) $(BIN)/pytest $(PYTEST_FLAGS) tests/systemd
+	@SYSTEMD_TEST_DEBIANS=$(DEBIANS) $(IN_PROCESSES) $(PYTEST_FLAGS) tests/systemd
 
 # The tests work on copies, so each is made once.
 $(DEBIANS)/%:

@@ -1,7 +1,6 @@
 """A Debian of our own, booted by its systemd in a container that has only loopback."""
 
 import contextlib
-import fcntl
 import os
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.processes import end_with_parent
 from tests.support.waiting import wait_until
 
 # The files of Debians, by their names, which are not changed.
@@ -21,7 +21,24 @@ needs_debian = pytest.mark.skipif(
     reason="make systemd-test makes Debians for these tests",
 )
 
-_COMMAND = "systemd-nspawn --boot --register=no --keep-unit --private-network --quiet"
+_CGROUPS = Path("/sys/fs/cgroup")
+
+# Each container has cgroups of its own: with --keep-unit, systemd uses those that it is started in.
+# Its mount ends with it, and what it writes waits for no disk.
+_BOOT = """
+debian=$0 name=$1 scratch=$2
+for tree in /sys/fs/cgroup{,/systemd,/unified}; do
+    [[ -e $tree/cgroup.procs ]] || continue
+    mkdir -p "$tree/$name"
+    echo $$ >"$tree/$name/cgroup.procs"
+done
+cd "$scratch"
+rm -rf work
+mkdir -p changed work root
+mount -t overlay -o "lowerdir=$debian,upperdir=changed,workdir=work,volatile" overlay root
+exec systemd-nspawn --boot --register=no --keep-unit --private-network --quiet \\
+    --machine="$name" --directory=root "${@:3}"
+"""
 
 # How systemd-nspawn with --keep-unit ends when the container wants to be booted again.
 _REBOOT = 133
@@ -57,7 +74,11 @@ class Container:
         """Boot it, and wait for systemd to have started what it starts."""
         with self._log.open("ab") as console:
             self._nspawn = subprocess.Popen(
-                self._words, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT
+                self._words,
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=subprocess.STDOUT,
+                preexec_fn=end_with_parent,
             )
         wait_until(self._has_booted, "systemd to boot", seconds=300)
 
@@ -114,30 +135,23 @@ class Container:
 
 @contextlib.contextmanager
 def booted(root: Path, scratch: Path, *mounts: tuple[Path, str]) -> Iterator[Container]:
-    """Boot a Debian, one at a time: with --keep-unit, systemd inside of each uses the same cgroups.
+    """Boot a Debian.
 
     Args:
         root: Its files, which are not changed.
         scratch: An empty folder for what is changed, and for the console's log.
         mounts: Folders to be seen inside, read-only, and where.
     """
-    lock = os.open(root.parent, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    changed, work, merged = (scratch / name for name in ("changed", "work", "root"))
-    for directory in (changed, work, merged):
-        directory.mkdir()
-    layers = f"lowerdir={root},upperdir={changed},workdir={work}"
-    subprocess.run(["mount", "-t", "overlay", "-o", layers, "overlay", merged], check=True)
+    name = f"port-checker-{os.getpid()}"
     binds = [f"--bind-ro={source}:{target}" for source, target in mounts]
-    name = f"--machine=port-checker-{os.getpid()}"
+    words = ["unshare", "--mount", "bash", "-euc", _BOOT, str(root), name, str(scratch), *binds]
     try:
-        words = [*_COMMAND.split(), f"--directory={merged}", name, *binds]
         container = Container(words, scratch / "log")
         try:
             yield container
         finally:
             container.end()
     finally:
-        os.close(lock)
-        subprocess.run(["umount", merged], check=True)
+        cgroups = [*_CGROUPS.glob(name), *_CGROUPS.glob(f"*/{name}")]
+        subprocess.run(["find", *cgroups, "-type", "d", "-delete"], check=True)
         shutil.rmtree(scratch)

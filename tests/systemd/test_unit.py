@@ -11,9 +11,17 @@ from tests.support.namespace import ROOT
 from tests.support.waiting import wait_until
 from tests.systemd.container import Container, needs_debian
 
-pytestmark = [needs_debian, pytest.mark.parametrize("container", ["bookworm"], indirect=True)]
+# One process installs the package for all of them.
+pytestmark = [
+    needs_debian,
+    pytest.mark.parametrize("container", ["bookworm"], indirect=True),
+    pytest.mark.xdist_group("unit"),
+]
 
 SHOW = "systemctl show golem-port-checker --value --property "
+
+# Than by the unit's own: a stuck event loop takes a processor meanwhile.
+SOONER = "WatchdogSec=10"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -136,8 +144,8 @@ def test_a_killed_process_is_back(container: Container) -> None:
 
 
 def test_a_stopped_process_is_replaced(container: Container) -> None:
-    # Sooner than by the unit's own WatchdogSec=, which a stuck event loop waits for below.
-    drop_in(container, "WatchdogSec=5\nEnvironment=PORT_CHECKER_WORKERS=3")
+    assert container.run(SHOW + "WatchdogUSec").strip() == "30s"
+    drop_in(container, f"{SOONER}\nEnvironment=PORT_CHECKER_WORKERS=3")
     before = main_pid(container)
     container.run(f"kill -STOP {before}")
     wait_until(lambda: main_pid(container) not in ("0", before), "the watchdog", seconds=300)
@@ -169,7 +177,7 @@ def test_a_stuck_event_loop_leaves_its_traceback_and_is_replaced(container: Cont
         "signal.signal(signal.SIGUSR1, stick)\n"
         "END\n"
     )
-    drop_in(container, "Environment=PYTHONPATH=/run/hook")
+    drop_in(container, f"{SOONER}\nEnvironment=PYTHONPATH=/run/hook")
     before = main_pid(container)
     mark = journal_mark(container)
     container.run(f"kill -USR1 {before}")
