@@ -25,7 +25,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 # Tests that run at the same time. More than two cores can do, since tests mostly wait: four processes
 # have a lab each.
-TEST_PROCESSES ?= 6
+TEST_PROCESSES ?= 8
 PYTEST_FLAGS ?=
 FUZZ_EXAMPLES ?= 2000
 # Kept between runs and between checkouts.

@@ -19,7 +19,7 @@ from tests.support.http import client_of
 from tests.support.loopback import is_listened_on
 from tests.support.namespace import ROOT, loopback_alone, needs_root
 from tests.support.processes import end_with_parent
-from tests.support.service import program
+from tests.support.service import serve
 from tests.support.waiting import wait_until
 
 PROMETHEUS = ROOT / "contrib" / "prometheus"
@@ -56,7 +56,7 @@ def test_promtool_finds_no_fault_with_the_rules(command: str) -> None:
     reason="prometheus-blackbox-exporter is not installed",
 )
 def test_the_blackbox_exporter_tests_the_service_with_its_modules(tmp_path: Path) -> None:
-    with loopback_alone(), program(PORT_CHECKER_PORT="9000"), (tmp_path / "log").open("wb") as log:
+    with loopback_alone(), serve(on_port=9000), (tmp_path / "log").open("wb") as log:
         exporter = subprocess.Popen(
             [
                 "prometheus-blackbox-exporter",

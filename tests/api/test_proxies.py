@@ -277,7 +277,7 @@ def test_a_relay_on_this_machine_hides_its_callers_from_the_first_that_shows(
 def test_what_operators_copy_works_as_it_stands(name: str, tmp_path: Path) -> None:
     with (
         loopback_alone(),  # with the ports of the files, which nobody else has there
-        program(PORT_CHECKER_PORT="9000"),
+        serve(on_port=9000),
         as_shipped(ROOT / "contrib" / name, tmp_path),
         open_port(OUTSIDE) as opened,
     ):
@@ -294,7 +294,7 @@ def test_the_caddyfile_works_as_it_stands(tmp_path: Path) -> None:
     name = {"sni_hostname": CADDY_NAME}
     with (
         loopback_alone(),
-        program(PORT_CHECKER_PORT="9000"),
+        serve(on_port=9000),
         as_shipped(ROOT / "contrib" / "Caddyfile", tmp_path),
     ):
         trusted = ssl.create_default_context(cafile=tmp_path / CADDY_AUTHORITY)

@@ -13,7 +13,7 @@ from tests.lab import network
 from tests.lab.checks import advised, check, monitor, run, url_of, word
 from tests.lab.network import Lab
 
-pytestmark = pytest.mark.xdist_group("lab 4")
+pytestmark = pytest.mark.xdist_group("lab 2")
 
 CGNAT = advice.SHARED_ADDRESS.format(ip=network.ROUTER[4])
 # Commands that come first, in a mount namespace of the program's own.

@@ -102,7 +102,7 @@ def test_a_service_on_a_unix_socket(tmp_path: Path) -> None:
 def test_a_service_on_all_addresses_where_ipv6_is_switched_off() -> None:
     with (
         loopback_alone("echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6"),
-        program(PORT_CHECKER_HOST="::", PORT_CHECKER_PORT="9000"),
+        serve(host="::", on_port=9000),
     ):
         assert health(PORT_CHECKER_HOST="::", PORT_CHECKER_PORT="9000") == (0, "")
 

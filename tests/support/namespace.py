@@ -5,7 +5,6 @@ import os
 import shutil
 import struct
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,29 +23,6 @@ needs_setpriv = pytest.mark.skipif(
     os.environ.get("CI") != "true" and not shutil.which("setpriv"),
     reason="giving up a capability needs setpriv of util-linux",
 )
-
-
-def in_namespace(script: str, *setup: str) -> str:
-    """Run Python inside a namespace of its own.
-
-    Args:
-        script: The program; it can import the package and the tests.
-        setup: Shell commands that come before it, inside.
-
-    Returns:
-        What it printed.
-    """
-    commands = " && ".join(["ip link set lo up", *setup, f'exec {sys.executable} -c "$0"'])
-    done = subprocess.run(
-        ["unshare", "--net", "sh", "-c", commands, script],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
