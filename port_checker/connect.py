@@ -21,12 +21,12 @@ from enum import StrEnum
 from port_checker.addresses import Address, parse_host, text_of
 from port_checker.errors import ErrorCode, ServiceError
 from port_checker.linux import (
+    ConnectionsHere,
     Route,
     RouteType,
     answers_itself,
     could_not_retransmit,
     is_tracked,
-    ports_here,
     refuses_itself,
     report_icmp_errors,
     round_trip_time,
@@ -260,12 +260,14 @@ class OpenConnectionPacer:
     Attributes:
         hold_ups: Of the loop, while rounds wait for answers.
         self_answers: Finds out for all rounds whether this machine answers itself.
+        connections_here: Finds out which connections end here, at the target's own address.
         sockets: The sockets of all rounds.
     """
 
     def __init__(self) -> None:
         self.hold_ups = HoldUps()
         self.self_answers = SelfAnswers()
+        self.connections_here = ConnectionsHere()
         self.sockets = SharedEpoll()
         self._left = PER_TURN
         self._small: _Waiting = deque()
@@ -567,6 +569,7 @@ class _Round:
         # Connected, perhaps to this machine; and those for which that is being found out.
         self._nearby: dict[int, socket.SocketType] = {}  # by port
         self._asked_about: dict[int, socket.SocketType] = {}
+        self._answered_at_once: set[int] = set()  # ports
         self._failed_at_once: dict[int, int] = {}  # errors within connect(), by port
         self._held_up = False  # for too long, while it waited
         self._waiting: dict[int, tuple[socket.SocketType, int]] = {}  # with ports, by descriptor
@@ -642,7 +645,7 @@ class _Round:
             sock, port = self._waiting[descriptor]
             try:
                 verdict = self._verdict(sock, port, event)
-                if verdict is OPEN and self._is_near(sock):
+                if verdict is OPEN and self._is_near(sock, port):
                     self._nearby[port] = sock
                 elif verdict is OPEN:
                     self._accept(sock, port)
@@ -680,21 +683,25 @@ class _Round:
         else:
             close_for_good(sock)
 
-    def _is_near(self, sock: socket.SocketType) -> bool:
+    def _is_near(self, sock: socket.SocketType, port: int) -> bool:
         """Whether this machine may have answered, though the target is another one."""
-        is_here = self._way.is_here or self._way.is_loopback
-        return not is_here and round_trip_time(sock) <= _NEARBY
+        if self._way.is_here or self._way.is_loopback:
+            return False
+        seconds = round_trip_time(sock)
+        if seconds <= _HERE:
+            self._answered_at_once.add(port)
+        return seconds <= _NEARBY
 
     def _ask_who_answers(self) -> None:
         """Accept connections that end elsewhere: now, or once it is known where they end."""
         self._asked_about, self._nearby = self._nearby, {}
         posing: set[int] = set()
         with suppress(OSError):  # not every kernel tells
-            posing = ports_here(self._way.target, self._asked_about)
+            posing = self._pacer.connections_here.ports(self._way.target, self._asked_about)
         suspects = posing.union(
             port
             for port, sock in self._asked_about.items()
-            if is_tracked(sock) or round_trip_time(sock) <= _HERE
+            if port in self._answered_at_once or is_tracked(sock)
         )
         if suspects and (route := self._way.route()) and route.type is RouteType.LOCAL:
             suspects, posing = set(), set()

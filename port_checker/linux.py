@@ -10,6 +10,7 @@ import fcntl
 import os
 import re
 import resource
+import select
 import signal
 import socket
 import struct
@@ -343,6 +344,7 @@ class RouteChanges:
     """
 
     def __init__(self) -> None:
+        self._poll = select.poll()
         self._socket = self._joined()
 
     def __del__(self) -> None:
@@ -359,13 +361,9 @@ class RouteChanges:
         if not self._socket:
             self._socket = self._joined()
             return True
-        try:
-            self._socket.recv(1)
-        except BlockingIOError:
+        if not self._poll.poll(0):  # an error, too: there were too many to keep
             return False
-        except OSError:  # there were too many to keep
-            pass
-        # Another socket, instead of reading however much is left.
+        # Another socket, instead of reading however much there is.
         self._socket.close()
         self._socket = self._joined()
         return True
@@ -383,6 +381,8 @@ class RouteChanges:
         except OSError:
             netlink.close()
             return None
+        self._poll = select.poll()
+        self._poll.register(netlink, select.POLLIN)
         return netlink
 
 
@@ -651,38 +651,58 @@ def is_tracked(sock: socket.SocketType) -> bool:
     return True
 
 
-def ports_here(target: Address, connections: Mapping[int, socket.SocketType]) -> set[int]:
-    """Return the ports of connections whose other end is on this machine, too.
+class ConnectionsHere:
+    """Looks up connections whose other end is on this machine, too.
 
     That end has the target's address: it belongs to a transparent proxy (``tproxy`` of nftables),
-    or to a program that listens on that address. All are looked up on one socket, since a check may
-    have a hundred.
-
-    Args:
-        target: The address that the connections lead to.
-        connections: The connections, by port.
-
-    Raises:
-        OSError: The kernel cannot tell.
+    or to a program that listens on that address. It keeps the socket on which it asks: making one
+    takes as long as a look (measured).
     """
-    found = set()
-    kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK
-    with socket.socket(socket.AF_NETLINK, kind, _NETLINK_SOCK_DIAG) as netlink:
-        for port, connection in connections.items():
-            source, local_port = connection.getsockname()[:2]
-            head = _DIAG_REQUEST.size, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0
-            ports = port.to_bytes(2, "big"), local_port.to_bytes(2, "big")
-            addresses = target.packed, parse_host(source).packed
-            of_tcp = connection.family, socket.IPPROTO_TCP
-            netlink.send(_DIAG_REQUEST.pack(*head, *of_tcp, *ports, *addresses, 0, -1))
-            answer = netlink.recv(1024)
-            answer_kind, error = struct.unpack_from("=4xH10xi", answer)
-            if answer_kind == _NLMSG_ERROR:
-                if error != -errno.ENOENT:
-                    raise OSError(-error, os.strerror(-error))
-            elif answer[17] != TcpState.LISTEN:  # a listener is found if there is no connection
-                found.add(port)
-    return found
+
+    def __init__(self) -> None:
+        self._netlink: socket.SocketType | None = None
+
+    def __del__(self) -> None:
+        """Close the socket."""
+        if self._netlink:
+            self._netlink.close()
+
+    def ports(self, target: Address, connections: Mapping[int, socket.SocketType]) -> set[int]:
+        """Return the ports of such connections.
+
+        Args:
+            target: The address that the connections lead to.
+            connections: The connections, by port.
+
+        Raises:
+            OSError: The kernel cannot tell.
+        """
+        found = set()
+        kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK
+        netlink = self._netlink
+        if not netlink:
+            netlink = socket.SocketType(socket.AF_NETLINK, kind, _NETLINK_SOCK_DIAG)
+        self._netlink = None
+        try:
+            for port, connection in connections.items():
+                source, local_port = connection.getsockname()[:2]
+                head = _DIAG_REQUEST.size, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0
+                ports = port.to_bytes(2, "big"), local_port.to_bytes(2, "big")
+                addresses = target.packed, parse_host(source).packed
+                of_tcp = connection.family, socket.IPPROTO_TCP
+                netlink.send(_DIAG_REQUEST.pack(*head, *of_tcp, *ports, *addresses, 0, -1))
+                answer = netlink.recv(1024)
+                answer_kind, error = struct.unpack_from("=4xH10xi", answer)
+                if answer_kind == _NLMSG_ERROR:
+                    if error != -errno.ENOENT:
+                        raise OSError(-error, os.strerror(-error))
+                elif answer[17] != TcpState.LISTEN:  # found if there is no connection
+                    found.add(port)
+        except BaseException:
+            netlink.close()  # an answer may still be on its way
+            raise
+        self._netlink = netlink
+        return found
 
 
 def answers_itself(source: Address) -> bool:
