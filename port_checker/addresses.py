@@ -14,6 +14,8 @@ Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
 MAX_PORT: Final = 65535
+# Ports below are well-known, and for root, unless ip_unprivileged_port_start says otherwise.
+MIN_UNPRIVILEGED_PORT: Final = 1024
 
 # The longest literal: eight groups, the last two as dotted IPv4 (INET6_ADDRSTRLEN less its NUL).
 _LONGEST_LITERAL = 45

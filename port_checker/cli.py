@@ -280,8 +280,13 @@ def watch_ports(
     ipv6: _Ipv6 = False,
     every_server: _All = False,
     every: Annotated[
-        float,
-        typer.Option(metavar="SECONDS", min=60, help="Seconds between checks, about; at least 60."),
+        int,
+        typer.Option(
+            metavar="SECONDS",
+            min=60,  # each check costs the server and this machine's firewall something
+            max=365 * 24 * 3600,
+            help="Seconds between checks, about; at least 60.",
+        ),
     ] = 600,
     on_change: Annotated[
         str | None,
@@ -305,7 +310,8 @@ def watch_ports(
     from port_checker.provider.watch import log, run_command, watch
 
     run = _prepare(ports, servers, tls, ip, ipv4, ipv6, quiet=True)
-    command = shlex.split(on_change) if on_change else []
+    with _refusing("--on-change"):
+        command = shlex.split(on_change or "")
     status = _NO_SERVER
 
     def run_and_remember() -> "Sequence[Report]":

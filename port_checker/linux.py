@@ -280,10 +280,10 @@ def route_to(address: Address, source: Address | None = None) -> Route | None:
     (number,) = struct.unpack_from("=7xB", answer)
     if number in _LEADS_NOWHERE:
         return None
-    found = dict(_attributes(answer[12:]))
-    preferred = found.get(_RTA_PREFSRC)
+    attributes = dict(_attributes(answer[12:]))
+    preferred = attributes.get(_RTA_PREFSRC)
     next_hop = next(_next_hops(answer[12:]), None)
-    (interface,) = struct.unpack("=I", found.get(_RTA_OIF, bytes(4)))
+    (interface,) = struct.unpack("=I", attributes.get(_RTA_OIF, bytes(4)))
     return Route(
         RouteType(number),
         unpack_address(preferred) if preferred else None,

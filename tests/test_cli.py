@@ -264,6 +264,21 @@ def test_wrong_use_is_a_sentence(said: str) -> None:
     assert "secret" not in done.err
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--every", "59"], "Invalid value for '--every': 59 is not in the range"),
+        (["--every", "nan"], "Invalid value for '--every': 'nan' is not a valid int"),
+        (["--every", "9" * 30], "is not in the range 60<=x<=31536000."),
+        (["--on-change", "it's"], "Invalid value for --on-change: No closing quotation."),
+    ],
+)
+def test_wrong_use_of_watch_is_a_sentence(words: list[str], expected: str) -> None:
+    done = invoke("watch", "--server", "http://127.0.0.1:1", "50800", *words)
+    assert expected in done.complaint
+    assert (done.status, done.out) == (2, "")
+
+
 def test_what_is_printed_can_be_pasted_back() -> None:
     ports = free_ports(10)
     words = [str(ports[0]), written(ports[2:4]), f"{ports[8]}-{ports[9]}:{ports[5]}-{ports[6]}"]

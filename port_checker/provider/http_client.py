@@ -25,7 +25,7 @@ from urllib.parse import unquote, urlsplit
 import h11
 
 from port_checker import __version__
-from port_checker.addresses import Address, parse_address
+from port_checker.addresses import MAX_PORT, MIN_UNPRIVILEGED_PORT, Address, parse_address
 from port_checker.linux import ephemeral_ports, reserved_ports
 from port_checker.resolver import Resolver
 
@@ -35,7 +35,6 @@ _HOST_NAME = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?", re.IGNORECA
 _MAX_TEXT_LENGTH = 300
 # Attempts to find a free local port. Each fails only if that port is taken.
 _BIND_ATTEMPTS = 50
-_PRIVILEGED = 1024
 _READ_SIZE = 65536
 _NDJSON = "application/x-ndjson"
 # Called with the number of lines of an answer that have come.
@@ -145,7 +144,7 @@ class LocalPorts:
 
     def __init__(self, checked: Collection[int]) -> None:
         excluded = set(checked) | _expand(reserved_ports())
-        ranges = ephemeral_ports(), range(_PRIVILEGED, 65536)
+        ranges = ephemeral_ports(), range(MIN_UNPRIVILEGED_PORT, MAX_PORT + 1)
         usable = (list(set(ports) - excluded) for ports in ranges)
         self._ports = next(filter(None, usable), list(ranges[1]))
 
@@ -228,10 +227,10 @@ class HttpClient:
     async def families(self, url: ServerUrl) -> set[int]:
         """Return the IP versions over which a server has addresses; none if that is unknown."""
         try:
-            found = await self._look_up(url, None)
+            addresses = await self._look_up(url, None)
         except (OSError, HttpError):
             return set()
-        return {6 if ":" in address else 4 for address in found}
+        return {6 if ":" in address else 4 for address in addresses}
 
     async def reaches(self, url: ServerUrl) -> bool:
         """Whether a TCP connection to a server can be made."""
@@ -324,7 +323,7 @@ class HttpClient:
         """Connect to the first of the server's addresses that answers."""
         loop = asyncio.get_running_loop()
         try:
-            found = await self._look_up(url, self.family)
+            addresses = await self._look_up(url, self.family)
         except socket.gaierror as error:
             if self.family and error.errno != socket.EAI_AGAIN and await self.families(url):
                 raise HttpError(f"has no IPv{self.family} address", passes=False) from None
@@ -333,14 +332,14 @@ class HttpClient:
                 f"host name cannot be resolved: {error.strerror}", passes=passes
             ) from None
         failures: list[OSError] = []
-        for address in found:
+        for address in addresses:
             sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
             try:
                 sock.setblocking(False)
                 # A reset at the end leaves no connection in TIME_WAIT at the local port.
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self.ports.bind(sock)
-                async with asyncio.timeout(self.connect_timeout / len(found)):
+                async with asyncio.timeout(self.connect_timeout / len(addresses)):
                     await loop.sock_connect(sock, (address, url.port))
             except BaseException as error:
                 sock.close()

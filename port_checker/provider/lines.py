@@ -39,8 +39,8 @@ def lines(report: Report) -> Iterator[str]:
 
 def rows(report: Report) -> list[Row]:
     """Return the rows of a report, those with trouble first."""
-    found = [*_port_rows(report.ports), *map(_tls_row, report.tls)]
-    return sorted(found, key=lambda row: not row.advice)
+    in_order = [*_port_rows(report.ports), *map(_tls_row, report.tls)]
+    return sorted(in_order, key=lambda row: not row.advice)
 
 
 def _port_rows(ports: Iterable[PortReport]) -> Iterator[Row]:

@@ -201,16 +201,27 @@ class Listeners:
     def _look_up_holders(self, checks: Sequence[range]) -> None:
         """Find out what has the ports that are in use: one of the other ``checks``, say."""
         in_use = {port for port, binding in self.bindings.items() if binding.state == "in use"}
+        if not in_use:
+            return
+        sockets = tcp_sockets(in_use)
+        listened_on = {sock.port for sock in sockets if sock.state is TcpState.LISTEN}
+        # As far as that shows, this machine began a connection if the port of the other end is not
+        # ephemeral, or if a program listens on it.
+        ephemeral, peer_ports = ephemeral_ports(), {sock.peer_port for sock in sockets}
+        accepting = {sock.port for sock in tcp_sockets(peer_ports, TcpState.LISTEN)}
+        outgoing = {
+            sock.port
+            for sock in sockets
+            if sock.peer_port not in ephemeral or sock.peer_port in accepting
+        } - listened_on
         holders: defaultdict[int, list[TcpSocket]] = defaultdict(list)
-        for sock in tcp_sockets(in_use) if in_use else ():
+        for sock in sockets:
             holders[sock.port].append(sock)
         are_known = shows_sockets()
         for port in in_use:
-            is_listened_on = any(sock.state is TcpState.LISTEN for sock in holders[port])
-            is_outgoing = not is_listened_on and any(map(_is_outgoing, holders[port]))
             self.bindings[port] = replace(
                 self.bindings[port],
-                state="outgoing connection" if is_outgoing else "in use",
+                state="outgoing connection" if port in outgoing else "in use",
                 holders=holders[port] if are_known else None,
                 checked=any(port in ports for ports in checks),
             )
@@ -244,15 +255,6 @@ class Listeners:
     def _close_longest_held(self) -> None:
         if self._held:
             self._held.pop(next(iter(self._held))).close()
-
-
-def _is_outgoing(sock: TcpSocket) -> bool:
-    """Whether this machine began a connection, as far as that shows.
-
-    Then the port of the other end is not an ephemeral one, or a program listens on it.
-    """
-    port = sock.peer_port
-    return port not in ephemeral_ports() or bool(tcp_sockets({port}, TcpState.LISTEN))
 
 
 _STATES: dict[int, BindingState] = {

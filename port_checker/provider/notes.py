@@ -5,13 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from port_checker import advice
-from port_checker.addresses import Address
+from port_checker.addresses import MIN_UNPRIVILEGED_PORT, Address
 from port_checker.linux import ephemeral_ports, own_addresses, reserved_ports
 from port_checker.provider.origin import Contact, Nearness, is_own
 from port_checker.provider.place import Share, is_shared, place_of
 from port_checker.provider.report import PortPair, PortReport, port_ranges
 
-_PRIVILEGED = 1024  # ports below are well-known ones
 # The advice on ports at which nothing arrived.
 _LOST = {*advice.NOTHING_GOT_THROUGH, advice.NETWORK_FIREWALL, advice.IN_CLOUD}
 
@@ -38,14 +37,14 @@ class Findings:
 
 
 def notes(
-    contacts: Sequence[Contact], ports: Sequence[PortReport], found: Findings
+    contacts: Sequence[Contact], ports: Sequence[PortReport], findings: Findings
 ) -> Iterator[str]:
     """Yield the notes of a report.
 
     Args:
         contacts: The servers.
         ports: The results.
-        found: What else was found out.
+        findings: What else was found out.
     """
     for contact in contacts:
         yield from _notes_on_server(contact)
@@ -55,15 +54,15 @@ def notes(
         yield advice.ADDRESSES_DIFFER.format(addresses=listed)
     yield from _temporary_addresses(contacts)
     yield from _disagreements(ports, addresses)
-    if found.moved:
-        before, after = found.moved
+    if findings.moved:
+        before, after = findings.moved
         yield advice.ADDRESS_CHANGED.format(before=before, after=after)
     else:
-        yield from _notes_on_address(contacts, ports, found)
+        yield from _notes_on_address(contacts, ports, findings)
     yield from _low_ports(ports)
-    if found.reached_in_groups:
-        yield advice.CONNECTION_LIMIT.format(count=found.reached_in_groups)
-    for url, reached in found.banned.items():
+    if findings.reached_in_groups:
+        yield advice.CONNECTION_LIMIT.format(count=findings.reached_in_groups)
+    for url, reached in findings.banned.items():
         contact = next(contact for contact in contacts if contact.url == url)
         peer = next(iter(contact.peers), contact.remote)
         yield advice.SERVER_BANNED.format(url=url, reached=reached, peer=peer)
@@ -97,15 +96,15 @@ def _temporary_addresses(contacts: Sequence[Contact]) -> Iterator[str]:
     """Name a checked address that this machine will give up, and those that it keeps."""
     own = own_addresses()
     checked = {contact.address for contact in contacts}
-    for found in own:
-        if found.temporary and found.address in checked:
+    for each in own:
+        if each.temporary and each.address in checked:
             lasting = [
                 str(other.address)
                 for other in own
-                if other.network == found.network and not (other.temporary or other.deprecated)
+                if other.network == each.network and not (other.temporary or other.deprecated)
             ]
             stable = ", ".join(lasting) or "none that this machine has now"
-            yield advice.TEMPORARY_ADDRESS.format(ip=found.address, stable=stable)
+            yield advice.TEMPORARY_ADDRESS.format(ip=each.address, stable=stable)
 
 
 def _disagreements(ports: Sequence[PortReport], addresses: dict[str, str]) -> Iterator[str]:
@@ -125,22 +124,22 @@ def _disagreements(ports: Sequence[PortReport], addresses: dict[str, str]) -> It
 def _low_ports(ports: Sequence[PortReport]) -> Iterator[str]:
     """Name well-known ports, if nothing but they was lost."""
     lost = [port.pair for port in ports if port.advice in _LOST]
-    if lost and any(port.reachable for port in ports) and max(lost).outer < _PRIVILEGED:
+    if lost and any(port.reachable for port in ports) and max(lost).outer < MIN_UNPRIVILEGED_PORT:
         yield advice.LOW_PORTS_BLOCKED.format(ports=port_ranges(lost))
 
 
 def _notes_on_address(
-    contacts: Sequence[Contact], ports: Sequence[PortReport], found: Findings
+    contacts: Sequence[Contact], ports: Sequence[PortReport], findings: Findings
 ) -> Iterator[str]:
     """Say what the router does with the address, or who else has it."""
     contact = next((contact for contact in contacts if contact.address), None)
-    if found.loops_back:
-        own, comes_back = found.loops_back
+    if findings.loops_back:
+        own, comes_back = findings.loops_back
         yield (advice.LOOPED_BACK if comes_back else advice.NOT_LOOPED_BACK).format(ip=own)
-    if contact and found.share:
-        note = advice.PORTS_SHARED if found.share.certain else advice.PORTS_PERHAPS_SHARED
+    if contact and findings.share:
+        note = advice.PORTS_SHARED if findings.share.certain else advice.PORTS_PERHAPS_SHARED
         reached = port_ranges(port.pair for port in ports if port.reachable)
-        yield note.format(ports=reached, size=found.share.size, ip=contact.address)
+        yield note.format(ports=reached, size=findings.share.size, ip=contact.address)
     kinds_of_advice = {port.advice for port in ports if port.answers}
     if not contact or not contact.address or not kinds_of_advice:
         return

@@ -104,10 +104,9 @@ class Contact:
     async def after_introduction(self) -> "Contact":
         """Return what is known of it after it was asked for this machine's address."""
         try:
-            found = await self.server.introduce()
+            return self.after(await self.server.introduce())
         except ServerError as error:
             return replace(self, error=str(error))
-        return replace(self, address=found.address, local=found.local, remote=found.remote)
 
     def after(self, answers: Answers) -> "Contact":
         """Return what is known of it after an exchange."""

@@ -129,21 +129,6 @@ class _ErrorDetail(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Introduction:
-    """What the first exchange with a server shows.
-
-    Attributes:
-        address: This machine's address as the server sees it; None if it does not know.
-        local: The address of this machine from which it was asked.
-        remote: The address of the server at which it was asked.
-    """
-
-    address: Address | None
-    local: Address
-    remote: Address
-
-
-@dataclass(frozen=True)
 class Answers:
     """What a server answered about some ports.
 
@@ -154,7 +139,7 @@ class Answers:
         local: The address of this machine from which it was asked; None without an answer.
         remote: The address of the server at which it was asked; None without an answer.
         failures: Its own errors in place of a verdict, by port.
-        address: The address about which it was asked; None without an answer.
+        address: This machine's, about which it was asked, or as it sees it; None if unknown.
         places: The verdict of each place from which it looked, by port and name, where it asks
             other places.
     """
@@ -206,8 +191,11 @@ class Server:
         self._waits = waits
         self._patience = waits.patience
 
-    async def introduce(self) -> Introduction:
+    async def introduce(self) -> Answers:
         """Ask for this machine's address as the server sees it.
+
+        Returns:
+            No answers about ports, but the addresses; ``address`` is None if the server has none.
 
         Raises:
             ServerError: It does not say.
@@ -224,7 +212,7 @@ class Server:
                 pass
             case _ if not self._lacks_ip(response):
                 raise ServerError(_describe(response, self.url))
-        return Introduction(address, response.local, response.remote)
+        return Answers(local=response.local, remote=response.remote, address=address)
 
     def _lacks_ip(self, response: Response) -> bool:
         """Whether the server is an older one that does not tell callers their address."""
@@ -417,14 +405,14 @@ def _read_results(answer: object) -> dict[str, Verdict | str] | None:
     """Read the results for ports, each as ``_read_verdict`` does; None if there are none."""
     match answer:
         case {"results": dict(results)}:
-            found = {}
+            verdicts = {}
             for port, result in results.items():
                 match result:
                     case {"accessible": bool(accessible), "error": str() | None as error}:
-                        found[port] = _read_verdict(accessible, error)
+                        verdicts[port] = _read_verdict(accessible, error)
                     case _:
                         return None
-            return found
+            return verdicts
     return None
 
 

@@ -7,15 +7,13 @@ from enum import StrEnum
 from typing import Literal, NamedTuple
 
 from port_checker import advice as advice_for
-from port_checker.addresses import MAX_PORT, Address
+from port_checker.addresses import MAX_PORT, MIN_UNPRIVILEGED_PORT, Address
 from port_checker.connect import Verdict, VerdictKind
 from port_checker.linux import TcpSocket, TcpState
 from port_checker.provider.evidence import Attempt
 from port_checker.tls import TlsVerdictKind
 
 BindingState = Literal["bound", "in use", "outgoing connection", "not permitted", "failed"]
-
-_PRIVILEGED = 1024  # ports below are for root, unless ip_unprivileged_port_start says otherwise
 
 
 class PortPair(NamedTuple):
@@ -337,11 +335,10 @@ def _is_programs(observed: Observation, place: Place) -> bool:
         return False
     if binding.holders is None:
         return True
-    known = observed.attempt.address if observed.attempt else None
-    if known is None and place.own_address:
-        known = place.address
+    own = place.address if place.own_address else None
+    address = observed.attempt.address if observed.attempt else own
     return any(
-        _listens_at(sock, known) if known else not sock.address.is_loopback
+        _listens_at(sock, address) if address else not sock.address.is_loopback
         for sock in binding.holders
         if sock.state is TcpState.LISTEN
     )
@@ -355,7 +352,7 @@ def _advise(observed: Observation, place: Place, kinds: Sequence[VerdictKind]) -
     match observed.binding.state:
         case "not permitted":
             port = observed.ports.inner
-            is_low = port < _PRIVILEGED
+            is_low = port < MIN_UNPRIVILEGED_PORT
             return advice_for.NOT_PERMITTED if is_low else advice_for.NOT_PERMITTED_HERE
         case "failed":
             no_family = observed.binding.error in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)

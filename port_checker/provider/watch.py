@@ -9,8 +9,6 @@ from datetime import datetime
 
 from port_checker.provider.report import PortPair, Report, port_ranges
 
-# Seconds between checks, at least: each costs the server and this machine's firewall something.
-SHORTEST_PAUSE = 60
 # The share of a pause by which it may be shorter or longer, so that many watchers do not ask at
 # the same moment.
 _JITTER = 0.1
@@ -40,7 +38,7 @@ def watch(
         if lines := [line for last, report in pairs for line in _changes(last, report)]:
             on_change(lines, after)
         before = after
-        sleep(max(every, SHORTEST_PAUSE) * random.uniform(1 - _JITTER, 1 + _JITTER))  # noqa: S311  # no secret
+        sleep(every * random.uniform(1 - _JITTER, 1 + _JITTER))  # noqa: S311  # no secret
 
 
 def _changes(before: Report | None, after: Report) -> Iterator[str]:
