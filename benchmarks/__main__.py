@@ -78,7 +78,8 @@ class _Comparison:
             f"golem-port-checker {__version__}, Python {platform.python_version()}, "
             f"{platform.system()} {platform.release()}, {os.cpu_count()} cores.\n"
             f"Medians of {self._rounds} rounds in turn, after one to warm up (lowest to highest in "
-            f"brackets);\nwrk, 1 thread, {wrk.CONNECTIONS} connections, {wrk.SECONDS} s a round."
+            f"brackets);\nwrk, 1 thread, {wrk.CONNECTIONS} connections (at a distance "
+            f"{wrk.CONNECTIONS_AT_A_DISTANCE} for small requests), {wrk.SECONDS} s a round."
         )
         services = self._commands(
             {
