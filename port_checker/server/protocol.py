@@ -561,8 +561,11 @@ class BoundedProtocol(HttpToolsProtocol):
             head.append(f"retry-after: {_RETRY_AFTER}")
         # A request that was answered early gets no second answer: it would be taken for that to the
         # next request.
-        if self._message.stage is not Stage.BODY or not self.cycle.response_started:
-            self.transport.write("\r\n".join([*head, "", body]).encode())
+        is_body = self._message.stage is Stage.BODY
+        if not (is_body and self.cycle.response_started):
+            begin = self.scope["method"].encode() if is_body else self._unparsed.lstrip(b"\r\n")
+            text = [*head, "", "" if begin.startswith(b"HEAD") else body]
+            self.transport.write("\r\n".join(text).encode())
         self.transport.close()
         self._wait_for_client()
 

@@ -423,6 +423,29 @@ def test_what_is_not_http_gets_one_error_in_every_segmentation(
 
 
 @pytest.mark.parametrize(
+    "sent",
+    [
+        [b"\r\nHEAD / HTTP/1.1\r\nHost: a b\r\n\r\n"],
+        [b"HEAD / HTTP/1.1\r\nHost: x\r\nX: ", b"x" * 20_000],
+        [CHUNKED.replace(b"POST", b"HEAD"), b"no size\r\n"],
+        [UPGRADE.replace(b"POST", b"HEAD") + b"x", b"y"],
+    ],
+)
+def test_a_refused_head_request_gets_an_answer_without_a_body(
+    service: Service, sent: list[bytes]
+) -> None:
+    client = service.connect()
+    for part in sent:
+        client.send(part)
+    service.loop.settle()
+    for connection in service.state.connections:
+        connection.shutdown()
+    (status,) = client.statuses
+    assert status in (400, 413, 503)
+    assert client.received.endswith(b"\r\n\r\n")
+
+
+@pytest.mark.parametrize(
     "sent", [b"\x16\x03\x01\x02\0\x01", b"SSH-2.0-x\r\n", b"GET /\r\n", HEALTH[:-2] + b"X: y\n"]
 )
 def test_what_cannot_become_http_is_refused_at_once(service: Service, sent: bytes) -> None:
