@@ -55,7 +55,7 @@ MAX_SECONDS = 600.0
 HONEST = 20
 HONEST_EVERY = 3.0  # seconds
 HONEST_PORTS = range(50800, 50900)
-HOSTILE_CONNECTIONS = 8  # of each hostile caller, one request after the other
+HOSTILE_CONNECTIONS = 8  # of each hostile caller, with one request at a time
 HOSTILE_PAUSE = 0.1  # seconds between these
 HOSTILE_PORTS = 1000
 HEALTH_EVERY = 0.02  # seconds
@@ -65,10 +65,10 @@ ASKING = 400
 CONNECTING = 3000
 PIPELINING = 490
 PIPELINED_BYTES = 3_500_000  # a second, together
-HEADS = 300  # of each of so many addresses:
 HEAD_ADDRESSES = 10
+HEADS_EACH = 300
 ROOM_ADDRESSES = 5
-ROOM_CHECKS = 2  # at a time, of each of these
+ROOM_CHECKS_EACH = 2  # at a time
 TLS_CHECKS = 16
 CERTIFICATES = 260
 RECONNECT_PAUSE = 1.0  # seconds
@@ -427,7 +427,7 @@ async def attack_by_heads(seconds: float) -> None:
         await reader.read()
 
     addresses = [f"61.0.1.{number + 1}" for number in range(HEAD_ADDRESSES)]
-    await crowd(seconds, [(address, begin) for address in addresses] * HEADS)
+    await crowd(seconds, [(address, begin) for address in addresses] * HEADS_EACH)
 
 
 async def attack_by_room(seconds: float) -> None:
@@ -441,7 +441,7 @@ async def attack_by_room(seconds: float) -> None:
 
     async with asyncio.TaskGroup() as group:
         for number in range(ROOM_ADDRESSES):
-            for _ in range(ROOM_CHECKS):
+            for _ in range(ROOM_CHECKS_EACH):
                 group.create_task(ask_for_own(f"61.0.2.{number + 1}"))
     print(f"room:      {tally}")
 

@@ -29,7 +29,7 @@ SHARE = 0.7  # of its capacity, which is measured first
 
 PORTS = 100  # open ports; each request checks the next PORTS_EACH of them
 PORTS_EACH = 20
-REFUSED_EVERY = 20  # one request in so many has a refused port, which takes two seconds
+REFUSED_EVERY = 20  # requests, one of which has a refused port, which takes two seconds
 
 _CAPACITY_SECONDS = 5.0
 _CAPACITY_CONNECTIONS = 8

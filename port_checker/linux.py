@@ -319,8 +319,8 @@ def _link(interface: int) -> bytes:
 def _is_silent(neighbour: Address, interface: int) -> bool:
     """Whether a neighbour does not answer this machine's ARP or neighbour solicitations.
 
-    So it is where it never did, or does no longer and has been asked more than once, a second apart
-    (linux/neighbour.h). Who does answer takes milliseconds for that. The kernel asks again five
+    That is so if it never did, or if it no longer does and has been asked more than once, a second
+    apart (linux/neighbour.h). A live one answers within milliseconds. The kernel asks again five
     seconds after it has begun to doubt, which is when attempts of five seconds end.
     """
     family = socket.AF_INET if neighbour.version == 4 else socket.AF_INET6
@@ -339,8 +339,8 @@ def _is_silent(neighbour: Address, interface: int) -> bool:
 class RouteChanges:
     """Tells whether this machine's addresses or routes may have changed (rtnetlink(7)).
 
-    The kernel tells of each change on a socket that has joined its groups; one look at that takes
-    1 µs, where the kernel would need 20 to find a route (measured).
+    The kernel reports each change on a socket that has joined its groups. One look at the socket
+    takes 1 µs, where the kernel would need 20 to find a route (measured).
     """
 
     def __init__(self) -> None:
@@ -375,7 +375,7 @@ class RouteChanges:
         except OSError:
             return None
         try:
-            netlink.bind((0, 0))  # nothing is told to a socket without a port
+            netlink.bind((0, 0))  # a socket without a port gets no reports
             for group in _ROUTE_GROUPS:
                 netlink.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, group)
         except OSError:
@@ -920,9 +920,9 @@ class ConnectionTracking:
     """How the firewall's connection tracking is set (nf_conntrack-sysctl in the kernel's manual).
 
     Attributes:
-        max_entries: Connections that it can track; new ones are dropped when it is full.
-        syn_sent_timeout: Seconds that it keeps a connection of which only the SYN was seen.
-        time_wait_timeout: Seconds that it keeps a connection that both ends have closed.
+        max_entries: Connections that it can track; when it is full, new ones are dropped.
+        syn_sent_timeout: Seconds for which it keeps a connection after seeing only its SYN.
+        time_wait_timeout: Seconds for which it keeps a connection that both ends have closed.
     """
 
     max_entries: int

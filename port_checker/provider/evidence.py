@@ -149,7 +149,7 @@ class Capture:
         theirs = {peer for peer in peers if is_peer(unpack_address(peer))}
         return {port: attempt for (peer, port), attempt in reversed(recent) if peer in theirs}
 
-    def seen(self, since: int = 0) -> dict[int, set[Address]]:
+    def seen(self, since: int) -> dict[int, set[Address]]:
         """Return who has begun to connect since the clock showed ``since``, by port."""
         found: dict[int, set[Address]] = {}
         for (peer, port), _ in self._since(since):

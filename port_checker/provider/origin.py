@@ -157,8 +157,8 @@ class Witness:
         """Return a moment for ``seen``."""
         return self.listeners.clock, self.capture.clock if self.capture else 0
 
-    def seen(self, since: tuple[int, int] = (0, 0)) -> dict[int, set[Address]]:
-        """Return who came since a moment, by port of this machine."""
+    def seen(self, since: tuple[int, int]) -> dict[int, set[Address]]:
+        """Return who has come since a moment, by port of this machine."""
         seen = self.listeners.seen(since[0])
         for port, peers in (self.capture.seen(since[1]) if self.capture else {}).items():
             seen[port] = seen.get(port, set()) | peers

@@ -51,15 +51,15 @@ _BLOCK_BITS = range(10, 1, -1)
 _LIKELY_BLOCK = 8
 
 
-def place_of(contact: Contact | None, family: int) -> Place:
+def place_of(contact: Contact, family: int) -> Place:
     """Return what is known of the way from a server to this machine.
 
     Args:
-        contact: The server; None if there is none.
+        contact: The server.
         family: 4 or 6: the version of the address that it checks.
     """
-    address = contact.address if contact else None
-    if not contact or not address:
+    address = contact.address
+    if not address:
         return Place(family=family)
     own = is_own(address)
     remote = contact.remote
