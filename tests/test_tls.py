@@ -11,10 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
@@ -67,23 +68,49 @@ IP_MISMATCH = "certificate does not match expected IP"
 NAME_MISMATCH = f"certificate does not match {NAME}"
 UNKNOWN_ISSUER = "certificate verify failed: unable to get local issuer certificate"
 
+Judge = Callable[..., TlsVerdict]
+
 NOW = datetime.now(UTC)
 DAY = timedelta(days=1)
 
 
-def judge(
+async def attempt(
+    client: TlsClient,
     port: int,
     *expected: Address | str,
     host: str = "127.0.0.1",
     timeout: float = 30,
-    run: Callable[..., TlsVerdict] = uvloop.run,
 ) -> TlsVerdict:
-    async def attempt() -> TlsVerdict:
-        target = parse_address(host)
-        pacer = OpenConnectionPacer()
-        return await TlsClient().attempt(target, port, expected or [target], timeout, pacer)
+    target = parse_address(host)
+    return await client.attempt(target, port, expected or [target], timeout, OpenConnectionPacer())
 
-    return run(attempt())
+
+def judge_alone(
+    *words: Any, run: Callable[..., TlsVerdict] = uvloop.run, **options: Any
+) -> TlsVerdict:
+    """Judge an endpoint with a handshake process of its own."""
+
+    async def judge() -> TlsVerdict:
+        return await attempt(TlsClient(), *words, **options)
+
+    return run(judge())
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[trustme.CA]:
+    """One for all these tests, as a handshake process reads it when it starts."""
+    authority = trustme.CA()
+    with pytest.MonkeyPatch.context() as patch:
+        trust(authority, patch, tmp_path_factory.mktemp("authority"))
+        yield authority
+
+
+@pytest.fixture(scope="module")
+def judge(authority: trustme.CA) -> Iterator[Judge]:  # noqa: ARG001  # it trusts that one
+    """Judge endpoints with one handshake process: it takes 0.1 s of CPU to start (measured)."""
+    client = TlsClient()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        yield lambda *words, **options: runner.run(attempt(client, *words, **options))
 
 
 def kind_of(error: str | None) -> TlsVerdictKind:
@@ -101,7 +128,7 @@ def test_a_good_certificate(authority: trustme.CA, run: Callable[..., TlsVerdict
     received: list[bytes] = []
     context = server_context(authority.issue_cert("127.0.0.1"))
     with endpoint(speaking_tls(context, received)) as port:
-        verdict = judge(port, run=run)
+        verdict = judge_alone(port, run=run)
     assert verdict == TlsVerdict(TlsVerdictKind.VALID, not_after=FOREVER)
     assert received == [b""]  # nothing is sent after the handshake
 
@@ -127,27 +154,31 @@ def test_a_good_certificate(authority: trustme.CA, run: Callable[..., TlsVerdict
     ],
 )
 def test_what_a_certificate_is_good_for(
-    authority: trustme.CA, names: list[str], expected: list[Address | str], error: str | None
+    judge: Judge,
+    authority: trustme.CA,
+    names: list[str],
+    expected: list[Address | str],
+    error: str | None,
 ) -> None:
     with https(authority.issue_cert(*names)) as port:
         verdict = judge(port, *expected)
     assert verdict == TlsVerdict(kind_of(error), error, FOREVER)
 
 
-def test_a_common_name_does_not_count(authority: trustme.CA) -> None:
+def test_a_common_name_does_not_count(judge: Judge, authority: trustme.CA) -> None:
     certificate = authority.issue_cert("other.example.net", common_name="127.0.0.1")
     with https(certificate) as port:
         assert judge(port).error == IP_MISMATCH
 
 
-def test_an_ipv6_address(authority: trustme.CA) -> None:
+def test_an_ipv6_address(judge: Judge, authority: trustme.CA) -> None:
     with https(authority.issue_cert("::1"), "::1") as port:
         assert judge(port, host="::1").valid
     with https(authority.issue_cert("::2"), "::1") as port:
         assert judge(port, host="::1").error == IP_MISMATCH
 
 
-def test_names_alone_are_told_to_the_server(authority: trustme.CA) -> None:
+def test_names_alone_are_told_to_the_server(judge: Judge, authority: trustme.CA) -> None:
     told: list[str | None] = []
     context = server_context(authority.issue_cert("127.0.0.1", NAME))
     context.sni_callback = lambda _, name, __: told.append(name)
@@ -196,6 +227,7 @@ def without_its_intermediate(authority: trustme.CA) -> trustme.LeafCert:
     ],
 )
 def test_certificates_that_do_not_verify(
+    judge: Judge,
     authority: trustme.CA,
     certificate: Callable[[trustme.CA], trustme.LeafCert | trustme.CA],
     error: str,
@@ -204,12 +236,14 @@ def test_certificates_that_do_not_verify(
         assert judge(port) == TlsVerdict(kind_of(error), error)
 
 
-def test_a_chain_with_its_intermediate_verifies(authority: trustme.CA) -> None:
+def test_a_chain_with_its_intermediate_verifies(judge: Judge, authority: trustme.CA) -> None:
     with https(authority.create_child_ca().issue_cert("127.0.0.1")) as port:
         assert judge(port).valid
 
 
-def test_what_python_3_13_is_strict_about_is_so_on_every_python(authority: trustme.CA) -> None:
+def test_what_python_3_13_is_strict_about_is_so_on_every_python(
+    judge: Judge, authority: trustme.CA
+) -> None:
     with https(authority.issue_cert(common_name="127.0.0.1")) as port:
         verdict = judge(port)
     error = "certificate verify failed: Empty Subject Alternative Name extension"
@@ -222,10 +256,10 @@ def test_an_intermediate_can_be_trusted_on_every_python(
     intermediate = authority.create_child_ca()
     trust(intermediate, monkeypatch, tmp_path)
     with https(intermediate.issue_cert("127.0.0.1")) as port:
-        assert judge(port).valid
+        assert judge_alone(port).valid
 
 
-def test_tls_below_1_2(authority: trustme.CA) -> None:
+def test_tls_below_1_2(judge: Judge, authority: trustme.CA) -> None:
     context = server_context(authority.issue_cert("127.0.0.1"))
     with pytest.warns(DeprecationWarning, match="TLSv1_1"):
         context.maximum_version = ssl.TLSVersion.TLSv1_1
@@ -234,7 +268,7 @@ def test_tls_below_1_2(authority: trustme.CA) -> None:
         assert judge(port) == failed("tlsv1 alert protocol version")
 
 
-def test_a_chain_of_a_megabyte(authority: trustme.CA) -> None:
+def test_a_chain_of_a_megabyte(judge: Judge, authority: trustme.CA) -> None:
     leaf = authority.issue_cert("127.0.0.1")
     many = [authority.cert_pem.bytes()] * 2000
     key, chain = leaf.private_key_pem.bytes(), [pem.bytes() for pem in leaf.cert_chain_pems]
@@ -259,7 +293,7 @@ HELLO_REQUESTS = b"\x16\x03\x03\x40\x00" + bytes(16384)  # a record of 4,096 (RF
     ids=["garbage", "http", "alert", "renegotiation", "close_notify", "close", "reset"],
 )
 def test_peers_that_do_not_shake_hands(
-    behave: Callable[[socket.socket], None], verdict: TlsVerdict
+    judge: Judge, behave: Callable[[socket.socket], None], verdict: TlsVerdict
 ) -> None:
     with endpoint(behave) as port:
         assert judge(port) == verdict
@@ -273,7 +307,7 @@ def trickle(connection: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("behave", [wait_for_close, trickle])
-def test_peers_that_stall(behave: Callable[[socket.socket], None]) -> None:
+def test_peers_that_stall(judge: Judge, behave: Callable[[socket.socket], None]) -> None:
     with endpoint(behave) as port:
         assert judge(port, timeout=2) == failed("timed out", try_again=True)
 
@@ -282,7 +316,7 @@ def test_peers_that_stall(behave: Callable[[socket.socket], None]) -> None:
     ("kind", "error"),
     [(refused_port, "Connection refused"), (silent_port, "Connection timed out")],
 )
-def test_no_connection(kind: Callable[[], object], error: str) -> None:
+def test_no_connection(judge: Judge, kind: Callable[[], object], error: str) -> None:
     with kind() as port:  # type: ignore[attr-defined]
         verdict = judge(port, timeout=2)
     assert verdict == TlsVerdict(kind_of(error), error, try_again=True)
@@ -327,7 +361,7 @@ def test_a_machine_that_can_verify_nothing_judges_nobody(
         https(authority.issue_cert("127.0.0.1")) as port,
         pytest.raises(CheckFailed, match=trouble),
     ):
-        judge(port)
+        judge_alone(port)
 
 
 def test_authorities_in_a_directory_are_enough(
@@ -337,7 +371,7 @@ def test_authorities_in_a_directory_are_enough(
     monkeypatch.setenv("SSL_CERT_FILE", "/nonexistent")
     monkeypatch.setenv("SSL_CERT_DIR", f"/nonexistent:{tmp_path}")
     with https(authority.issue_cert("127.0.0.1")) as port:
-        assert judge(port).error == UNKNOWN_ISSUER
+        assert judge_alone(port).error == UNKNOWN_ISSUER
 
 
 def with_a_name_that_is_not_text(authority: trustme.CA) -> trustme.LeafCert:
@@ -361,7 +395,7 @@ def with_a_name_that_is_not_text(authority: trustme.CA) -> trustme.LeafCert:
     return trustme.LeafCert(private, certificate.public_bytes(Encoding.PEM), [])
 
 
-def test_a_name_that_is_not_text(authority: trustme.CA) -> None:
+def test_a_name_that_is_not_text(judge: Judge, authority: trustme.CA) -> None:
     with https(with_a_name_that_is_not_text(authority)) as port:
         verdict = judge(port)
     error = "certificate verify failed: it holds a name that is not text"
@@ -379,7 +413,7 @@ TOO_LONG = failed("its certificates take too long to read")
     [(showing_in_tls_1_2, 4), (showing_in_tls_1_2, 260), (showing_in_tls_1_3, 260)],
 )
 def test_certificates_that_take_too_long_to_read(
-    showing: Callable[[Sequence[bytes]], Callable[[socket.socket], None]], count: int
+    judge: Judge, showing: Callable[[Sequence[bytes]], Callable[[socket.socket], None]], count: int
 ) -> None:
     with endpoint(showing([slow_certificate(serial) for serial in range(1, count + 1)])) as port:
         assert judge(port) == TOO_LONG
@@ -387,7 +421,7 @@ def test_certificates_that_take_too_long_to_read(
 
 @pytest.mark.parametrize("showing", [showing_in_tls_1_2, showing_in_tls_1_3])
 def test_one_certificate_that_takes_long_is_read(
-    showing: Callable[[Sequence[bytes]], Callable[[socket.socket], None]],
+    judge: Judge, showing: Callable[[Sequence[bytes]], Callable[[socket.socket], None]]
 ) -> None:
     with endpoint(showing([slow_certificate(1)])) as port:
         error = "certificate verify failed: self-signed certificate"
@@ -416,7 +450,7 @@ def test_nobody_waits_for_another_ones_certificates(authority: trustme.CA) -> No
         assert asyncio.run(run(slow, good)) == [True] * 3 + [TOO_LONG] * 3
 
 
-def test_a_handshake_has_a_few_hundred_records() -> None:
+def test_a_handshake_has_a_few_hundred_records(judge: Judge) -> None:
     """A peer may part its messages into records of one byte, each of which is looked at."""
 
     def behave(connection: socket.socket) -> None:
@@ -441,7 +475,7 @@ def test_records_that_come_one_by_one_are_not_a_step_each() -> None:
 
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with endpoint(behave) as port:
-        assert judge(port) == failed("connection closed by peer", try_again=True)
+        assert judge_alone(port) == failed("connection closed by peer", try_again=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_nvcsw - before.ru_nvcsw < 250
 
@@ -460,10 +494,11 @@ def after_signal(
     number: signal.Signals, behave: Callable[[socket.socket], None]
 ) -> Callable[[socket.socket], None]:
     """Send a signal to the process of the client that has just said its first words."""
+    others = set(handshake_processes())
 
     def behave_afterwards(connection: socket.socket) -> None:
         connection.recv(1, socket.MSG_PEEK)
-        for process in handshake_processes():
+        for process in set(handshake_processes()) - others:
             os.kill(process, number)
         behave(connection)
 
@@ -522,7 +557,7 @@ def test_a_process_that_is_stopped_is_the_checkers_failure(authority: trustme.CA
         endpoint(after_signal(signal.SIGSTOP, good)) as port,
         pytest.raises(CheckFailed, match="too busy for a TLS handshake"),
     ):
-        judge(port, timeout=2)
+        judge_alone(port, timeout=2)
 
 
 @pytest.mark.parametrize("delay", [0, 0.001, 0.003, 0.01])
@@ -630,7 +665,7 @@ def test_a_connection_is_gone_for_good_within_seconds() -> None:
         "nft add rule inet t i tcp dport 80 tcp flags fin drop",
     )
     with loopback_alone(*drop), open_listener(port=80):
-        assert judge(80, timeout=0.5) == failed("timed out", try_again=True)
+        assert judge_alone(80, timeout=0.5) == failed("timed out", try_again=True)
         assert closing()
         wait_until(lambda: not closing(), seconds=40)
 
@@ -775,7 +810,9 @@ def test_a_step_is_taken_with_whole_messages(
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_a_chain_that_is_almost_too_long(authority: trustme.CA, version: ssl.TLSVersion) -> None:
+def test_a_chain_that_is_almost_too_long(
+    judge: Judge, authority: trustme.CA, version: ssl.TLSVersion
+) -> None:
     leaf = authority.issue_cert("127.0.0.1")
     certificate = authority.cert_pem.bytes()
     size = len(ssl.PEM_cert_to_DER_cert(certificate.decode()))
