@@ -358,10 +358,10 @@ def test_another_check_at_the_same_time(lab: Lab, version: int) -> None:
 
 
 def test_a_thousand_ports_behind_a_limit_on_new_connections(lab: Lab) -> None:
-    """25 a second and 50 at once, as OpenWrt has it; here, with all ten times as fast."""
+    """25 a second and 50 at once, as OpenWrt has it; here, ten times as many a second."""
     ports = lab.take(1000)
     lab.forward(ports)
-    limit = "ct state new limit rate over 250/second burst 500 packets drop"
+    limit = "ct state new limit rate over 250/second burst 50 packets drop"
     lab.filter("router", "forward", ports, limit)
     waits = Waits(between_groups=0.2, patience=12.0)
     report = check(lab, "provider", ports, url_of(network.CHECKER), waits=waits)

@@ -156,7 +156,7 @@ def test_running_out_of_descriptors() -> None:
 
 def test_a_process_that_is_stopped_and_continued_blames_nobody() -> None:
     """At one attempt, for longer than that may last: the kernel goes on meanwhile."""
-    settings: dict[str, Any] = {"PORT_CHECK_RETRIES": "1", "PORT_CHECK_TIMEOUT": "3"}
+    settings: dict[str, Any] = {"PORT_CHECK_RETRIES": "1", "PORT_CHECK_TIMEOUT": "6"}
     with (
         full_backlog() as (late, make_room),
         full_backlog() as (silent, _),
@@ -172,7 +172,7 @@ def test_a_process_that_is_stopped_and_continued_blames_nobody() -> None:
         running.process.send_signal(signal.SIGSTOP)
         make_room()
         wait_until(lambda: not connecting([late]), "the SYN that is sent again")
-        time.sleep(3.5)  # past the timeout
+        time.sleep(6.5)  # past the timeout
         running.process.send_signal(signal.SIGCONT)
         opened, failed = (answer.result() for answer in pending)
         assert opened.json()["results"][str(late)] == {"accessible": True, "error": None}

@@ -90,7 +90,12 @@ def test_workers_end_with_their_parent() -> None:
 
 def test_a_worker_that_is_told_to_stop_gets_no_more_connections() -> None:
     """It would answer that the service is stopping."""
-    with program(PORT_CHECKER_WORKERS="2") as running:
+    with program(
+        PORT_CHECKER_WORKERS="2",
+        # A check shall last for longer than a worker takes to start on a busy machine.
+        PORT_CHECK_RETRIES="10",
+        PORT_CHECK_TIMEOUT="30",
+    ) as running:
         with check_under_way(running) as one, check_under_way(running) as other:
             worker = min(running.workers())  # each has one of the checks
             os.kill(worker, signal.SIGTERM)
