@@ -79,7 +79,7 @@ IN_CLOUD = (
 )
 BANNED = (
     "Earlier connections got through and this one did not: a defence against port scans seems to "
-    "have banned the server, as described below. Whether the port is open it does not show."
+    "have banned the server, as described below. That does not show whether the port is open."
 )
 CALLER_HIDDEN = (
     "The address that was checked is probably not this machine's but that of a NAT in front of the "
@@ -217,7 +217,7 @@ CERTIFICATE_NOT_YET_VALID = (
     "The certificate becomes valid later: check the clock of the machine that issued it."
 )
 CERTIFICATE_OF_UNKNOWN_AUTHORITY = (
-    "The world does not trust who issued the certificate: get one from a public authority, not "
+    "The world does not trust the issuer of the certificate: get one from a public authority, not "
     "from its staging environment, and serve the intermediate certificate with it."
 )
 CERTIFICATE_REJECTED = "The certificate cannot be trusted: get another from a public authority."
@@ -285,7 +285,8 @@ PORTS_PERHAPS_SHARED = (
 )
 ADDRESS_CHANGED = (
     "This machine's address changed from {before} to {after} during the check (a new one of your "
-    "internet provider, or a second uplink), so what is said of {before} may be past: check again."
+    "internet provider, or a second uplink), so the results for {before} may be out of date: check "
+    "again."
 )
 LOW_PORTS_BLOCKED = (
     "Others got through, but not {ports}: many internet providers block well-known ports such as "
@@ -323,7 +324,7 @@ SERVER_BANNED = (
 )
 FORWARDS_CROSSED = (
     "Forwards are crossed: connections to {outer} arrive at {inner} of this machine. If that is "
-    "meant, check {pairs}."
+    "what you want, check {pairs}."
 )
 RESERVE_PORTS = (
     "So that outgoing connections leave these ports alone: "

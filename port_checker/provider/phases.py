@@ -223,10 +223,10 @@ class Phases:
             arrives_at = elsewhere.get(pair.outer)
             arrived = pair.inner in seen
             if arrivals is not None:
-                at = arrivals.get(pair.outer)
-                arrives_at = at if at not in (pair.inner, None) else arrives_at
-                # What others' forwards brought here says nothing about this port.
-                arrived = at == pair.inner or (
+                traced_to = arrivals.get(pair.outer)
+                arrives_at = traced_to if traced_to not in (pair.inner, None) else arrives_at
+                # What another port's forward brought here says nothing about this port.
+                arrived = traced_to == pair.inner or (
                     arrived and pair.outer not in reached and pair.inner not in arrivals.values()
                 )
             attempt = attempts.get(pair.inner)
