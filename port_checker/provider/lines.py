@@ -11,6 +11,7 @@ from port_checker.provider.report import (
     PortPair,
     PortReport,
     Report,
+    TlsAnswer,
     TlsReport,
     port_ranges,
     reached_at,
@@ -58,22 +59,19 @@ def _port_rows(ports: Iterable[PortReport]) -> Iterator[Row]:
 
 
 def _tls_row(endpoint: TlsReport) -> Row:
-    outside = _certificate(endpoint.valid, endpoint.error, endpoint.not_after)
+    outside = _certificate(endpoint)
     if len({answer.error for answer in endpoint.answers.values()}) > 1:
-        answers = [
-            f"{url}: {_certificate(answer.valid, answer.error, answer.not_after)}"
-            for url, answer in endpoint.answers.items()
-        ]
+        answers = [f"{url}: {_certificate(answer)}" for url, answer in endpoint.answers.items()]
         outside += f" ({', '.join(answers)})"
     places = {name: e for a in endpoint.answers.values() for name, e in a.places.items()}
     outside += _from_places(places, good=endpoint.valid, word="valid")
     return Row(port_ranges([endpoint.pair]), "TLS", outside, endpoint.advice or "")
 
 
-def _certificate(valid: bool, error: str | None, not_after: str | None) -> str:
-    if valid:
-        return f"certificate valid until {not_after}"
-    return error or "not checked"
+def _certificate(result: TlsReport | TlsAnswer) -> str:
+    if result.valid:
+        return f"certificate valid until {result.not_after}"
+    return result.error or "not checked"
 
 
 def _outside(port: PortReport) -> str:

@@ -34,6 +34,7 @@ MAX_HELD = 64
 # The name of an abstract socket by which other checks on this machine see this one, in
 # /proc/net/unix. The lowest and highest port follow.
 _MARK = "port-checker-listeners-ipv{version}-"
+_BOUND = Binding("bound")  # one for all: each takes a microsecond to make
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # struct linger
 
 
@@ -181,7 +182,7 @@ class Listeners:
             return Binding("in use", other_family=True)
         self._listeners[listener.fileno()] = port, listener
         self._epoll.register(listener.fileno(), select.EPOLLIN)
-        return Binding("bound")
+        return _BOUND
 
     def _listen(self, port: int) -> socket.socket:
         family = socket.AF_INET6 if self._ipv6 else socket.AF_INET
@@ -203,25 +204,22 @@ class Listeners:
         in_use = {port for port, binding in self.bindings.items() if binding.state == "in use"}
         if not in_use:
             return
-        sockets = tcp_sockets(in_use)
-        listened_on = {sock.port for sock in sockets if sock.state is TcpState.LISTEN}
-        # As far as that shows, this machine began a connection if the port of the other end is not
-        # ephemeral, or if a program listens on it.
-        ephemeral, peer_ports = ephemeral_ports(), {sock.peer_port for sock in sockets}
-        accepting = {sock.port for sock in tcp_sockets(peer_ports, TcpState.LISTEN)}
-        outgoing = {
-            sock.port
-            for sock in sockets
-            if sock.peer_port not in ephemeral or sock.peer_port in accepting
-        } - listened_on
         holders: defaultdict[int, list[TcpSocket]] = defaultdict(list)
-        for sock in sockets:
+        for sock in tcp_sockets(in_use):
             holders[sock.port].append(sock)
-        are_known = shows_sockets()
+        peer_ports = {sock.peer_port for sockets in holders.values() for sock in sockets}
+        listening = {sock.port for sock in tcp_sockets(in_use | peer_ports, TcpState.LISTEN)}
+        ephemeral, are_known = ephemeral_ports(), shows_sockets()
         for port in in_use:
+            # As far as that shows, this machine began a connection if the port of the other end is
+            # not ephemeral, or if a program listens on it.
+            is_outgoing = port not in listening and any(
+                sock.peer_port not in ephemeral or sock.peer_port in listening
+                for sock in holders[port]
+            )
             self.bindings[port] = replace(
                 self.bindings[port],
-                state="outgoing connection" if port in outgoing else "in use",
+                state="outgoing connection" if is_outgoing else "in use",
                 holders=holders[port] if are_known else None,
                 checked=any(port in ports for ports in checks),
             )
