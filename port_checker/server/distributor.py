@@ -18,11 +18,11 @@ from port_checker.metrics import Metrics, Row, connections_received, share_taken
 
 # Seconds before the next try when the system lacks resources, or no worker takes a connection.
 _PAUSE_WITHOUT_RESOURCES = 1.0
-_PAUSE_WITHOUT_WORKERS = 0.01
+_PAUSE_WITHOUT_WORKERS = 0.001
 
-# Connections on their way to a worker. One that lets more of them wait may be stuck: others come
-# first. A busy one has a turn of its event loop every few milliseconds, and receives all of them.
-_MOST_UNRECEIVED = 8
+# Connections on their way to a worker, which are lost if it dies: others wait in the kernel. A busy
+# one receives all of them every few milliseconds.
+_MOST_UNRECEIVED = 32
 
 logger = logging.getLogger(__name__)
 
@@ -45,21 +45,24 @@ class Channel:
         self.sent = 0
         self._sent_at = 0.0
 
-    def rank(self) -> tuple[bool, float, float]:
+    def rank(self) -> tuple[float, float]:
         """Return a key for sorting: the lowest gets the next connection."""
-        unreceived = self.sent - connections_received(self._row)
-        is_stuck = unreceived > _MOST_UNRECEIVED
-        return is_stuck, share_taken(self._row, unreceived), self._sent_at
+        return share_taken(self._row, self._unreceived()), self._sent_at
 
     def send(self, connection: socket.socket) -> bool:
         """Send a connection; return whether it was sent."""
+        if self._unreceived() >= _MOST_UNRECEIVED:  # it is busy, or stuck
+            return False
         try:
             socket.send_fds(self._socket, [b"\0"], [connection.fileno()])
-        except OSError:  # it is full, or has died
+        except OSError:  # it has died, say
             return False
         self.sent += 1
         self._sent_at = time.monotonic()
         return True
+
+    def _unreceived(self) -> int:
+        return self.sent - connections_received(self._row)
 
     def close(self) -> None:
         """Send no more: the worker receives what was sent before, and then leaves."""

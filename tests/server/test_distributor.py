@@ -87,8 +87,8 @@ def test_ports_in_flight_take_room_as_connections_do() -> None:
 
 def test_a_worker_that_receives_nothing_gets_no_more_however_full_others_are() -> None:
     stuck, fuller = Worker(), Worker(connections=50)
-    with distributed(12, stuck, fuller):
-        assert [worker.receive() for worker in (stuck, fuller)] == [9, 3]
+    with distributed(35, stuck, fuller):
+        assert [worker.receive() for worker in (stuck, fuller)] == [32, 3]
 
 
 def test_what_a_worker_has_received_and_closed_takes_no_room() -> None:
@@ -105,11 +105,13 @@ def test_a_dead_worker_gets_none() -> None:
         assert serving.receive() == 10
 
 
-def test_a_worker_that_receives_nothing_holds_up_nobody() -> None:
+def test_connections_wait_for_a_worker_that_receives_them() -> None:
     worker = Worker()
-    with worker.connections, socket.socket() as connection:
-        while worker.channel.send(connection):
-            assert worker.channel.sent < 100_000
+    connection, other = socket.socketpair()
+    with worker.connections, connection, other:
+        assert [worker.channel.send(connection) for _ in range(33)] == [True] * 32 + [False]
+        assert worker.receive() == 32
+        assert worker.channel.send(connection)
         worker.channel.close()
 
 
