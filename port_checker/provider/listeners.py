@@ -243,7 +243,7 @@ class Listeners:
         self.clock += 1
         self._arrivals[port][parse_host(peer[0])] = self.clock
         self._arrival.set()
-        # The peer closes first, as a rule. To it, a reset at once might look like a failure.
+        # The peer closes first, as a rule. A reset at once might look like a failure to it.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         self._held[connection.fileno()] = connection
         self._epoll.register(connection.fileno(), select.EPOLLIN)

@@ -122,7 +122,7 @@ def _disagreements(ports: Sequence[PortReport], addresses: dict[str, str]) -> It
 
 
 def _low_ports(ports: Sequence[PortReport]) -> Iterator[str]:
-    """Name well-known ports, if nothing but they was lost."""
+    """Name the ports that were lost, if all of them are well-known ones."""
     lost = [port.pair for port in ports if port.advice in _LOST]
     if lost and any(port.reachable for port in ports) and max(lost).outer < MIN_UNPRIVILEGED_PORT:
         yield advice.LOW_PORTS_BLOCKED.format(ports=port_ranges(lost))

@@ -290,7 +290,7 @@ class Observation:
 
     @property
     def is_reached_from_some_place(self) -> bool:
-        """Whether a place could connect, of those from which the servers that count looked."""
+        """Whether at least one place could connect from which a counted server looked."""
         return any(
             verdict.accessible
             for url, places in self.places.items()

@@ -155,7 +155,7 @@ async def ask_in_groups(
     A first group of random ports shows whether that helps.
 
     Returns:
-        The new verdicts, nothing else.
+        Answers that have nothing but the new verdicts.
     """
     remaining = random.sample(list(ports), len(ports))
     verdicts: dict[int, Verdict] = {}
