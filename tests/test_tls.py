@@ -43,7 +43,13 @@ from tests.support.hostile_tls import (
     showing_in_tls_1_3,
     slow_certificate,
 )
-from tests.support.loopback import full_backlog, open_listener, refused_port, silent_port
+from tests.support.loopback import (
+    full_backlog,
+    is_closing,
+    open_listener,
+    refused_port,
+    silent_port,
+)
 from tests.support.namespace import ROOT, loopback_alone, needs_root, needs_setpriv
 from tests.support.tls import (
     answering,
@@ -89,11 +95,7 @@ def judge_alone(
     *words: Any, run: Callable[..., TlsVerdict] = uvloop.run, **options: Any
 ) -> TlsVerdict:
     """Judge an endpoint with a handshake process of its own."""
-
-    async def judge() -> TlsVerdict:
-        return await attempt(TlsClient(), *words, **options)
-
-    return run(judge())
+    return run(attempt(TlsClient(), *words, **options))
 
 
 @pytest.fixture(scope="module")
@@ -432,18 +434,18 @@ def test_nobody_waits_for_another_ones_certificates(authority: trustme.CA) -> No
     hostile = showing_in_tls_1_3([slow_certificate(serial) for serial in range(1, 261)])
 
     async def run(hostile: int, good: int) -> list[bool | TlsVerdict]:
-        client, pacer = TlsClient(), OpenConnectionPacer()
+        client = TlsClient()
         order: list[bool | TlsVerdict] = []
 
-        async def attempt(port: int) -> None:
-            verdict = await client.attempt(LOOPBACK, port, [LOOPBACK], 300, pacer)
+        async def note(port: int) -> None:
+            verdict = await attempt(client, port, timeout=300)
             order.append(verdict.valid or verdict)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(3):
-                group.create_task(attempt(hostile))
+                group.create_task(note(hostile))
             for _ in range(3):
-                await attempt(good)
+                await note(good)
         return order
 
     with endpoint(hostile) as slow, https(authority.issue_cert("127.0.0.1")) as good:
@@ -518,8 +520,7 @@ def test_handshakes_give_precedence_to_everything_else() -> None:
         return False
 
     async def run(port: int) -> None:
-        attempt = TlsClient().attempt(LOOPBACK, port, [LOOPBACK], 30, OpenConnectionPacer())
-        task = asyncio.create_task(attempt)
+        task = asyncio.create_task(attempt(TlsClient(), port))
         await asyncio.to_thread(wait_until, is_slow, "a slow fork")
         assert await task == TOO_LONG
 
@@ -541,9 +542,9 @@ def test_a_handshake_whose_process_is_killed_is_made_again(authority: trustme.CA
 
 def test_the_process_ends_when_there_is_nothing_to_do(authority: trustme.CA) -> None:
     async def run(port: int) -> None:
-        client, pacer = TlsClient(idle=0), OpenConnectionPacer()
+        client = TlsClient(idle=0)
         for _ in range(2):
-            assert (await client.attempt(LOOPBACK, port, [LOOPBACK], 30, pacer)).valid
+            assert (await attempt(client, port)).valid
             await asyncio.to_thread(wait_until, lambda: others.issuperset(handshake_processes()))
 
     others = set(handshake_processes())  # of services that ran in this process
@@ -565,11 +566,11 @@ def test_silence_proves_nothing_when_the_event_loop_was_held_up(
     authority: trustme.CA, delay: float
 ) -> None:
     async def run(port: int) -> str | None:
-        client, pacer = TlsClient(), OpenConnectionPacer()
-        assert (await client.attempt(LOOPBACK, port, [LOOPBACK], 30, pacer)).valid
+        client = TlsClient()
+        assert (await attempt(client, port)).valid
         asyncio.get_running_loop().call_later(delay, time.sleep, 2)
         try:
-            return (await client.attempt(LOOPBACK, port, [LOOPBACK], 0.5, pacer)).error
+            return (await attempt(client, port, timeout=0.5)).error
         except CheckFailed as error:
             return str(error)
 
@@ -654,11 +655,6 @@ def test_processes_that_cannot_be_had_are_the_checkers_failure(
 @needs_root
 def test_a_connection_is_gone_for_good_within_seconds() -> None:
     """By default it takes a minute and more, where the target acknowledges nothing."""
-
-    def closing() -> bool:
-        rows = Path("/proc/thread-self/net/tcp").read_text().splitlines()
-        return any(row.split()[3] in ("04", "05") for row in rows)  # FIN-WAIT-1, FIN-WAIT-2
-
     drop = (
         "nft add table inet t",
         "nft add chain inet t i '{ type filter hook input priority 0; }'",
@@ -666,8 +662,8 @@ def test_a_connection_is_gone_for_good_within_seconds() -> None:
     )
     with loopback_alone(*drop), open_listener(port=80):
         assert judge_alone(80, timeout=0.5) == failed("timed out", try_again=True)
-        assert closing()
-        wait_until(lambda: not closing(), seconds=40)
+        assert is_closing()
+        wait_until(lambda: not is_closing(), seconds=40)
 
 
 def test_cancellation_leaves_nothing(authority: trustme.CA) -> None:

@@ -86,18 +86,6 @@ def test_the_service_of_a_settings_file(tmp_path: Path, monkeypatch: pytest.Monk
         assert health() == (0, "")
 
 
-def test_a_service_on_a_unix_socket(tmp_path: Path) -> None:
-    host = f"unix:{tmp_path}/socket"
-    with program(ready=False, PORT_CHECKER_HOST=host) as running:
-        wait_until(lambda: run(host) == 0, "the program to answer")
-        assert health(host) == (0, "")
-        assert health(PORT_CHECKER_HOST=host) == (0, "")
-        assert running.stop() == 0
-    status, message = health(host)
-    assert status == 1
-    assert message.startswith(f"port-checker: {host} does not answer: ")
-
-
 @needs_root
 def test_a_service_on_all_addresses_where_ipv6_is_switched_off() -> None:
     with (

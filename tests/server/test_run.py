@@ -250,15 +250,22 @@ def test_all_addresses_are_those_of_ipv4_where_the_kernel_has_no_ipv6() -> None:
     assert f" Listening on 0.0.0.0:{running.port}, page at http://localhost:" in running.lines[0]
 
 
-def test_a_unix_socket_for_a_proxy_of_another_user(tmp_path: Path) -> None:
+def test_a_unix_socket_for_a_proxy_of_another_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "socket"
     host = f"unix:{path}"
-    with program(ready=False, PORT_CHECKER_HOST=host, PORT_CHECKER_WORKERS="2") as running:
+    monkeypatch.setenv("PORT_CHECKER_HOST", host)
+    with program(ready=False, PORT_CHECKER_WORKERS="2", PORT_CHECKER_HOST=host) as running:
         wait_until(lambda: health.run(host) == 0, "the program to answer")
+        assert health.run() == 0
+        capsys.readouterr()
         assert path.stat().st_mode & 0o777 == 0o666
         assert running.stop() == 0
     assert f" Listening on unix:{path}; processes: 2," in running.lines[0]
     assert not path.exists()
+    assert health.run() == 1
+    assert capsys.readouterr().err.startswith(f"port-checker: {host} does not answer: ")
 
 
 def test_a_unix_socket_that_was_left_behind_is_replaced(tmp_path: Path) -> None:

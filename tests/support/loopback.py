@@ -70,10 +70,19 @@ def is_listened_on(port: int, host: str = "127.0.0.1") -> bool:
 
 def connecting(ports: Container[int]) -> int:
     """How many connections to ports of 127.0.0.1 are under way that nobody has answered."""
+    return sum(state == "02" and int(peer[-4:], 16) in ports for peer, state in _connections())
+
+
+def is_closing() -> bool:
+    """Whether there is a connection that waits for its other end to close (FIN-WAIT-1, -2)."""
+    return any(state in ("04", "05") for _, state in _connections())
+
+
+def _connections() -> list[list[str]]:
+    """The other end and the state of each, as the kernel writes them."""
     with open("/proc/thread-self/net/tcp") as table:
         next(table)
-        rows = [line.split(None, 4)[2:4] for line in table]
-    return sum(state == "02" and int(peer[-4:], 16) in ports for peer, state in rows)
+        return [line.split(None, 4)[2:4] for line in table]
 
 
 @contextmanager
