@@ -305,6 +305,7 @@ class ConnectionLimits:
 
     Attributes:
         is_stopping: Whether new requests are refused because the service is stopping.
+        has_stopped: Whether new connections are, too: nobody waits for what they may ask.
         is_leaving: Whether each connection is closed after one more answer, since another process
             has taken over.
     """
@@ -320,6 +321,7 @@ class ConnectionLimits:
         self.deadline = deadline
         self.metrics = metrics or Metrics()
         self.is_stopping = False
+        self.has_stopped = False
         self.is_leaving = False
         self._log_refusal = log_refusal
         self._trusted_proxies = trusted_proxies

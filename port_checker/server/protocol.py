@@ -270,10 +270,12 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(cast(asyncio.Transport, self._client_transport))
         if self._has_made_way:
             transport.abort()
-        elif self._place.is_taken:
-            self._wait_for_client()
-        else:
+        elif not self._place.is_taken:
             self._refuse(_overloaded("Too many connections are open.", Limit.CONNECTIONS))
+        elif self._limits.has_stopped:
+            self._refuse(_stopping())
+        else:
+            self._wait_for_client()
 
     def data_received(self, data: bytes) -> None:
         """Parse a request, or keep what arrives before the last one is answered."""

@@ -442,6 +442,7 @@ class Server(uvicorn.Server):
             await asyncio.sleep(_STOP_INTERVAL)
             patience -= _STOP_INTERVAL
         self.config.timeout_graceful_shutdown = math.ceil(patience) + 1
+        self._limits.has_stopped = True  # some may have been accepted, and not made yet
         # uvicorn closes the sockets. The parent of workers needs them, which this process may be.
         await super().shutdown([] if self._is_leaving else sockets)
 

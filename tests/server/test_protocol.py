@@ -808,6 +808,16 @@ def test_when_the_service_has_finished_connections_are_closed(service: Service) 
     assert answered.is_closed
 
 
+def test_when_the_service_has_finished_it_waits_for_no_connection_that_it_has_accepted(
+    service: Service,
+) -> None:
+    with serve(limits=service.limits):
+        assert not service.limits.has_stopped
+    late = service.connect()
+    assert refusal(late) == (503, "OVERLOADED")
+    assert late.is_closed
+
+
 def test_bad_connections_leave_room_for_honest_ones() -> None:
     limits = ConnectionLimits(50, trusted_proxies=parse_networks("127.0.0.1"))
     with serve(limits=limits) as client, ExitStack() as stack:
