@@ -2,7 +2,7 @@
 
 import os
 import signal
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import trustme
@@ -23,12 +23,13 @@ def _no_settings_of_the_developer(
     monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))  # without a .env
 
 
-@pytest.fixture
-def authority(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> trustme.CA:
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[trustme.CA]:
     """The only authority that this process trusts, and the processes that it starts."""
     authority = trustme.CA()
-    trust(authority, monkeypatch, tmp_path)
-    return authority
+    with pytest.MonkeyPatch.context() as patch:
+        trust(authority, patch, tmp_path_factory.mktemp("authority"))
+        yield authority
 
 
 def pytest_configure() -> None:

@@ -99,15 +99,6 @@ def judge_alone(
 
 
 @pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[trustme.CA]:
-    """One for all these tests, as a handshake process reads it when it starts."""
-    authority = trustme.CA()
-    with pytest.MonkeyPatch.context() as patch:
-        trust(authority, patch, tmp_path_factory.mktemp("authority"))
-        yield authority
-
-
-@pytest.fixture(scope="module")
 def judge(authority: trustme.CA) -> Iterator[Judge]:  # noqa: ARG001  # it trusts that one
     """Judge endpoints with one handshake process: it takes 0.1 s of CPU to start (measured)."""
     client = TlsClient()

@@ -415,7 +415,7 @@ NOT_HTTP = [
 def test_what_is_not_http_gets_one_error_in_every_segmentation(
     service: Service, sent: bytes
 ) -> None:
-    for at in range(len(sent)):
+    for at in range(0, len(sent), 1 + len(sent) // 500):  # not between each two of 5,000 zeros
         client = service.connect()
         client.send(sent[:at], turns=2)
         client.send(sent[at:], turns=10)
