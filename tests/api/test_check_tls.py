@@ -160,10 +160,10 @@ def test_a_stalled_handshake_takes_room_until_the_caller_disconnects() -> None:
 
 
 def test_a_machine_that_trusts_nobody_says_so(
-    client: httpx.Client, authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
+    authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", "/nonexistent")
-    with https(authority.issue_cert("127.0.0.1")) as port:
+    with serve(retries=1) as client, https(authority.issue_cert("127.0.0.1")) as port:
         answer = check_tls(client, port)
     assert error_code(answer) == "CHECK_FAILED"
     assert "no certificate authority is trusted" in answer.json()["detail"]["message"]
