@@ -816,6 +816,7 @@ class ClientTransport:
             self.close_now()
         elif not self.is_closing():
             self.has_ended = True
+            self._transport.resume_reading()  # to see the client leave
             self._transport.write_eof()
 
     def close_now(self) -> None:

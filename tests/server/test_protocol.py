@@ -818,6 +818,22 @@ def test_when_the_service_has_finished_it_waits_for_no_connection_that_it_has_ac
     assert late.is_closed
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"POST /check-ports HTTP/1.1\r\nHost: x\r\nContent-Length: 70000\r\n\r\n" + b"x" * 70_000,
+        HEALTH[:-2] + b"Connection: close\r\n\r\n" + b"x" * 70_000,
+    ],
+)
+def test_a_client_that_has_its_last_answer_may_leave_however_much_it_has_sent(sent: bytes) -> None:
+    limits = ConnectionLimits(10, deadline=3600)
+    with serve(limits=limits) as client:
+        with connected(client) as sock:
+            sock.sendall(sent)
+            read_answer(sock)
+        wait_until(lambda: limits.size == 0, "the end of the connection")
+
+
 def test_bad_connections_leave_room_for_honest_ones() -> None:
     limits = ConnectionLimits(50, trusted_proxies=parse_networks("127.0.0.1"))
     with serve(limits=limits) as client, ExitStack() as stack:
