@@ -477,9 +477,8 @@ class BoundedProtocol(HttpToolsProtocol):
                 raise _bad_request("its head ends too early") from None  # a bug, as above
             self._ignore_upgrade()
         except HttpParserError as error:
-            reason = error.__context__  # of an error in one of our callbacks
-            if isinstance(reason, _Refusal):
-                raise reason from None
+            if isinstance(error.__context__, _Refusal):  # in one of our callbacks
+                raise error.__context__ from None  # not by a name, which it would lead back to
             is_http2 = self.parser.get_method() == b"PRI"
             raise _bad_request("HTTP/2 is not supported" if is_http2 else str(error)) from None
         if message is self._message:  # it has not ended

@@ -114,7 +114,8 @@ def test_without_descriptors_it_says_so_once_and_tries_again(
     ]
 
 
-def test_nothing_of_a_closed_connection_stays_in_memory() -> None:
+@pytest.mark.parametrize("request_", [HEALTH, b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n"])
+def test_nothing_of_a_closed_connection_stays_in_memory(request_: bytes) -> None:
     def living() -> int:
         return sum(isinstance(each, BoundedProtocol) for each in gc.get_objects())
 
@@ -124,7 +125,7 @@ def test_nothing_of_a_closed_connection_stays_in_memory() -> None:
         try:
             for _ in range(10):
                 with connected(client) as sock:
-                    sock.sendall(HEALTH)
+                    sock.sendall(request_)
                     read_answer(sock)
             wait_until(lambda: living() <= before, "the last one to be closed")
         finally:
