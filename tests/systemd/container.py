@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import end_with_parent
 from tests.support.waiting import wait_until
 
 # The files of Debians, by their names, which are not changed.
@@ -24,7 +23,7 @@ needs_debian = pytest.mark.skipif(
 _CGROUPS = Path("/sys/fs/cgroup")
 
 # Each container has cgroups of its own: with --keep-unit, systemd uses those that it is started in.
-# Its mount ends with it, and what it writes waits for no disk.
+# Its mount ends with it, what it writes waits for no disk, and it ends when its test run is killed.
 _BOOT = """
 debian=$0 name=$1 scratch=$2
 for tree in /sys/fs/cgroup{,/systemd,/unified}; do
@@ -74,11 +73,7 @@ class Container:
         """Boot it, and wait for systemd to have started what it starts."""
         with self._log.open("ab") as console:
             self._nspawn = subprocess.Popen(
-                self._words,
-                stdin=subprocess.DEVNULL,
-                stdout=console,
-                stderr=subprocess.STDOUT,
-                preexec_fn=end_with_parent,
+                self._words, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT
             )
         wait_until(self._has_booted, "systemd to boot", seconds=300)
 
@@ -144,7 +139,8 @@ def booted(root: Path, scratch: Path, *mounts: tuple[Path, str]) -> Iterator[Con
     """
     name = f"port-checker-{os.getpid()}"
     binds = [f"--bind-ro={source}:{target}" for source, target in mounts]
-    words = ["unshare", "--mount", "bash", "-euc", _BOOT, str(root), name, str(scratch), *binds]
+    words = ["setpriv", "--pdeathsig", "TERM", "unshare", "--mount", "bash", "-euc", _BOOT]
+    words += [str(root), name, str(scratch), *binds]
     try:
         container = Container(words, scratch / "log")
         try:
