@@ -27,6 +27,7 @@ CONSTRAINTS ?= constraints.txt
 # have a lab each.
 TEST_PROCESSES ?= 8
 PYTEST_FLAGS ?=
+COVER_FLAGS ?= --cov --cov-branch --cov-report=term-missing
 FUZZ_EXAMPLES ?= 2000
 # Kept between runs and between checkouts.
 DEBIANS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/golem-port-checker/debian
@@ -55,7 +56,7 @@ test-lowest:
 	@$(MAKE) --no-print-directory test VENV=$(VENV)-lowest CONSTRAINTS=$(VENV)-lowest/constraints.txt
 
 cover: $(VENV)/dev.stamp
-	@$(IN_PROCESSES) --cov --cov-report=term-missing $(PYTEST_FLAGS)
+	@$(IN_PROCESSES) $(COVER_FLAGS) $(PYTEST_FLAGS)
 
 systemd-test: $(VENV)/dev.stamp $(DEBIANS)/bookworm $(DEBIANS)/trixie
 	@SYSTEMD_TEST_DEBIANS=$(DEBIANS) $(IN_PROCESSES) $(PYTEST_FLAGS) tests/systemd
