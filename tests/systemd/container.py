@@ -25,7 +25,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 # Each container has cgroups of its own: with --keep-unit, systemd uses those that it is started in.
 # Its mount ends with it, what it writes waits for no disk, and it ends when its test run is killed.
 _BOOT = """
-debian=$0 name=$1 scratch=$2
+debian=$0 name=$1 scratch=$2 mounted=$3
 for tree in /sys/fs/cgroup{,/systemd,/unified}; do
     [[ -e $tree/cgroup.procs ]] || continue
     mkdir -p "$tree/$name"
@@ -36,7 +36,7 @@ rm -rf work
 mkdir -p changed work root
 mount -t overlay -o "lowerdir=$debian,upperdir=changed,workdir=work,volatile" overlay root
 exec systemd-nspawn --boot --register=no --keep-unit --private-network --quiet \\
-    --machine="$name" --directory=root "${@:3}"
+    --machine="$name" --directory=root --bind-ro="$mounted:/mnt"
 """
 
 # How systemd-nspawn with --keep-unit ends when the container wants to be booted again.
@@ -129,18 +129,17 @@ class Container:
 
 
 @contextlib.contextmanager
-def booted(root: Path, scratch: Path, *mounts: tuple[Path, str]) -> Iterator[Container]:
+def booted(root: Path, scratch: Path, mounted: Path) -> Iterator[Container]:
     """Boot a Debian.
 
     Args:
         root: Its files, which are not changed.
         scratch: An empty folder for what is changed, and for the console's log.
-        mounts: Folders to be seen inside, read-only, and where.
+        mounted: What is seen inside as /mnt, read-only.
     """
     name = f"port-checker-{os.getpid()}"
-    binds = [f"--bind-ro={source}:{target}" for source, target in mounts]
     words = ["setpriv", "--pdeathsig", "TERM", "unshare", "--mount", "bash", "-euc", _BOOT]
-    words += [str(root), name, str(scratch), *binds]
+    words += [str(root), name, str(scratch), str(mounted)]
     try:
         container = Container(words, scratch / "log")
         try:

@@ -45,8 +45,9 @@ def podman() -> Iterator[Podman]:
 
 
 def test_the_image_serves_as_nobody_on_a_read_only_root(
-    podman: Podman, wheels: Path, tmp_path: Path
+    podman: Podman, builds: Path, tmp_path: Path
 ) -> None:
+    wheels = builds / "wheels"
     context = tmp_path / "context"
     (context / "dist").mkdir(parents=True)
     for source in (ROOT / "Containerfile", ROOT / "constraints.txt"):

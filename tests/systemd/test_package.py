@@ -52,7 +52,8 @@ def _purged(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.skipif("SYSTEMD_TEST_DEBIANS" not in os.environ, reason="make systemd-test")
-def test_lintian_finds_no_error_in_it(package: Path) -> None:
+def test_lintian_finds_no_error_in_it(builds: Path) -> None:
+    (package,) = builds.glob("checkout/dist/*.deb")
     done = subprocess.run(
         ["lintian", "--fail-on", "error", package], capture_output=True, text=True, check=False
     )
@@ -63,7 +64,7 @@ def test_lintian_finds_no_error_in_it(package: Path) -> None:
 @both_debians
 def test_it_serves_from_its_installation_to_its_removal(container: Container) -> None:
     before = container.run(FILES)
-    install(container, "package/*.deb")
+    install(container, "checkout/dist/*.deb")
     assert state(container) == ("active", "enabled")
     assert state(container, SOCKET) == ("inactive", "disabled")
     assert container.run("curl -sS localhost:9000/health") == '{"status":"ok"}'
@@ -98,7 +99,7 @@ def test_it_serves_from_its_installation_to_its_removal(container: Container) ->
 @needs_debian
 @both_debians
 def test_an_upgrade_keeps_settings_and_an_open_socket(container: Container) -> None:
-    install(container, "package/*.deb")
+    install(container, "checkout/dist/*.deb")
     before = version(container)
     container.run(
         f"echo PORT_CHECKER_CONTACT=me@checker.example >> {SETTINGS}\n"
@@ -122,9 +123,9 @@ def test_an_upgrade_keeps_settings_and_an_open_socket(container: Container) -> N
 @needs_debian
 @pytest.mark.parametrize("container", ["bookworm"], indirect=True)
 def test_an_upgrade_starts_nothing_that_is_disabled(container: Container) -> None:
-    install(container, "package/*.deb")
+    install(container, "checkout/dist/*.deb")
     container.run(f"systemctl disable --now {SERVICE}")
     install(container, "newer/*.deb")
     assert state(container) == ("inactive", "disabled")
-    install(container, "package/*.deb", "--allow-downgrades")
+    install(container, "checkout/dist/*.deb", "--allow-downgrades")
     assert state(container) == ("inactive", "disabled")

@@ -26,7 +26,7 @@ SOONER = "WatchdogSec=10"
 
 @pytest.fixture(autouse=True, scope="module")
 def _installed(container: Container) -> Iterator[None]:
-    container.run("apt-get install -qq /mnt/package/*.deb")
+    container.run("apt-get install -qq /mnt/checkout/dist/*.deb")
     yield
     container.run("dpkg --purge golem-port-checker")
 
