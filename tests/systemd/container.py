@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -43,19 +42,6 @@ exec systemd-nspawn --boot --register=no --keep-unit --private-network --quiet \
 _REBOOT = 133
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
-    """What became of a command.
-
-    Attributes:
-        status: Its exit status.
-        text: What it printed, stderr included.
-    """
-
-    status: int
-    text: str
-
-
 class Container:
     """A booted Debian.
 
@@ -79,7 +65,7 @@ class Container:
 
     def _has_booted(self) -> bool:
         state = "systemctl is-system-running"
-        return self._init is not None and self.try_to_run(state).text.strip() in (
+        return self._init is not None and self.try_to_run(state).stdout.strip() in (
             "running",
             "degraded",
         )
@@ -92,9 +78,9 @@ class Container:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         return children[-1] if children else None
 
-    def try_to_run(self, script: str) -> Done:
-        """Run a shell script as root inside."""
-        done = subprocess.run(
+    def try_to_run(self, script: str) -> "subprocess.CompletedProcess[str]":
+        """Run a shell script as root inside; its stderr goes where its stdout does."""
+        return subprocess.run(
             ["nsenter", "--all", "--target", str(self._init), "--", "bash", "-euo", "pipefail"],
             input=script,
             stdout=subprocess.PIPE,
@@ -104,7 +90,6 @@ class Container:
             timeout=300,
             check=False,
         )
-        return Done(done.returncode, done.stdout)
 
     def run(self, script: str) -> str:
         """Run a shell script as root inside, and return what it printed.
@@ -113,8 +98,8 @@ class Container:
             AssertionError: It failed.
         """
         done = self.try_to_run(script)
-        assert done.status == 0, done.text
-        return done.text
+        assert done.returncode == 0, done.stdout
+        return done.stdout
 
     def reboot(self) -> None:
         """Boot it again; its files are kept."""

@@ -88,15 +88,15 @@ def test_every_command_of_the_manual_works(container: Container) -> None:
             if words in commands:
                 container.run(before)
         done = container.try_to_run(SHELL + commands)
-        assert done.status == 0, f"{commands}\n{done.text}"
+        assert done.returncode == 0, f"{commands}\n{done.stdout}"
         if block not in last and "purge" not in commands:
             answer = container.try_to_run(CHECK)
-            assert '"9":{"accessible":false' in answer.text, f"{commands}\n{answer.text}"
+            assert '"9":{"accessible":false' in answer.stdout, f"{commands}\n{answer.stdout}"
         if "callers4" in commands:
             # A caller that is blocked; its address is one of the container's own.
             container.run("ip addr add 203.0.113.7/32 dev lo")
             asked = "curl -sS --max-time 2 --interface 203.0.113.7 localhost:9000/health"
-            assert container.try_to_run(asked).status != 0
+            assert container.try_to_run(asked).returncode != 0
         if "redis-cli" in commands:
             old = "redis-cli --user checker --pass password ping 2>&1"
             assert "WRONGPASS" in container.run(old)

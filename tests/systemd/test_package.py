@@ -31,7 +31,7 @@ def install(container: Container, package: str, options: str = "") -> None:
 def state(container: Container, unit: str = SERVICE) -> tuple[str, str]:
     """Whether a unit runs, and whether it is started at boot."""
     active, enabled = (
-        container.try_to_run(f"systemctl {word} {unit}").text.strip()
+        container.try_to_run(f"systemctl {word} {unit}").stdout.strip()
         for word in ("is-active", "is-enabled")
     )
     return active, enabled
@@ -80,7 +80,7 @@ def test_it_serves_from_its_installation_to_its_removal(container: Container) ->
         f"systemctl restart redis-server {SERVICE}"
     )
     up = "curl -sS localhost:9464/metrics | grep '^port_checker_rate_limit_store_up 1'"
-    wait_until(lambda: container.try_to_run(up).status == 0, "Redis to be reached")
+    wait_until(lambda: container.try_to_run(up).returncode == 0, "Redis to be reached")
     # The settings in the file are the defaults.
     container.run(
         f"sed -i 's/^#PORT_/PORT_/' {SETTINGS}; systemctl reload {SERVICE}\n"
@@ -90,7 +90,7 @@ def test_it_serves_from_its_installation_to_its_removal(container: Container) ->
 
     container.run("apt-get remove -qq golem-port-checker")
     assert state(container)[0] == "inactive"
-    assert container.try_to_run("curl -sS localhost:9000/health").status != 0
+    assert container.try_to_run("curl -sS localhost:9000/health").returncode != 0
     assert container.run(f"grep -c ^PORT_ {SETTINGS}") != "0\n"
     container.run("apt-get purge -qq golem-port-checker; systemctl reset-failed")
     assert container.run(FILES) == before
@@ -117,7 +117,7 @@ def test_an_upgrade_keeps_settings_and_an_open_socket(container: Container) -> N
     assert state(container) == state(container, SOCKET) == ("active", "enabled")
 
     container.run("apt-get remove -qq golem-port-checker")
-    assert container.try_to_run("curl -sS localhost:9000/health").status != 0
+    assert container.try_to_run("curl -sS localhost:9000/health").returncode != 0
 
 
 @needs_debian

@@ -140,7 +140,7 @@ def test_a_killed_process_is_back(container: Container) -> None:
     before = main_pid(container)
     container.run(f"kill -KILL {before}")
     wait_until(lambda: main_pid(container) not in ("0", before), "a new process")
-    wait_until(lambda: container.try_to_run("curl -sf localhost:9000/health").status == 0)
+    wait_until(lambda: container.try_to_run("curl -sf localhost:9000/health").returncode == 0)
 
 
 def test_a_stopped_process_is_replaced(container: Container) -> None:
@@ -149,7 +149,7 @@ def test_a_stopped_process_is_replaced(container: Container) -> None:
     before = main_pid(container)
     container.run(f"kill -STOP {before}")
     wait_until(lambda: main_pid(container) not in ("0", before), "the watchdog", seconds=300)
-    wait_until(lambda: container.try_to_run("curl -sf localhost:9000/health").status == 0)
+    wait_until(lambda: container.try_to_run("curl -sf localhost:9000/health").returncode == 0)
 
 
 def test_a_stop_while_workers_start_is_not_their_death(container: Container) -> None:
@@ -182,7 +182,7 @@ def test_a_stuck_event_loop_leaves_its_traceback_and_is_replaced(container: Cont
     mark = journal_mark(container)
     container.run(f"kill -USR1 {before}")
     wait_until(lambda: main_pid(container) not in ("0", before), "the watchdog", seconds=300)
-    wait_until(lambda: container.try_to_run("curl -sf localhost:9000/health").status == 0)
+    wait_until(lambda: container.try_to_run("curl -sf localhost:9000/health").returncode == 0)
     assert any(
         "sitecustomize.py" in line and "in stick" in line for line in journal_since(container, mark)
     )
@@ -194,14 +194,14 @@ def test_a_stuck_event_loop_leaves_its_traceback_and_is_replaced(container: Cont
 def test_a_wrong_setting_fails_once_and_is_told(container: Container) -> None:
     container.run("echo PORT_CHECK_TIMEOUT=soon > /etc/golem/port-checker.env")
     mark = journal_mark(container)
-    assert container.try_to_run("systemctl restart golem-port-checker").status != 0
+    assert container.try_to_run("systemctl restart golem-port-checker").returncode != 0
     time.sleep(3)  # longer than RestartSec=
     assert container.run(SHOW + "ActiveState").strip() == "failed"
     lines = [line for line in journal_since(container, mark) if "port-checker:" in line]
     assert lines == [
         "port-checker: PORT_CHECK_TIMEOUT='soon' is wrong: it must be seconds, from 0.1 to 30"
     ]
-    assert lines[0] in container.try_to_run("systemctl status golem-port-checker").text
+    assert lines[0] in container.try_to_run("systemctl status golem-port-checker").stdout
 
 
 # Listens on 127.0.0.1:7466, where no connection is completed any more.
@@ -274,7 +274,7 @@ def test_a_reload_with_a_wrong_setting_leaves_the_service_as_it_is(container: Co
     before = main_pid(container)
     mark = journal_mark(container)
     container.run("echo PORT_CHECK_TIMEOUT=soon > /etc/golem/port-checker.env")
-    assert container.try_to_run("systemctl reload golem-port-checker").status != 0
+    assert container.try_to_run("systemctl reload golem-port-checker").returncode != 0
     assert "PORT_CHECK_TIMEOUT='soon' is wrong" in "".join(journal_since(container, mark))
     assert main_pid(container) == before
     assert curl(container) == {"status": "ok"}
@@ -292,7 +292,7 @@ def test_who_stops_the_process_does_not_stop_the_service(container: Container) -
     before = main_pid(container)
     container.run(f"kill -TERM {before}")
     wait_until(lambda: main_pid(container) not in ("0", before), "a new process")
-    wait_until(lambda: container.try_to_run("curl -sf localhost:9000/health").status == 0)
+    wait_until(lambda: container.try_to_run("curl -sf localhost:9000/health").returncode == 0)
 
 
 def test_a_wrong_setting_is_no_endless_loop_where_systemd_listens(container: Container) -> None:
@@ -391,4 +391,4 @@ def test_a_port_below_1024_takes_the_drop_in_of_the_unit(container: Container) -
 
 def test_it_starts_at_boot(container: Container) -> None:
     container.reboot()
-    wait_until(lambda: container.try_to_run("curl -sf localhost:9000/health").status == 0)
+    wait_until(lambda: container.try_to_run("curl -sf localhost:9000/health").returncode == 0)
