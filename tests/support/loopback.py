@@ -44,11 +44,7 @@ def _claimed_slice(_namespace: int) -> tuple[int, socket.socket | None]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports in a row that nobody has: some hundreds at most.
-
-    Longer rows are free in a namespace of its own: here a minute may pass until none of their ports
-    is in TIME_WAIT.
-    """
+    """Ports in a row that nobody has: of more than some hundreds, one is often in TIME_WAIT."""
     first, _ = _claimed_slice(os.stat("/proc/thread-self/ns/net").st_ino)
     while True:
         start = first + secrets.randbelow(_SLICE - count + 1)
