@@ -266,10 +266,7 @@ class Supervisor:
         assignment = Assignment(
             self._settings, os.getpid(), end, self._listeners_stay, memory, slot
         )
-        with (
-            channel.end,
-            _anonymous_file() as stdin,
-        ):  # a pipe that nobody reads yet takes no more than 64 KiB
+        with channel.end, _anonymous_file() as stdin:  # an unread pipe takes no more than 64 KiB
             pickle.dump(assignment, stdin)
             stdin.seek(0)
             process = subprocess.Popen(  # noqa: S603  # our own command
