@@ -1,9 +1,11 @@
 """What the shortcut past FastAPI's layers answers is what these would have answered."""
 
+import asyncio
 import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import httpx
 import pytest
@@ -124,6 +126,31 @@ class TimesOf(Metrics):
 
     def time_request(self, _: str, seconds: float) -> None:
         self.seconds.append(seconds)
+
+
+def test_a_request_that_is_cancelled_is_timed() -> None:
+    async def wait(_: Request) -> Response:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    metrics = TimesOf()
+    app = FastAPI()
+    app.router.add_api_route("/", wait, route_class_override=PlainRoute)
+
+    async def cancel() -> None:
+        scope = {"type": "http", "method": "GET", "path": "/"}
+        request = asyncio.create_task(Shortcut(app, metrics)(scope, nothing, nothing))
+        await asyncio.sleep(0)
+        request.cancel()
+        await asyncio.wait([request])
+        assert request.cancelled()
+
+    asyncio.run(cancel())
+    assert len(metrics.seconds) == 1
+
+
+async def nothing(*_: object) -> Any:
+    raise AssertionError
 
 
 def test_the_time_of_an_error_begins_with_its_request() -> None:
