@@ -650,9 +650,12 @@ def test_a_name_that_moves_to_the_replica_that_takes_over(tmp_path: Path) -> Non
         stack.callback(sentinel.kill)
         bind = f'mount --bind {hosts} /etc/hosts && exec "$@"'
         command = ["unshare", "--mount", "sh", "-c", bind, "sh", sys.executable, "-m"]
-        url = f"redis://checker:{PASSWORD}@redis.example:{master.port}"
+        settings: dict[str, Any] = {
+            "PORT_CHECKER_RATE_LIMIT_STORE": f"redis://checker:{PASSWORD}@redis.example:{master.port}",
+            "PORT_CHECKER_RATE_LIMIT": "100000/minute",  # more than are asked for until then
+        }
         with (
-            program(*command, "port_checker", PORT_CHECKER_RATE_LIMIT_STORE=url) as running,
+            program(*command, "port_checker", **settings) as running,
             running.client() as client,
         ):
             wait_until(lambda: master.connections() == 1)
