@@ -119,8 +119,10 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_examples_print_what_is_shown() -> None:
     examples = [example for page in PAGES for example in EXAMPLE.findall(page.read_text())]
     assert len(examples) >= 7
-    # With the port of the examples, which nobody else has in a namespace.
-    with loopback_alone(), program(PORT_CHECKER_PORT="9000"):
+    # With the port of the examples, which nobody else has in a namespace, and none of whose own
+    # connections takes a port that another example checks.
+    reserve = "sysctl -qw net.ipv4.ip_local_reserved_ports=7466,50800-50899"
+    with loopback_alone(reserve), program(PORT_CHECKER_PORT="9000"):
         for command, shown in examples:
             command = command.replace(".venv/bin/port-checker", f"{sys.executable} -m port_checker")
             done = subprocess.run(
