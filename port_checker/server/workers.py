@@ -299,6 +299,7 @@ class Supervisor:
         """Look after a worker; return whether it lives."""
         process = worker.process
         if process.poll() is not None:
+            self._receive_notices()  # the last one may say that it was told to stop
             self._distributor.close(worker.channel)
             self._totals.end(worker.row, is_death=not worker.is_leaving)
             if worker.is_leaving:

@@ -92,10 +92,12 @@ def test_a_worker_that_is_told_to_stop_gets_no_more_connections() -> None:
     """It would answer that the service is stopping."""
     with program(
         PORT_CHECKER_WORKERS="2",
+        PORT_CHECKER_DEBUG="true",
         # A check shall last for longer than a worker takes to start on a busy machine.
         PORT_CHECK_RETRIES="10",
         PORT_CHECK_TIMEOUT="30",
     ) as running:
+        wait_until(lambda: len(lines_with(running, "startup complete")) == 2, "both workers")
         with check_under_way(running) as one, check_under_way(running) as other:
             workers = running.workers()
             worker = min(workers)  # each has one of the checks, mostly
@@ -105,6 +107,22 @@ def test_a_worker_that_is_told_to_stop_gets_no_more_connections() -> None:
             wait_until(lambda: running.workers() - workers, "another one")
             assert one.finish().status_code == other.finish().status_code == 200
         assert running.stop() == 0
+
+
+def test_a_worker_that_is_told_to_stop_and_has_nothing_to_do_has_not_died() -> None:
+    """It is gone at once, perhaps before its parent has read why."""
+
+    def stop_one(running: Program, ready: int) -> None:
+        wait_until(lambda: len(lines_with(running, "startup complete")) == ready, "workers")
+        worker = min(running.workers())
+        os.kill(worker, signal.SIGTERM)
+        wait_until(lambda: lines_with(running, f"Worker {worker} was told to stop"), "the log")
+        wait_until(lambda: not is_running(worker), "its end")
+
+    with program(PORT_CHECKER_WORKERS="2", PORT_CHECKER_DEBUG="true") as running:
+        for stopped in range(3):
+            stop_one(running, 2 + stopped)
+        assert not lines_with(running, " exited with ")
 
 
 def test_a_slow_start_is_waited_for(tmp_path: Path) -> None:
