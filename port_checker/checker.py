@@ -133,17 +133,14 @@ class Reservation:
         self._ports = ports
         self._handshake_holders = handshake_holders
         self._add(holders, ports)
-        if handshake_holders:
-            self._add(handshake_holders, 1)
+        self._add(handshake_holders, 1)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._ports:
-            self.release(self._ports)
-        if self._handshake_holders:
-            self._add(self._handshake_holders, -1)
+        self.release(self._ports)
+        self._add(self._handshake_holders, -1)
 
     def release(self, ports: int) -> None:
         """Give back ``ports``, which are no longer in flight."""

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from port_checker.addresses import Address, have_one_subscriber, site, subscriber
-from port_checker.api.gcra import MemoryStore
+from port_checker.api.gcra import Charge, MemoryStore
 from port_checker.errors import ErrorCode, Limit, ServiceError
 from port_checker.settings import IN_PROCESS, Rate
 
@@ -121,7 +121,7 @@ class RateLimiter:
 
         async with SharedStore(
             self._url,
-            probe=[(f"{limit.prefix}probe", limit.interval, limit.capacity, 0) for limit in limits],
+            probe=[limit.charge("probe", 0) for limit in limits],
             answer_timeout=self._answer_timeout or ANSWER_TIMEOUT,
         ) as self._shared:
             try:
@@ -160,8 +160,7 @@ class RateLimiter:
         """Take the cost from each of the limits, for its key."""
         if not due:
             return
-        paid = cost * times
-        charges = [(limit.prefix + key, limit.interval, limit.capacity, paid) for limit, key in due]
+        charges = [limit.charge(key, cost * times) for limit, key in due]
         waits = await self._shared.pay(charges) if self._shared else None
         if waits is None:
             waits = self._memory.pay(charges, self._clock())
@@ -175,11 +174,9 @@ class RateLimiter:
 
 
 class _Limit(NamedTuple):
-    """One limit for each key that begins with ``prefix``.
+    """One limit for each key that begins with ``prefix``; see ``Charge``.
 
     Attributes:
-        interval: Seconds after which it gives one back.
-        capacity: How many it lets through at once.
         name: In the log and in the metrics.
         refusal: What to say when it is reached, with ``{}`` for the key.
     """
@@ -189,6 +186,10 @@ class _Limit(NamedTuple):
     capacity: int
     name: Limit
     refusal: str
+
+    def charge(self, key: str, cost: int) -> Charge:
+        """Return what a payment takes of it."""
+        return Charge(self.prefix + key, self.interval, self.capacity, cost)
 
 
 def _limit(

@@ -174,7 +174,7 @@ class SharedStore:
                     results = await self._ask([charges for charges, _ in together])
             except Exception:  # whatever goes wrong with Redis, checks go on
                 self._probe_payments = [
-                    [(*charge[:-1], 0) for charge in charges] for charges, _ in together
+                    [charge._replace(cost=0) for charge in charges] for charges, _ in together
                 ]
                 self._become_unavailable()
                 together += self._waiting  # they would wait in vain
@@ -185,12 +185,12 @@ class SharedStore:
                     answer.set_result(result)
 
     async def _ask(self, payments: Sequence[Sequence[Charge]]) -> list[list[float]]:
-        keys = [key for charges in payments for key, *_ in charges]
+        keys = [charge.key for charges in payments for charge in charges]
         arguments: list[float] = []
         for charges in payments:
             arguments.append(len(charges))
-            for _, *numbers in charges:
-                arguments += numbers
+            for charge in charges:
+                arguments += charge.interval, charge.capacity, charge.cost
         answer = await self._client.run(keys, arguments)
         if not isinstance(answer, list) or len(answer) != len(keys):
             raise ValueError("not an answer to payments")
