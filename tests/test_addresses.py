@@ -22,6 +22,7 @@ LONGEST = "2001:0db8:0000:0000:0000:0000:198.151.100.255"
     ("text", "address"),
     [
         ("0.0.0.1", IPv4Address(1)),
+        ("127.255.255.254", IPv4Address("127.255.255.254")),
         ("198.51.100.7", IPv4Address("198.51.100.7")),
         ("255.255.255.255", IPv4Address(2**32 - 1)),
         ("::", IPv6Address(0)),
@@ -34,7 +35,9 @@ LONGEST = "2001:0db8:0000:0000:0000:0000:198.151.100.255"
 )
 def test_literals_of_both_families(text: str, address: Address) -> None:
     parsed = parse_address(text)
-    assert (parsed, type(parsed)) == (address, type(address))
+    assert parsed == address
+    assert hash(parsed) == hash(address)
+    assert parsed.is_loopback == address.is_loopback
 
 
 @pytest.mark.parametrize(

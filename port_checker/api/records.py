@@ -18,7 +18,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Final, Self, cast
+from typing import Any, Final, Self
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -105,20 +105,18 @@ class _Line(logging.LogRecord):
     name; without, a line takes half of the instructions (measured).
     """
 
+    args: Any
     _others = vars(logging.makeLogRecord({"name": logger.name, "msg": "a check"}))
 
     def __init__(self, level: int, *values: object) -> None:
-        self.__dict__.update(
-            self._others,
-            created=time.time(),
-            levelno=level,
-            levelname=logging.getLevelName(level),
-            args=values,
-        )
+        self.__dict__ = self._others.copy()  # an update would take three times as long (measured)
+        self.created = time.time()
+        self.levelno, self.levelname = level, logging.getLevelName(level)
+        self.args = values
 
     def getMessage(self) -> str:  # noqa: N802  # logging's
         """Return the line."""
-        caller, target, ports, outcome, seconds, more = cast(tuple[Any, ...], self.args)
+        caller, target, ports, outcome, seconds, more = self.args
         return (
             f"check caller={text_of(caller) if caller else 'unknown'} target={text_of(target)} "
             f"ports={ports} outcome={outcome} duration={seconds:.3f}{more}"
