@@ -207,6 +207,8 @@ class own_failures:  # noqa: N801  # a context manager, as contextlib's are
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         match error:
+            case None:
+                pass
             case OSError():
                 raise CheckFailed(f"{self._trouble}: {error.strerror or error}") from error
             case MemoryError():
@@ -583,8 +585,8 @@ class _Round:
         descriptors = self.open(ports)
         self.take(_events(descriptors))  # those of a loopback target are there by now
         self._raise_error()
-        self._sockets.add((it for it in descriptors if it in self._waiting), self)
         if not self._is_done():
+            self._sockets.add((it for it in descriptors if it in self._waiting), self)
             await self.wait(timeout)
         if self._waiting:
             await self._pacer.take(len(self._waiting), self._way)
@@ -790,6 +792,8 @@ class _Round:
 
     def close(self) -> None:
         """Give back every descriptor."""
+        if not (self._waiting or self._nearby or self._asked_about or self.connected):
+            return
         self._sockets.remove(self._waiting)
         for sock, _ in self._waiting.values():
             sock.close()
@@ -882,7 +886,7 @@ class _Round:
             return False
         host, local_port = sock.getsockname()[:2]
         if way.is_here is None:
-            way.is_here = parse_host(host) == way.target
+            way.is_here = host == way.host or parse_host(host) == way.target
         return way.is_here and bool(local_port == port)
 
 
