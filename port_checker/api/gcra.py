@@ -8,27 +8,27 @@ to none of them: what one limit refuses costs nothing in the others.
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from dataclasses import dataclass
+from typing import Final
 
 # Seconds by which a payment may come early: far more than floating-point errors, far less than
 # anybody can notice.
 _TOLERANCE: Final = 1e-6
 
 
-class Charge(NamedTuple):
-    """What a payment takes from one limit.
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """What one limit lets through of one key.
 
     Attributes:
         key: Whose limit it is.
         interval: Seconds after which the limit gives one back.
         capacity: How many the limit lets through at once.
-        cost: How many this payment takes; 0 asks and writes as a payment does, and takes nothing.
     """
 
     key: str
     interval: float
     capacity: int
-    cost: int
 
 
 class MemoryStore:
@@ -46,27 +46,28 @@ class MemoryStore:
         """Return how many keys it remembers."""
         return len(self._arrivals)
 
-    def pay(self, charges: Sequence[Charge], now: float) -> list[float]:
+    def pay(self, quotas: Sequence[Quota], cost: int, now: float) -> list[float]:
         """Make a payment, if none of its limits refuses.
 
         Args:
-            charges: One for each limit; no two have the same key.
+            quotas: One of each limit; no two have the same key.
+            cost: How many the payment takes of each; 0 asks, and takes nothing.
             now: Seconds on a clock that never goes back.
 
         Returns:
-            For each charge, the seconds after which its limit would let it through: 0 unless it
-            refuses.
+            For each quota, the seconds after which its limit would let the payment through: 0
+            unless it refuses.
         """
         kept = self._arrivals
         arrivals = []
         waits = []
-        for key, interval, capacity, cost in charges:
-            arrival = kept.get(key, now)
+        for quota in quotas:
+            arrival = kept.get(quota.key, now)
             if arrival < now:
                 arrival = now
-            arrival += cost * interval
-            early = arrival - now - capacity * interval
-            arrivals.append((key, arrival))
+            arrival += cost * quota.interval
+            early = arrival - now - quota.capacity * quota.interval
+            arrivals.append((quota.key, arrival))
             waits.append(early if early > _TOLERANCE else 0.0)
         is_refused = any(waits)
         for key, arrival in arrivals:
@@ -74,13 +75,13 @@ class MemoryStore:
                 kept[key] = arrival
             if key in kept:  # a refused payment uses it, too
                 kept.move_to_end(key)
-        while len(self) > self._max_keys:
-            self._arrivals.popitem(last=False)
+        while len(kept) > self._max_keys:
+            kept.popitem(last=False)
         return waits
 
 
 # The same in Redis, by its clock, for any number of payments in one call. Of each payment, ARGV
-# has the number of its charges and, for each of these, interval, capacity and cost; KEYS has the
+# has the number of its quotas, its cost and, for each quota, interval and capacity; KEYS has the
 # keys of all of them. The times are counted from 2025, so that they have digits to spare. Redis'
 # clock may go back, or a replica with another clock take over: no arrival can rightly lie further
 # ahead than the whole limit, so what does is taken for that.
@@ -90,30 +91,30 @@ local now = time[1] - 1735689600 + time[2] / 1000000
 local waits = {{}}
 local argument, paid = 1, 0
 while argument <= #ARGV do
-  local charges, arrivals, refused = tonumber(ARGV[argument]), {{}}, false
-  argument = argument + 1
-  for charge = 1, charges do
-    local key = KEYS[paid + charge]
-    local interval, capacity, cost =
-      tonumber(ARGV[argument]), tonumber(ARGV[argument + 1]), tonumber(ARGV[argument + 2])
-    argument = argument + 3
+  local quotas, cost = tonumber(ARGV[argument]), tonumber(ARGV[argument + 1])
+  local arrivals, refused = {{}}, false
+  argument = argument + 2
+  for quota = 1, quotas do
+    local key = KEYS[paid + quota]
+    local interval, capacity = tonumber(ARGV[argument]), tonumber(ARGV[argument + 1])
+    argument = argument + 2
     local kept = math.min(tonumber(redis.call("GET", key) or now), now + capacity * interval)
     local arrival = math.max(now, kept) + cost * interval
-    arrivals[charge] = arrival
+    arrivals[quota] = arrival
     local early = arrival - now - capacity * interval
     if early > {_TOLERANCE} then
       refused = true
-      waits[paid + charge] = tostring(early)
+      waits[paid + quota] = tostring(early)
     else
-      waits[paid + charge] = "0"
+      waits[paid + quota] = "0"
     end
   end
   if not refused then
-    for charge, arrival in ipairs(arrivals) do
-      redis.call("SET", KEYS[paid + charge], arrival, "EX", math.max(1, math.ceil(arrival - now)))
+    for quota, arrival in ipairs(arrivals) do
+      redis.call("SET", KEYS[paid + quota], arrival, "EX", math.max(1, math.ceil(arrival - now)))
     end
   end
-  paid = paid + charges
+  paid = paid + quotas
 end
 return waits
 """

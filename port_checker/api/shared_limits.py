@@ -36,7 +36,7 @@ from redis.exceptions import (
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from port_checker.api.gcra import PAY_IN_REDIS, Charge
+from port_checker.api.gcra import PAY_IN_REDIS, Quota
 from port_checker.resolver import Resolver
 from port_checker.settings import REDIS_CLUSTER
 
@@ -81,6 +81,7 @@ _ONCE: Final = Retry(NoBackoff(), 0)
 
 logger = logging.getLogger(__name__)
 
+_Payment = tuple[Sequence[Quota], int]  # what it is paid from, and its cost
 _Answer = asyncio.Future[list[float] | None]
 
 
@@ -94,7 +95,7 @@ class SharedStore:
     Args:
         url: ``redis://``, with TLS ``rediss://``, of a cluster ``redis+cluster://``, or of a Unix
             socket ``unix://``.
-        probe: The payment that a probe makes, of cost 0 and to all limits. After a payment has
+        probe: The quotas of a probe's payment, of all limits; its cost is 0. After a payment has
             failed, probes repeat that one, at cost 0.
         answer_timeout: Seconds that a payment waits.
         warning_interval: The least seconds between two warnings about a Redis that comes and goes.
@@ -106,16 +107,16 @@ class SharedStore:
     def __init__(
         self,
         url: str,
-        probe: Sequence[Charge],
+        probe: Sequence[Quota],
         answer_timeout: float = ANSWER_TIMEOUT,
         warning_interval: float = 60,
     ) -> None:
-        self._probe_payments: Sequence[Sequence[Charge]] = [probe]
+        self._probe_payments: Sequence[_Payment] = [(probe, 0)]
         self._answer_timeout = answer_timeout
         self._warning_interval = warning_interval
         self._client = _ClusterClient(url) if url.startswith(REDIS_CLUSTER) else _Client(url)
         self.is_available = False
-        self._waiting: list[tuple[Sequence[Charge], _Answer]] = []
+        self._waiting: list[tuple[_Payment, _Answer]] = []
         self._sending: asyncio.Task[None] | None = None
         self._probing: asyncio.Task[None] | None = None
         self._next_warning = -math.inf
@@ -137,21 +138,22 @@ class SharedStore:
             await asyncio.wait(running)
         await self._disconnect()
 
-    async def pay(self, charges: Sequence[Charge]) -> list[float] | None:
+    async def pay(self, quotas: Sequence[Quota], cost: int) -> list[float] | None:
         """Make a payment, if none of its limits refuses.
 
         Args:
-            charges: One for each limit; no two have the same key.
+            quotas: One of each limit; no two have the same key.
+            cost: How many the payment takes of each.
 
         Returns:
-            For each charge, the seconds after which its limit would let it through: 0 unless it
-            refuses. None if Redis is unavailable or did not answer in time; Redis may still count
-            such a payment.
+            For each quota, the seconds after which its limit would let the payment through: 0
+            unless it refuses. None if Redis is unavailable or did not answer in time; Redis may
+            still count such a payment.
         """
         if not self.is_available:
             return None
         answer: _Answer = asyncio.get_running_loop().create_future()
-        self._waiting.append((charges, answer))
+        self._waiting.append(((quotas, cost), answer))
         if not self._sending or self._sending.done():
             self._sending = asyncio.create_task(self._send())
         try:
@@ -171,11 +173,9 @@ class SharedStore:
             results: Sequence[list[float] | None]
             try:
                 async with _timeout(self._answer_timeout):
-                    results = await self._ask([charges for charges, _ in together])
+                    results = await self._ask([payment for payment, _ in together])
             except Exception:  # whatever goes wrong with Redis, checks go on
-                self._probe_payments = [
-                    [charge._replace(cost=0) for charge in charges] for charges, _ in together
-                ]
+                self._probe_payments = [(quotas, 0) for (quotas, _), _ in together]
                 self._become_unavailable()
                 together += self._waiting  # they would wait in vain
                 self._waiting.clear()
@@ -184,13 +184,13 @@ class SharedStore:
                 if not answer.done():
                     answer.set_result(result)
 
-    async def _ask(self, payments: Sequence[Sequence[Charge]]) -> list[list[float]]:
-        keys = [charge.key for charges in payments for charge in charges]
+    async def _ask(self, payments: Sequence[_Payment]) -> list[list[float]]:
+        keys = [quota.key for quotas, _ in payments for quota in quotas]
         arguments: list[float] = []
-        for charges in payments:
-            arguments.append(len(charges))
-            for charge in charges:
-                arguments += charge.interval, charge.capacity, charge.cost
+        for quotas, cost in payments:
+            arguments += len(quotas), cost
+            for quota in quotas:
+                arguments += quota.interval, quota.capacity
         answer = await self._client.run(keys, arguments)
         if not isinstance(answer, list) or len(answer) != len(keys):
             raise ValueError("not an answer to payments")
@@ -198,7 +198,7 @@ class SharedStore:
         if not all(0 <= wait < math.inf for wait in waits):
             raise ValueError("not a time to wait")
         remaining = iter(waits)
-        return [[next(remaining) for _ in charges] for charges in payments]
+        return [[next(remaining) for _ in quotas] for quotas, _ in payments]
 
     def _become_unavailable(self) -> None:
         self.is_available = False

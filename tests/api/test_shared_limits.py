@@ -723,7 +723,7 @@ def test_a_connection_that_breaks_is_replaced_without_ado(server: RedisServer, l
             for _ in range(3):
                 server.command("CLIENT", "KILL", "USER", "checker")
                 async with asyncio.timeout(60):
-                    while await store.pay([]) is None:
+                    while await store.pay([], 0) is None:
                         await asyncio.sleep(0.01)
 
     uvloop.run(run())
@@ -734,7 +734,7 @@ def test_a_redis_that_comes_and_goes_is_logged_once_in_a_while(relay: Relay, log
     async def fail(store: SharedStore) -> None:
         relay.answer = b"-LOADING\r\n"
         asked = relay.asked
-        assert await store.pay([]) is None
+        assert await store.pay([], 0) is None
         async with asyncio.timeout(60):
             while relay.asked < asked + 3:  # the payment, a probe in vain, and the next one
                 await asyncio.sleep(0.01)
@@ -742,7 +742,7 @@ def test_a_redis_that_comes_and_goes_is_logged_once_in_a_while(relay: Relay, log
     async def recover(store: SharedStore) -> None:
         relay.answer = None
         async with asyncio.timeout(60):
-            while await store.pay([]) is None:
+            while await store.pay([], 0) is None:
                 await asyncio.sleep(0.01)
 
     async def run() -> None:
