@@ -133,14 +133,17 @@ class Reservation:
         self._ports = ports
         self._handshake_holders = handshake_holders
         self._add(holders, ports)
-        self._add(handshake_holders, 1)
+        if handshake_holders:
+            self._add(handshake_holders, 1)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.release(self._ports)
-        self._add(self._handshake_holders, -1)
+        if self._ports:
+            self.release(self._ports)
+        if self._handshake_holders:
+            self._add(self._handshake_holders, -1)
 
     def release(self, ports: int) -> None:
         """Give back ``ports``, which are no longer in flight."""
@@ -204,6 +207,13 @@ class Checker:
         self._timeout = timeout
         self._max_in_flight = max_in_flight
         self._max_per_caller = sys.maxsize if max_per_caller is None else max_per_caller
+        # Nothing is certain to end sooner than one round of attempts.
+        self._retry_after = max(1, round(timeout))
+        half = max_for_others(max_in_flight)
+        self._rooms = [
+            (Limit.IN_FLIGHT, _EVERYBODY, max_in_flight, ""),
+            (Limit.OTHERS_IN_FLIGHT, _STRANGERS, half, "of others' addresses"),
+        ]
         self._sleep = sleep
         self._pacer = OpenConnectionPacer()
         self._tls = TlsClient()
@@ -246,24 +256,22 @@ class Checker:
             Overloaded: All checks together would have too many, or this one would take too much of
                 the room that is left.
         """
-        # Nothing is certain to end sooner than one round of attempts.
-        retry_after = max(1, round(self._timeout))
-        groups = [(Limit.CALLER_IN_FLIGHT, "caller", caller, self._max_per_caller, "of one caller")]
+        retry_after = self._retry_after
+        groups: list[tuple[Limit, tuple[str, Hashable], int, str]] = [
+            (Limit.CALLER_IN_FLIGHT, ("caller", caller), self._max_per_caller, "of one caller")
+        ]
         if network is not None:
             share = _SHARES_OF_NETWORK * self._max_per_caller
-            groups.append((Limit.NETWORK_IN_FLIGHT, "network", network, share, f"of {network}"))
-        rooms = [(Limit.IN_FLIGHT, _EVERYBODY, self._max_in_flight, "")]
-        if not is_own:
-            half = max_for_others(self._max_in_flight)
-            rooms.append((Limit.OTHERS_IN_FLIGHT, _STRANGERS, half, "of others' addresses"))
+            groups.append((Limit.NETWORK_IN_FLIGHT, ("network", network), share, f"of {network}"))
+        rooms = self._rooms[:1] if is_own else self._rooms
         has_shares = self._max_per_caller < self._max_in_flight
         is_small = is_own and ports <= _SMALL_CHECK
         room = ports * places
         holders: list[Hashable] = []
         for limit, kind, size, whose_room in rooms:
             free = size - self._in_flight.get(kind, 0)
-            for group_limit, *group, share, whose in groups:
-                holder = (kind, *group)
+            for group_limit, group, share, whose in groups:
+                holder = (kind, group)
                 held = self._in_flight.get(holder, 0)
                 if held + room > share:
                     raise CallerOverLimit(group_limit, ports, share // places, whose, retry_after)
@@ -282,10 +290,10 @@ class Checker:
             holders.append(kind)
         handshake_holders: list[Hashable] = []
         if is_tls and has_shares:
-            for _, *group, _, whose in groups:
+            for _, group, _, whose in groups:
                 is_network = group[0] == "network"
                 share = TLS_CHECKS_PER_CALLER * (_SHARES_OF_NETWORK if is_network else 1)
-                holder = ("tls", *group)
+                holder = ("tls", group)
                 if self._in_flight.get(holder, 0) == share:
                     whose = f"of TLS endpoints {whose}"
                     limit = Limit.NETWORK_TLS_CHECKS if is_network else Limit.CALLER_TLS_CHECKS
