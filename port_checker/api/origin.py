@@ -4,7 +4,7 @@ Programs other than browsers send none of the headers that show this, so it does
 """
 
 import socket
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 from starlette.requests import HTTPConnection, Request
@@ -47,7 +47,7 @@ def local_names(hosts: Path = Path("/etc/hosts")) -> set[str]:
         return names
     for line in lines:
         address, *aliases = line.partition("#")[0].split() or [""]
-        if _is_loopback(address):
+        if (literal := _literal(address)) and literal.is_loopback:
             names.update(alias.lower() for alias in aliases)
     return names
 
@@ -67,11 +67,9 @@ def is_name_of_this_machine(
     if not host:
         return True
     name = _host_name(host)
-    try:
-        address = parse_address(name)
+    if address := _literal(name):
         return address.is_loopback or is_own(address)
-    except ValueError:
-        return _is_localhost(name) or name in names()
+    return _is_localhost(name) or name in names()
 
 
 def require_same_origin(
@@ -93,30 +91,24 @@ def require_same_origin(
     Raises:
         CrossOrigin: The message says what to do.
     """
-    site = origin = host = forwarded_host = None
-    for name, value in connection.scope["headers"]:
-        if name == b"host":
-            host = value
-        elif name == b"origin":
-            origin = value
-        elif name == b"sec-fetch-site":
-            site = value
-        elif name == b"x-forwarded-host":
-            forwarded_host = forwarded_host or value
+    fields = dict(connection.scope["headers"])
+    site = fields.get(b"sec-fetch-site")
+    origin = fields.get(b"origin")
+    host = fields.get(b"host")
     if site in _CROSS_SITE:
         raise CrossOrigin(_ANOTHER_SITE)
     if site not in _SAME_ORIGIN and origin is not None:
         if not _is_forwarded(connection, caller):
             if not _is_same_host(origin, host):
                 raise CrossOrigin(f"{_ANOTHER_SITE} {_NOT_FORWARDED}")
-        elif not _is_same_host_to_browser(origin, host, forwarded_host):
+        elif not _is_same_host_to_browser(origin, host, connection.scope["headers"]):
             raise CrossOrigin(f"{_ANOTHER_SITE} {_HOST_NOT_PASSED_ON}")
-    if not (host and caller and caller.is_loopback):
+    if not (host and caller):
         return
     name = _host_name(host)
-    if _is_literal(name) or _is_localhost(name) or _is_forwarded(connection, caller):
+    if _literal(name) or _is_localhost(name) or not caller.is_loopback:
         return
-    if name not in names():
+    if not _is_forwarded(connection, caller) and name not in names():
         raise CrossOrigin(
             "This request comes from this machine, but its Host is not a name of this machine. Use "
             "localhost or an IP address. If a proxy forwarded it, have the proxy set "
@@ -165,7 +157,7 @@ class AllowedHosts:
         return await self._app(scope, receive, send)
 
     def _is_allowed(self, name: str) -> bool:
-        if name in self._allowed or _is_literal(name) or _is_localhost(name):
+        if name in self._allowed or _literal(name) or _is_localhost(name):
             return True
         labels = name.split(".")
         above = (".".join(labels[start:]) for start in range(1, len(labels)))
@@ -186,15 +178,16 @@ def _is_same_host(origin: bytes, host: bytes | None) -> bool:
 
 
 def _is_same_host_to_browser(
-    origin: bytes, host: bytes | None, forwarded_host: bytes | None
+    origin: bytes, host: bytes | None, fields: Iterable[tuple[bytes, bytes]]
 ) -> bool:
     """Whether the browser asked for the host of the page, as far as a proxy passes that on."""
-    if forwarded_host:  # by each proxy, the browser's first
-        return _is_same_host(origin, forwarded_host.partition(b",")[0].strip(b" \t"))
+    if hosts := [value for name, value in fields if name == b"x-forwarded-host" and value]:
+        # Each proxy may add one: the browser's is the first.
+        return _is_same_host(origin, hosts[0].partition(b",")[0].strip(b" \t"))
     name = _host_name(host or b"")
     # A proxy that does not pass Host on sends its own name for this service: an address, or a name
     # that only its configuration or its network knows (nginx: that of an upstream block).
-    if origin.partition(b"://")[2] and ("." not in name or _is_literal(name)):
+    if origin.partition(b"://")[2] and ("." not in name or _literal(name)):
         return True
     return _is_same_host(origin, host)
 
@@ -211,16 +204,9 @@ def _is_localhost(name: str) -> bool:
     return name == "localhost" or name.endswith(".localhost")
 
 
-def _is_literal(name: str) -> bool:
+def _literal(name: str) -> Address | None:
+    """Return the address that a name is, if it is one."""
     try:
-        parse_address(name)
+        return parse_address(name)
     except ValueError:
-        return False
-    return True
-
-
-def _is_loopback(text: str) -> bool:
-    try:
-        return parse_address(text).is_loopback
-    except ValueError:
-        return False
+        return None
