@@ -20,7 +20,7 @@ from port_checker.server.connections import ConnectionLimits
 from port_checker.settings import Settings
 from tests.support.http import HEALTH, check_of, connected
 from tests.support.loopback import refused_port
-from tests.support.manual import Client, ManualLoop
+from tests.support.manual import Client, ManualLoop, config_of
 from tests.support.service import ask, serve
 from tests.support.waiting import wait_until
 
@@ -61,7 +61,8 @@ def test_a_check_is_cancelled_when_its_caller_disconnects(
     checker = EndlessChecker()
     metrics, totals = Metrics(), Totals()
     totals.add(metrics.row)
-    client = Client(loop, ConnectionLimits(9), create_app(Settings(), metrics, checker=checker))
+    config = config_of(create_app(Settings(), metrics, checker=checker))
+    client = Client(loop, ConnectionLimits(9), config)
     client.send(check_of(80) + behind)
     loop.advance_to(10)
     assert checker.running == 1

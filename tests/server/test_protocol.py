@@ -6,10 +6,12 @@ import socket
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from functools import cached_property
 from typing import Any
 
 import pytest
 from fastapi import FastAPI, Response
+from uvicorn import Config
 from uvicorn.server import ServerState
 
 from port_checker.addresses import Address, parse_address, parse_host, parse_networks
@@ -18,7 +20,7 @@ from port_checker.schemas import ErrorCode
 from port_checker.server.connections import DEADLINE, MIN_COST, ConnectionLimits
 from port_checker.server.protocol import MAX_FRAMING
 from tests.support.http import HEALTH, connected, read_answer
-from tests.support.manual import Client, ManualLoop
+from tests.support.manual import Client, ManualLoop, config_of
 from tests.support.service import serve
 from tests.support.waiting import wait_until
 
@@ -46,8 +48,13 @@ class Service:
         self.clients: list[Client] = []
         self.started = 0
 
+    @cached_property
+    def config(self) -> Config:
+        """Made by the first client: until the test begins, pytest still adds handlers of logs."""
+        return config_of(self.app)
+
     def connect(self, address: str | None = "127.0.0.1") -> Client:
-        client = Client(self.loop, self.limits, self.app, state=self.state, address=address)
+        client = Client(self.loop, self.limits, self.config, state=self.state, address=address)
         self.clients.append(client)
         return client
 
@@ -274,7 +281,7 @@ def test_an_upgrade_is_ignored_and_a_trailer_dropped_in_every_segmentation(
         client = service.connect()
         for segment in segments:
             client.send(segment, turns=2)
-        service.loop.settle(turns=20)
+        service.loop.settle()
         assert seen(client) == expected, segments
         client.leave()
 
@@ -311,7 +318,7 @@ def test_pipelined_requests_are_answered_in_turn(service: Service) -> None:
     client = service.connect()
     paths = [f"/{number}" for number in range(3000)]
     client.send(b"".join(HEALTH.replace(b"/health", path.encode()) for path in paths))
-    service.loop.settle(turns=20_000)
+    service.loop.settle()
     assert [path for _, path, _, _ in seen(client)] == paths
 
 
@@ -323,7 +330,7 @@ def test_while_one_request_is_answered_no_more_than_a_few_are_read(service: Serv
     assert client.unsent == 20 * 100 * len(HEALTH) - 5 * 100 * len(HEALTH)
     assert service.started == 1
     service.slow_may_end.set()
-    service.loop.settle(turns=20_000)
+    service.loop.settle()
     assert client.statuses == [200] * 2001
 
 
@@ -350,7 +357,7 @@ def test_a_large_answer_is_not_copied_for_each_client(service: Service) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": shared})
 
-    client = Recorder(service.loop, service.limits, app)
+    client = Recorder(service.loop, service.limits, config_of(app))
     client.send(HEALTH)
     client.leave()
     assert len(sent) == 2
@@ -701,7 +708,7 @@ def test_in_one_turn_one_address_has_a_few_requests_read(service: Service) -> No
         service.connect("203.0.113.9").send(HEALTH, turns=1)
         assert service.started - before <= 2 * (8 + 8 + 1)
     service.slow_may_end.set()
-    service.loop.settle(turns=1000)
+    service.loop.settle()
     assert [client.statuses for client in crowd] == [[200]] * 100
     assert pipelining.statuses == [200] * 100
     assert [client.statuses for client in service.clients[101:]] == [[200]] * 20

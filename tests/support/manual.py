@@ -16,7 +16,7 @@ from port_checker.server.protocol import BoundedProtocol
 _Ts = TypeVarTuple("_Ts")
 
 # Turns of the event loop that are enough for everything that is ready to happen.
-_TURNS = 50
+_TURNS = 20_000
 
 
 class ManualLoop(asyncio.SelectorEventLoop):
@@ -25,12 +25,22 @@ class ManualLoop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         self._now = 0.0
         self._timers: list[asyncio.TimerHandle] = []
+        self._calls = 0  # so far scheduled
         self.failures: list[dict[str, Any]] = []
         super().__init__()
         self.set_exception_handler(lambda _, failure: self.failures.append(failure))
 
     def time(self) -> float:
         return self._now
+
+    def call_soon(
+        self,
+        callback: Callable[[*_Ts], object],
+        *args: *_Ts,
+        context: Context | None = None,
+    ) -> asyncio.Handle:
+        self._calls += 1
+        return super().call_soon(callback, *args, context=context)
 
     def call_at(
         self,
@@ -39,16 +49,20 @@ class ManualLoop(asyncio.SelectorEventLoop):
         *args: *_Ts,
         context: Context | None = None,
     ) -> asyncio.TimerHandle:
+        self._calls += 1
         timer = super().call_at(when, callback, *args, context=context)
         self._timers.append(timer)
         return timer
 
     def settle(self, turns: int = _TURNS) -> None:
-        """Let happen what is ready to happen."""
+        """Let happen what is ready to happen, in so many turns at most."""
 
         async def go_round() -> None:
             for _ in range(turns):
+                before = self._calls
                 await asyncio.sleep(0)
+                if self._calls == before + 1:  # nothing but this
+                    return
 
         self.run_until_complete(go_round())
 
@@ -60,6 +74,19 @@ class ManualLoop(asyncio.SelectorEventLoop):
             self._timers = [t for t in self._timers if not t.cancelled() and t.when() > self._now]
             self.settle()
         self._now = seconds
+
+
+def config_of(app: Any) -> Config:
+    """How uvicorn runs an application without a network, as the service has it."""
+    return Config(
+        app,
+        interface="asgi3",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        proxy_headers=False,
+        access_log=False,
+    )
 
 
 class Client(asyncio.Transport):
@@ -79,7 +106,7 @@ class Client(asyncio.Transport):
         self,
         loop: ManualLoop,
         limits: ConnectionLimits,
-        app: Any,
+        config: Config,
         *,
         state: ServerState | None = None,
         address: str | None = "127.0.0.1",
@@ -98,15 +125,6 @@ class Client(asyncio.Transport):
         self._unsent = b""  # to the server, which has paused reading
         self._high = 64 * 1024
         self._has_paused_writing = False
-        config = Config(
-            app,
-            interface="asgi3",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            proxy_headers=False,
-            access_log=False,  # as the service has it
-        )
         place = limits.admit(parse_host(address) if address else None, loop.time(), lambda: True)
         self.is_admitted = place is not None
         if place:
