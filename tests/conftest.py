@@ -10,29 +10,35 @@ import pytest
 import trustme
 
 from tests.support.packages import is_missing
-from tests.support.tls import trust
 
 collect_ignore = ["browser"] if is_missing("playwright") else []
 
 
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> trustme.CA:
+    """The only authority that a test trusts, and the programs that it starts.
+
+    To load those of the system takes each of them 20 ms of CPU (measured).
+    """
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path_factory.getbasetemp() / "authority.pem"))
+    return authority
+
+
 @pytest.fixture(autouse=True)
 def _no_settings_of_the_developer(
-    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
+    authority: trustme.CA,  # noqa: ARG001  # its file is there
 ) -> None:
     for name in os.environ:
         if name.startswith(("PORT_CHECK_", "PORT_CHECKER_")):
             monkeypatch.delenv(name)
+    base = tmp_path_factory.getbasetemp()
+    monkeypatch.setenv("SSL_CERT_FILE", str(base / "authority.pem"))
+    monkeypatch.setenv("SSL_CERT_DIR", str(base / "none"))
     # Without a .env. pytest's mktemp() looks at all directories that it has made.
-    monkeypatch.chdir(tempfile.mkdtemp(dir=tmp_path_factory.getbasetemp()))
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[trustme.CA]:
-    """The only authority that this process trusts, and the processes that it starts."""
-    authority = trustme.CA()
-    with pytest.MonkeyPatch.context() as patch:
-        trust(authority, patch, tmp_path_factory.mktemp("authority"))
-        yield authority
+    monkeypatch.chdir(tempfile.mkdtemp(dir=base))
 
 
 def pytest_configure() -> None:

@@ -64,8 +64,6 @@ from tests.support.tls import (
 )
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.usefixtures("authority")
-
 LOOPBACK = parse_address("127.0.0.1")
 NAME = "provider.example.net"
 FOREVER = datetime(3000, 1, 1, tzinfo=UTC)  # until when trustme's certificates are good

@@ -28,8 +28,6 @@ from tests.support.service import ask, program, serve
 from tests.support.tls import endpoint, https, wait_for_close
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.usefixtures("authority")
-
 NOW = datetime.now(UTC)
 DAY = timedelta(days=1)
 

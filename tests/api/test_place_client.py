@@ -355,14 +355,8 @@ def test_a_name_without_an_address_or_an_answer_is_no_answer() -> None:
 # Over TLS
 
 
-@pytest.fixture(scope="module")
-def authority() -> trustme.CA:
-    return trustme.CA()
-
-
 def test_a_certificate_is_verified_for_the_name_wherever_that_leads(authority: trustme.CA) -> None:
     trusting = ssl.create_default_context()
-    authority.configure_trust(trusting)
     names: list[str | None] = []
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("place.test").configure_cert(context)
@@ -386,7 +380,6 @@ def bad_certificates(authority: trustme.CA) -> Iterator[tuple[trustme.LeafCert, 
 
 def test_a_place_whose_certificate_is_bad_hears_no_request(authority: trustme.CA) -> None:
     trusting = ssl.create_default_context()
-    authority.configure_trust(trusting)
     for certificate, reason in bad_certificates(authority):
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         certificate.configure_cert(context)
