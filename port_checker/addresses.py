@@ -70,6 +70,7 @@ def unpack_address(packed: bytes) -> Address:
     return parse_address(str(ipaddress.ip_address(packed)))
 
 
+@functools.lru_cache(maxsize=1024)
 def parse_host(host: str) -> Address:
     """Return the address of an end of a socket, as ``getsockname`` and ASGI servers have it.
 

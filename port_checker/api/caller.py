@@ -124,7 +124,7 @@ class CallerResolver:
 
     def resolve(self, connection: HTTPConnection) -> Address | None:
         """Return the caller's address, or None if it is unknown."""
-        peer = connection.scope["client"][0] if connection.scope.get("client") else None
+        client = connection.scope.get("client")
         forwarded_for: list[str] = []
         host: bytes | None = None
         has_trace = False
@@ -135,9 +135,9 @@ class CallerResolver:
                 host = value
             elif name in _TRACES or name.startswith(_TRACE_PREFIXES):
                 has_trace = True
-        is_unix = _is_on_unix_socket(connection)
+        is_unix = not client and _is_unix_socket(connection.scope.get("server"))
         try:
-            address = _UNIX_PEER if is_unix else parse_host(peer or "")
+            address = _UNIX_PEER if is_unix else parse_host(client[0] if client else "")
         except ValueError:
             return None
         if not is_unix and not lies_in(address, self._trusted_proxies):
@@ -202,14 +202,14 @@ class CallerResolver:
             )
 
 
-def _is_on_unix_socket(connection: HTTPConnection) -> bool:
-    """Whether the peer is on a Unix socket: a proxy on this machine, which is trusted.
+def _is_unix_socket(server: tuple[str, int | None] | None) -> bool:
+    """Whether our end of a connection whose peer has no address is a Unix socket's.
 
-    A Unix socket has no port (ASGI's specification). The peer of a TCP connection has no address
-    either once the connection has been reset, but our end of it has one.
+    A proxy on this machine is at the other, and is trusted. A Unix socket has no port (ASGI's
+    specification). The peer of a TCP connection has no address either once the connection has been
+    reset, but our end of it has one.
     """
-    server = connection.scope.get("server")
-    return bool(not connection.scope.get("client") and server and server[1] is None)
+    return bool(server and server[1] is None)
 
 
 def forwarded_caller(

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -126,17 +126,17 @@ class RateLimiter:
             finally:
                 self._shared = None
 
-    async def pay_request(self, caller: Address | None) -> None:
+    def pay_request(self, caller: Address | None) -> Awaitable[None]:
         """Count one request of ``caller``.
 
         Raises:
             RateLimited: It has none left, or its /48 has none.
         """
-        await self._pay(self._requests(caller), 1)
+        return self._pay(self._requests(caller), 1)
 
-    async def pay_ports(
+    def pay_ports(
         self, caller: Address | None, target: Address, ports: int, places: int = 1
-    ) -> None:
+    ) -> Awaitable[None]:
         """Count ``ports`` that ``caller`` asks of ``target``, once for each of so many places.
 
         Ports of the caller's own address have a limit of their own, so strangers cannot use up what
@@ -146,9 +146,8 @@ class RateLimiter:
             RateLimited: The caller, its /48 or the target has fewer left; nothing was counted.
         """
         if have_one_subscriber(caller, target):
-            await self._pay(self._own(caller), ports, places)
-        else:
-            await self._pay(self._others(caller) + self._targets(target), ports, places)
+            return self._pay(self._own(caller), ports, places)
+        return self._pay(self._others(caller) + self._targets(target), ports, places)
 
     async def _pay(self, quotas: "Sequence[_Quota]", cost: int, times: int = 1) -> None:
         """Take the cost so many times from each of the quotas."""

@@ -3,6 +3,7 @@
 Programs other than browsers send none of the headers that show this, so it does not affect them.
 """
 
+import functools
 import socket
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -192,6 +193,7 @@ def _is_same_host_to_browser(
     return _is_same_host(origin, host)
 
 
+@functools.lru_cache(maxsize=16)  # a server has few names, and each request needs one twice
 def _host_name(authority: bytes) -> str:
     """Return the host of ``host:port``, in lower case and without brackets."""
     text = authority.decode("latin-1").lower()
