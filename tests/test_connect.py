@@ -573,7 +573,7 @@ def test_hold_ups_are_measured_and_small_delays_are_none() -> None:
 # What the kernel refuses
 
 REFUSED_CALL_SCRIPT = """
-import asyncio, sys
+import asyncio, os, sys
 from port_checker.addresses import parse_address
 from port_checker.connect import CheckFailed, OpenConnectionPacer, WayToTarget, attempt
 from tests.support.loopback import open_port, refused_port, silent_port
@@ -591,35 +591,32 @@ async def check(host, call):
         else:
             print({ports[port]: verdict.kind.value for port, verdict in verdicts.items()})
 
-asyncio.run(check(*sys.argv[1:]))
+host, *calls = sys.argv[1:]
+for call in calls:
+    if not os.fork():  # which costs less than an interpreter
+        asyncio.run(check(host, call))
+        break
+    os.wait()
 """
 ALL_RIGHT = "{'open': 'accessible', 'refused': 'refused', 'silent': 'timed_out'}"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-@pytest.mark.parametrize(
-    ("call", "outcome"),
-    [
-        ("setsockopt", ALL_RIGHT),  # what is nice to have
-        *(
-            (call, "could not connect: Operation not permitted")
-            for call in (
-                *("epoll_create1", "socket", "epoll_ctl", "connect", "getsockopt"),
-                *("getsockname", "recvmsg"),
-            )
-        ),
-    ],
-)
-def test_a_call_that_is_refused_is_the_checkers_failure(host: str, call: str, outcome: str) -> None:
+def test_a_call_that_is_refused_is_the_checkers_failure(host: str) -> None:
+    nice_to_have = ["setsockopt"]
+    needed = ["epoll_create1", "socket", "epoll_ctl", "connect", "getsockopt"]
+    needed += ["getsockname", "recvmsg"]
     done = subprocess.run(
-        [sys.executable, "-c", REFUSED_CALL_SCRIPT, host, call],
+        [sys.executable, "-c", REFUSED_CALL_SCRIPT, host, *nice_to_have, *needed],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
-    assert (done.stdout.strip(), done.stderr) == (outcome, "")
+    failure = "could not connect: Operation not permitted"
+    assert done.stdout.splitlines() == [ALL_RIGHT] + [failure] * len(needed)
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize(

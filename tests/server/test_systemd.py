@@ -48,30 +48,7 @@ def is_healthy(running: Program) -> bool:
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_it_tells_when_it_is_ready_that_it_lives_and_that_it_stops(
-    workers: str, tmp_path: Path
-) -> None:
-    address = str(tmp_path / "notify")
-    with (
-        manager(address) as notices,
-        program(ready=False, NOTIFY_SOCKET=address, PORT_CHECKER_WORKERS=workers) as running,
-    ):
-        first = notices.next()
-        assert "READY=1" in first
-        status = "0 checks in the last [0-9]+ s; 0 ports in flight, [0-9]+ connections"
-        assert re.fullmatch(f"STATUS={status}", first[-1])
-        assert is_healthy(running)
-        assert "WATCHDOG=1" in notices.next()
-        running.process.send_signal(signal.SIGTERM)
-        assert notices.next_other_than("WATCHDOG=1") == [
-            "STOPPING=1",
-            "STATUS=Finishing the checks in flight",
-        ]
-        assert running.wait() == 0
-
-
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_socket_that_systemd_passes_is_listened_on_and_whoever_is_accepted_is_answered(
+def test_it_listens_on_a_socket_that_systemd_passes_and_tells_how_it_is(
     workers: str, tmp_path: Path
 ) -> None:
     port, address = free_port(), str(tmp_path / "notify")
@@ -79,19 +56,28 @@ def test_a_socket_that_systemd_passes_is_listened_on_and_whoever_is_accepted_is_
         manager(address) as notices,
         program(
             *passing(f"socket.AF_INET, ('127.0.0.1', {port})"),
+            ready=False,
             PORT_CHECKER_HOST="192.0.2.7",  # which cannot be bound
             PORT_CHECKER_PORT=str(port),
             PORT_CHECKER_WORKERS=workers,
             NOTIFY_SOCKET=address,
         ) as running,
         running.client() as client,
-        connected(client) as accepted,
+        ExitStack() as stack,
     ):
+        first = notices.next()
+        assert "READY=1" in first
+        status = "0 checks in the last [0-9]+ s; 0 ports in flight, [0-9]+ connections"
+        assert re.fullmatch(f"STATUS={status}", first[-1])
+        accepted = stack.enter_context(connected(client))
         assert is_healthy(running)
+        assert "WATCHDOG=1" in notices.next()
         running.process.send_signal(signal.SIGTERM)
-        while "STOPPING=1" not in notices.next():
-            pass
-        head = b""
+        assert notices.next_other_than("WATCHDOG=1") == [
+            "STOPPING=1",
+            "STATUS=Finishing the checks in flight",
+        ]
+        head = b""  # whoever was accepted is answered
         while b"\r\nconnection: close\r\n" not in head.lower():  # workers hear of it a little later
             accepted.sendall(HEALTH)
             head, _ = read_answer(accepted)

@@ -64,7 +64,7 @@ def test_workers_share_the_port_start_as_their_parent_did_and_stop_together() ->
     assert len(lines_with(running, " outcome=completed ")) == 8
 
 
-def test_each_worker_has_as_many_connections_as_the_other() -> None:
+def test_each_worker_has_as_many_connections_as_the_other_and_ends_with_its_parent() -> None:
     with (
         program(PORT_CHECKER_WORKERS="2", PORT_CHECKER_DEBUG="true") as running,
         ExitStack() as stack,
@@ -79,13 +79,8 @@ def test_each_worker_has_as_many_connections_as_the_other() -> None:
         wait_until(each_has_many, "connections of both workers")
         first, second = (descriptors(pid) - before[pid] for pid in before)
         assert abs(first - second) <= 5
-
-
-def test_workers_end_with_their_parent() -> None:
-    with program(PORT_CHECKER_WORKERS="2") as running:
-        workers = running.workers()
         running.process.kill()
-        wait_until(lambda: not any(map(is_running, workers)), "the workers' end")
+        wait_until(lambda: not any(map(is_running, before)), "the workers' end")
 
 
 def test_a_worker_that_is_told_to_stop_gets_no_more_connections() -> None:
