@@ -134,7 +134,7 @@ def have_one_subscriber(one: Address | None, other: Address | None) -> bool:
     """Whether two addresses belong to one subscriber; an unknown address belongs to nobody."""
     if one is None or other is None:
         return False
-    return one == other or subscriber(one) == subscriber(other)
+    return one is other or subscriber(one) == subscriber(other)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -104,12 +104,12 @@ def require_same_origin(
                 raise CrossOrigin(f"{_ANOTHER_SITE} {_NOT_FORWARDED}")
         elif not _is_same_host_to_browser(origin, host, connection.scope["headers"]):
             raise CrossOrigin(f"{_ANOTHER_SITE} {_HOST_NOT_PASSED_ON}")
-    if not (host and caller):
+    if not (host and caller and caller.is_loopback):
         return
     name = _host_name(host)
-    if _literal(name) or _is_localhost(name) or not caller.is_loopback:
+    if _literal(name) or _is_localhost(name) or _is_forwarded(connection, caller):
         return
-    if not _is_forwarded(connection, caller) and name not in names():
+    if name not in names():
         raise CrossOrigin(
             "This request comes from this machine, but its Host is not a name of this machine. Use "
             "localhost or an IP address. If a proxy forwarded it, have the proxy set "
