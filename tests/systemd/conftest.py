@@ -20,7 +20,8 @@ rm -rf "$1"
 mkdir -p "$1"/{checkout,newer,wheels}
 git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t "$1/checkout"
 make -C "$1/checkout" deb VENV="$0"
-cp "$1"/checkout/build/deb/*.whl "$1/wheels"
+mv "$1"/checkout/build/deb/*.whl "$1/wheels"
+rm -r "$1"/checkout/{build,debian/golem-port-checker}
 "$0/bin/python" -m pip download --quiet --dest "$1/wheels" --only-binary :all: \\
     --python-version 3.11 --platform=manylinux_2_{17,28}_"$(uname -m)" \\
     --constraint constraints.txt \\
