@@ -43,14 +43,9 @@ METRICS = {
 )
 @pytest.mark.parametrize("command", ["check rules rules.yml", "test rules rules_test.yml"])
 def test_promtool_finds_no_fault_with_the_rules(command: str) -> None:
-    done = subprocess.run(
-        ["promtool", *command.split()],
-        cwd=PROMETHEUS,
-        env={**os.environ, "GOGC": "400", "GOMAXPROCS": "1"},  # a third less CPU (measured)
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    less_work = ["env", "GOGC=400", "GOMAXPROCS=1"]  # by a third (measured)
+    words = [*less_work, "promtool", *command.split()]
+    done = subprocess.run(words, cwd=PROMETHEUS, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
 
