@@ -110,7 +110,7 @@ clean:
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	    "Python 3.11 or later is needed; choose one with make PYTHON=python3.11.")'
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
 	@# The latest takes half the time of older ones.
 	@$(PIP) install --upgrade pip
 

@@ -20,7 +20,7 @@ pytestmark = [
 
 SHOW = "systemctl show golem-port-checker --value --property "
 
-# Than by the unit's own.
+# The unit's own is 30 s.
 SOONER = "WatchdogSec=10"
 
 
@@ -71,10 +71,7 @@ def main_pid(container: Container) -> str:
 
 
 def wait_for_another_process(container: Container, pid: str) -> None:
-    """Wait until the service has another process than this one, which answers.
-
-    Inside, where to look again costs little, and it is no use before the old one is gone.
-    """
+    """Wait until the service has another process than this one, which answers."""
     container.run(
         f"tail --pid={pid} --sleep-interval=0.1 --follow /dev/null\n"
         f"until [[ $({SHOW}MainPID) != @(0|{pid}) ]]; do sleep 0.1; done\n"
