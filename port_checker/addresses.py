@@ -29,19 +29,18 @@ class _IPv4(IPv4Address):
     a network: together 8 % of a request (measured).
     """
 
-    __slots__ = ("_hash", "_is_loopback")
+    __slots__ = ("_hash",)
 
     def __init__(self, address: object) -> None:
         super().__init__(address)
         self._hash = super().__hash__()
-        self._is_loopback = super().is_loopback
 
     def __hash__(self) -> int:
         return self._hash
 
     @property
     def is_loopback(self) -> bool:
-        return self._is_loopback
+        return int(self) >> 24 == 127
 
 
 @functools.lru_cache(maxsize=1024)  # a check names the same few addresses again and again
@@ -56,12 +55,10 @@ def parse_address(text: str) -> Address:
     """
     if len(text) > _LONGEST_LITERAL or "%" in text:
         raise ValueError("not an IPv4 or IPv6 address")
-    address = ipaddress.ip_address(text)
-    if isinstance(address, IPv6Address):
-        if not address.ipv4_mapped:
-            return address
-        address = address.ipv4_mapped
-    return _IPv4(int(address))
+    if ":" not in text:
+        return _IPv4(text)
+    address = IPv6Address(text)
+    return _IPv4(int(address.ipv4_mapped)) if address.ipv4_mapped else address
 
 
 @functools.lru_cache(maxsize=1024)
