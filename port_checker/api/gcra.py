@@ -18,17 +18,19 @@ _TOLERANCE: Final = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """What one limit lets through of one key.
+    """What one limit lets through of each key.
 
     Attributes:
-        key: Whose limit it is.
         interval: Seconds after which the limit gives one back.
         capacity: How many the limit lets through at once.
     """
 
-    key: str
     interval: float
     capacity: int
+
+
+# What a payment takes from one limit: the key of who pays, and what the limit lets through of it.
+Charge = tuple[str, Quota]
 
 
 class MemoryStore:
@@ -46,28 +48,28 @@ class MemoryStore:
         """Return how many keys it remembers."""
         return len(self._arrivals)
 
-    def pay(self, quotas: Sequence[Quota], cost: int, now: float) -> list[float]:
+    def pay(self, charges: Sequence[Charge], cost: int, now: float) -> list[float]:
         """Make a payment, if none of its limits refuses.
 
         Args:
-            quotas: One of each limit; no two have the same key.
+            charges: One for each limit; no two have the same key.
             cost: How many the payment takes of each; 0 asks, and takes nothing.
             now: Seconds on a clock that never goes back.
 
         Returns:
-            For each quota, the seconds after which its limit would let the payment through: 0
+            For each charge, the seconds after which its limit would let the payment through: 0
             unless it refuses.
         """
         kept = self._arrivals
         arrivals = []
         waits = []
-        for quota in quotas:
-            arrival = kept.get(quota.key, now)
+        for key, quota in charges:
+            arrival = kept.get(key, now)
             if arrival < now:
                 arrival = now
             arrival += cost * quota.interval
             early = arrival - now - quota.capacity * quota.interval
-            arrivals.append((quota.key, arrival))
+            arrivals.append((key, arrival))
             waits.append(early if early > _TOLERANCE else 0.0)
         is_refused = any(waits)
         for key, arrival in arrivals:
@@ -81,7 +83,7 @@ class MemoryStore:
 
 
 # The same in Redis, by its clock, for any number of payments in one call. Of each payment, ARGV
-# has the number of its quotas, its cost and, for each quota, interval and capacity; KEYS has the
+# has the number of its charges, its cost and, for each charge, interval and capacity; KEYS has the
 # keys of all of them. The times are counted from 2025, so that they have digits to spare. Redis'
 # clock may go back, or a replica with another clock take over: no arrival can rightly lie further
 # ahead than the whole limit, so what does is taken for that.
@@ -91,30 +93,30 @@ local now = time[1] - 1735689600 + time[2] / 1000000
 local waits = {{}}
 local argument, paid = 1, 0
 while argument <= #ARGV do
-  local quotas, cost = tonumber(ARGV[argument]), tonumber(ARGV[argument + 1])
+  local charges, cost = tonumber(ARGV[argument]), tonumber(ARGV[argument + 1])
   local arrivals, refused = {{}}, false
   argument = argument + 2
-  for quota = 1, quotas do
-    local key = KEYS[paid + quota]
+  for charge = 1, charges do
+    local key = KEYS[paid + charge]
     local interval, capacity = tonumber(ARGV[argument]), tonumber(ARGV[argument + 1])
     argument = argument + 2
     local kept = math.min(tonumber(redis.call("GET", key) or now), now + capacity * interval)
     local arrival = math.max(now, kept) + cost * interval
-    arrivals[quota] = arrival
+    arrivals[charge] = arrival
     local early = arrival - now - capacity * interval
     if early > {_TOLERANCE} then
       refused = true
-      waits[paid + quota] = tostring(early)
+      waits[paid + charge] = tostring(early)
     else
-      waits[paid + quota] = "0"
+      waits[paid + charge] = "0"
     end
   end
   if not refused then
-    for quota, arrival in ipairs(arrivals) do
-      redis.call("SET", KEYS[paid + quota], arrival, "EX", math.max(1, math.ceil(arrival - now)))
+    for charge, arrival in ipairs(arrivals) do
+      redis.call("SET", KEYS[paid + charge], arrival, "EX", math.max(1, math.ceil(arrival - now)))
     end
   end
-  paid = paid + quotas
+  paid = paid + charges
 end
 return waits
 """

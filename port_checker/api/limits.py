@@ -1,7 +1,6 @@
 """How often callers may ask, and how many ports they may have checked."""
 
 import contextlib
-import functools
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -77,25 +76,25 @@ class RateLimiter:
         max_keys: int = MAX_KEYS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._requests = _quotas_of(
-            "requests", requests, "{who} too often.", Limit.CALLER_REQUESTS, Limit.NETWORK_REQUESTS
+        self._requests, self._site_requests = _of_caller_and_site(
+            "requests", requests, "too often.", Limit.CALLER_REQUESTS, Limit.NETWORK_REQUESTS
         )
-        self._own = _quotas_of(
+        self._own, self._site_own = _of_caller_and_site(
             "own",
             own,
-            "{who} for too many ports of your own address.",
+            "for too many ports of your own address.",
             Limit.CALLER_OWN_PORTS,
             Limit.NETWORK_OWN_PORTS,
         )
-        self._others = _quotas_of(
+        self._others, self._site_others = _of_caller_and_site(
             "others",
             others,
-            "{who} for too many ports of others' addresses.",
+            "for too many ports of others' addresses.",
             Limit.CALLER_OTHERS_PORTS,
             Limit.NETWORK_OTHERS_PORTS,
         )
-        self._targets = _quotas_of(
-            "targets", targets, "Too many ports of {key} were asked for.", Limit.TARGET_PORTS
+        self._targets = _limit(
+            "targets", targets, Limit.TARGET_PORTS, "Too many ports of {} were asked for."
         )
         self._url = store
         self._answer_timeout = answer_timeout
@@ -111,8 +110,8 @@ class RateLimiter:
     @contextlib.asynccontextmanager
     async def shared(self) -> AsyncIterator[None]:
         """Share the limits with other processes in the block, if the store is Redis."""
-        all_limits = self._requests, self._own, self._others, self._targets
-        probe = [quota for quotas_of in all_limits for quota in quotas_of(None)]
+        limits = self._requests, self._own, self._others, self._targets
+        probe = [(f"{limit.prefix}probe", limit) for limit in limits if limit]
         if self._url == IN_PROCESS or not probe:
             yield
             return
@@ -132,7 +131,7 @@ class RateLimiter:
         Raises:
             RateLimited: It has none left, or its /48 has none.
         """
-        return self._pay(self._requests(caller), 1)
+        return self._pay(_charges(self._requests, self._site_requests, caller), 1)
 
     def pay_ports(
         self, caller: Address | None, target: Address, ports: int, places: int = 1
@@ -146,67 +145,71 @@ class RateLimiter:
             RateLimited: The caller, its /48 or the target has fewer left; nothing was counted.
         """
         if have_one_subscriber(caller, target):
-            return self._pay(self._own(caller), ports, places)
-        return self._pay(self._others(caller) + self._targets(target), ports, places)
+            charges = _charges(self._own, self._site_own, caller)
+        else:
+            charges = _charges(self._others, self._site_others, caller)
+            if self._targets:
+                charges.append((self._targets.prefix + subscriber(target), self._targets))
+        return self._pay(charges, ports, places)
 
-    async def _pay(self, quotas: "Sequence[_Quota]", cost: int, times: int = 1) -> None:
-        """Take the cost so many times from each of the quotas."""
-        if not quotas:
+    async def _pay(
+        self, charges: "Sequence[tuple[str, _Limit]]", cost: int, times: int = 1
+    ) -> None:
+        """Take the cost so many times from each of the limits."""
+        if not charges:
             return
-        waits = await self._shared.pay(quotas, cost * times) if self._shared else None
+        waits = await self._shared.pay(charges, cost * times) if self._shared else None
         if waits is None:
-            waits = self._memory.pay(quotas, cost * times, self._clock())
+            waits = self._memory.pay(charges, cost * times, self._clock())
         if longest := max(waits):
-            quota = next(each for each, wait in zip(quotas, waits, strict=True) if wait)
-            refusal = quota.refusal
-            most = quota.capacity // times
+            key, limit = next(each for each, wait in zip(charges, waits, strict=True) if wait)
+            refusal = limit.refusal.format(key.removeprefix(limit.prefix))
+            most = limit.capacity // times
             if cost > most:  # no pause would help; the settings see to it where there is one place
                 refusal += f" Ask for at most {most} per request."
-            raise RateLimited(refusal, longest, quota.limit)
+            raise RateLimited(refusal, longest, limit.name)
 
 
 @dataclass(frozen=True, slots=True)
-class _Quota(Quota):
-    """What one limit lets through of one address or network.
+class _Limit(Quota):
+    """What one limit lets through of each key that begins with ``prefix``.
 
     Attributes:
-        limit: Its name in the log and in the metrics.
-        refusal: What to say when it is reached.
+        name: In the log and in the metrics.
+        refusal: What to say when it is reached, with ``{}`` for the rest of the key.
     """
 
-    limit: Limit
+    prefix: str
+    name: Limit
     refusal: str
 
 
-def _quotas_of(
-    kind: str, rate: Rate | None, refusal: str, *limits: Limit
-) -> Callable[[Address | None], tuple[_Quota, ...]]:
-    """Return what finds the quotas of an address.
+def _limit(
+    kind: str, rate: Rate | None, name: Limit, refusal: str, factor: int = 1
+) -> _Limit | None:
+    if not rate:
+        return None
+    capacity = rate.count * factor
+    interval = rate.period.total_seconds() / capacity
+    return _Limit(interval, capacity, f"{_PREFIX}{kind}:", name, refusal)
 
-    Args:
-        kind: What is counted, in the keys.
-        rate: Of one subscriber; None for no limit.
-        refusal: What to say, with ``{who}`` for who asks, or ``{key}`` for the subscriber.
-        limits: The name of the subscriber's limit; then that of its site's, if there is one.
-    """
 
-    # Made anew for each payment, quotas took 3 % of a check of one port (measured).
-    @functools.lru_cache(maxsize=1024)
-    def quotas_of(address: Address | None) -> tuple[_Quota, ...]:
-        if not rate:
-            return ()
-        key, network = subscriber(address) if address else "unknown", site(address)
-        payers = (key, 1, "You ask"), (network, _SITE_RATES, f"Your network {network} asks")
-        return tuple(
-            _Quota(
-                f"{_PREFIX}{kind}:{key}",
-                rate.period.total_seconds() / (rate.count * factor),
-                rate.count * factor,
-                limit,
-                refusal.format(who=who, key=key),
-            )
-            for limit, (key, factor, who) in zip(limits, payers, strict=False)
-            if key
-        )
+def _of_caller_and_site(
+    kind: str, rate: Rate | None, what: str, name: Limit, site_name: Limit
+) -> tuple[_Limit | None, _Limit | None]:
+    return (
+        _limit(kind, rate, name, f"You ask {what}"),
+        _limit(kind, rate, site_name, f"Your network {{}} asks {what}", _SITE_RATES),
+    )
 
-    return quotas_of
+
+def _charges(
+    limit: _Limit | None, site_limit: _Limit | None, caller: Address | None
+) -> list[tuple[str, _Limit]]:
+    """Return what a caller, and its site if it has one, pay to."""
+    if not (limit and site_limit):
+        return []
+    charges = [(limit.prefix + (subscriber(caller) if caller else "unknown"), limit)]
+    if network := site(caller):
+        charges.append((site_limit.prefix + network, site_limit))
+    return charges

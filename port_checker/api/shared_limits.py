@@ -36,7 +36,7 @@ from redis.exceptions import (
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from port_checker.api.gcra import PAY_IN_REDIS, Quota
+from port_checker.api.gcra import PAY_IN_REDIS, Charge
 from port_checker.resolver import Resolver
 from port_checker.settings import REDIS_CLUSTER
 
@@ -81,7 +81,7 @@ _ONCE: Final = Retry(NoBackoff(), 0)
 
 logger = logging.getLogger(__name__)
 
-_Payment = tuple[Sequence[Quota], int]  # what it is paid from, and its cost
+_Payment = tuple[Sequence[Charge], int]  # and what it takes of each
 _Answer = asyncio.Future[list[float] | None]
 
 
@@ -95,7 +95,7 @@ class SharedStore:
     Args:
         url: ``redis://``, with TLS ``rediss://``, of a cluster ``redis+cluster://``, or of a Unix
             socket ``unix://``.
-        probe: The quotas of a probe's payment, of all limits; its cost is 0. After a payment has
+        probe: The charges of a probe's payment, to all limits; its cost is 0. After a payment has
             failed, probes repeat that one, at cost 0.
         answer_timeout: Seconds that a payment waits.
         warning_interval: The least seconds between two warnings about a Redis that comes and goes.
@@ -107,7 +107,7 @@ class SharedStore:
     def __init__(
         self,
         url: str,
-        probe: Sequence[Quota],
+        probe: Sequence[Charge],
         answer_timeout: float = ANSWER_TIMEOUT,
         warning_interval: float = 60,
     ) -> None:
@@ -138,22 +138,22 @@ class SharedStore:
             await asyncio.wait(running)
         await self._disconnect()
 
-    async def pay(self, quotas: Sequence[Quota], cost: int) -> list[float] | None:
+    async def pay(self, charges: Sequence[Charge], cost: int) -> list[float] | None:
         """Make a payment, if none of its limits refuses.
 
         Args:
-            quotas: One of each limit; no two have the same key.
+            charges: One for each limit; no two have the same key.
             cost: How many the payment takes of each.
 
         Returns:
-            For each quota, the seconds after which its limit would let the payment through: 0
+            For each charge, the seconds after which its limit would let the payment through: 0
             unless it refuses. None if Redis is unavailable or did not answer in time; Redis may
             still count such a payment.
         """
         if not self.is_available:
             return None
         answer: _Answer = asyncio.get_running_loop().create_future()
-        self._waiting.append(((quotas, cost), answer))
+        self._waiting.append(((charges, cost), answer))
         if not self._sending or self._sending.done():
             self._sending = asyncio.create_task(self._send())
         try:
@@ -175,7 +175,7 @@ class SharedStore:
                 async with _timeout(self._answer_timeout):
                     results = await self._ask([payment for payment, _ in together])
             except Exception:  # whatever goes wrong with Redis, checks go on
-                self._probe_payments = [(quotas, 0) for (quotas, _), _ in together]
+                self._probe_payments = [(charges, 0) for (charges, _), _ in together]
                 self._become_unavailable()
                 together += self._waiting  # they would wait in vain
                 self._waiting.clear()
@@ -185,11 +185,11 @@ class SharedStore:
                     answer.set_result(result)
 
     async def _ask(self, payments: Sequence[_Payment]) -> list[list[float]]:
-        keys = [quota.key for quotas, _ in payments for quota in quotas]
+        keys = [key for charges, _ in payments for key, _ in charges]
         arguments: list[float] = []
-        for quotas, cost in payments:
-            arguments += len(quotas), cost
-            for quota in quotas:
+        for charges, cost in payments:
+            arguments += len(charges), cost
+            for _, quota in charges:
                 arguments += quota.interval, quota.capacity
         answer = await self._client.run(keys, arguments)
         if not isinstance(answer, list) or len(answer) != len(keys):
@@ -198,7 +198,7 @@ class SharedStore:
         if not all(0 <= wait < math.inf for wait in waits):
             raise ValueError("not a time to wait")
         remaining = iter(waits)
-        return [[next(remaining) for _ in quotas] for quotas, _ in payments]
+        return [[next(remaining) for _ in charges] for charges, _ in payments]
 
     def _become_unavailable(self) -> None:
         self.is_available = False
