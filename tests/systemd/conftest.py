@@ -23,8 +23,7 @@ make -C "$1/checkout" deb VENV="$0"
 mv "$1"/checkout/build/deb/*.whl "$1/wheels"
 rm -r "$1"/checkout/{build,debian/golem-port-checker}
 "$0/bin/python" -m pip download --quiet --dest "$1/wheels" --only-binary :all: \\
-    --python-version 3.11 --platform=manylinux_2_{17,28}_"$(uname -m)" \\
-    --constraint constraints.txt \\
+    --python-version 3.11 --platform=manylinux_2_{17,28}_"$(uname -m)" -c constraints.txt \\
     "$(ls "$1"/wheels/*.whl)[metrics,redis]" hatchling editables async-timeout
 dpkg-deb --raw-extract "$1"/checkout/dist/*.deb "$1/files"
 cd "$1/files"

@@ -144,10 +144,11 @@ def test_it_can_write_nothing_and_sees_no_other_process(container: Container) ->
     assert set(container.run(f"cat {temporary}/seen").split()) == {"sh"}
 
 
-def test_a_killed_process_is_back(container: Container) -> None:
+@pytest.mark.parametrize("signal", ["KILL", "TERM"])
+def test_who_ends_the_process_does_not_end_the_service(container: Container, signal: str) -> None:
     configure(container, PORT_CHECKER_WORKERS=2)
     before = main_pid(container)
-    container.run(f"kill -KILL {before}")
+    container.run(f"kill -{signal} {before}")
     wait_for_another_process(container, before)
 
 
@@ -292,12 +293,6 @@ def test_a_settings_file_in_the_root_folder_is_somebody_elses(container: Contain
         container.run("systemctl restart golem-port-checker")
     finally:
         container.run("rm /.env")
-
-
-def test_who_stops_the_process_does_not_stop_the_service(container: Container) -> None:
-    before = main_pid(container)
-    container.run(f"kill -TERM {before}")
-    wait_for_another_process(container, before)
 
 
 def test_a_wrong_setting_is_no_endless_loop_where_systemd_listens(container: Container) -> None:
