@@ -55,10 +55,12 @@ def parse_address(text: str) -> Address:
     """
     if len(text) > _LONGEST_LITERAL or "%" in text:
         raise ValueError("not an IPv4 or IPv6 address")
-    if ":" not in text:
-        return _IPv4(text)
-    address = IPv6Address(text)
-    return _IPv4(int(address.ipv4_mapped)) if address.ipv4_mapped else address
+    address = ipaddress.ip_address(text)
+    if isinstance(address, IPv6Address):
+        if not address.ipv4_mapped:
+            return address
+        address = address.ipv4_mapped
+    return _IPv4(int(address))
 
 
 @functools.lru_cache(maxsize=1024)
