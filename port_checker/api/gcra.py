@@ -53,7 +53,7 @@ class MemoryStore:
 
         Args:
             charges: One for each limit; no two have the same key.
-            cost: How many the payment takes of each; 0 asks, and takes nothing.
+            cost: How many the payment takes of each; 0 asks, and writes as a payment does.
             now: Seconds on a clock that never goes back.
 
         Returns:
