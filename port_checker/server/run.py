@@ -84,6 +84,8 @@ _FULL_COLLECTION = 3000
 
 # Descriptors that the process itself needs: log, event loop, listening socket, and some to spare.
 _RESERVED_DESCRIPTORS = 50
+_MIN_DESCRIPTORS = _RESERVED_DESCRIPTORS + 2  # for one connection, and one port in flight
+_WHERE_LIMIT_IS_RAISED = "LimitNOFILE= in systemd, ulimit -n in a shell"
 
 # Providers' software, and how many seconds it waits for an answer.
 _PATIENCE = {
@@ -158,7 +160,13 @@ class Service:
     def _run(self) -> bool:
         for warning in warnings_of_names(os.environ):
             logger.warning(warning)
-        self._settings = fit_descriptor_limit(self._settings, raise_descriptor_limit())
+        limit = raise_descriptor_limit()
+        if limit != resource.RLIM_INFINITY and limit < _MIN_DESCRIPTORS:  # libuv would abort
+            raise CannotStart(
+                f"cannot start: this process may open only {limit} files, and needs "
+                f"{_MIN_DESCRIPTORS}. Raise that limit ({_WHERE_LIMIT_IS_RAISED})."
+            )
+        self._settings = fit_descriptor_limit(self._settings, limit)
         warn_of_small_shares(self._settings)
         if trouble := trust_trouble():
             logger.warning("/check-tls answers CHECK_FAILED: %s", trouble)
@@ -576,10 +584,11 @@ def fit_descriptor_limit(settings: Settings, limit: int) -> Settings:
         return settings
     logger.warning(
         "PORT_CHECK_MAX_IN_FLIGHT=%d lowered to %d: this process may open only %d files. "
-        "Raise that limit (LimitNOFILE= in systemd, ulimit -n in a shell).",
+        "Raise that limit (%s).",
         settings.max_in_flight,
         fitting,
         limit,
+        _WHERE_LIMIT_IS_RAISED,
     )
     share = max(1, settings.max_in_flight_per_caller * fitting // settings.max_in_flight)
     return settings.model_copy(update={"max_in_flight": fitting, "max_in_flight_per_caller": share})

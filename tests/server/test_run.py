@@ -411,3 +411,10 @@ def test_what_the_system_refuses_at_the_start_is_one_line() -> None:
         assert running.wait() == 1
     assert "port-checker: cannot start: Operation not permitted\n" in running.lines
     assert not [line for line in running.lines if "Traceback" in line]
+
+
+def test_it_does_not_start_without_the_descriptors_that_it_needs() -> None:
+    with program(descriptors=24, ready=False) as running:
+        assert running.wait() == 1
+    (line,) = running.lines
+    assert line.startswith("port-checker: cannot start: this process may open only 24 files, and ")
