@@ -2,8 +2,8 @@
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Final, Self
 
 from port_checker.addresses import Address
@@ -119,22 +119,26 @@ def max_request_for_others(max_in_flight: int, share: int, places: int) -> int:
 
 
 class Reservation:
-    """Ports in flight, reserved for one check; a context manager that gives them back."""
+    """Ports in flight, reserved for one check; a context manager that gives them back.
+
+    Args:
+        in_flight: What each holder has in flight, with this check.
+        holders: Of the ports.
+        ports: How many.
+        handshake_holders: Of the check's TLS handshake, if there will be one.
+    """
 
     def __init__(
         self,
         in_flight: dict[Hashable, int],
-        holders: Sequence[Hashable],
+        holders: Iterable[Hashable],
         ports: int,
-        handshake_holders: Sequence[Hashable] = (),
+        handshake_holders: Iterable[Hashable],
     ) -> None:
         self._in_flight = in_flight
         self._holders = holders
         self._ports = ports
         self._handshake_holders = handshake_holders
-        self._add(holders, ports)
-        if handshake_holders:
-            self._add(handshake_holders, 1)
 
     def __enter__(self) -> Self:
         return self
@@ -142,19 +146,17 @@ class Reservation:
     def __exit__(self, *_: object) -> None:
         if self._ports:
             self.release(self._ports)
-        if self._handshake_holders:
-            self._add(self._handshake_holders, -1)
+        self._give_back(self._handshake_holders, 1)
 
     def release(self, ports: int) -> None:
         """Give back ``ports``, which are no longer in flight."""
         self._ports -= ports
-        self._add(self._holders, -ports)
+        self._give_back(self._holders, ports)
 
-    def _add(self, holders: Sequence[Hashable], amount: int) -> None:
+    def _give_back(self, holders: Iterable[Hashable], amount: int) -> None:
         for holder in holders:
-            held = self._in_flight.pop(holder, 0) + amount
-            if held:
-                self._in_flight[holder] = held
+            if remaining := self._in_flight.pop(holder) - amount:
+                self._in_flight[holder] = remaining
 
 
 @dataclass(slots=True)
@@ -172,8 +174,8 @@ class _Check:
     way: WayToTarget
     room: Reservation
     on_final: OnVerdict | None
-    verdicts: dict[int, Verdict] = field(default_factory=dict)
-    forbidden: dict[int, str] = field(default_factory=dict)
+    verdicts: dict[int, Verdict]
+    forbidden: dict[int, str]
 
 
 class Checker:
@@ -205,8 +207,8 @@ class Checker:
         self._retries = retries
         self._retry_delay = retry_delay
         self._timeout = timeout
-        self._max_in_flight = max_in_flight
         self._max_per_caller = sys.maxsize if max_per_caller is None else max_per_caller
+        self._has_shares = self._max_per_caller < max_in_flight
         # Nothing is certain to end sooner than one round of attempts.
         self._retry_after = max(1, round(timeout))
         half = max_for_others(max_in_flight)
@@ -256,7 +258,7 @@ class Checker:
             Overloaded: All checks together would have too many, or this one would take too much of
                 the room that is left.
         """
-        retry_after = self._retry_after
+        in_flight, retry_after = self._in_flight, self._retry_after
         groups: list[tuple[Limit, tuple[str, Hashable], int, str]] = [
             (Limit.CALLER_IN_FLIGHT, ("caller", caller), self._max_per_caller, "of one caller")
         ]
@@ -264,42 +266,43 @@ class Checker:
             share = _SHARES_OF_NETWORK * self._max_per_caller
             groups.append((Limit.NETWORK_IN_FLIGHT, ("network", network), share, f"of {network}"))
         rooms = self._rooms[:1] if is_own else self._rooms
-        has_shares = self._max_per_caller < self._max_in_flight
-        is_small = is_own and ports <= _SMALL_CHECK
+        shrinks = self._has_shares and not (is_own and ports <= _SMALL_CHECK)
         room = ports * places
-        holders: list[Hashable] = []
+        totals: dict[Hashable, int] = {}  # of each holder, with this check
         for limit, kind, size, whose_room in rooms:
-            free = size - self._in_flight.get(kind, 0)
+            taken = in_flight.get(kind, 0)
+            free = size - taken
             for group_limit, group, share, whose in groups:
                 holder = (kind, group)
-                held = self._in_flight.get(holder, 0)
+                held = in_flight.get(holder, 0)
                 if held + room > share:
                     raise CallerOverLimit(group_limit, ports, share // places, whose, retry_after)
                 # At most half of what is free and its own, so that nobody can take the last of it.
                 most = (free + held) // 2
-                if has_shares and not is_small and held + room > most:
+                if shrinks and held + room > most:
                     fitting = (most - held) // places
                     now = f": there is room for {fitting} now" if fitting > 0 else ""
                     largest = size // 2 // places
                     if ports > largest:
                         raise Overloaded(limit, ports, largest, whose, retry_after)
                     raise Overloaded(limit, ports, largest, whose_room, retry_after, now)
-                holders.append(holder)
+                totals[holder] = held + room
             if room > free:
                 raise Overloaded(limit, ports, size // places, whose_room, retry_after)
-            holders.append(kind)
-        handshake_holders: list[Hashable] = []
-        if is_tls and has_shares:
+            totals[kind] = taken + room
+        handshakes: dict[Hashable, int] = {}  # likewise
+        if is_tls and self._has_shares:
             for _, group, _, whose in groups:
                 is_network = group[0] == "network"
                 share = TLS_CHECKS_PER_CALLER * (_SHARES_OF_NETWORK if is_network else 1)
                 holder = ("tls", group)
-                if self._in_flight.get(holder, 0) == share:
+                if (held := in_flight.get(holder, 0)) == share:
                     whose = f"of TLS endpoints {whose}"
                     limit = Limit.NETWORK_TLS_CHECKS if is_network else Limit.CALLER_TLS_CHECKS
                     raise CallerOverLimit(limit, 1, share, whose, retry_after)
-                handshake_holders.append(holder)
-        return Reservation(self._in_flight, holders, room, handshake_holders)
+                handshakes[holder] = held + 1
+        in_flight |= totals | handshakes
+        return Reservation(in_flight, totals, room, handshakes)
 
     async def check(
         self,
@@ -328,7 +331,8 @@ class Checker:
         Raises:
             CheckFailed: The checker itself is in trouble, so nothing is known about any port.
         """
-        check = _Check(WayToTarget(target), room, on_final)
+        check = _Check(WayToTarget(target), room, on_final, {}, {})
+        verdicts = check.verdicts
         if len(ports) <= PER_TURN:
             await self._check_batch(check, ports)
         else:
@@ -344,14 +348,14 @@ class Checker:
         if check.forbidden:
             reason = next(iter(check.forbidden.values()))
             raise CheckFailed(reason, [port for port in ports if port in check.forbidden])
-        if len(check.verdicts) < len(ports):  # all attempts of some port proved nothing
+        if len(verdicts) < len(ports):  # all attempts of some port proved nothing
             raise CheckFailed(HELD_UP)
-        return {port: check.verdicts[port] for port in ports}
+        return {port: verdicts[port] for port in ports}
 
     async def _check_batch(self, check: _Check, ports: Sequence[int]) -> None:
         """Check some of the ports of a check: at most ``PER_TURN``."""
         verdicts, on_final = check.verdicts, check.on_final
-        failed = list(ports)
+        failed = ports
 
         def on_verdict(port: int, verdict: Verdict) -> None:
             if on_final and (verdict.accessible or round_ == self._retries - 1):

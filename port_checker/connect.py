@@ -49,6 +49,8 @@ PER_TURN = 100
 # A round of no more ports than this goes before larger ones.
 _SMALL = 16
 
+_TCP = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
+
 _ONE_EVENT = select.EPOLLOUT | select.EPOLLONESHOT
 
 
@@ -583,14 +585,14 @@ class _Round:
         self._sockets.begin()
         await self._pacer.take(len(ports), self._way)
         descriptors = self.open(ports)
-        self.take(_events(descriptors))  # those of a loopback target are there by now
-        self._raise_error()
-        if not self._is_done():
-            self._sockets.add((it for it in descriptors if it in self._waiting), self)
+        if self._way.is_loopback:  # their events are there by now
+            self._take(_events(descriptors))
+        if self._waiting:
+            self._sockets.add(descriptors, self)
             await self.wait(timeout)
         if self._waiting:
             await self._pacer.take(len(self._waiting), self._way)
-            self.give_up([*self._waiting])
+            self.give_up()
             self._raise_error()
         if self._asked_about:
             await self._until_ended()
@@ -600,42 +602,37 @@ class _Round:
                 f"could not connect: {reason}", [port for port in ports if port in self.forbidden]
             )
 
-    def open(self, ports: Sequence[int]) -> list[int]:
+    def open(self, ports: Sequence[int]) -> Iterable[int]:
         """Begin an attempt to each of ``ports``; return the descriptors of those that go on."""
         host, is_ipv6 = self._way.host, self._way.target.version == 6
         is_elsewhere = not self._way.is_loopback
         family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
-        kind = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
-        connecting = []
         for port in ports:
             # Not socket.socket, which extends that type by files and a context manager, in Python:
             # making and closing it takes 7 % of a round (measured).
-            sock = socket.SocketType(family, kind)
+            sock = socket.SocketType(family, _TCP)
             descriptor = sock.fileno()
             self._waiting[descriptor] = sock, port
             if is_ipv6:
                 with suppress(OSError):  # as in close_for_good()
                     report_icmp_errors(sock)
             error = sock.connect_ex((host, port))
-            if error in _FORBIDDEN:
-                del self._waiting[descriptor]
-                self._forbid(sock, port, os.strerror(error))
-            elif error != errno.EINPROGRESS:
-                raise OSError(error, os.strerror(error))
-            else:
-                connecting.append(descriptor)
+            if error == errno.EINPROGRESS:
                 # What fails at once, this machine may refuse itself.
                 if is_elsewhere and (error := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)):
                     self._failed_at_once[port] = error
-        return connecting
+            elif error in _FORBIDDEN:
+                del self._waiting[descriptor]
+                self._forbid(sock, port, os.strerror(error))
+            else:
+                raise OSError(error, os.strerror(error))
+        return self._waiting.keys()
 
     def take(self, events: Iterable[tuple[int, int]]) -> list[int]:
         """End the attempts that events have decided; return the descriptors of undecided ones."""
         undecided: list[int] = []
         try:
             undecided = self._take(events)
-            if self._nearby and not self._asked_about:
-                self._ask_who_answers()
         except Exception as error:
             self._error = self._error or error
         self._end_if_done()
@@ -647,19 +644,21 @@ class _Round:
             sock, port = self._waiting[descriptor]
             try:
                 verdict = self._verdict(sock, port, event)
-                if verdict is OPEN and self._is_near(sock, port):
-                    self._nearby[port] = sock
-                elif verdict is OPEN:
-                    self._accept(sock, port)
-                elif verdict:
-                    self._add(port, verdict)
-                    sock.close()
-                else:
+                if verdict is None:
                     undecided.append(descriptor)
                     continue
+                if verdict is not OPEN:
+                    self._add(port, verdict)
+                    sock.close()
+                elif self._is_near(sock, port):
+                    self._nearby[port] = sock
+                else:
+                    self._accept(sock, port)
             except _Forbidden as reason:
                 self._forbid(sock, port, str(reason))
             del self._waiting[descriptor]
+        if self._nearby and not self._asked_about:
+            self._ask_who_answers()
         return undecided
 
     def _raise_error(self) -> None:
@@ -770,14 +769,12 @@ class _Round:
         if self._ended and (self._error or self._is_done()):
             _settle(self._ended)
 
-    def give_up(self, descriptors: Sequence[int]) -> None:
-        """End attempts that have timed out."""
+    def give_up(self) -> None:
+        """End the attempts that have timed out."""
         # A loop that was held up runs its timers before it looks at what has arrived.
-        self._sockets.remove(descriptors)
-        self.take(_events(descriptors))
-        for descriptor in descriptors:
-            if descriptor not in self._waiting:
-                continue
+        self._sockets.remove(self._waiting)
+        self._take(_events(self._waiting))
+        for descriptor in [*self._waiting]:
             sock, port = self._waiting.pop(descriptor)
             try:
                 # The kernel sets an ICMP error aside while a socket is in use; SO_ERROR returns it.
@@ -808,7 +805,8 @@ class _Round:
     def _verdict(self, sock: socket.SocketType, port: int, events: int) -> Verdict | None:
         """Return the verdict after an event; None if the attempt goes on."""
         if events == select.EPOLLOUT:
-            self._require_peer(sock, port)
+            if not self._way.is_loopback:
+                self._require_peer(sock, port)
             return REFUSED if self._is_echo(sock, port) else OPEN
         if error := self._failed_at_once.pop(port, 0):
             verdict = self._verdict_of(sock, error)
@@ -866,8 +864,6 @@ class _Round:
             _Forbidden: It leads elsewhere.
         """
         way = self._way
-        if way.is_loopback:
-            return
         try:
             host, peer_port = sock.getpeername()[:2]
         except OSError:  # it has been reset already
@@ -884,10 +880,10 @@ class _Round:
         way = self._way
         if way.is_here is False:
             return False
-        host, local_port = sock.getsockname()[:2]
+        own: tuple[str, int] = sock.getsockname()
         if way.is_here is None:
-            way.is_here = host == way.host or parse_host(host) == way.target
-        return way.is_here and bool(local_port == port)
+            way.is_here = own[0] == way.host or parse_host(own[0]) == way.target
+        return way.is_here and own[1] == port
 
 
 def _events(descriptors: Iterable[int]) -> list[tuple[int, int]]:

@@ -76,23 +76,24 @@ class CheckRecord:
     def __exit__(
         self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
     ) -> None:
+        seconds = time.perf_counter() - self._started
         match error:
             case None:
-                self._metrics.time_check(time.perf_counter() - self._started)
-                self._end(logging.INFO, CheckOutcome.COMPLETED, self.result and f" {self.result}")
+                self._metrics.time_check(seconds)
+                more = self.result and f" {self.result}"
+                self._end(logging.INFO, CheckOutcome.COMPLETED, seconds, more)
             case ClientDisconnect() | asyncio.CancelledError():
-                self._end(logging.INFO, CheckOutcome.CANCELLED)
+                self._end(logging.INFO, CheckOutcome.CANCELLED, seconds)
             case CheckFailed():
-                self._end(logging.ERROR, CheckOutcome.FAILED, f' reason="{error}"')
+                self._end(logging.ERROR, CheckOutcome.FAILED, seconds, f' reason="{error}"')
             case ServiceError():
                 error.target = self._target  # for the line of the refusal
             case _:
-                self._end(logging.ERROR, CheckOutcome.BUG)
+                self._end(logging.ERROR, CheckOutcome.BUG, seconds)
 
-    def _end(self, level: int, outcome: CheckOutcome, more: str = "") -> None:
+    def _end(self, level: int, outcome: CheckOutcome, seconds: float, more: str = "") -> None:
         self._metrics.count("checks", outcome)
         if logger.isEnabledFor(level):
-            seconds = time.perf_counter() - self._started
             logger.handle(
                 _Line(level, self._caller, self._target, self._ports, outcome, seconds, more)
             )

@@ -1,7 +1,6 @@
 """The routes: each reads a request, passes it on, and builds the response."""
 
 import logging
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request, Response
@@ -309,8 +308,10 @@ class Api:
 class _JsonResponse(Response):
     """An answer in JSON, which nobody may keep."""
 
-    def init_headers(self, _: Mapping[str, str] | None = None) -> None:
+    def __init__(self, text: str) -> None:
         """Write the fields as they are sent: Starlette takes three times as long (by cProfile)."""
+        self.status_code, self.background = 200, None
+        self.body = text.encode()
         length = b"content-length", b"%d" % len(self.body)
         self.raw_headers = [*_NO_STORE_FIELDS, length, (b"content-type", b"application/json")]
 
@@ -322,8 +323,7 @@ async def _read_body(request: Request) -> bytes:
         ApiError: It is longer than ``MAX_BODY``; no more than that was read.
     """
     body = bytearray()
-    lengths = [value for name, value in request.scope["headers"] if name == b"content-length"]
-    is_too_large = bool(lengths) and int(lengths[0]) > MAX_BODY
+    is_too_large = int(dict(request.scope["headers"]).get(b"content-length", 0)) > MAX_BODY
     while not is_too_large:
         message = await request.receive()
         if message["type"] == "http.disconnect":
