@@ -125,26 +125,20 @@ class CallerResolver:
     def resolve(self, connection: HTTPConnection) -> Address | None:
         """Return the caller's address, or None if it is unknown."""
         client = connection.scope.get("client")
-        forwarded_for: list[str] = []
-        host: bytes | None = None
-        has_trace = False
-        for name, value in connection.scope["headers"]:
-            if name == b"x-forwarded-for":
-                forwarded_for.append(value.decode("latin-1"))
-            elif name == b"host":
-                host = value
-            elif name in _TRACES or name.startswith(_TRACE_PREFIXES):
-                has_trace = True
+        fields = connection.scope["headers"]
         is_unix = not client and _is_unix_socket(connection.scope.get("server"))
         try:
             address = _UNIX_PEER if is_unix else parse_host(client[0] if client else "")
         except ValueError:
             return None
         if not is_unix and not lies_in(address, self._trusted_proxies):
-            self._note_relay(address, bool(forwarded_for) or has_trace, host)
+            self._note_relay(address, fields)
             return address
-        if not (forwarded_for or has_trace or is_unix):
+        if not (is_unix or _has_trace(fields)):
             return address  # a program on the proxy's machine
+        forwarded_for = [
+            value.decode("latin-1") for name, value in fields if name == b"x-forwarded-for"
+        ]
         try:
             caller = forwarded_caller(address, forwarded_for, self._trusted_proxies, self._is_own)
         except UnknownCaller as unknown:
@@ -174,7 +168,7 @@ class CallerResolver:
         self._warned.add(why)
         logger.warning(_WARNINGS[why], proxy, *unknown.args)
 
-    def _note_relay(self, peer: Address, has_trace: bool, host: bytes | None) -> None:
+    def _note_relay(self, peer: Address, fields: Sequence[tuple[bytes, bytes]]) -> None:
         """Remember an address of this machine's own from which others' requests come.
 
         A program on this machine that accepts connections and passes them on, as the port handlers
@@ -184,7 +178,8 @@ class CallerResolver:
         if peer in self._relays or len(self._relays) >= _MAX_RELAYS or not special_purpose(peer):
             return
         try:
-            if not has_trace and is_name_of_this_machine(host, self._is_own):
+            host = dict(fields).get(b"host")
+            if not _has_trace(fields) and is_name_of_this_machine(host, self._is_own):
                 return
             if not (peer.is_loopback or self._is_own(peer)):
                 return
@@ -200,6 +195,15 @@ class CallerResolver:
                 "proxy there set X-Forwarded-For and add it to PORT_CHECKER_TRUSTED_PROXIES.",
                 peer,
             )
+
+
+def _has_trace(fields: Sequence[tuple[bytes, bytes]]) -> bool:
+    """Whether a proxy has added one of a request's fields."""
+    # any() makes a generator, as in lies_in().
+    for name, _ in fields:  # noqa: SIM110
+        if name in _TRACES or name.startswith(_TRACE_PREFIXES):
+            return True
+    return False
 
 
 def _is_unix_socket(server: tuple[str, int | None] | None) -> bool:
