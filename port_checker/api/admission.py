@@ -108,11 +108,12 @@ class _WhileConnected:
         self._has_left = False
 
     def __enter__(self) -> Reservation:
-        task = asyncio.current_task()
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task(loop)
         assert task, "a coroutine enters it"  # noqa: S101  # for type checkers
         self._task = task
         self._cancelling = task.cancelling()
-        self._timer = asyncio.get_running_loop().call_later(_WATCH_AFTER, self._begin_to_watch)
+        self._timer = loop.call_later(_WATCH_AFTER, self._begin_to_watch)
         return self._room
 
     def __exit__(

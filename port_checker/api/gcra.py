@@ -61,7 +61,7 @@ class MemoryStore:
             unless it refuses.
         """
         kept = self._arrivals
-        arrivals = []
+        arrivals = {}
         waits = []
         for key, quota in charges:
             arrival = kept.get(key, now)
@@ -69,14 +69,13 @@ class MemoryStore:
                 arrival = now
             arrival += cost * quota.interval
             early = arrival - now - quota.capacity * quota.interval
-            arrivals.append((key, arrival))
+            arrivals[key] = arrival
             waits.append(early if early > _TOLERANCE else 0.0)
-        is_refused = any(waits)
-        for key, arrival in arrivals:
-            if not is_refused:
-                kept[key] = arrival
-            if key in kept:  # a refused payment uses it, too
-                kept.move_to_end(key)
+        if any(waits):  # a refused payment uses its keys, too, but changes none
+            arrivals = {key: kept[key] for key in arrivals if key in kept}
+        for key, arrival in arrivals.items():
+            kept[key] = arrival
+            kept.move_to_end(key)
         while len(kept) > self._max_keys:
             kept.popitem(last=False)
         return waits

@@ -98,7 +98,7 @@ def require_same_origin(
     host = fields.get(b"host")
     if site in _CROSS_SITE:
         raise CrossOrigin(_ANOTHER_SITE)
-    if site not in _SAME_ORIGIN and origin is not None:
+    if origin is not None and site not in _SAME_ORIGIN:
         if not _is_forwarded(connection, caller):
             if not _is_same_host(origin, host):
                 raise CrossOrigin(f"{_ANOTHER_SITE} {_NOT_FORWARDED}")

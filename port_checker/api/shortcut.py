@@ -64,10 +64,10 @@ class Shortcut:
             try:
                 response = await route.endpoint(Request(scope, receive, send))
                 await response(scope, receive, send)
+                return
             except Exception as error:
                 scope[_ERROR] = error
             finally:  # when it is cancelled, too
                 if _ERROR not in scope:
                     self._metrics.time_request(route.path, time.perf_counter() - started)
-        if not route or _ERROR in scope:
-            await self._app(scope, receive, send)
+        await self._app(scope, receive, send)
