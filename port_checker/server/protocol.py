@@ -725,10 +725,11 @@ class _Cycle(RequestResponseCycle):
 
     async def send(self, message: Any) -> None:
         """Send a part of the answer."""
-        start, self._start = self._start, None
         if message["type"] == "http.response.start" and not self.response_started:
             self._start = message
-        elif not (start and self._send_together(start, message)):
+            return
+        start, self._start = self._start, None
+        if not (start and self._send_together(start, message)):
             if start:
                 await super().send(start)
             await super().send(message)
