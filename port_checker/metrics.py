@@ -159,17 +159,11 @@ class Figure(NamedTuple):
 
 _FIGURES: Final = [Figure(family, value) for family in FAMILIES for value in family.values]
 _SLOTS: Final = {(each.family.name, each.value): slot for slot, each in enumerate(_FIGURES)}
-# Where the buckets of checks' durations begin, and those of a route, and where their sum is.
+# Where the figures of checks' durations begin, and those of a route.
 _DURATION_SLOT: Final = _SLOTS[DURATION.name, DURATION.values[0]]
-_DURATION_SUM_SLOT: Final = _SLOTS[DURATION.name, "sum"]
 _REQUEST_SLOTS: Final = {
-    route: (
-        _SLOTS[REQUESTS.name, f"{route} {_REQUEST_BUCKETS[0]}"],
-        _SLOTS[REQUESTS.name, f"{route} sum"],
-    )
-    for route in ROUTES
+    route: _SLOTS[REQUESTS.name, f"{route} {_REQUEST_BUCKETS[0]}"] for route in ROUTES
 }
-_OTHER_REQUEST_SLOTS: Final = _REQUEST_SLOTS["other"]
 _SAMPLED: Final = len(_FIGURES)  # the slot that says whether a row's gauges were ever read
 _RECEIVED: Final = _SAMPLED + 1  # connections that other processes have accepted for this one
 ROW_SIZE: Final = _RECEIVED + 1
@@ -218,13 +212,13 @@ class Metrics:
     def time_check(self, seconds: float) -> None:
         """Count a completed check, and how long it took."""
         self.row[_DURATION_SLOT + bisect_left(_BUCKETS, seconds)] += 1
-        self.row[_DURATION_SUM_SLOT] += seconds
+        self.row[_DURATION_SLOT + len(_BUCKETS) + 1] += seconds
 
     def time_request(self, route: str, seconds: float) -> None:
         """Count a request, and how long it took; ``route`` is one of ``ROUTES`` or any other."""
-        first, total = _REQUEST_SLOTS.get(route, _OTHER_REQUEST_SLOTS)
+        first = _REQUEST_SLOTS.get(route, _REQUEST_SLOTS["other"])
         self.row[first + bisect_left(_REQUEST_BUCKETS, seconds)] += 1
-        self.row[total] += seconds
+        self.row[first + len(_REQUEST_BUCKETS) + 1] += seconds
 
     def watch(self, name: str, read: Callable[[], float]) -> None:
         """Have each ``sample`` read a figure: a gauge, or a counter that is kept elsewhere."""
