@@ -559,7 +559,7 @@ def test_a_signal_ends_it_while_it_reads_certificates_that_take_minutes(
     ):
         try:
             assert shown.wait(60)
-            busy = _cpu_seconds(process.pid) + 0.5
+            busy = _cpu_seconds(process.pid) + 0.2
             wait_until(lambda: _cpu_seconds(process.pid) > busy, "the program to be busy with them")
             process.send_signal(number)
             output, _ = process.communicate(timeout=60)

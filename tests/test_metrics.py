@@ -371,10 +371,14 @@ def test_kinds_of_tls_verdicts_that_only_advice_tells_apart_are_counted_as_one()
 
 
 def test_a_redis_that_cannot_be_reached_is_seen() -> None:
+    totals, metrics = Totals(), Metrics()
+    totals.add(metrics.row)
     with refused_port() as port:
-        store = f"redis://127.0.0.1:{port}"
-        with measured(PORT_CHECKER_RATE_LIMIT_STORE=store) as (_, scraper):
-            assert scraper["port_checker_rate_limit_store_up"] == 0
+        settings = Settings(rate_limit_store=f"redis://127.0.0.1:{port}")
+        with serve(create_served_app(settings, metrics)) as client:
+            client.get("/health")  # it has looked for Redis before it answers
+            metrics.sample()
+    assert Scraper(exposed(totals))["port_checker_rate_limit_store_up"] == 0
 
 
 def test_idle_clients_keep_no_scraper_out_and_few_threads() -> None:

@@ -73,18 +73,33 @@ def test_each_worker_has_as_many_connections_as_the_other_and_ends_with_its_pare
         before = {pid: descriptors(pid) for pid in running.workers()}
 
         def each_has_many() -> bool:
-            stack.enter_context(socket.create_connection(("127.0.0.1", running.port)))
+            for _ in range(5):
+                stack.enter_context(socket.create_connection(("127.0.0.1", running.port)))
             return all(descriptors(pid) >= before[pid] + 30 for pid in before)
 
         wait_until(each_has_many, "connections of both workers")
         first, second = (descriptors(pid) - before[pid] for pid in before)
         assert abs(first - second) <= 5
+        stack.close()  # they would be waited for
         running.process.kill()
         wait_until(lambda: not any(map(is_running, before)), "the workers' end")
 
 
-def test_a_worker_that_is_told_to_stop_gets_no_more_connections() -> None:
-    """It would answer that the service is stopping."""
+def test_a_worker_that_is_told_to_stop_gets_no_more_connections_and_has_not_died() -> None:
+    """It would answer that the service is stopping; one without work is gone at once."""
+
+    def stop_one(running: Program) -> int:
+        worker = min(running.workers())
+        os.kill(worker, signal.SIGTERM)
+        wait_until(lambda: lines_with(running, f"Worker {worker} was told to stop"), "the log")
+        return worker
+
+    def wait_for_end(worker: int) -> None:
+        wait_until(lambda: not is_running(worker), "its end")
+
+    def wait_for_starts(count: int) -> None:
+        wait_until(lambda: len(lines_with(running, "startup complete")) == count, "workers")
+
     with program(
         PORT_CHECKER_WORKERS="2",
         PORT_CHECKER_DEBUG="true",
@@ -92,32 +107,18 @@ def test_a_worker_that_is_told_to_stop_gets_no_more_connections() -> None:
         PORT_CHECK_RETRIES="10",
         PORT_CHECK_TIMEOUT="30",
     ) as running:
-        wait_until(lambda: len(lines_with(running, "startup complete")) == 2, "both workers")
+        wait_for_starts(2)
         with check_under_way(running) as one, check_under_way(running) as other:
-            workers = running.workers()
-            worker = min(workers)  # each has one of the checks, mostly
-            os.kill(worker, signal.SIGTERM)
-            wait_until(lambda: lines_with(running, f"Worker {worker} was told to stop"), "the log")
+            worker = stop_one(running)  # each has one of the checks, mostly
             assert all(running.answers() for _ in range(10))
-            wait_until(lambda: running.workers() - workers, "another one")
+            wait_for_starts(3)
             assert one.finish().status_code == other.finish().status_code == 200
+        wait_for_end(worker)
+        for starts in 4, 5:
+            wait_for_end(stop_one(running))
+            wait_for_starts(starts)
         assert running.stop() == 0
-
-
-def test_a_worker_that_is_told_to_stop_and_has_nothing_to_do_has_not_died() -> None:
-    """It is gone at once, perhaps before its parent has read why."""
-
-    def stop_one(running: Program, ready: int) -> None:
-        wait_until(lambda: len(lines_with(running, "startup complete")) == ready, "workers")
-        worker = min(running.workers())
-        os.kill(worker, signal.SIGTERM)
-        wait_until(lambda: lines_with(running, f"Worker {worker} was told to stop"), "the log")
-        wait_until(lambda: not is_running(worker), "its end")
-
-    with program(PORT_CHECKER_WORKERS="2", PORT_CHECKER_DEBUG="true") as running:
-        for stopped in range(3):
-            stop_one(running, 2 + stopped)
-        assert not lines_with(running, " exited with ")
+    assert not lines_with(running, " exited with ")
 
 
 def test_a_slow_start_is_waited_for(tmp_path: Path) -> None:
