@@ -25,7 +25,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 # Tests that run at the same time. More than two cores can do, since tests mostly wait: four processes
 # have a lab each.
-TEST_PROCESSES ?= 12
+TEST_PROCESSES ?= 10
 PYTEST_FLAGS ?=
 COVER_FLAGS ?= --cov --cov-branch --cov-report=term-missing
 FUZZ_EXAMPLES ?= 2000
