@@ -3,7 +3,6 @@
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Final, Self
 
 from port_checker.addresses import Address
@@ -146,7 +145,8 @@ class Reservation:
     def __exit__(self, *_: object) -> None:
         if self._ports:
             self.release(self._ports)
-        self._give_back(self._handshake_holders, 1)
+        if self._handshake_holders:
+            self._give_back(self._handshake_holders, 1)
 
     def release(self, ports: int) -> None:
         """Give back ``ports``, which are no longer in flight."""
@@ -157,25 +157,6 @@ class Reservation:
         for holder in holders:
             if remaining := self._in_flight.pop(holder) - amount:
                 self._in_flight[holder] = remaining
-
-
-@dataclass(slots=True)
-class _Check:
-    """One check: what all of its ports have in common.
-
-    Attributes:
-        way: To its target.
-        room: For its ports.
-        on_final: Called with each verdict that is final.
-        verdicts: Those that there are.
-        forbidden: Why this machine cannot connect to ports, by port.
-    """
-
-    way: WayToTarget
-    room: Reservation
-    on_final: OnVerdict | None
-    verdicts: dict[int, Verdict]
-    forbidden: dict[int, str]
 
 
 class Checker:
@@ -275,18 +256,17 @@ class Checker:
             for group_limit, group, share, whose in groups:
                 holder = (kind, group)
                 held = in_flight.get(holder, 0)
-                if held + room > share:
+                if (total := held + room) > share:
                     raise CallerOverLimit(group_limit, ports, share // places, whose, retry_after)
                 # At most half of what is free and its own, so that nobody can take the last of it.
-                most = (free + held) // 2
-                if shrinks and held + room > most:
+                if shrinks and total > (most := (free + held) // 2):
                     fitting = (most - held) // places
                     now = f": there is room for {fitting} now" if fitting > 0 else ""
                     largest = size // 2 // places
                     if ports > largest:
                         raise Overloaded(limit, ports, largest, whose, retry_after)
                     raise Overloaded(limit, ports, largest, whose_room, retry_after, now)
-                totals[holder] = held + room
+                totals[holder] = total
             if room > free:
                 raise Overloaded(limit, ports, size // places, whose_room, retry_after)
             totals[kind] = taken + room
@@ -301,7 +281,8 @@ class Checker:
                     limit = Limit.NETWORK_TLS_CHECKS if is_network else Limit.CALLER_TLS_CHECKS
                     raise CallerOverLimit(limit, 1, share, whose, retry_after)
                 handshakes[holder] = held + 1
-        in_flight |= totals | handshakes
+        in_flight |= totals
+        in_flight |= handshakes
         return Reservation(in_flight, totals, room, handshakes)
 
     async def check(
@@ -331,30 +312,45 @@ class Checker:
         Raises:
             CheckFailed: The checker itself is in trouble, so nothing is known about any port.
         """
-        check = _Check(WayToTarget(target), room, on_final, {}, {})
-        verdicts = check.verdicts
+        way = WayToTarget(target)
+        forbidden: dict[int, str] = {}  # why this machine cannot connect, by port
         if len(ports) <= PER_TURN:
-            await self._check_batch(check, ports)
+            verdicts = await self._check_batch(way, ports, room, on_final, forbidden)
         else:
+            verdicts = {}
+            batches = [ports[first : first + PER_TURN] for first in range(0, len(ports), PER_TURN)]
             # Each batch has its own rounds: a round's timeout begins when all of its attempts have,
             # and to begin thousands may take a second.
             try:
                 async with asyncio.TaskGroup() as group:
-                    for first in range(0, len(ports), PER_TURN):
-                        batch = ports[first : first + PER_TURN]
-                        group.create_task(self._check_batch(check, batch))
+                    tasks = [
+                        group.create_task(self._check_batch(way, batch, room, on_final, forbidden))
+                        for batch in batches
+                    ]
             except ExceptionGroup as errors:
                 raise errors.exceptions[0] from None
-        if check.forbidden:
-            reason = next(iter(check.forbidden.values()))
-            raise CheckFailed(reason, [port for port in ports if port in check.forbidden])
+            for task in tasks:
+                verdicts |= task.result()
+        if forbidden:
+            reason = next(iter(forbidden.values()))
+            raise CheckFailed(reason, [port for port in ports if port in forbidden])
         if len(verdicts) < len(ports):  # all attempts of some port proved nothing
             raise CheckFailed(HELD_UP)
         return {port: verdicts[port] for port in ports}
 
-    async def _check_batch(self, check: _Check, ports: Sequence[int]) -> None:
-        """Check some of the ports of a check: at most ``PER_TURN``."""
-        verdicts, on_final = check.verdicts, check.on_final
+    async def _check_batch(
+        self,
+        way: WayToTarget,
+        ports: Sequence[int],
+        room: Reservation,
+        on_final: OnVerdict | None,
+        forbidden: dict[int, str],
+    ) -> dict[int, Verdict]:
+        """Check at most ``PER_TURN`` of the ports of a check, and return what is known of them.
+
+        It ends early once there are ``forbidden`` ports, and adds those that it finds.
+        """
+        verdicts: dict[int, Verdict] = {}
         failed = ports
 
         def on_verdict(port: int, verdict: Verdict) -> None:
@@ -364,30 +360,31 @@ class Checker:
         for round_ in range(self._retries):
             if round_:
                 await self._sleep(self._retry_delay)
-            if check.forbidden:
-                return
+            if forbidden:
+                return verdicts
             try:
                 latest = await attempt(
-                    check.way, failed, self._timeout, self._pacer, on_verdict if on_final else None
+                    way, failed, self._timeout, self._pacer, on_verdict if on_final else None
                 )
             except CheckFailed as error:
                 if not error.ports:
                     raise
-                check.forbidden |= dict.fromkeys(error.ports, str(error))
-                return
+                forbidden |= dict.fromkeys(error.ports, str(error))
+                return verdicts
             for port, verdict in latest.items():
                 # Routers answer some attempts and are silent at others, as they limit ICMP.
                 if verdict is not TIMED_OUT or port not in verdicts:
                     verdicts[port] = verdict
             still_failed = [port for port in failed if verdicts.get(port) is not OPEN]
-            check.room.release(len(failed) - len(still_failed))
+            room.release(len(failed) - len(still_failed))
             if not still_failed:
-                return
+                return verdicts
             failed = still_failed
         if on_final:
             for port in failed:
                 if port not in latest and port in verdicts:  # the last attempt proved nothing
                     on_final(port, verdicts[port])
+        return verdicts
 
     async def check_tls(
         self,

@@ -219,6 +219,9 @@ class own_failures:  # noqa: N801  # a context manager, as contextlib's are
                 raise CheckFailed(f"{self._trouble}: {error}") from error
 
 
+_connecting = own_failures("could not connect")
+
+
 class HoldUps:
     """Measures how long an event loop was held up while something waits in it.
 
@@ -453,7 +456,7 @@ async def attempt(
         CheckFailed: The checker ran out of descriptors, memory, buffers or local ports; its own
             network is down; or it cannot connect to some of the ports, and names them all.
     """
-    with own_failures("could not connect"):
+    with _connecting:
         round_ = _Round(way, pacer, on_verdict)
         try:
             await round_.run(ports, timeout)
@@ -474,7 +477,7 @@ async def connect(
     Raises:
         CheckFailed: As for ``attempt``.
     """
-    with own_failures("could not connect"):
+    with _connecting:
         round_ = _Round(WayToTarget(target), pacer, keep_connected=True)
         try:
             await round_.run([port], timeout)
@@ -762,11 +765,8 @@ class _Round:
             self._ended = None
         self._raise_error()
 
-    def _is_done(self) -> bool:
-        return not (self._waiting or self._asked_about)
-
     def _end_if_done(self) -> None:
-        if self._ended and (self._error or self._is_done()):
+        if self._ended and (self._error or not (self._waiting or self._asked_about)):
             _settle(self._ended)
 
     def give_up(self) -> None:

@@ -238,9 +238,9 @@ def _plain_ports_request(document: object, max_ports: int) -> PortsToCheck | Non
     if not isinstance(document, dict):
         return None
     text, ports = document.get("provider_ip"), document.get("ports")
-    if not (isinstance(text, str) and isinstance(ports, list) and 0 < len(ports) <= max_ports):
+    if not (isinstance(text, str) and isinstance(ports, list) and len(ports) <= max_ports):
         return None
-    # bool is a subclass of int.
+    # bool is a subclass of int, and an empty list has no types.
     if set(map(type, ports)) != {int} or min(ports) < 1 or max(ports) > MAX_PORT:
         return None
     perspectives = document.get("perspectives", False)

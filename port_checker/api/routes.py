@@ -26,7 +26,7 @@ from port_checker.api.records import CheckRecord
 from port_checker.api.shortcut import PlainRoute
 from port_checker.api.targets import TargetNotAllowed, special_purpose
 from port_checker.checker import Checker
-from port_checker.connect import OnVerdict, Verdict, VerdictKind
+from port_checker.connect import OPEN, OnVerdict, Verdict
 from port_checker.errors import ServiceError
 from port_checker.metrics import Metrics
 from port_checker.schemas import (
@@ -235,7 +235,7 @@ class Api:
                     if by_place is not None:
                         by_place.append((HERE, verdicts))
             kinds = [verdict.kind for verdict in verdicts.values()]
-            record.result = f"accessible={kinds.count(VerdictKind.OPEN)}"
+            record.result = f"accessible={kinds.count(OPEN.kind)}"
         self._metrics.count_ports(kinds)
         if logger.isEnabledFor(logging.DEBUG):
             for port, verdict in verdicts.items():

@@ -150,6 +150,12 @@ class BackgroundHandler(logging.Handler):
         """How many lines have been dropped so far."""
         return self._overflow + self._unwritten
 
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Queue a record without the lock that other handlers need, or drop it."""
+        if passes := self.filter(record):
+            self.emit(record)
+        return bool(passes)
+
     def emit(self, record: logging.LogRecord) -> None:
         """Queue a record, or drop it."""
         if self._queue.qsize() < QUEUE_SIZE:
