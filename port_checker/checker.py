@@ -118,13 +118,9 @@ def max_request_for_others(max_in_flight: int, share: int, places: int) -> int:
 
 
 class Reservation:
-    """Ports in flight, reserved for one check; a context manager that gives them back.
+    """Ports in flight for one check; a context manager that gives them back.
 
-    Args:
-        in_flight: What each holder has in flight, with this check.
-        holders: Of the ports.
-        ports: How many.
-        handshake_holders: Of the check's TLS handshake, if there will be one.
+    ``in_flight`` has the check already: its ports, for each holder, and its TLS handshake, if any.
     """
 
     def __init__(

@@ -50,7 +50,6 @@ PER_TURN = 100
 _SMALL = 16
 
 _TCP = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
-
 _ONE_EVENT = select.EPOLLOUT | select.EPOLLONESHOT
 
 
