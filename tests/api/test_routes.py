@@ -187,6 +187,13 @@ def test_a_body_over_64_kib_is_refused(client: httpx.Client, chunked: bool) -> N
         assert error_of(client.post("/check-ports", content=content))[:2] == expected
 
 
+def test_a_body_announced_as_too_long_is_refused_before_it_is_sent(client: httpx.Client) -> None:
+    with connected(client) as sock:
+        head = b"POST /check-ports HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+        sock.sendall(head % (MAX_BODY + 1))
+        assert b" 413 " in read_answer(sock)[0]
+
+
 @pytest.mark.parametrize(
     ("method", "path", "expected", "allow"),
     [
