@@ -7,7 +7,7 @@ import signal
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -159,6 +159,10 @@ def serve(lab: Lab, stack: ExitStack, name: str, store: str, **settings: str) ->
     limits = {"PORT_CHECKER_RATE_LIMIT": "30/hour", "PORT_CHECK_RETRIES": "1"}
     service = lab.serve(name, PORT_CHECKER_RATE_LIMIT_STORE=store, **limits, **settings)
     stack.callback(end, service)
+    # Like Redis: it has 40 ms to read an answer.
+    with suppress(PermissionError):
+        for thread in os.listdir(f"/proc/{service.pid}/task"):
+            os.setpriority(os.PRIO_PROCESS, int(thread), -20)
 
 
 def crowd(lab: Lab, caller: str) -> list[Answer]:
