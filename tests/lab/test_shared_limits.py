@@ -181,13 +181,8 @@ def seconds_to_wait(answer: Answer) -> int:
     return int(seconds)
 
 
-def are_shared(answers: list[Answer]) -> bool:
-    """Whether both machines together let through about thirty requests, and not thirty each.
-
-    A machine counts for itself what Redis, beside busy programs, does not answer in time.
-    """
-    statuses = Counter(answer.status for answer in answers)
-    return statuses.keys() == {200, 429} and 30 <= statuses[200] < 40
+def statuses(answers: list[Answer]) -> Counter[int]:
+    return Counter(answer.status for answer in answers)
 
 
 def test_two_machines_share_limits_and_a_failover_bars_nobody(lab: Lab, tmp_path: Path) -> None:
@@ -196,7 +191,7 @@ def test_two_machines_share_limits_and_a_failover_bars_nobody(lab: Lab, tmp_path
         for name in MACHINES:
             serve(lab, stack, name, shared.master_url)
         assert shared.clocks_difference() < -3500
-        assert are_shared(crowd(lab, "provider"))
+        assert statuses(crowd(lab, "provider")) == {200: 30, 429: 50}
         shared.silence_the_master()
         wait_until(shared.has_failed_over, "the replica to take over")
 
@@ -207,6 +202,6 @@ def test_two_machines_share_limits_and_a_failover_bars_nobody(lab: Lab, tmp_path
                 return shared.knows_caller(server)
 
             wait_until(pays_there, "Redis to be available again")
-        assert are_shared(crowd(lab, "checker"))
+        assert statuses(crowd(lab, "checker")) == {200: 30, 429: 50}
         for answer in crowd(lab, "provider"):
             assert answer.status == 200 or seconds_to_wait(answer) <= 120
