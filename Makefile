@@ -27,20 +27,21 @@ CONSTRAINTS ?= constraints.txt
 # have a lab each.
 TEST_PROCESSES ?= 10
 PYTEST_FLAGS ?=
-COVER_FLAGS ?= --cov --cov-branch --cov-report=term-missing
+COVERAGE_FLAGS ?=
 FUZZ_EXAMPLES ?= 2000
 # Kept between runs and between checkouts.
 DEBIANS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/golem-port-checker/debian
 DEBIAN_PACKAGES := systemd,systemd-sysv,dbus,python3,python3-venv,curl,iproute2,procps,nftables,redis-server
 SOAK_MINUTES ?= 2
 BIN := $(VENV)/bin
-IN_PROCESSES = $(BIN)/pytest --numprocesses $(TEST_PROCESSES)
+PYTEST ?= $(BIN)/pytest
+IN_PROCESSES = $(PYTEST) --numprocesses $(TEST_PROCESSES)
 PIP ?= $(BIN)/python -m pip --quiet --disable-pip-version-check
 # Most modules of what is installed are never imported: Python compiles the others when they are.
 INSTALL := $(PIP) install --no-compile --constraint $(CONSTRAINTS)
 
-.PHONY: run test test-lowest cover lab systemd-test fuzz lint bench soak pictures man provider-page \
-    wheel deb clean
+.PHONY: run test test-lowest cover coverage lab systemd-test fuzz lint bench soak pictures man \
+    provider-page wheel deb clean
 .DELETE_ON_ERROR:
 # The tests start many interpreters, each of which would compile what it imports.
 unexport PYTHONDONTWRITEBYTECODE
@@ -55,8 +56,16 @@ test: $(VENV)/test.stamp
 test-lowest:
 	@$(MAKE) --no-print-directory test VENV=$(VENV)-lowest CONSTRAINTS=$(VENV)-lowest/constraints.txt
 
+cover: PYTEST = $(BIN)/coverage run --branch -m pytest
 cover: $(VENV)/dev.stamp
-	@$(IN_PROCESSES) $(COVER_FLAGS) $(PYTEST_FLAGS)
+	@$(BIN)/coverage erase
+	@$(IN_PROCESSES) $(PYTEST_FLAGS)
+	@$(MAKE) --no-print-directory coverage
+
+coverage:
+	@$(BIN)/python .ci/half_written.py
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage report $(COVERAGE_FLAGS)
 
 systemd-test: $(VENV)/dev.stamp $(DEBIANS)/bookworm $(DEBIANS)/trixie
 	@SYSTEMD_TEST_DEBIANS=$(DEBIANS) $(IN_PROCESSES) $(PYTEST_FLAGS) tests/systemd

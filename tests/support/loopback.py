@@ -23,14 +23,14 @@ _SLICES = 9
 
 
 @functools.cache
-def _claimed_slice(_namespace: int) -> tuple[int, socket.socket | None]:
+def _claimed_slice(_namespace: int) -> int:
     """Claim a slice until this process ends, as a free port is free until its test binds it.
 
     The claim is the name of a socket, which the processes of all test runs on this machine see and
     which ends with its owner. Like a port, it belongs to a network namespace: this thread's.
 
     Returns:
-        The slice's first port, and the socket that has to stay open.
+        The slice's first port.
     """
     for number in range(_SLICES):
         claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -39,13 +39,14 @@ def _claimed_slice(_namespace: int) -> tuple[int, socket.socket | None]:
         except OSError:
             claim.close()
         else:
-            return _FIRST + _SLICE * number, claim
-    return _FIRST + _SLICE * secrets.randbelow(_SLICES), None  # share one; mostly that goes well
+            claim.detach()  # it stays open, and no object of it complains at the end
+            return _FIRST + _SLICE * number
+    return _FIRST + _SLICE * secrets.randbelow(_SLICES)  # share one; mostly that goes well
 
 
 def free_ports(count: int) -> list[int]:
     """Ports in a row that nobody has: of more than some hundreds, one is often in TIME_WAIT."""
-    first, _ = _claimed_slice(os.stat("/proc/thread-self/ns/net").st_ino)
+    first = _claimed_slice(os.stat("/proc/thread-self/ns/net").st_ino)
     while True:
         start = first + secrets.randbelow(_SLICE - count + 1)
         with suppress(OSError), ExitStack() as stack:
