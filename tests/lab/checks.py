@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ _QUICK: dict[str, Any] = {
 }
 # The lab's bans last for ever, and its packets take no time.
 WAITS = Waits(late_connections=0.6, between_groups=0.1, ban=0.1, quiet=0.3)
+# For connections that do arrive, as late as a busy machine passes them on.
+PATIENT = replace(WAITS, late_connections=30)
 
 
 def start_check(

@@ -14,6 +14,7 @@ from tests.lab.checks import (
     BOTH,
     LOST,
     OWN,
+    PATIENT,
     advised,
     check,
     monitor,
@@ -146,7 +147,7 @@ def test_a_proxy_that_accepts_for_everybody(lab: Lab, count: int) -> None:
     ports = lab.take(count)
     with traffic(lab, "router", "proxy", OWN[4], ports[0], ports[-1]):
         lab.wait_until_listening("router", ports)
-        report = check(lab, "provider", ports, url_of(network.CHECKER))
+        report = check(lab, "provider", ports, url_of(network.CHECKER), waits=PATIENT)
     assert (report.reachable, advised(report)) == (count, {None})
 
 
@@ -157,7 +158,7 @@ def test_a_router_that_hides_who_connects_and_a_monitor_behind_it(lab: Lab) -> N
     hide = f"oifname provider tcp dport {word(ports)} masquerade"
     lab._rule("router", "postrouting", hide)
     with monitor(lab, "third", network.ROUTER[4], ports[4:5]):
-        report = check(lab, "provider", ports, url_of(network.CHECKER))
+        report = check(lab, "provider", ports, url_of(network.CHECKER), waits=PATIENT)
     assert (report.reachable, advised(report)) == (10, {None})
 
 
