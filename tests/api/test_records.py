@@ -3,6 +3,8 @@
 import asyncio
 import logging
 from datetime import timedelta
+from logging.handlers import QueueHandler
+from queue import SimpleQueue
 
 import pytest
 from starlette.requests import ClientDisconnect
@@ -102,6 +104,21 @@ def test_a_check_that_does_not_complete(
     expected = Metrics()
     expected.count("checks", outcome)
     assert metrics.row == expected.row
+
+
+def test_a_record_of_a_check_is_like_any_other() -> None:
+    records: SimpleQueue[logging.LogRecord] = SimpleQueue()
+    log, handler = logging.getLogger(CheckRecord.__module__), QueueHandler(records)
+    log.addHandler(handler)
+    try:
+        with CheckRecord(CALLER, TARGET, 3):
+            pass
+    finally:
+        log.removeHandler(handler)
+    record = records.get_nowait()  # which the handler has formatted, and freed of its arguments
+    assert record.getMessage().startswith("check caller=192.0.2.7 target=2001:db8::7 ports=3 ")
+    assert record.filename == "records.py"
+    assert record.msecs == pytest.approx(record.created % 1 * 1000, abs=1)
 
 
 def test_a_check_without_a_result_is_a_check(caplog: pytest.LogCaptureFixture) -> None:
