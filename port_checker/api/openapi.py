@@ -15,7 +15,6 @@ from port_checker.schemas import (
     CHECK_EXAMPLE,
     PORT_SCHEMA,
     TLS_CHECK_EXAMPLE,
-    CheckPortsResponse,
     ErrorCode,
     ErrorResponse,
 )
@@ -88,24 +87,16 @@ def documented_answers_in_text(
 ) -> dict[int | str, dict[str, Any]]:
     """Return ``responses`` of a route that answers in text, or in JSON to those who accept it."""
     messages = {code: message for code, message in examples.items() if code not in _OF_BODIES}
-    errors = documented_errors(messages)
-    for error in errors.values():
-        del error["model"]
-        error["content"]["application/json"]["schema"] = _reference(ErrorResponse)
-        # First, because clients get it that do not ask for JSON.
-        error["content"] = {"text/plain": {"schema": {"type": "string"}}, **error["content"]}
-    result = {"application/json": {"schema": _reference(CheckPortsResponse)}}
-    return {200: {"content": result}, **errors}
-
-
-def _reference(model: type[BaseModel]) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{model.__name__}"}
+    answers: dict[int | str, dict[str, Any]] = {200: {"content": {}}, **documented_errors(messages)}
+    for answer in answers.values():
+        answer["content"]["text/plain"] = {"schema": {"type": "string"}}
+    return answers
 
 
 def extend_openapi(app: FastAPI, settings: Settings) -> None:
     """Add the limits in ``settings``, and examples of checks, to what ``app.openapi()`` returns."""
     bodies = {
-        "/check-ports": {
+        "check_ports": {
             "here": {
                 "summary": "This service itself, from its own machine",
                 "value": {"provider_ip": "127.0.0.1", "ports": [settings.port]},
@@ -115,7 +106,7 @@ def extend_openapi(app: FastAPI, settings: Settings) -> None:
                 "value": {"provider_ip": "203.0.113.7", "ports": [7466, 50800, 50801]},
             },
         },
-        "/check-tls": {
+        "check_tls": {
             "address": {
                 "summary": "A certificate for an address",
                 "value": {"host": "203.0.113.7", "port": 443, "expected_ip": "203.0.113.7"},
@@ -126,17 +117,29 @@ def extend_openapi(app: FastAPI, settings: Settings) -> None:
             },
         },
     }
-    answers = {"/check-ports": CHECK_EXAMPLE, "/check-tls": TLS_CHECK_EXAMPLE}
+    answers = {"check_ports": CHECK_EXAMPLE, "check_tls": TLS_CHECK_EXAMPLE}
 
     def openapi() -> dict[str, Any]:
         schema = FastAPI.openapi(app)  # the same each time, until routes are added
-        requests = schema["components"]["schemas"]
-        requests["CheckPortsRequest"]["properties"]["ports"]["maxItems"] = settings.max_ports
-        for path, answer in answers.items():
-            operation = schema["paths"][path]["post"]
-            operation["requestBody"]["content"]["application/json"]["examples"] = bodies[path]
+        operations = {
+            operation["operationId"]: operation
+            for path in schema["paths"].values()
+            for operation in path.values()
+        }
+        # Somebody may have taken a route of ours away, or named a model of theirs as we name one.
+        for name in answers.keys() & operations.keys():
+            body = operations[name]["requestBody"]["content"]["application/json"]
+            body["examples"] = bodies[name]
             # Here, because FastAPI drops nulls from examples that it is given.
-            operation["responses"]["200"]["content"]["application/json"]["example"] = answer
+            answer = operations[name]["responses"]["200"]["content"]["application/json"]
+            answer["example"] = answers[name]
+            model = schema["components"]["schemas"][body["schema"]["$ref"].rpartition("/")[2]]
+            if "ports" in model["properties"]:
+                model["properties"]["ports"]["maxItems"] = settings.max_ports
+        if "check_own_port" in operations:
+            for answer in operations["check_own_port"]["responses"].values():
+                # Text first, because clients get it that do not ask for JSON.
+                answer["content"]["application/json"] = answer["content"].pop("application/json")
         return schema
 
     # FastAPI documents this assignment as the way to extend the schema.

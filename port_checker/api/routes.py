@@ -148,7 +148,7 @@ class Api:
             operation_id="check_own_port",
             summary="Check a port of your own address",
             tags=["checks"],
-            response_class=PlainTextResponse,
+            response_model=CheckPortsResponse,
             response_description='The port, and "reachable" or why it is not',
             responses=documented_answers_in_text(ERROR_EXAMPLES),
             openapi_extra={"parameters": [PORT_PARAMETER]},

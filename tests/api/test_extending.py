@@ -2,6 +2,8 @@
 
 import asyncio
 import inspect
+import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -285,3 +287,48 @@ def test_the_schema_lists_what_is_added_before_and_after_it_was_first_read(app: 
     assert second == app.openapi()
     for path in OUR_PATHS:
         assert second["paths"][path] == first["paths"][path]
+
+
+def test_models_may_have_the_names_of_ours(app: FastAPI) -> None:
+    class CheckPortsRequest(BaseModel):
+        mine: int
+
+    class ErrorResponse(BaseModel):
+        mine: str
+
+    @app.post("/mine", responses={400: {"model": ErrorResponse}})
+    def mine(body: CheckPortsRequest) -> int:
+        return body.mine
+
+    with serve(app) as client:
+        assert client.post("/mine", json={"mine": 1}).json() == 1
+        schema = client.get("/openapi.json").json()
+    models = schema["components"]["schemas"]
+    named = set(re.findall(r"#/components/schemas/([^\"]+)", json.dumps(schema)))
+    assert named <= models.keys()
+    limits = [
+        model["properties"].get("ports", {}).get("maxItems")
+        for model in models.values()
+        if "properties" in model
+    ]
+    assert limits.count(Settings().max_ports) == 1
+
+
+def test_our_routes_can_be_replaced(app: FastAPI) -> None:
+    for route in [*app.routes]:
+        if getattr(route, "path", "") in ("/", "/check-ports", "/check-tls"):
+            app.routes.remove(route)
+
+    @app.post("/check-ports")
+    def check_ports(ports: int) -> int:
+        return ports
+
+    @app.get("/")
+    def home() -> str:
+        return "mine"
+
+    with serve(app) as client:
+        assert client.post("/check-ports?ports=7").json() == 7
+        assert client.get("/").json() == "mine"
+        assert client.post("/check-tls").status_code == 404
+        assert client.get("/openapi.json").json() == app.openapi()
