@@ -379,7 +379,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self.cycle = self.scope = cast(Any, None)
         self.flow.resume_reading()
         if self._unparsed:
-            self._parse()
+            # Later, since the application may answer while it handles an exception, which would
+            # become the context of the parser's, instead of our refusal.
+            self._is_deferred = True
+            self.loop.call_soon(self._resume)
         else:
             self._wait_for_client()
 

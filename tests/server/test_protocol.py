@@ -322,6 +322,13 @@ def test_pipelined_requests_are_answered_in_turn(service: Service) -> None:
     assert [path for _, path, _, _ in seen(client)] == paths
 
 
+def test_what_follows_an_error_is_refused_for_its_own_reason() -> None:
+    with serve() as client, connected(client) as sock:
+        sock.sendall(HEALTH.replace(b"health", b"nothing") + HEALTH.replace(b"health", b"x" * 2048))
+        assert read_answer(sock)[0].startswith(b"HTTP/1.1 404 ")
+        assert read_answer(sock)[0].startswith(b"HTTP/1.1 413 ")
+
+
 def test_while_one_request_is_answered_no_more_than_a_few_are_read(service: Service) -> None:
     client = service.connect()
     client.send(SLOW)
