@@ -4,6 +4,7 @@ A notification (sd_notify(3)) that cannot be sent does no harm.
 """
 
 import contextlib
+import errno
 import os
 import socket
 import sys
@@ -25,6 +26,7 @@ _REFUSAL = (
 )
 
 _FIRST_PASSED = 3  # SD_LISTEN_FDS_START
+_FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 
 
 def notify(*assignments: str) -> None:
@@ -66,11 +68,28 @@ class Heartbeat:
 
 
 def passed_sockets() -> list[socket.socket]:
-    """Return the listening sockets that systemd passes to us, if any (sd_listen_fds(3))."""
-    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+    """Return the listening sockets that systemd passes to us, if any (sd_listen_fds(3)).
+
+    Raises:
+        OSError: It passes something else.
+    """
+    count = os.environ.get("LISTEN_FDS", "")
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or not count.isdecimal():
         return []
-    count = int(os.environ.get("LISTEN_FDS", "0"))
-    return [socket.socket(fileno=_FIRST_PASSED + number) for number in range(count)]
+    return [_listener(_FIRST_PASSED + number) for number in range(int(count))]
+
+
+def _listener(descriptor: int) -> socket.socket:
+    with contextlib.suppress(OSError):  # it is closed, or no socket
+        passed = socket.socket(fileno=descriptor)
+        is_stream = passed.family in _FAMILIES and passed.type == socket.SOCK_STREAM
+        if is_stream and passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return passed
+    raise OSError(
+        errno.EINVAL,
+        f"descriptor {descriptor}, which systemd passes, is no socket that listens for TCP or Unix "
+        "streams. In the socket unit, use ListenStream=, and not Accept=yes.",
+    )
 
 
 def refuse_waiting() -> None:
@@ -78,8 +97,12 @@ def refuse_waiting() -> None:
 
     Otherwise systemd would start it for them again and again.
     """
+    try:
+        listeners = passed_sockets()
+    except OSError:  # they are not what anybody could wait at
+        return
     clients: list[socket.socket] = []
-    for listener in passed_sockets():
+    for listener in listeners:
         listener.setblocking(False)
         with listener, contextlib.suppress(OSError):
             while len(clients) < _MAX_WAITING:

@@ -92,7 +92,7 @@ def test_the_caller_is_the_client_of_nginx_whatever_that_claims(tmp_path: Path) 
 @pytest.mark.parametrize("by", ["the service", "systemd"])
 def test_an_nginx_on_a_unix_socket_is_trusted(by: str, tmp_path: Path) -> None:
     path = tmp_path / "socket"
-    command = passing(f"socket.AF_UNIX, {str(path)!r}") if by == "systemd" else []
+    command = passing("socket.AF_UNIX", repr(str(path))) if by == "systemd" else []
     host = "192.0.2.7" if by == "systemd" else f"unix:{path}"  # the first cannot be bound
     with (
         program(

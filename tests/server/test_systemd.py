@@ -55,7 +55,7 @@ def test_it_listens_on_a_socket_that_systemd_passes_and_tells_how_it_is(
     with (
         manager(address) as notices,
         program(
-            *passing(f"socket.AF_INET, ('127.0.0.1', {port})"),
+            *passing("socket.AF_INET", f"('127.0.0.1', {port})"),
             ready=False,
             PORT_CHECKER_HOST="192.0.2.7",  # which cannot be bound
             PORT_CHECKER_PORT=str(port),
@@ -118,6 +118,22 @@ def test_a_wrong_setting_answers_those_who_wait_at_a_passed_socket() -> None:
         with pytest.raises(BlockingIOError):
             listener.accept()
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "port", "status"),
+    [
+        (passing("socket.AF_INET", "('127.0.0.1', 0)", "pass"), "9000", 1),
+        (passing("socket.AF_UNIX, socket.SOCK_SEQPACKET", "''"), "9000", 1),
+        (passing("socket.AF_INET, socket.SOCK_DGRAM", "('127.0.0.1', 0)", "pass"), "0", 2),
+    ],
+    ids=["not listening", "no stream", "a wrong setting as well"],
+)
+def test_a_passed_socket_that_does_not_listen(command: list[str], port: str, status: int) -> None:
+    with program(*command, ready=False, PORT_CHECKER_PORT=port) as running:
+        assert running.wait() == status
+    assert len(running.lines) == 1, running.lines
+    assert ("ListenStream=" if status == 1 else "PORT_CHECKER_PORT") in running.lines[0]
 
 
 def test_an_abstract_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

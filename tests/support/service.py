@@ -212,15 +212,16 @@ def check_under_way(running: Program) -> Iterator[PendingCheck]:
         yield PendingCheck(answer, make_room)
 
 
-def passing(address: str) -> list[str]:
-    """The command that starts the program with a listening socket, as systemd does.
+def passing(kind: str, address: str, prepare: str = "s.listen()") -> list[str]:
+    """The command that starts the program with a socket, as systemd does.
 
     Args:
-        address: Python's expressions for the socket's family and address.
+        kind: Python's expressions for the socket's family and type.
+        address: Its expression for the address.
+        prepare: What is done with the socket, ``s``.
     """
-    family, _, name = address.partition(", ")
     code = (
-        f"import os, socket, sys; s = socket.socket({family}); s.bind({name}); s.listen();"
+        f"import os, socket, sys; s = socket.socket({kind}); s.bind({address}); {prepare};"
         "os.dup2(s.fileno(), 3); os.set_inheritable(3, True);"
         "os.environ |= {'LISTEN_FDS': '1', 'LISTEN_PID': str(os.getpid())};"
         "os.execv(sys.executable, [sys.executable, '-m', 'port_checker'])"
