@@ -41,8 +41,11 @@ def request_reload() -> None:
             service.connect(path)
             service.send(json.dumps(environment).encode())
             answer = json.loads(service.recv(_MAX_MESSAGE))
-    except (OSError, ValueError) as error:  # ValueError: it ended without an answer
-        raise ReloadFailed(f"cannot reload: {error}") from None
+    except (ConnectionResetError, BrokenPipeError, ValueError):  # ValueError: an empty answer
+        raise ReloadFailed("cannot reload: the service ended before it had reloaded") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise ReloadFailed(f"cannot reload: the service does not answer: {reason}") from None
     if answer is not None:
         raise ReloadFailed(f"cannot reload: {answer}")
 

@@ -289,9 +289,11 @@ class Service:
             settings = load_settings()
         except SettingsError as error:
             return str(error)
-        for name in ("host", "port", "metrics"):
-            if getattr(settings, name) != getattr(self._settings, name):
+        in_use = {name: getattr(self._settings, name) for name in ("host", "port", "metrics")}
+        for name, value in in_use.items():
+            if getattr(settings, name) != value:
                 logger.warning("Another %s is used only after a restart", name)
+        settings = settings.model_copy(update=in_use)
         self._settings = fit_descriptor_limit(settings, descriptor_limit())
         warn_of_small_shares(self._settings)
         if self._supervisor:

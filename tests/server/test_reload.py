@@ -23,7 +23,7 @@ DONE = Done(0, "", "")
 
 def reload(running: Program, directory: Path, **settings: str) -> Done:
     own = {"PORT_CHECKER_HOST": "127.0.0.1", "PORT_CHECKER_PORT": str(running.port)}
-    return invoke("reload", **own, **settings, RUNTIME_DIRECTORY=str(directory))
+    return invoke("reload", **own | settings, RUNTIME_DIRECTORY=str(directory))
 
 
 def max_ports(client: httpx.Client) -> int:
@@ -89,6 +89,22 @@ def test_a_reload_takes_other_settings_and_refuses_nobody(tmp_path: Path) -> Non
     assert "ERROR" not in log
 
 
+def test_where_it_listens_stays_as_it_is(tmp_path: Path) -> None:
+    """Also at its end: it removes its own socket, and no other service's."""
+    with (
+        socket.socket(socket.AF_UNIX) as another,
+        program(RUNTIME_DIRECTORY=str(tmp_path)) as running,
+    ):
+        path = tmp_path / "socket"
+        another.bind(str(path))
+        for _ in range(2):
+            assert reload(running, tmp_path, PORT_CHECKER_HOST=f"unix:{path}") == DONE
+        assert running.stop() == 0
+        assert path.exists()
+    log = "".join(running.lines)
+    assert log.count("Another host is used only after a restart") == 2
+
+
 NO_START = """
 import os, sys
 if sys.orig_argv[-1] == "worker" and os.environ.get("PORT_CHECK_MAX_PORTS") == "7":
@@ -124,7 +140,7 @@ def reloading(directory: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The command, as a process."""
     environment = {**os.environ, "RUNTIME_DIRECTORY": str(directory)}
     words = [sys.executable, "-m", "port_checker", "reload"]
-    with subprocess.Popen(words, env=environment, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE) as process:
         yield process
 
 
@@ -141,7 +157,9 @@ def test_a_stop_in_the_middle_of_a_reload(tmp_path: Path) -> None:
         wait_until(running.workers, "a worker")
         workers = running.workers()
         assert running.stop(signal.SIGTERM) == 0
-        assert process.wait(timeout=60) == 1
+        ended = b"port-checker: cannot reload: the service ended before it had reloaded\n"
+        assert process.communicate(timeout=60)[1] == ended
+        assert process.returncode == 1
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
 
@@ -161,4 +179,5 @@ def test_where_there_is_no_service_to_reload(tmp_path: Path) -> None:
         service.bind(str(tmp_path / "reload"))  # as one that was killed leaves it
     done = invoke("reload", RUNTIME_DIRECTORY=str(tmp_path))
     assert (done.status, done.out) == (1, "")
-    assert done.err.startswith("port-checker: cannot reload: ")
+    reason = "the service does not answer: Connection refused"
+    assert done.err == f"port-checker: cannot reload: {reason}\n"
