@@ -454,19 +454,22 @@ def test_records_that_come_one_by_one_are_not_a_step_each() -> None:
     """A peer may part its messages into records of one byte; each step would cost a fork."""
     others = set(handshake_processes())
     switches: list[int] = []
+    sent = 0
 
     def behave(connection: socket.socket) -> None:
+        nonlocal sent
         connection.recv(1000)
         while not (processes := set(handshake_processes()) - others):  # the kernel may miss one
             time.sleep(0.01)
         for _ in range(300):
             connection.sendall(record(b"\0"))
+            sent += 1
             time.sleep(0.002)
         switches.extend(map(times_that_it_waited, processes))
 
     with endpoint(behave) as port:
-        verdict = judge_alone(port)
-    assert verdict == failed("connection closed by peer", try_again=True)
+        verdict = judge_alone(port, timeout=100)
+    assert (verdict, sent) == (failed("connection closed by peer", try_again=True), 300)
     (count,) = switches
     assert count < 150  # about three for each step: 33 (measured), and 240 without pauses
 
