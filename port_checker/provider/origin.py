@@ -201,7 +201,8 @@ async def learn_peers(
         arrived: defaultdict[Address, set[int]] = defaultdict(set)
         for group in ([], shuffled[:half], shuffled[half:]):
             start = witness.now()
-            reached = await _ask_half(contact, group, witness, waits, start)
+            seen_before = set[int]().union(*(candidates[peer] for peer in remaining))
+            reached = await _ask_half(contact, group, seen_before, witness, waits, start)
             if not remaining or reached is None:
                 return frozenset()
             inner = {pair.inner for pair in group}
@@ -221,6 +222,7 @@ async def learn_peers(
 async def _ask_half(
     contact: Contact,
     group: Sequence[PortPair],
+    seen_before: Collection[int],
     witness: Witness,
     waits: Waits,
     start: tuple[int, int],
@@ -234,11 +236,35 @@ async def _ask_half(
     if len(verdicts) != len(group):
         return None
     reached = [pair for pair in group if verdicts[pair.outer].accessible]
-    await witness.listeners.wait_until_seen(
-        [pair.inner for pair in reached if witness.listeners.bindings[pair.inner].state == "bound"],
-        waits.late_connections / 3,
+    bindings = witness.listeners.bindings
+    await wait_until_seen_again(
+        witness.listeners,
+        [pair.inner for pair in reached if bindings[pair.inner].state == "bound"],
+        seen_before,
+        waits,
         enough=len(reached),
         since=start[0],
         ignored=is_own,
     )
     return len(reached)
+
+
+async def wait_until_seen_again(
+    listeners: Listeners,
+    ports: Collection[int],
+    seen_before: Collection[int],
+    waits: Waits,
+    *,
+    enough: int,
+    since: int,
+    ignored: Callable[[Address], bool],
+) -> None:
+    """Wait for connections to ports that a server has reached once more.
+
+    Not long for those that did not come before. Those that did may be late each time: a proxy's.
+    """
+    late = waits.late_connections
+    for expected, timeout in ((ports, late / 3), ({*ports}.intersection(seen_before), late)):
+        await listeners.wait_until_seen(
+            expected, timeout, enough=enough, since=since, ignored=ignored
+        )

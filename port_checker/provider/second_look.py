@@ -12,7 +12,7 @@ from math import comb
 
 from port_checker.connect import Verdict
 from port_checker.provider.listeners import Listeners
-from port_checker.provider.origin import Contact
+from port_checker.provider.origin import Contact, wait_until_seen_again
 from port_checker.provider.remote import Answers, Waits
 from port_checker.provider.report import PortPair
 
@@ -56,7 +56,7 @@ async def trace_forwards(
     arrivals: dict[int, int] = {}
     remaining = list(pairs)
     for _ in range(_ROUNDS):
-        found = await _trace_once(contact, remaining, listeners, waits)
+        found = await _trace_once(contact, remaining, seen, listeners, waits)
         if found is None:
             break
         arrivals |= found
@@ -69,7 +69,11 @@ async def trace_forwards(
 
 
 async def _trace_once(
-    contact: Contact, pairs: Sequence[PortPair], listeners: Listeners, waits: Waits
+    contact: Contact,
+    pairs: Sequence[PortPair],
+    seen: Collection[int],
+    listeners: Listeners,
+    waits: Waits,
 ) -> dict[int, int] | None:
     """Trace once; None if the server does not answer for all ports."""
     connected: Counter[int] = Counter()  # by outer port, the halves in which the server could
@@ -81,9 +85,11 @@ async def _trace_once(
         if answers.error or answers.excluded:
             return None
         reached = [pair for pair in half if answers.verdicts[pair.outer].accessible]
-        await listeners.wait_until_seen(
+        await wait_until_seen_again(
+            listeners,
             [pair.inner for pair in reached],
-            waits.late_connections / 3,
+            seen,
+            waits,
             enough=len(reached),
             since=start,
             ignored=lambda peer: not contact.has_peer(peer),

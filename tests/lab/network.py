@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ParamSpec, TypeVar
 
+from port_checker.linux import TcpState, tcp_sockets
 from tests.support.processes import end_with_parent
 from tests.support.waiting import wait_until
 
@@ -400,10 +401,11 @@ class Lab:
         return close
 
     def wait_until_listening(self, name: str, ports: Iterable[int]) -> None:
-        """Wait until a program that was started listens on ports."""
+        """Wait until a program that was started listens on ports; it gets no connection by that."""
 
         def is_listening() -> bool:
-            return all(map(_listens, ports))
+            listening = tcp_sockets(frozenset(ports), TcpState.LISTEN)
+            return {sock.port for sock in listening} == {*ports}
 
         wait_until(lambda: self.submit(name, is_listening).result(), "the program to listen")
 
@@ -518,11 +520,6 @@ def _enter(full_name: str) -> None:
 def _set_sysctls(sysctls: Mapping[str, str]) -> None:
     for name, value in sysctls.items():
         Path("/proc/sys", name).write_text(value)
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as sock:
-        return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _is_healthy(server: str, port: int = SERVICE_PORT) -> bool:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -141,13 +142,19 @@ def test_something_before_a_machine_without_a_router_accepts_everything(
     lab.run("internet", "nft", "delete", "table", "inet", f"guard{version}")
 
 
-@pytest.mark.parametrize("count", [1, 6])
-def test_a_proxy_that_accepts_for_everybody(lab: Lab, count: int) -> None:
+@pytest.mark.parametrize(
+    ("count", "seconds", "waits"),
+    [(1, 0, PATIENT), (6, 0, PATIENT), (2, 0.6, replace(PATIENT, late_connections=1.5))],
+    ids=["one port", "six ports", "late"],
+)
+def test_a_proxy_that_accepts_for_everybody(
+    lab: Lab, count: int, seconds: float, waits: Waits
+) -> None:
     """As docker-proxy does: whoever comes has the proxy's address."""
     ports = lab.take(count)
-    with traffic(lab, "router", "proxy", OWN[4], ports[0], ports[-1]):
+    with traffic(lab, "router", "proxy", OWN[4], ports[0], ports[-1], seconds):
         lab.wait_until_listening("router", ports)
-        report = check(lab, "provider", ports, url_of(network.CHECKER), waits=PATIENT)
+        report = check(lab, "provider", ports, url_of(network.CHECKER), waits=waits)
     assert (report.reachable, advised(report)) == (count, {None})
 
 

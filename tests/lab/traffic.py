@@ -3,7 +3,8 @@
 traffic.py connect HOST FIRST LAST INTERVAL    connect to each port, again and again
 traffic.py half-open HOST FIRST LAST INTERVAL  send a SYN to each, and never more
 traffic.py noise LINK ADDRESS NEIGHBOUR SECONDS  what a LAN hears in that time, in a hundredth
-traffic.py proxy HOST FIRST LAST               accept connections to each port, pass them on to HOST
+traffic.py proxy HOST FIRST LAST SECONDS       accept connections to each port, and connect to HOST
+                                               for each, so many seconds later
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import socket
 import struct
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 
 SECONDS = 120
@@ -76,14 +78,21 @@ def noise(link: str, address: str, neighbour: str, seconds: int) -> None:
             time.sleep(0.01)
 
 
-def proxy(host: str, ports: Sequence[int]) -> None:
-    """Connect to HOST for everybody who connects here, at once, and close when they do."""
+def proxy(host: str, ports: Sequence[int], delay: float) -> None:
+    """Connect to HOST for everybody who connects here, and close when they do."""
+    accepted = deque[tuple[float, int, socket.socket]]()
     with selectors.DefaultSelector() as selector:
         for port in ports:
             selector.register(socket.create_server(("", port)), selectors.EVENT_READ, port)
         end = time.monotonic() + SECONDS
-        while time.monotonic() < end:
-            for key, _ in selector.select(1):
+        while (now := time.monotonic()) < end:
+            while accepted and accepted[0][0] <= now:
+                _, port, client = accepted.popleft()
+                onwards = socket.socket()
+                onwards.setblocking(False)
+                onwards.connect_ex((host, port))
+                selector.register(client, selectors.EVENT_READ, onwards)
+            for key, _ in selector.select(accepted[0][0] - now if accepted else 1):
                 assert isinstance(key.fileobj, socket.socket)
                 if isinstance(key.data, socket.socket):  # a client that closes, and its other end
                     selector.unregister(key.fileobj)
@@ -91,10 +100,7 @@ def proxy(host: str, ports: Sequence[int]) -> None:
                     key.data.close()
                 else:
                     client, _ = key.fileobj.accept()
-                    onwards = socket.socket()
-                    onwards.setblocking(False)
-                    onwards.connect_ex((host, key.data))
-                    selector.register(client, selectors.EVENT_READ, onwards)
+                    accepted.append((time.monotonic() + delay, key.data, client))
 
 
 def _checksum(data: bytes) -> int:
@@ -121,7 +127,7 @@ def main() -> None:
         return
     ports = range(int(rest[0]), int(rest[1]) + 1)
     if kind == "proxy":
-        proxy(host, ports)
+        proxy(host, ports, float(rest[2]))
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         (connect if kind == "connect" else half_open)(host, ports)

@@ -1,6 +1,7 @@
 """Tracing forwards and asking in small groups: servers with scripts, and listeners of our own."""
 
 import itertools
+import threading
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -9,7 +10,7 @@ from port_checker import advice
 from port_checker.provider.report import PortPair
 from port_checker.provider.second_look import looks_limited
 from tests.support.loopback import free_ports
-from tests.support.scripted import Answer, check, connect, scripted, verdicts
+from tests.support.scripted import Answer, accessible, check, connect, scripted, verdicts
 
 TIMED_OUT = "Connection timed out"
 
@@ -56,6 +57,23 @@ def test_ports_that_another_machine_answers_among_right_ones() -> None:
     forwards: dict[int, int | None] = dict(zip(ports, ports, strict=True))
     forwards |= dict.fromkeys(ports[2:4])
     assert arrivals(forwards, ports) == forwards
+
+
+def test_connections_that_come_late_each_time_are_not_taken_for_crossed_forwards() -> None:
+    """As through a proxy that accepts them first."""
+    ports = free_ports(3)
+    late: list[threading.Timer] = []
+
+    def pass_on(asked: list[int]) -> Answer:
+        late.append(threading.Timer(0.5, connect, [asked]))
+        late[-1].start()
+        return accessible(asked)
+
+    with scripted(pass_on) as server:
+        report = check(ports, server.url, ip="203.0.113.7", late_connections=1.4)
+    for timer in late:
+        timer.join()
+    assert [(port.reachable, port.arrives_at) for port in report.ports] == [(True, None)] * 3
 
 
 def test_crossed_forwards_make_one_note() -> None:
