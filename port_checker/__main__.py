@@ -25,7 +25,11 @@ def main() -> None:
 
     from port_checker.cli import app
 
-    app()
+    try:
+        app()
+    except OSError as error:  # the help cannot be written, say
+        sys.stderr.write(f"port-checker: {error.strerror or error}\n")
+        os._exit(1)  # sys.exit() would write to stdout once more
 
 
 def _open_standard_descriptors() -> None:

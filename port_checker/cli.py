@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -30,6 +31,9 @@ _DEFAULT_PORTS = "7466 50800-50899"
 
 # Seconds that the program has to end by itself when a signal is to end it.
 _SIGNAL_PATIENCE = 1.0
+
+# Open files that a check needs, and some to spare: with less than 8 asyncio writes a traceback.
+_MIN_DESCRIPTORS = 24
 
 _ALL_REACHABLE, _SOME_UNREACHABLE, _NO_SERVER, _INTERRUPTED = 0, 1, 3, 130
 
@@ -254,8 +258,8 @@ def check(
     Exit status: 0 all ports are reachable and certificates valid, 1 some are not, 2 wrong usage,
     3 no server could check them, 130 interrupted.
     """
-    run = _prepare(ports, servers, tls, ip, ipv4, ipv6, quiet=as_json)
     try:
+        run = _prepare(ports, servers, tls, ip, ipv4, ipv6, quiet=as_json)
         _raise_signals()
         with _ended_by_signals():
             reports = run()
@@ -264,9 +268,8 @@ def check(
         raise typer.Exit(_INTERRUPTED) from None
     except _Ended as end:
         _end_by(end.number)
-    except OSError as error:  # out of files or memory, say
-        typer.echo(f"port-checker: cannot check anything: {error.strerror or error}", err=True)
-        raise typer.Exit(_NO_SERVER) from None
+    except (OSError, MemoryError) as error:
+        raise _failure("cannot check anything", error) from None
     raise typer.Exit(_status(reports, every_server))
 
 
@@ -309,7 +312,6 @@ def watch_ports(
     """
     from port_checker.provider.watch import log, run_command, watch
 
-    run = _prepare(ports, servers, tls, ip, ipv4, ipv6, quiet=True)
     with _refusing("--on-change"):
         command = shlex.split(on_change or "")
     status = _NO_SERVER
@@ -327,6 +329,7 @@ def watch_ports(
             run_command(command, _document(reports))
 
     try:
+        run = _prepare(ports, servers, tls, ip, ipv4, ipv6, quiet=True)
         _raise_signals()
         watch(run_and_remember, every, tell)
     except KeyboardInterrupt:
@@ -335,9 +338,15 @@ def watch_ports(
         if end.number != signal.SIGTERM:
             _end_by(end.number)
         raise typer.Exit(status) from None
-    except OSError as error:
-        typer.echo(f"port-checker: cannot go on: {error.strerror or error}", err=True)
-        raise typer.Exit(_NO_SERVER) from None
+    except (OSError, MemoryError) as error:
+        raise _failure("cannot go on", error) from None
+
+
+def _failure(what: str, error: OSError | MemoryError) -> typer.Exit:
+    """Say what this machine has too little of (files, threads or memory, say); return the end."""
+    reason = error.strerror or error if isinstance(error, OSError) else "out of memory"
+    typer.echo(f"port-checker: {what}: {reason}", err=True)
+    return typer.Exit(_NO_SERVER)
 
 
 def _prepare(
@@ -350,7 +359,11 @@ def _prepare(
     *,
     quiet: bool,
 ) -> "Callable[[], list[Report]]":
-    """Read the arguments of a check; return what makes it."""
+    """Read the arguments of a check; return what makes it.
+
+    Raises:
+        OSError: This process may open too few files.
+    """
     from port_checker.linux import raise_descriptor_limit
     from port_checker.provider.http_client import ServerUrl
     from port_checker.provider.report import port_pairs
@@ -367,7 +380,12 @@ def _prepare(
     families: list[int | None] = [*([4] if ipv4 else []), *([6] if ipv6 else [])] or [None]
     if ip is not None:
         _require_address(ip, families)
-    raise_descriptor_limit()
+    limit = raise_descriptor_limit()
+    if limit != resource.RLIM_INFINITY and limit < _MIN_DESCRIPTORS:
+        raise OSError(
+            f"this process may open only {limit} files, and needs {_MIN_DESCRIPTORS}: "
+            "raise that limit (ulimit -n)"
+        )
     hints = list(_hints(ports or []))
 
     def run() -> "list[Report]":
@@ -448,6 +466,8 @@ def _ended_by_signals() -> Iterator[None]:
     Python runs a signal's handler between two of its own instructions, and OpenSSL may take minutes
     over one handshake: a server can show certificates that are that much work.
     """
+    from port_checker.linux import start_thread
+
     has_ended = threading.Event()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -460,7 +480,7 @@ def _ended_by_signals() -> Iterator[None]:
                 os._exit(128 + number[0])
         os.close(reader)
 
-    threading.Thread(target=watch, daemon=True).start()
+    start_thread(watch)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # gets signals at once
     try:
         yield

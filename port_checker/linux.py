@@ -14,7 +14,9 @@ import select
 import signal
 import socket
 import struct
-from collections.abc import Container, Iterator, Mapping
+import sys
+import threading
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from ipaddress import ip_address, ip_network
@@ -114,8 +116,14 @@ def grow_descriptor_table(size: int) -> None:
 
 
 def descriptors_left() -> int:
-    """Return how many more files this process may open."""
-    return descriptor_limit() - len(os.listdir("/proc/self/fd"))
+    """Return how many more files this process may open.
+
+    Those that are open have the lowest numbers, as a rule; /proc, which lists them, may be missing.
+    """
+    limit = descriptor_limit()
+    lowest_free = os.open("/", os.O_RDONLY)
+    os.close(lowest_free)
+    return (sys.maxsize if limit == resource.RLIM_INFINITY else limit) - lowest_free
 
 
 # Routes
@@ -909,6 +917,20 @@ def read_text(path: str | Path) -> str:
 # Processes
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def start_thread(target: Callable[[], object], name: str | None = None) -> None:
+    """Start a thread for which the process does not wait at its end.
+
+    Raises:
+        OSError: There are too many; Python's own words for that are a bare RuntimeError.
+    """
+    try:
+        threading.Thread(target=target, name=name, daemon=True).start()
+    except RuntimeError:
+        raise OSError(
+            "no more threads may be started: raise that limit (ulimit -u, or a container's)"
+        ) from None
 
 
 def end_with_parent(parent: int) -> None:

@@ -8,9 +8,9 @@ runs in a daemon thread, and serves all who ask for the same name meanwhile.
 import asyncio
 import contextlib
 import socket
-import threading
 
 from port_checker.addresses import parse_address
+from port_checker.linux import start_thread
 
 
 class Resolver:
@@ -66,8 +66,7 @@ class Resolver:
             with contextlib.suppress(RuntimeError):  # the loop has been closed
                 loop.call_soon_threadsafe(set_result, result)
 
-        # A daemon: the interpreter does not wait for it.
-        threading.Thread(target=look_up, name=f"look-up of {host}", daemon=True).start()
+        start_thread(look_up, f"look-up of {host}")
         return future
 
 

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ from tests.support.scripted import (
     scripted,
     verdicts,
 )
+from tests.support.seccomp import refuse
 from tests.support.service import serve
 from tests.support.tls import endpoint
 from tests.support.waiting import wait_until
@@ -59,14 +61,13 @@ def environment(**more: str) -> dict[str, str]:
     return {name: os.environ[name] for name in os.environ if name not in changing} | more
 
 
-def prepare(files: tuple[int, int] | None = None) -> None:
-    """Restore SIGINT, which a shell may have had its background jobs ignore; limit open files."""
+def prepare(before: Callable[[], None] = lambda: None) -> None:
+    """Restore SIGINT, which a shell may have had its background jobs ignore; set a limit."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if files:
-        resource.setrlimit(resource.RLIMIT_NOFILE, files)
+    before()
 
 
-def run(*words: str, files: tuple[int, int] | None = None, **more: str) -> Done:
+def run(*words: str, before: Callable[[], None] = lambda: None, **more: str) -> Done:
     done = subprocess.run(
         [*PORT_CHECKER, *words],
         env=environment(**more),
@@ -75,7 +76,7 @@ def run(*words: str, files: tuple[int, int] | None = None, **more: str) -> Done:
         encoding="utf-8",
         timeout=120,
         check=False,
-        preexec_fn=lambda: prepare(files),
+        preexec_fn=lambda: prepare(before),
     )
     assert "Traceback" not in done.stderr, done.stderr
     return Done(done.returncode, done.stdout, done.stderr)
@@ -187,8 +188,9 @@ def test_a_json_document() -> None:
 
 def test_it_raises_its_limit_of_open_files_and_does_with_what_there_is() -> None:
     ports = free_ports(500)
+    limit = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (64, 256))
     with scripted(connected) as server:
-        done = run("check", "--server", server.url, written(ports), files=(64, 256))
+        done = run("check", "--server", server.url, written(ports), before=limit)
     assert done.out.startswith(f"{written(ports)}: bound; reachable.\n")
     assert (done.status, done.err) == (0, "")
     assert sorted(port for asked in server.asked for port in asked) == ports
@@ -363,10 +365,28 @@ def test_streams_that_are_closed_are_not_needed() -> None:
     assert "1 of 1 port" in done.out
 
 
-def test_without_descriptors_it_says_so() -> None:
-    done = run("check", "--server", "http://127.0.0.1:1", "50800", files=(8, 8))
-    said = "port-checker: cannot check anything: Too many open files\n"
-    assert done == Done(3, "", said)
+@pytest.mark.parametrize(
+    ("limit", "why"),
+    [
+        (
+            partial(resource.setrlimit, resource.RLIMIT_NOFILE, (5, 5)),
+            "this process may open only 5 files, and needs 24: raise that limit (ulimit -n)",
+        ),
+        (
+            partial(refuse, "clone", "clone3"),
+            "no more threads may be started: raise that limit (ulimit -u, or a container's)",
+        ),
+        (
+            partial(resource.setrlimit, resource.RLIMIT_DATA, (45_000_000, 45_000_000)),
+            "out of memory",
+        ),
+    ],
+    ids=["files", "threads", "memory"],
+)
+def test_what_there_is_too_little_of_is_a_sentence(limit: Callable[[], None], why: str) -> None:
+    words = ["check", "--server", "http://127.0.0.1:1", "1-65535"]
+    done = run(*words, before=limit)
+    assert done == Done(3, "", f"port-checker: cannot check anything: {why}\n")
 
 
 # Terminals
@@ -712,6 +732,15 @@ def test_markup_in_a_message_is_only_text() -> None:
 
 
 # The rest of the program
+
+
+@pytest.mark.parametrize("word", ["--help", "--version"])
+def test_help_that_cannot_be_written_is_a_sentence(word: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*PORT_CHECKER, word], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, "port-checker: No space left on device\n")
 
 
 def test_help_and_version() -> None:

@@ -12,12 +12,12 @@ import ctypes
 import itertools
 import socket
 import struct
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
 from port_checker.addresses import Address, unpack_address
+from port_checker.linux import start_thread
 
 _ETH_P_ALL = 3  # linux/if_ether.h
 _SO_ATTACH_FILTER, _SO_RCVBUFFORCE = 26, 33  # asm-generic/socket.h; the socket module lacks them
@@ -133,7 +133,10 @@ class Capture:
     def __exit__(self, *_: object) -> None:
         asyncio.get_running_loop().remove_reader(self._sock)
         # The kernel waits until no processor looks at the socket any more: 12 to 22 ms.
-        threading.Thread(target=self._sock.close, daemon=True).start()
+        try:
+            start_thread(self._sock.close)
+        except OSError:
+            self._sock.close()
 
     def is_complete(self) -> bool:
         """Whether all packets so far were seen: then a packet that was not seen did not arrive."""

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import pytest
+
 from port_checker import advice
 from tests.support.loopback import free_port, open_port
 from tests.support.namespace import ROOT, needs_root
@@ -12,6 +14,8 @@ from tests.support.service import serve
 
 # As hidepid, subset=pid and Android have it: the tables of sockets are not there.
 HIDE_SOCKETS = 'mount -t proc -o subset=pid proc /proc && exec "$@"'
+# As a chroot has it, in which nobody has mounted it.
+HIDE_ALL = 'mount -t tmpfs none /proc && exec "$@"'
 
 
 def run(
@@ -29,10 +33,11 @@ def run(
 
 
 @needs_root
-def test_what_is_hidden_is_no_evidence() -> None:
+@pytest.mark.parametrize("hide", [HIDE_SOCKETS, HIDE_ALL], ids=["sockets", "all"])
+def test_what_is_hidden_is_no_evidence(hide: str) -> None:
     free = str(free_port())
     with open_port() as busy, serve(retries=1) as client:
-        hidden = ("unshare", "--mount", "sh", "-c", HIDE_SOCKETS, "sh")
+        hidden = ("unshare", "--mount", "sh", "-c", hide, "sh")
         done = run("--server", str(client.base_url), free, str(busy), behind=hidden)
     assert f"{busy}: in use; reachable." in done.stdout
     assert f"{free}: bound; reachable." in done.stdout
