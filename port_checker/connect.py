@@ -261,7 +261,7 @@ class OpenConnectionPacer:
     """Spreads the opening of connections, and the end of attempts, over the turns of an event loop.
 
     All rounds share it, so that many that begin together do not hold up everything else. Small ones
-    go first, and the others take turns. For one event loop.
+    go first, and the others take turns. For one event loop at a time.
 
     Attributes:
         hold_ups: Of the loop, while rounds wait for answers.
@@ -271,13 +271,17 @@ class OpenConnectionPacer:
     """
 
     def __init__(self) -> None:
-        self.hold_ups = HoldUps()
-        self.self_answers = SelfAnswers()
         self.connections_here = ConnectionsHere()
         self.sockets = SharedEpoll()
+        self.enter_loop()
         self._left = PER_TURN
         self._small: _Waiting = deque()
         self._large: dict[object, _Waiting] = {}  # by whose they are: the next one's first
+
+    def enter_loop(self) -> None:
+        """Drop what belongs to the former event loop, if there was one: its timer and its task."""
+        self.hold_ups = HoldUps()
+        self.self_answers = SelfAnswers()
 
     async def take(self, wanted: int, whose: object = None) -> None:
         """Wait until it is the caller's turn.
@@ -384,18 +388,20 @@ class SharedEpoll:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._rounds: dict[int, _Round] = {}  # by descriptor
 
-    def begin(self) -> None:
-        """Have the running event loop watch it.
+    def begin(self) -> bool:
+        """Have the running event loop watch it; return whether it is another one than before.
 
         Raises:
             OSError: There is no descriptor left, say.
         """
         loop = asyncio.get_running_loop()
-        if loop is not self._loop:
-            if not self._loop:
-                self._epoll = select.epoll()
-            loop.add_reader(self._epoll.fileno(), self.collect)
-            self._loop = loop
+        if loop is self._loop:
+            return False
+        if not self._loop:
+            self._epoll = select.epoll()
+        loop.add_reader(self._epoll.fileno(), self.collect)
+        self._loop = loop
+        return True
 
     def add(self, descriptors: Iterable[int], round_: "_Round") -> None:
         """Watch sockets of a round until each has had one event.
@@ -584,7 +590,8 @@ class _Round:
 
     async def run(self, ports: Sequence[int], timeout: float) -> None:
         """Try each of ``ports`` once; then there are verdicts, or it raises ``CheckFailed``."""
-        self._sockets.begin()
+        if self._sockets.begin():
+            self._pacer.enter_loop()
         await self._pacer.take(len(ports), self._way)
         descriptors = self.open(ports)
         if self._way.is_loopback:  # their events are there by now

@@ -99,7 +99,7 @@ logger = logging.getLogger(__name__)
 
 
 class TlsClient:
-    """Makes TLS handshakes, for one event loop.
+    """Makes TLS handshakes, for one event loop at a time.
 
     It trusts the authorities of OpenSSL's default store, or those that ``SSL_CERT_FILE`` and
     ``SSL_CERT_DIR`` name. The handshake process reads them when it starts: at the first handshake,
@@ -210,7 +210,7 @@ class TlsClient:
 
     async def _start(self, clock: "_Clock") -> "_HandshakeProcess":
         """Return the process, when it is ready."""
-        if not self._process or self._process.has_ended:
+        if not (self._process and self._process.is_usable):
             with own_failures("cannot start the process that makes TLS handshakes"):
                 self._process = _HandshakeProcess()
         process = self._process
@@ -596,6 +596,11 @@ class _HandshakeProcess:
         self._loop.add_reader(self._socket, self._receive)
         # Called at the end of the program, too, which does not wait for handshakes.
         self._kill = weakref.finalize(self, _kill, process, self._socket)
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it has not ended, and the event loop that runs is the one that it talks to."""
+        return not self.has_ended and self._loop is asyncio.get_running_loop()
 
     def handshake(self, expected: Sequence[Address | str], caller: str) -> "_Handshake":
         """Return a new handshake, to be begun."""

@@ -59,6 +59,14 @@ def test_verdicts_come_in_the_order_asked() -> None:
     assert list(verdicts.items()) == [(silent, TIMED_OUT), (opened, OPEN), (refused, REFUSED)]
 
 
+def test_it_checks_in_one_event_loop_after_another() -> None:
+    """As it does when an application is tested: Starlette's client may make one per request."""
+    checker = make_checker(timeout=1)
+    with silent_port() as silent:
+        for _ in range(2):
+            assert asyncio.run(check(checker, LOOPBACK, [silent])) == {silent: TIMED_OUT}
+
+
 def test_a_port_that_opens_after_the_first_attempt_is_found() -> None:
     with refused_port() as port:
         pass

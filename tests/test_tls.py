@@ -115,6 +115,16 @@ def failed(reason: str, *, try_again: bool = False) -> TlsVerdict:
 
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_certificates_are_judged_in_one_event_loop_after_another(
+    authority: trustme.CA, run: Callable[..., TlsVerdict]
+) -> None:
+    client = TlsClient()
+    with https(authority.issue_cert("127.0.0.1")) as port:
+        for _ in range(2):
+            assert run(attempt(client, port)).kind is TlsVerdictKind.VALID
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
 def test_a_good_certificate(authority: trustme.CA, run: Callable[..., TlsVerdict]) -> None:
     received: list[bytes] = []
     context = server_context(authority.issue_cert("127.0.0.1"))

@@ -263,6 +263,7 @@ class Perspectives:
         self._metrics = metrics or Metrics()
         self._timeout = longest_check + _MARGIN
         self._sleep = sleep
+        self._keeps_connections = False
         self._compared: set[asyncio.Task[None]] = set()
         self._trouble: dict[str, str] = {}  # what has been warned of, by URL
 
@@ -276,11 +277,16 @@ class Perspectives:
         """Whether all other places are known to be in networks that are not the internet."""
         return all(client.is_nearby for client in self._clients)
 
+    @functools.cached_property
+    def _clients(self) -> list[PlaceClient]:
+        """What asks the places, outside ``connected``, too: not every server runs a lifespan."""
+        resolver, tls = Resolver(), _tls_context()
+        return [PlaceClient(url, resolver, tls) for url in self._urls]
+
     @contextlib.asynccontextmanager
     async def connected(self) -> AsyncIterator[None]:
-        """Have connections to the places, and probe them, during the block."""
-        resolver, tls = Resolver(), _tls_context()
-        self._clients = [PlaceClient(url, resolver, tls) for url in self._urls]
+        """Probe the places, and keep connections to them, during the block."""
+        self._keeps_connections = True
         looking = asyncio.create_task(self._look_again_and_again())
         try:
             yield
@@ -289,6 +295,7 @@ class Perspectives:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
+            self._keeps_connections = False
             for client in self._clients:
                 client.close()
 
@@ -517,6 +524,9 @@ class Perspectives:
             raise NoVote(str(error)) from None
         except TimeoutError:
             raise NoVote("It does not answer in time.") from None
+        finally:
+            if not self._keeps_connections:
+                client.close()
 
     async def _look_again_and_again(self) -> None:
         while True:

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from port_checker.addresses import parse_address, parse_networks
 from port_checker.api.app import create_app
@@ -214,6 +215,18 @@ def test_one_place_that_a_filter_keeps_away_is_outvoted() -> None:
         "results": {str(opened): {"accessible": False, "error": "Connection timed out"}},
         "message": "Successfully verified 0 out of 1 ports",
     }
+
+
+def test_places_are_asked_by_an_application_whose_lifespan_nobody_runs() -> None:
+    """FastAPI does not run that of a mounted application, and some servers run none."""
+    outer = FastAPI()
+    with open_port() as opened, place(TIMED_OUT) as filtered:
+        inner = create_app(Settings(perspectives=(filtered,), retries=1, allowed_networks=LOOPBACK))
+        outer.mount("/checker", inner)
+        with serve(outer) as client:
+            body = {"provider_ip": "127.0.0.1", "ports": [opened]}
+            answer = client.post("/checker/check-ports", json=body).json()
+    assert answer["results"][str(opened)]["error"] == "Connection timed out"
 
 
 def test_what_is_another_servers_own_trouble_is_no_vote() -> None:
