@@ -7,7 +7,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exception_handlers import http_exception_handler
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.routing import Match
 
 from port_checker.api.accept import prefers_html
@@ -53,7 +53,7 @@ def answer_errors(
     callers: CallerResolver,
     metrics: Metrics,
     not_found_page: Callable[[Request], Response],
-) -> Callable[[Request, Exception], Awaitable[Response]]:
+) -> Callable[[HTTPConnection, Exception], Awaitable[Response]]:
     """Have every exception in ``app`` answered, counted, and, if it is a refusal, logged.
 
     Args:
@@ -67,7 +67,7 @@ def answer_errors(
     """
     refusals = RefusalLog()
 
-    def respond(request: Request, error: ServiceError, **headers: str) -> Response:
+    def respond(request: HTTPConnection, error: ServiceError, **headers: str) -> Response:
         metrics.count("errors", error.code)
         detail: dict[str, object] = {"code": error.code, "message": error.message}
         if error.ports:
@@ -79,7 +79,7 @@ def answer_errors(
             return PlainTextResponse(f"{error.message}\n", status, {**TEXT_HEADERS, **headers})
         return JSONResponse({"detail": detail}, status, {**NO_STORE, **headers})
 
-    async def answer(request: Request, error: Exception) -> Response:
+    async def answer(request: HTTPConnection, error: Exception) -> Response:
         if not isinstance(error, ServiceError):
             bug = ApiError(ErrorCode.INTERNAL_ERROR, "Internal error; it has been logged.")
             # uvicorn closes the connection after logging the traceback.
@@ -98,7 +98,7 @@ def answer_errors(
 
     async def answer_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101  # it is added for those alone
-        if not _tells_that_no_route_fits(error):
+        if request.scope["type"] != "http" or not _tells_that_no_route_fits(error):
             return await http_exception_handler(request, error)
         if error.status_code == HTTPStatus.NOT_FOUND:
             answer = respond(request, ApiError(ErrorCode.NOT_FOUND, "Not found. See /docs."))

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -135,7 +135,7 @@ class AllowedHosts:
         self,
         app: ASGIApp,
         allowed: Sequence[str],
-        refuse: Callable[[Request, Exception], Awaitable[Response]],
+        refuse: Callable[[HTTPConnection, Exception], Awaitable[Response]],
         names: Callable[[], Collection[str]] = local_names,
     ) -> None:
         self._app = app
@@ -145,7 +145,7 @@ class AllowedHosts:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        if scope["type"] == "http":
+        if scope["type"] != "lifespan":
             for name, value in scope["headers"]:
                 if name == b"host" and value and not self._is_allowed(_host_name(value)):
                     refusal = CrossOrigin(
@@ -153,7 +153,7 @@ class AllowedHosts:
                         "address. If you run it, add the name to PORT_CHECKER_ALLOWED_HOSTS, or "
                         "have the proxy in front of it pass Host on."
                     )
-                    response = await self._refuse(Request(scope, receive), refusal)
+                    response = await self._refuse(HTTPConnection(scope), refusal)
                     return await response(scope, receive, send)
         return await self._app(scope, receive, send)
 

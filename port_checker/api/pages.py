@@ -17,7 +17,6 @@ from typing import Final
 
 import fastapi_offline
 from fastapi import FastAPI, Request, Response
-from starlette.exceptions import HTTPException
 
 from port_checker import advice
 from port_checker.api.accept import accepts, prefers_html
@@ -181,17 +180,16 @@ def add_pages(app: FastAPI, settings: Settings) -> None:
         schema = json.dumps(app.openapi())
         return Response(schema, media_type="application/json", headers=_NO_STORE)
 
+    async def hand_out(request: Request) -> Response:
+        assert wheel  # noqa: S101  # else there is no such route
+        tag = f'"{wheel.sha256}"'
+        headers = {**_REVALIDATED, "ETag": tag}
+        if tag in request.headers.get("If-None-Match", ""):
+            return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
+        return Response(wheel.content, media_type=_WHEEL_TYPE, headers=headers)
+
     async def static(request: Request) -> Response:
-        name = request.path_params["name"]
-        if wheel and name == wheel.name:
-            tag = f'"{wheel.sha256}"'
-            headers = {**_REVALIDATED, "ETag": tag}
-            if tag in request.headers.get("If-None-Match", ""):
-                return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
-            return Response(wheel.content, media_type=_WHEEL_TYPE, headers=headers)
-        file = files.get(name)
-        if not file:
-            raise HTTPException(HTTPStatus.NOT_FOUND)
+        file = files[request.scope["path"].rpartition("/")[2]]
         headers = {**_FOR_EVER, "Content-Type": file.media_type}
         if not accepts(request, b"accept-encoding", "gzip", "*"):
             return Response(file.content, headers=headers)
@@ -203,7 +201,9 @@ def add_pages(app: FastAPI, settings: Settings) -> None:
         "/docs": api_docs,
         "/golem-provider": golem_provider,
         "/openapi.json": openapi,
-        "/static/{name}": static,
+        # Each by its name: others may add files of theirs at /static.
+        **{f"/static/{name}": static for name in files},
+        **({f"/static/{wheel.name}": hand_out} if wheel else {}),
     }.items():
         app.add_route(path, endpoint, methods=["GET"], include_in_schema=False)
 
@@ -211,8 +211,10 @@ def add_pages(app: FastAPI, settings: Settings) -> None:
 def not_found_page(request: Request) -> Response:
     """Return the page that a browser shows for a path that does not exist."""
     # A proxy may have put more before its path, so its links lead up from there.
-    path = request.scope.get("raw_path") or request.scope["path"].encode()
-    depth = path.count(b"/") - 1 - request.scope.get("root_path", "").count("/")
+    path, root = request.scope["path"], request.scope.get("root_path", "")
+    raw_path = request.scope.get("raw_path") or path.encode()
+    # Not every server has the root in the path.
+    depth = raw_path.count(b"/") - 1 - (root.count("/") if path.startswith(root) else 0)
     page = _not_found_template().replace("[up]", "../" * min(depth, _MAX_DEPTH) or "./")
     headers = {**_PAGE_HEADERS, "Vary": "Accept"}
     return Response(page, HTTPStatus.NOT_FOUND, media_type="text/html", headers=headers)

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
@@ -20,6 +21,7 @@ from fastapi import (
     WebSocket,
 )
 from fastapi.responses import JSONResponse
+from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
@@ -201,14 +203,8 @@ def test_other_applications_can_be_mounted_and_it_can_be_mounted(app: FastAPI) -
         assert (refused.status_code, refused.headers["Allow"]) == (405, "POST")
 
 
-def test_web_sockets_can_be_added(app: FastAPI) -> None:
-    @app.websocket("/echo")
-    async def echo(socket: WebSocket) -> None:
-        await socket.accept()
-        await socket.send_text(await socket.receive_text())
-        await socket.close()
-
-    # Our own server has none, so the test takes a server's part.
+def talk(app: FastAPI, path: str, host: bytes = b"localhost") -> list[MutableMapping[str, Any]]:
+    """Take a server's part, since ours has no web sockets; return what the application sends."""
     received = iter([{"type": "websocket.connect"}, {"type": "websocket.receive", "text": "hello"}])
     sent: list[MutableMapping[str, Any]] = []
 
@@ -218,14 +214,53 @@ def test_web_sockets_can_be_added(app: FastAPI) -> None:
     async def send(message: MutableMapping[str, Any]) -> None:
         sent.append(message)
 
-    scope = {"type": "websocket", "path": "/echo", "query_string": b"", "headers": []}
+    scope = {
+        "type": "websocket",
+        "path": path,
+        "query_string": b"",
+        "headers": [(b"host", host)],
+        "extensions": {"websocket.http.response": {}},
+    }
     asyncio.run(app(scope, receive, send))
-    assert [it["type"] for it in sent] == [
-        "websocket.accept",
-        "websocket.send",
-        "websocket.close",
-    ]
-    assert sent[1]["text"] == "hello"
+    return sent
+
+
+async def echo(socket: WebSocket) -> None:
+    await socket.accept()
+    await socket.send_text(await socket.receive_text())
+    await socket.close()
+
+
+def test_web_sockets_can_be_added(app: FastAPI) -> None:
+    app.add_api_websocket_route("/echo", echo)
+    accepted, answer, closed = talk(app, "/echo")
+    assert (accepted["type"], closed["type"]) == ("websocket.accept", "websocket.close")
+    assert answer["text"] == "hello"
+
+
+def test_web_sockets_can_be_refused_as_fastapi_does(app: FastAPI) -> None:
+    @app.websocket("/none")
+    async def none(_: WebSocket) -> None:
+        raise StarletteHTTPException(404)
+
+    start, body = talk(app, "/none")
+    assert (start["status"], body["body"]) == (404, b'{"detail":"Not Found"}')
+
+
+def test_web_sockets_are_for_allowed_hosts_too() -> None:
+    app = create_app(Settings(allowed_hosts=("checker.example",)))
+    app.add_api_websocket_route("/echo", echo)
+    assert talk(app, "/echo", b"checker.example")[1]["text"] == "hello"
+    assert talk(app, "/echo", b"elsewhere.example")[0]["status"] == 403
+
+
+def test_files_can_be_mounted_beside_ours(app: FastAPI, tmp_path: Path) -> None:
+    (tmp_path / "mine.css").write_text("body {}")
+    app.mount("/static", StaticFiles(directory=tmp_path), name="static")
+    with serve(app) as client:
+        assert client.get("/static/mine.css").text == "body {}"
+        ours = re.findall(r'static/[^"]+', client.get("/docs").text)
+        assert {client.get(f"/{path}").status_code for path in ours} == {200}
 
 
 def test_a_router_brings_its_lifespan(app: FastAPI) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import Request
 
 import port_checker.api
 from port_checker import advice
 from port_checker.api.app import create_app
+from port_checker.api.pages import not_found_page
 from port_checker.settings import Settings
 from port_checker.verdicts import TLS_KINDS
 from tests.support.service import serve
@@ -165,6 +167,12 @@ def test_a_browser_is_shown_a_page_where_there_is_none(
     assert {up, f"{up}docs"} < set(urls(answer.text))
     for url in urls(answer.text):
         client.get(httpx.URL(client.base_url).join(path).join(url)).raise_for_status()
+
+
+@pytest.mark.parametrize("path", ["/nothing/here", "/below/nothing/here"])
+def test_its_links_lead_up_whether_or_not_a_server_has_the_root_in_the_path(path: str) -> None:
+    scope = {"type": "http", "path": path, "root_path": "/below", "headers": []}
+    assert b'href="../docs"' in not_found_page(Request(scope)).body
 
 
 @pytest.mark.parametrize(
