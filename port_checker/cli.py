@@ -102,13 +102,8 @@ def serve(
             sys.stderr.write(f"port-checker: {warning}\n")
         return
 
-    from port_checker.server.run import CannotStart
-
-    try:
+    with _saying_why_it_cannot_start():
         has_served = _service(settings).run()
-    except CannotStart as error:
-        sys.stderr.write(f"port-checker: {error}\n")
-        raise typer.Exit(1) from None
     raise typer.Exit(0 if has_served else 1)
 
 
@@ -139,7 +134,19 @@ def worker() -> None:
     from port_checker.server.workers import receive_assignment
 
     assignment = receive_assignment()
-    _service(assignment.settings).run_worker(assignment)
+    with _saying_why_it_cannot_start():
+        _service(assignment.settings).run_worker(assignment)
+
+
+@contextlib.contextmanager
+def _saying_why_it_cannot_start() -> Iterator[None]:
+    from port_checker.server.run import CannotStart
+
+    try:
+        yield
+    except CannotStart as error:
+        sys.stderr.write(f"port-checker: {error}\n")
+        raise typer.Exit(1) from None
 
 
 def _service(settings: "Settings") -> "Service":

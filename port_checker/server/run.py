@@ -186,7 +186,15 @@ class Service:
         return has_served
 
     def run_worker(self, assignment: Assignment) -> None:
-        """Serve as one of several processes, until SIGTERM, or until others serve in its place."""
+        """Serve as one of several processes, until SIGTERM, or until others serve in its place.
+
+        Raises:
+            CannotStart: It lacks memory, descriptors or the like.
+        """
+        with _refusals_of_the_system(lambda: not self._is_ready):
+            self._run_worker(assignment)
+
+    def _run_worker(self, assignment: Assignment) -> None:
         metrics = Metrics(shared_row(assignment.memory, assignment.slot))
         heartbeat = systemd.Heartbeat()
         self._listeners_stay = assignment.listeners_stay

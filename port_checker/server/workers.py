@@ -338,6 +338,9 @@ class Supervisor:
                 logger.error("Worker %d does not stop; killing it", worker.process.pid)
                 worker.process.kill()
                 worker.process.wait()
+            else:
+                if worker.is_ready and worker.process.returncode:
+                    logger.error("Worker %d %s while stopping", worker.process.pid, worker.ending())
             self._distributor.close(worker.channel)
         self._distributor.stop()
 

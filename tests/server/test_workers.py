@@ -121,6 +121,16 @@ def test_a_worker_that_is_told_to_stop_gets_no_more_connections_and_has_not_died
     assert not lines_with(running, " exited with ")
 
 
+def test_a_worker_that_dies_while_it_stops_is_on_record() -> None:
+    with program(PORT_CHECKER_WORKERS="2") as running, check_under_way(running):
+        running.process.terminate()
+        wait_until(lambda: len(running.workers()) == 1, "the idle worker to stop")
+        (worker,) = running.workers()
+        os.kill(worker, signal.SIGKILL)
+        assert running.wait() == 0
+    assert lines_with(running, f"ERROR port_checker.server.workers: Worker {worker} was killed by ")
+
+
 def test_a_slow_start_is_waited_for(tmp_path: Path) -> None:
     go = tmp_path / "go"
     wait = f"import os, time\n    while not os.path.exists({str(go)!r}): time.sleep(0.05)"
@@ -168,12 +178,14 @@ def test_no_memory_to_share_is_one_line() -> None:
 
 
 def test_workers_that_cannot_start_end_the_program(tmp_path: Path) -> None:
+    refuse = "from tests.support.seccomp import refuse; refuse('epoll_create1')"
     with (
-        at_the_start_of_workers('sys.exit("no memory for me")', tmp_path) as path,
+        at_the_start_of_workers(f"sys.path.append({str(ROOT)!r}); {refuse}", tmp_path) as path,
         program(ready=False, PORT_CHECKER_WORKERS="2", PYTHONPATH=path) as running,
     ):
         assert running.wait() == 1
-    assert lines_with(running, "no memory for me")
+    assert lines_with(running, "port-checker: cannot start: Operation not permitted\n")
+    assert not lines_with(running, "Traceback")
     assert re.search(r"ERROR .*: Worker \d+ exited with 1 while starting$", running.lines[-2])
     assert running.lines[-1].endswith(": No worker could start; see the lines above for why\n")
 
