@@ -332,10 +332,11 @@ def watch_ports(
 
     def tell(lines: Sequence[str], reports: "Sequence[Report]") -> None:
         log(lines)
-        if command:
-            run_command(command, _document(reports))
+        if command and (fault := run_command(command, _document(reports))):
+            _say(f"--on-change: {fault}")
 
     try:
+        _require_stdout()
         run = _prepare(ports, servers, tls, ip, ipv4, ipv6, quiet=True)
         _raise_signals()
         watch(run_and_remember, every, tell)
@@ -352,7 +353,7 @@ def watch_ports(
 def _failure(what: str, error: OSError | MemoryError) -> typer.Exit:
     """Say what this machine has too little of (files, threads or memory, say); return the end."""
     reason = error.strerror or error if isinstance(error, OSError) else "out of memory"
-    typer.echo(f"port-checker: {what}: {reason}", err=True)
+    _say(f"{what}: {reason}")
     return typer.Exit(_NO_SERVER)
 
 
@@ -532,7 +533,13 @@ def _verify(
 
 def _tell_wait(text: str) -> None:
     """Where there is no terminal, say what is waited for, and nothing else."""
-    if "next attempt in" in text and sys.stderr is not None:
+    if "next attempt in" in text:
+        _say(text)
+
+
+def _say(text: str) -> None:
+    """Write a line to stderr; it is no reason to end that nobody can read it."""
+    if sys.stderr is not None:
         with contextlib.suppress(OSError):
             sys.stderr.write(f"port-checker: {text}\n")
 
@@ -546,13 +553,12 @@ def _print(reports: Sequence["Report"], as_json: bool) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left cannot be written either
         if isinstance(error, BrokenPipeError):
             return
-        typer.echo(f"port-checker: cannot write the report: {error.strerror}", err=True)
+        _say(f"cannot write the report: {error.strerror}")
         raise typer.Exit(_SOME_UNREACHABLE) from None
 
 
 def _write(reports: Sequence["Report"], as_json: bool) -> None:
-    if sys.stdout is None:  # it was closed
-        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    _require_stdout()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a server's words may not fit the encoding
     if as_json:
@@ -572,6 +578,11 @@ def _write(reports: Sequence["Report"], as_json: bool) -> None:
 
         sys.stdout.writelines(f"{line}\n" for report in reports for line in lines(report))
     sys.stdout.flush()
+
+
+def _require_stdout() -> None:
+    if sys.stdout is None:  # it was closed
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
 
 def _document(reports: Sequence["Report"]) -> str:

@@ -315,10 +315,10 @@ def test_both_families_one_after_the_other() -> None:
     assert done.status == as_json.status == 0
 
 
-def check_in_a_shell(redirection: str, *words: str) -> Done:
+def in_a_shell(redirection: str, *words: str) -> Done:
     """Have an open port checked, with the streams redirected."""
     with scripted() as server:
-        command = [*PORT_CHECKER, "check", "--server", server.url, str(free_port()), *words]
+        command = [*PORT_CHECKER, *words, "--server", server.url, str(free_port())]
         done = subprocess.run(
             ["sh", "-c", f"{shlex.join(command)} {redirection}"],
             env=environment(),
@@ -339,8 +339,13 @@ def check_in_a_shell(redirection: str, *words: str) -> Done:
 def test_output_that_cannot_be_written_is_a_sentence(
     words: list[str], redirection: str, why: str
 ) -> None:
-    done = check_in_a_shell(redirection, *words)
+    done = in_a_shell(redirection, "check", *words)
     assert done == Done(1, "", f"port-checker: cannot write the report: {why}\n")
+
+
+def test_watching_needs_an_output() -> None:
+    done = in_a_shell(">&-", "watch")
+    assert done == Done(3, "", "port-checker: cannot go on: Bad file descriptor\n")
 
 
 @pytest.mark.parametrize("words", [[], ["--json"]], ids=["lines", "JSON"])
@@ -360,7 +365,7 @@ def test_a_reader_that_has_left_changes_nothing(words: list[str]) -> None:
 
 
 def test_streams_that_are_closed_are_not_needed() -> None:
-    done = check_in_a_shell("<&- 2>&-")
+    done = in_a_shell("<&- 2>&-", "check")
     assert done.status == 0
     assert "1 of 1 port" in done.out
 
@@ -504,6 +509,17 @@ def test_watching_tells_how_things_are_and_ends_with_the_last_status(tmp_path: P
     assert first.endswith("0 of 1 ports of 127.0.0.1 are reachable over IPv4\n")
     assert f" {port}: not reachable: Connection refused. " in second
     assert json.loads(changes.read_text())["reachable"] == 0
+
+
+def test_watching_goes_on_where_nobody_can_read_that_the_command_failed(tmp_path: Path) -> None:
+    command = f"sh -c 'touch {tmp_path}/ran; exit 1'"
+    with scripted() as server, Path("/dev/full").open("w") as full:
+        words = ["watch", str(free_port()), "--server", server.url, "--on-change", command]
+        process = subprocess.Popen([*PORT_CHECKER, *words], stdout=subprocess.DEVNULL, stderr=full)
+        with process:
+            wait_until((tmp_path / "ran").exists, "the command")
+            process.terminate()
+            assert process.wait(60) == 0
 
 
 def never_answering(asked: threading.Event, done: threading.Event) -> Callable[..., Answer]:

@@ -76,8 +76,8 @@ def log(lines: Sequence[str]) -> None:
     sys.stdout.flush()
 
 
-def run_command(command: Sequence[str], document: str) -> None:
-    """Run a command with the reports on its stdin; say what is wrong with it on stderr."""
+def run_command(command: Sequence[str], document: str) -> str | None:
+    """Run a command with the reports on its stdin; return what went wrong with it, if anything."""
     try:
         done = subprocess.run(  # noqa: S603  # the owner's own command
             command, input=document.encode(), timeout=_COMMAND_TIMEOUT, check=False
@@ -87,5 +87,4 @@ def run_command(command: Sequence[str], document: str) -> None:
         fault = f"did not end within {_COMMAND_TIMEOUT} s"
     except OSError as error:
         fault = f"cannot be run: {error.strerror}"
-    if fault:
-        sys.stderr.write(f"port-checker: --on-change: {command[0]} {fault}\n")
+    return fault and f"{command[0]} {fault}"
