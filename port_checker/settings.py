@@ -526,9 +526,9 @@ def unknown_names(environment: Mapping[str, str]) -> dict[str, str | None]:
     known.append(_CLIENT_VARIABLE)
     names = [*environment, *dotenv_values(ENV_FILE)]
     return {
-        name: next(iter(difflib.get_close_matches(name, known, n=1)), None)
+        name: next(iter(difflib.get_close_matches(name.upper(), known, n=1)), None)
         for name in names
-        if name.startswith(PREFIXES) and name not in known
+        if name.upper().startswith(PREFIXES) and name not in known
     }
 
 

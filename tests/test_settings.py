@@ -439,6 +439,7 @@ def test_unknown_names_and_the_nearest_setting() -> None:
         "PORT_CHECKER_PROT": "1",
         "PORT_CHECK_TIMEOUT_SECONDS": "1",
         "PORT_CHECK_HOST": "1",
+        "port_checker_host": "1",
         "PORT_CHECK_TIMEOUT": "1",
         "PORT_CHECKER_URL": "1",  # of the provider's side
         "PATH": "1",
@@ -449,6 +450,7 @@ def test_unknown_names_and_the_nearest_setting() -> None:
         "PORT_CHECKER_PROT": "PORT_CHECKER_PORT",
         "PORT_CHECK_TIMEOUT_SECONDS": "PORT_CHECK_TIMEOUT",
         "PORT_CHECK_HOST": "PORT_CHECKER_HOST",
+        "port_checker_host": "PORT_CHECKER_HOST",
         "PORT_CHECK_" + "Z" * 40: None,
         "PORT_CHECK_RETRYS": "PORT_CHECK_RETRIES",
     }

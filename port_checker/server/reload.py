@@ -94,5 +94,5 @@ class ReloadRequests:
 
 
 def _path() -> str | None:
-    directory = os.environ.get("RUNTIME_DIRECTORY")
+    directory = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]  # a drop-in may add more
     return f"{directory}/reload" if directory else None

@@ -23,7 +23,9 @@ DONE = Done(0, "", "")
 
 def reload(running: Program, directory: Path, **settings: str) -> Done:
     own = {"PORT_CHECKER_HOST": "127.0.0.1", "PORT_CHECKER_PORT": str(running.port)}
-    return invoke("reload", **own | settings, RUNTIME_DIRECTORY=str(directory))
+    # As systemd writes it where there are two.
+    directories = f"{directory}:{directory}/another"
+    return invoke("reload", **own | settings, RUNTIME_DIRECTORY=directories)
 
 
 def max_ports(client: httpx.Client) -> int:

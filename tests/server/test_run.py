@@ -28,7 +28,7 @@ from port_checker.server.run import (
 from port_checker.settings import Rate, Settings
 from tests.support.http import client_of
 from tests.support.loopback import free_port, open_port
-from tests.support.namespace import ROOT, needs_root
+from tests.support.namespace import ROOT, loopback_alone, needs_root
 from tests.support.service import ask, check_under_way, program, serve
 from tests.support.waiting import wait_until
 
@@ -244,6 +244,15 @@ def test_one_ipv6_address_does_not() -> None:
 def test_localhost_is_an_address_to_listen_on() -> None:
     with listen("localhost", 0) as listener:
         assert listener.getsockname()[0] == "127.0.0.1"
+
+
+@needs_root
+def test_an_address_of_one_link_to_listen_on() -> None:
+    with (
+        loopback_alone("ip -6 address add fe80::7/64 dev lo"),
+        listen("fe80::7%lo", 0) as listener,
+    ):
+        assert listener.getsockname()[0] == "fe80::7"
 
 
 def test_a_unix_socket_for_a_proxy_of_another_user(
