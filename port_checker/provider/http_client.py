@@ -18,6 +18,7 @@ import ssl
 import struct
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Self
 from urllib.parse import unquote, urlsplit
@@ -36,6 +37,8 @@ _MAX_TEXT_LENGTH = 300
 # Attempts to find a free local port. Each fails only if that port is taken.
 _BIND_ATTEMPTS = 50
 _READ_SIZE = 65536
+# A certificate that is not valid yet, or no more (openssl/x509_vfy.h, X509_V_ERR_CERT_...).
+_WRONG_DATES = (9, 10)
 _NDJSON = "application/x-ndjson"
 # Called with the number of lines of an answer that have come.
 OnLines = Callable[[int], None]
@@ -277,7 +280,7 @@ class HttpClient:
         except TimeoutError:
             raise HttpError(SILENCE, passes=True, timed_out=True) from None
         except ssl.SSLCertVerificationError as error:
-            raise HttpError(f"TLS failed: {error.verify_message}", passes=False) from None
+            raise HttpError(f"TLS failed: {_distrust(error)}", passes=False) from None
         except ssl.SSLError as error:
             raise HttpError(f"TLS failed: {error.reason or error}", passes=False) from None
         except h11.ProtocolError as error:
@@ -451,6 +454,13 @@ def _ends_at_close(response: h11.Response | None) -> bool:
     """Whether the body ends with the connection (RFC 9112 section 6.3)."""
     names = {name for name, _ in response.headers} if response else set()
     return bool(response) and not names & {b"content-length", b"transfer-encoding"}
+
+
+def _distrust(error: ssl.SSLCertVerificationError) -> str:
+    """Say why a certificate is not trusted, and if it is for its dates, by which clock."""
+    if error.verify_code not in _WRONG_DATES:
+        return error.verify_message
+    return f"{error.verify_message} by this machine's clock ({datetime.now(UTC):%F %R} UTC)"
 
 
 def _strerror(error: OSError) -> str:

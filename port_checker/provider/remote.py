@@ -462,6 +462,11 @@ def _describe(response: Response, url: ServerUrl) -> str:
         return f"{printable(detail.message)} ({printable(detail.code)})"
     if response.status == HTTPStatus.NETWORK_AUTHENTICATION_REQUIRED:
         return f"cannot be reached: {_LOGIN_PAGE}"
+    if response.status == HTTPStatus.UNAUTHORIZED:
+        if url.authorization:
+            return "refuses the user name and password of the URL"
+        where = url.root.replace("//", "//NAME:PASSWORD@")
+        return f"asks for a user name and password: give them in the URL ({where})"
     if location := response.headers.get("location"):
         target = ""
         with contextlib.suppress(ValueError):  # it is not a URL

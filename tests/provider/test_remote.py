@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 import socket
 import ssl
 import struct
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from port_checker import advice
 from port_checker.linux import ephemeral_ports
@@ -41,6 +43,7 @@ from tests.support.scripted import (
     verdicts,
 )
 from tests.support.service import serve
+from tests.support.tls import https, trust
 
 
 def error_of(url: str, ip: str | None = "127.0.0.1") -> str:
@@ -413,6 +416,17 @@ def test_a_certificate_that_nobody_vouches_for(tmp_path: Path) -> None:
         assert error_of(url) == "TLS failed: self-signed certificate"
 
 
+def test_a_clock_may_be_to_blame_for_a_certificate_that_is_not_valid_now(
+    authority: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trust(authority, monkeypatch, tmp_path)
+    expired = authority.issue_cert("127.0.0.1", not_after=datetime(2020, 1, 1, tzinfo=UTC))
+    with https(expired) as port:
+        error = error_of(f"https://127.0.0.1:{port}")
+    expected = r"TLS failed: certificate has expired by this machine's clock \([-0-9]{10} .* UTC\)"
+    assert re.fullmatch(expected, error)
+
+
 @pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "SSL_CERT_DIR"])
 def test_an_authority_of_ones_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
@@ -586,6 +600,15 @@ def test_the_url_of_a_page_of_the_server() -> None:
     with scripted() as server:
         url = f"{server.url}/docs"
         assert error_of(url, ip=None) == f"has nothing at {url}/ip: try {server.url}"
+
+
+def test_a_server_that_wants_a_password_gets_it_by_the_url() -> None:
+    with scripted(ip=Answer(b"", 401)) as server:
+        url = server.url.replace("//", "//{}@")
+        expected = f"asks for a user name and password: give them in the URL ({url})"
+        assert error_of(server.url, ip=None) == expected.format("NAME:PASSWORD")
+        refused = "refuses the user name and password of the URL"
+        assert error_of(url.format("me:secret"), ip=None) == refused
 
 
 def test_a_password_is_sent_and_never_shown() -> None:
