@@ -12,11 +12,13 @@ import httpx
 import pytest
 from dotenv import dotenv_values
 
+from port_checker.api.app import create_app
 from port_checker.api.errors import STATUS
 from port_checker.metrics import Metrics, Totals
 from port_checker.schemas import ErrorCode
 from port_checker.server.prometheus import expose
 from port_checker.server.run import listen
+from port_checker.settings import Settings
 from tests.support.namespace import ROOT, loopback_alone, needs_root
 from tests.support.service import program
 
@@ -112,6 +114,20 @@ def test_links_lead_somewhere(page: Path) -> None:
         target = page.parent / file if file else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_readme_leads_to_every_page() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert {page.name for page in DOCS.glob("*.md")} <= set(
+        re.findall(r"docs/([\w-]+\.md)", readme)
+    )
+
+
+def test_docs_have_every_operation() -> None:
+    paths = create_app(Settings()).openapi()["paths"]
+    operations = {f"{method.upper()} {path}" for path in paths for method in paths[path]}
+    headings = re.findall(r"^## `(.*)`$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    assert operations == set(headings)
 
 
 @needs_root

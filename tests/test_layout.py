@@ -11,6 +11,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import fastapi_offline
+import pytest
 import redis.asyncio
 import uvicorn
 from dotenv.parser import Binding, parse_stream
@@ -76,6 +77,29 @@ def test_rooms_are_imported_only_from_inside_and_by_entry_points() -> None:
         if room_of(imported) not in (None, room_of(module)) and module not in ENTRY_POINTS
     ]
     assert not wrong
+
+
+# Where libraries are imported; the ground floor serves programs that have none of them.
+ROOMS_OF_LIBRARIES = {
+    "fastapi": {"api"},
+    "starlette": {"api", "server"},
+    "uvicorn": {"server"},
+    "redis": {"api"},
+    "prometheus_client": {"server"},
+}
+
+
+@pytest.mark.parametrize("library", ROOMS_OF_LIBRARIES)
+def test_a_library_is_imported_only_in_its_rooms(library: str) -> None:
+    statement = re.compile(rf"^\s*(?:from|import) {library}\b", re.MULTILINE)
+    rooms = {room_of(module) for module, text in SOURCES.items() if statement.search(text)}
+    assert rooms == ROOMS_OF_LIBRARIES[library]
+
+
+@pytest.mark.parametrize("module", ["checker", "connect", "tls"])
+def test_checks_know_nothing_of_http_and_settings(module: str) -> None:
+    of_http = {f"port_checker.{name}" for name in ("schemas", "settings", "verdicts", "metrics")}
+    assert not imports_by_module()[f"port_checker.{module}"] & of_http
 
 
 def test_program_imports_a_room_only_when_its_command_is_called() -> None:

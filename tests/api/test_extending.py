@@ -27,6 +27,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from port_checker.api.app import create_app
 from port_checker.settings import Settings
+from tests.support.namespace import ROOT
 from tests.support.service import ask, serve
 
 OUR_PATHS = ["/check-ports", "/check-tls", "/ip", "/health", "/port/{port}"]
@@ -367,3 +368,14 @@ def test_our_routes_can_be_replaced(app: FastAPI) -> None:
         assert client.get("/").json() == "mine"
         assert client.post("/check-tls").status_code == 404
         assert client.get("/openapi.json").json() == app.openapi()
+
+
+def test_the_example_in_the_docs_mounts_it_and_runs_its_lifespan() -> None:
+    (example,) = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs/settings.md").read_text(), re.M | re.S
+    )
+    names: dict[str, Any] = {}
+    exec(example, names)  # noqa: S102  # our own
+    with serve(names["app"]) as client:
+        assert client.get("/checker/health").json() == {"status": "ok"}
+        assert names["checker"].openapi_schema, "made by the lifespan"
