@@ -510,6 +510,7 @@ def _wrong(variable: str, value: str, allowed: str) -> str:
 
 
 def _shorten(text: str) -> str:
+    text = re.sub("//.*@", "//…@", text, flags=re.DOTALL)  # a URL may have a password in it
     return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "…"
 
 

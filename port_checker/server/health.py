@@ -6,6 +6,7 @@ They ask every few seconds, so this imports only what it needs.
 import contextlib
 import json
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterable
@@ -45,6 +46,7 @@ def run(url: str | None = None) -> int:
         message, status = str(error), 1
     except (ValueError, HTTPException) as error:
         message, status = str(error), 2
+    message = re.sub(r"//\S*@", "//", message)  # without a password
     printable = "".join(each if each.isprintable() else "?" for each in message)
     sys.stderr.write(f"port-checker: {printable}\n")
     return status

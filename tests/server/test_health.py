@@ -69,7 +69,7 @@ def test_a_hostile_server(answer: bytes, message: str, capsys: pytest.CaptureFix
         connection.sendall(answer)
 
     with raw_server(behave) as url:
-        assert run(url) == 1
+        assert run(url.replace("//", "//user:p@ss@")) == 1
         assert capsys.readouterr().err == f"port-checker: {url} {message}\n"
 
 
