@@ -22,3 +22,8 @@ def __getattr__(name: str) -> Any:
         sys.stderr.write(f"port-checker: {error}\n")
         raise SystemExit(2) from None
     return app
+
+
+def __dir__() -> list[str]:
+    """List ``app``, too: FastAPI's own command looks for it there."""
+    return [*globals(), "app"]

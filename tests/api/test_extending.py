@@ -25,6 +25,7 @@ from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from port_checker import main
 from port_checker.api.app import create_app
 from port_checker.settings import Settings
 from tests.support.namespace import ROOT
@@ -47,6 +48,13 @@ def app() -> FastAPI:
 
 def test_it_is_a_plain_fastapi(app: FastAPI) -> None:
     assert type(app) is FastAPI
+
+
+def test_the_one_that_the_environment_makes_can_be_found_without_making_it() -> None:
+    assert "app" in dir(main)
+    assert "app" not in vars(main)
+    assert type(main.app) is FastAPI
+    del main.app
 
 
 def test_routes_take_parameters_and_return_values(app: FastAPI) -> None:
