@@ -195,6 +195,7 @@ async def learn_peers(
     """
     by_ports = sorted(candidates, key=lambda peer: -len(candidates[peer]))
     remaining = {peer for peer in by_ports[:_MAX_CANDIDATES] if not is_own(peer)}
+    await waits.sleep(waits.quiet)  # what is still to come of earlier requests is no stranger's
     for _ in range(_ROUNDS):
         shuffled = random.sample(list(pairs), len(pairs))
         half = (len(shuffled) + 1) // 2

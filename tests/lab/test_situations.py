@@ -21,6 +21,7 @@ from tests.lab.checks import (
     monitor,
     notes,
     results,
+    service,
     start_check,
     traffic,
     translate,
@@ -156,6 +157,20 @@ def test_a_proxy_that_accepts_for_everybody(
         lab.wait_until_listening("router", ports)
         report = check(lab, "provider", ports, url_of(network.CHECKER), waits=waits)
     assert (report.reachable, advised(report)) == (count, {None})
+
+
+def test_a_proxy_before_which_two_servers_come_at_different_times(lab: Lab) -> None:
+    """Both have its address: what the later one's request brings is no stranger's."""
+    ports = lab.take(2)
+    checker = url_of(network.CHECKER)
+    other = url_of(network.CHECKER, port=network.SERVICE_PORT + 1)
+    with (
+        service(lab, "checker", network.SERVICE_PORT + 1),
+        traffic(lab, "router", "proxy", OWN[4], ports[0], ports[-1], 0.1),
+    ):
+        lab.wait_until_listening("router", ports)
+        report = check(lab, "provider", ports, checker, other, waits=PATIENT)
+    assert (report.reachable, advised(report)) == (2, {None})
 
 
 def test_a_router_that_hides_who_connects_and_a_monitor_behind_it(lab: Lab) -> None:
