@@ -125,6 +125,7 @@ def extend_openapi(app: FastAPI, settings: Settings) -> None:
             operation["operationId"]: operation
             for path in schema["paths"].values()
             for operation in path.values()
+            if "operationId" in operation  # others may have been added by hand
         }
         # Somebody may have taken a route of ours away, or named a model of theirs as we name one.
         for name in answers.keys() & operations.keys():

@@ -333,6 +333,12 @@ def test_the_schema_lists_what_is_added_before_and_after_it_was_first_read(app: 
         assert second["paths"][path] == first["paths"][path]
 
 
+def test_the_schema_can_be_completed_by_hand(app: FastAPI) -> None:
+    by_hand = {"summary": "A proxy's", "get": {"responses": {}}, "parameters": []}
+    app.openapi()["paths"]["/by-hand"] = by_hand
+    assert app.openapi()["paths"]["/by-hand"] == by_hand
+
+
 def test_models_may_have_the_names_of_ours(app: FastAPI) -> None:
     class CheckPortsRequest(BaseModel):
         mine: int
