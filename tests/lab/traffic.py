@@ -91,10 +91,13 @@ def proxy(host: str, ports: Sequence[int], delay: float) -> None:
                 onwards = socket.socket()
                 onwards.setblocking(False)
                 onwards.connect_ex((host, port))
-                selector.register(client, selectors.EVENT_READ, onwards)
+                selector.register(onwards, selectors.EVENT_WRITE, client)
             for key, _ in selector.select(accepted[0][0] - now if accepted else 1):
                 assert isinstance(key.fileobj, socket.socket)
-                if isinstance(key.data, socket.socket):  # a client that closes, and its other end
+                if key.events == selectors.EVENT_WRITE:  # it has connected
+                    selector.unregister(key.fileobj)
+                    selector.register(key.data, selectors.EVENT_READ, key.fileobj)
+                elif isinstance(key.data, socket.socket):  # a client that closes, and its other end
                     selector.unregister(key.fileobj)
                     key.fileobj.close()
                     key.data.close()
