@@ -270,6 +270,13 @@ def test_a_caller_has_a_share_of_the_tls_checks() -> None:
     assert not any(reserve(unshared, 1, "a/1", is_tls=True) for _ in range(200))
 
 
+def test_a_tls_check_that_has_ended_makes_way_for_another() -> None:
+    checker = shared_checker(1000, 200)
+    for _ in range(TLS_CHECKS_PER_CALLER + 1):
+        with checker.reserve(1, caller="a/1", network="a", is_tls=True):
+            pass
+
+
 def test_each_place_takes_room_for_the_ports_and_none_for_handshakes_made_elsewhere() -> None:
     checker = shared_checker(1000, 200)
     assert reserve(checker, 67, "a/1", is_own=False, places=3) == (

@@ -10,8 +10,10 @@ from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 import pytest
+from starlette.types import ASGIApp
 
 from port_checker.api.app import create_app
+from port_checker.api.limits import RateLimiter
 from port_checker.checker import Checker
 from port_checker.connect import Verdict
 from port_checker.errors import ErrorCode
@@ -93,12 +95,10 @@ def test_a_caller_that_leaves_is_noticed_whatever_it_has_sent_behind_its_request
         wait_until(lambda: checker.cancelled, "the end of the check")
 
 
-@pytest.mark.parametrize("caller_leaves", [False, True])
-def test_the_cancellation_of_the_request_itself_is_not_swallowed(
-    loop: ManualLoop, caller_leaves: bool
-) -> None:
-    checker = EndlessChecker()
-    app = create_app(Settings(), checker=checker)
+def send_check(
+    loop: ManualLoop, app: ASGIApp
+) -> tuple[asyncio.Task[None], asyncio.Queue[dict[str, Any]]]:
+    """Have an application make a check; return its task, and the queue of what it receives."""
     messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     body = json.dumps({"provider_ip": "127.0.0.1", "ports": [80]}).encode()
     messages.put_nowait({"type": "http.request", "body": body})
@@ -114,7 +114,19 @@ def test_the_cancellation_of_the_request_itself_is_not_swallowed(
         "query_string": b"",
         "client": ("127.0.0.1", 1),
     }
-    task = loop.create_task(app(scope, messages.get, send))
+
+    async def answer() -> None:
+        await app(scope, messages.get, send)
+
+    return loop.create_task(answer()), messages
+
+
+@pytest.mark.parametrize("caller_leaves", [False, True])
+def test_the_cancellation_of_the_request_itself_is_not_swallowed(
+    loop: ManualLoop, caller_leaves: bool
+) -> None:
+    checker = EndlessChecker()
+    task, messages = send_check(loop, create_app(Settings(), checker=checker))
     loop.advance_to(1)
     if caller_leaves:
         messages.put_nowait({"type": "http.disconnect"})
@@ -125,6 +137,21 @@ def test_the_cancellation_of_the_request_itself_is_not_swallowed(
     loop.settle()
     assert checker.running == 0
     assert task.cancelled()
+
+
+def test_a_request_that_is_cancelled_while_it_pays_gives_its_room_back(loop: ManualLoop) -> None:
+    class EndlessLimiter(RateLimiter):
+        async def pay_ports(self, *_: object) -> None:
+            await asyncio.Event().wait()
+
+    checker = EndlessChecker()
+    app = create_app(Settings(), limiter=EndlessLimiter(), checker=checker)
+    task, _ = send_check(loop, app)
+    loop.settle()
+    assert checker.in_flight == 1
+    task.cancel()
+    loop.settle()
+    assert checker.in_flight == 0
 
 
 @contextmanager
