@@ -140,6 +140,7 @@ class AllowedHosts:
     ) -> None:
         self._app = app
         self._allowed = frozenset(allowed)
+        self._endings = tuple(name[1:] for name in allowed if name.startswith("*."))
         self._refuse = refuse
         self._names = names
 
@@ -160,9 +161,7 @@ class AllowedHosts:
     def _is_allowed(self, name: str) -> bool:
         if name in self._allowed or _literal(name) or _is_localhost(name):
             return True
-        labels = name.split(".")
-        above = (".".join(labels[start:]) for start in range(1, len(labels)))
-        return any(f"*.{parent}" in self._allowed for parent in above) or name in self._names()
+        return name.endswith(self._endings) or name in self._names()
 
 
 def _is_forwarded(connection: HTTPConnection, caller: Address | None) -> bool:

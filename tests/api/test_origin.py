@@ -1,15 +1,19 @@
 """Which requests come from another site's page: what browsers and programs send."""
 
+import asyncio
 import json
 import socket
+import time
 from pathlib import Path
 
 import pytest
 from starlette.requests import HTTPConnection
+from starlette.responses import Response
+from starlette.types import Message
 
 from port_checker.addresses import parse_networks
 from port_checker.api.caller import CallerResolver
-from port_checker.api.origin import CrossOrigin, local_names, require_same_origin
+from port_checker.api.origin import AllowedHosts, CrossOrigin, local_names, require_same_origin
 from port_checker.schemas import ERROR_EXAMPLES, ErrorCode
 from tests.support.loopback import open_port
 from tests.support.service import serve
@@ -211,6 +215,22 @@ def test_the_names_that_host_may_have(host: str, status: int) -> None:
                     assert "PORT_CHECKER_ALLOWED_HOSTS" in answer.json()["detail"]["message"]
             else:
                 assert answer.status_code != 403, path
+
+
+def test_a_host_of_many_labels_takes_no_time_to_refuse() -> None:
+    async def refuse(*_: object) -> Response:
+        return Response(status_code=403)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    sent: list[Message] = []
+    app = AllowedHosts(Response(), ["*.lan"], refuse)
+    scope = {"type": "http", "headers": [(b"host", b"a." * 200_000)]}
+    started = time.process_time()
+    asyncio.run(app(scope, None, send))  # type: ignore[arg-type]  # nothing is received
+    assert time.process_time() - started < 60, "it takes a time that grows with the square"
+    assert sent[0]["status"] == 403
 
 
 def test_this_machines_name_may_be_in_host() -> None:
