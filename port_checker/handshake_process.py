@@ -217,7 +217,8 @@ class _Process:
                 del self._waiting[kept.fork]
                 kept.fork.begin_slice()
                 self._running.append(kept.fork)
-            kept.fork.channel.send(bytes([is_all]) + data)
+            with suppress(ConnectionError):  # it has ended, of which we shall hear
+                kept.fork.channel.send(bytes([is_all]) + data)
         else:
             kept.received += data
             self._held += len(data)
@@ -308,7 +309,9 @@ class _Process:
         """Read a fork's report, or see that it has ended."""
         kept = fork.kept
         is_its_own = kept.fork is fork and kept.number in self._kept
-        message = fork.channel.recv(LARGEST_MESSAGE)
+        message = b""
+        with suppress(ConnectionError):  # it was killed before it had read all that we sent
+            message = fork.channel.recv(LARGEST_MESSAGE)
         if not message:
             self._selector.unregister(fork.channel)
             fork.channel.close()

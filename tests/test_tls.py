@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -882,3 +882,67 @@ def test_the_process_keeps_a_bounded_number_of_handshakes_and_bytes(
         assert sorted(process._kept) == [2, 3]
         process.close()
         assert process._held == 0
+
+
+@contextmanager
+def handshake_process_alone() -> Iterator[tuple[socket.socket, int]]:
+    """The service's end of the socket to a process that makes handshakes, and the process."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    program = f"from port_checker.handshake_process import main; main({theirs.fileno()})"
+    with ours:
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-c", program], pass_fds=[theirs.fileno()], process_group=0
+            )
+        try:
+            ours.settimeout(60)
+            assert decode(ours.recv(10_000)) == ({"number": 0}, b"")
+            yield ours, process.pid
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.mark.parametrize("caller_leaves", [True, False])
+def test_a_fork_that_is_killed_before_it_has_read_all_ends_no_other_handshake(
+    authority: trustme.CA, caller_leaves: bool
+) -> None:
+    """Whoever has both ends of a check can leave in the moment in which its own peer answers."""
+    context = server_context(authority.issue_cert("127.0.0.1"))
+    context.set_ecdh_curve("prime256v1")  # for which the client has to say hello again
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    peer = context.wrap_bio(incoming, outgoing, server_side=True)
+
+    with handshake_process_alone() as (control, process):
+        children = Path(f"/proc/{process}/task/{process}/children")
+
+        def say(number: int, word: str, data: bytes = b"") -> None:
+            head = {"number": number, "do": word, "caller": "", "name": None, "addresses": []}
+            control.send(encode(head, data))
+
+        def answer() -> bytes:
+            return decode(control.recv(10_000))[1]
+
+        say(1, "begin")
+        incoming.write(answer())
+        with suppress(ssl.SSLWantReadError):
+            peer.do_handshake()
+        say(1, "step", outgoing.read())
+        assert answer(), "no second hello"
+        fork = int(children.read_text())
+        os.kill(fork, signal.SIGSTOP)
+        state = Path(f"/proc/{fork}/status")
+        wait_until(lambda: "(stopped)" in state.read_text(), "the fork's stop")
+        say(1, "step", bytes(5))
+        if caller_leaves:
+            say(1, "end")
+        else:
+            say(2, "begin")
+            assert answer(), "not begun"  # after the step was passed on
+            os.kill(fork, signal.SIGKILL)  # as the kernel does when memory runs out
+            say(1, "keep")
+            trouble = decode(control.recv(10_000))[0]["trouble"]
+            assert trouble == "a process for TLS has ended with -9"
+        wait_until(lambda: not children.read_text(), "the fork's end")
+        say(3, "begin")
+        assert answer(), "the process has ended"
