@@ -8,12 +8,16 @@ import json
 import socket
 import ssl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
+from port_checker.api.app import create_app
+from port_checker.metrics import CheckOutcome, Metrics, Totals
+from port_checker.settings import Settings
+from tests.support.checkers import HeldChecker
 from tests.support.http import HEALTH, Headers, client_of, read_answer
 from tests.support.loopback import open_port
 from tests.support.namespace import ROOT, loopback_alone, needs_root
@@ -287,6 +291,65 @@ def test_what_operators_copy_works_as_it_stands(name: str, tmp_path: Path) -> No
                 assert check(client, OUTSIDE, opened) == ACCESSIBLE
         with client_of("http://[::1]:80") as client:
             client.get("/health").raise_for_status()
+
+
+@needs_root
+def test_a_callers_503_takes_no_server_of_nginx_from_others(tmp_path: Path) -> None:
+    text = (ROOT / "contrib" / "nginx.conf").read_text()
+    second = "# server 192.0.2.11:9000"
+    assert second in text
+    file = tmp_path / "nginx.conf"
+    file.write_text(text.replace(second, "server 127.0.0.1:9001"))
+    with (
+        loopback_alone(),
+        serve(on_port=9000),
+        serve(on_port=9001),
+        as_shipped(file, tmp_path),
+        outsider(80) as client,
+    ):
+        for _ in range(2):
+            assert check(client, "2001:4860::1", 80) == "CHECK_FAILED"  # there is no route to it
+            client.get("/health").raise_for_status()
+
+
+@needs_root
+@pytest.mark.parametrize("name", ["nginx.conf", "haproxy.cfg", "Caddyfile"])
+def test_ports_come_as_they_become_known_and_a_caller_that_leaves_ends_its_check(
+    name: str, tmp_path: Path
+) -> None:
+    metrics, totals = Metrics(), Totals()
+    totals.add(metrics.row)
+    checker = HeldChecker()
+    body = json.dumps({"provider_ip": OUTSIDE, "ports": [1, 2]})
+    request = (
+        f"POST /check-ports HTTP/1.1\r\nHost: {CADDY_NAME}\r\n"
+        f"Accept: application/x-ndjson\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+    )
+    port = 443 if name == "Caddyfile" else 80
+    patient = tmp_path / "patient" / name  # so that no other reason ends the check
+    patient.parent.mkdir()
+    patient.write_text((ROOT / "contrib" / name).read_text().replace("60s", "600s"))
+    with (
+        loopback_alone(),
+        serve(create_app(Settings(), metrics, checker=checker), on_port=9000),
+        as_shipped(patient, tmp_path),
+        ExitStack() as stack,
+    ):
+        stack.callback(checker.may_go_on.set)
+        sock = socket.create_connection(("127.0.0.1", port), 60, source_address=(OUTSIDE, 0))
+        if port == 443:
+            trusted = ssl.create_default_context(cafile=tmp_path / CADDY_AUTHORITY)
+            sock = trusted.wrap_socket(sock, server_hostname=CADDY_NAME)
+        with sock:
+            sock.sendall(request.encode())
+            answer = b""
+            while b'"accessible":true' not in answer:
+                received = sock.recv(4096)
+                assert received, answer
+                answer += received
+        wait_until(
+            lambda: totals.snapshot()["checks", CheckOutcome.CANCELLED] == 1, "the check to end"
+        )
 
 
 @needs_root
