@@ -26,6 +26,7 @@ from port_checker.linux import (
     RouteType,
     answers_itself,
     could_not_retransmit,
+    is_connecting,
     is_tracked,
     refuses_itself,
     report_icmp_errors,
@@ -184,6 +185,11 @@ _FORBIDDEN = {errno.EACCES, errno.EPERM}
 # Why a SYN could not be sent again. The kernel says nothing of the reason: TCP_INFO shows the same
 # when a network device's queue is full as when a firewall's rule drops it.
 _DROPPED = "this machine's own firewall or a full queue drops what it sends"
+
+_REJECTS_ITSELF = "this machine's own firewall or tunnel rejects what it sends"
+
+# Errors of a socket that come from the peer's resets.
+_FROM_RESETS = {errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE}
 
 # IP version, and ICMP type and code, of the error that a host does not answer on its link.
 _HOST_UNREACHABLE = {(4, 3, 1), (6, 1, 3)}
@@ -844,21 +850,28 @@ class _Round:
         link of ours that does not answer, which this machine reports; and a target that is this
         machine.
         """
+        way = self._way
         icmp = take_icmp_error(sock)
         if icmp is None:
-            # The kernel's own error while it looked for a route, or an ICMP error that it has not
-            # recorded.
-            if error in (errno.EHOSTUNREACH, errno.ENETUNREACH):
-                self._way.require_network(sock)
+            # A reset; the kernel's own error while it looked for a route; or an ICMP error that it
+            # has not recorded (Linux before 5.8), which ends the attempt.
+            if error in _FROM_RESETS:
+                return
+            way.require_network(sock)
+            if is_connecting(sock):
+                raise CheckFailed(f"this machine had no route to {way.target} for a while")
             return
-        own = parse_host(sock.getsockname()[0])
-        if own == self._way.target or icmp.sender != own:
+        # Not always from the socket's own address: IPv4 prefers the first one of a network.
+        if icmp.sender == way.target or route_type(icmp.sender) is not RouteType.LOCAL:
             return
-        if (own.version, icmp.type, icmp.code) not in _HOST_UNREACHABLE:
-            raise _Forbidden("this machine's own firewall rejects what it sends")
-        self._way.require_network(sock)
-        if (route := self._way.route()) and route.next_hop:
+        if (icmp.sender.version, icmp.type, icmp.code) not in _HOST_UNREACHABLE:
+            raise _Forbidden(_REJECTS_ITSELF)
+        way.require_network(sock)
+        route = way.route()
+        if route and route.next_hop:
             raise CheckFailed("the gateway of this machine's route does not answer")
+        if route and not route.asks_in_vain(way.target):
+            raise _Forbidden(_REJECTS_ITSELF)
 
     def _require_peer(self, sock: socket.SocketType, port: int) -> None:
         """Require that a connection leads to the target.

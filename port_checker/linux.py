@@ -29,7 +29,7 @@ _RTM_GETROUTE, _RTA_DST, _NLM_F_REQUEST, _NLMSG_ERROR = 26, 1, 1, 2
 _RTA_SRC, _RTA_IIF, _RTA_OIF, _RTA_PREFSRC, _RTA_IP_PROTO = 2, 3, 4, 7, 27
 _RTM_GETNEIGH, _NDA_DST, _NDA_PROBES = 30, 1, 4  # and linux/neighbour.h
 _NUD_INCOMPLETE, _NUD_PROBE, _NUD_FAILED = 0x01, 0x10, 0x20
-_IFF_RUNNING = 0x40  # linux/if.h
+_IFF_RUNNING, _IFF_NOARP = 0x40, 0x80  # linux/if.h
 _RTM_GETADDR, _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 22, 1, 2, 8  # and linux/if_addr.h
 _IFA_F_TEMPORARY, _IFA_F_DEPRECATED = 0x01, 0x20
 _RTM_GETLINK, _IFLA_XDP, _IFLA_XDP_ATTACHED = 18, 43, 2  # and linux/if_link.h
@@ -258,11 +258,24 @@ class Route:
         """
         if self.type is not RouteType.UNICAST:
             return None
-        if not _is_up(self.interface):
+        if not _link_flags(self.interface) & _IFF_RUNNING:
             return "the link of this machine's route is down"
         if self.next_hop and _is_silent(self.next_hop, self.interface):
             return "the gateway of this machine's route does not answer"
         return None
+
+    def asks_in_vain(self, target: Address) -> bool:
+        """Whether nobody on our link answers requests for a target, as far as is known.
+
+        A link without addresses of its own, such as a tunnel, has no such requests.
+
+        Raises:
+            OSError: The kernel cannot tell now.
+        """
+        if _link_flags(self.interface) & _IFF_NOARP:
+            return False
+        state, _ = _neighbour_state(target, self.interface)
+        return not state or bool(state & (_NUD_INCOMPLETE | _NUD_FAILED))
 
 
 def route_to(address: Address, source: Address | None = None) -> Route | None:
@@ -293,10 +306,10 @@ def route_to(address: Address, source: Address | None = None) -> Route | None:
     )
 
 
-def _is_up(interface: int) -> bool:
-    """Whether an interface is on, and has a link (RTM_GETLINK; netdevice(7), IFF_RUNNING)."""
+def _link_flags(interface: int) -> int:
+    """Return an interface's flags (netdevice(7)); it is on, and has a link, if it is running."""
     (flags,) = struct.unpack_from("=8xI", _link(interface))
-    return bool(flags & _IFF_RUNNING)
+    return int(flags)
 
 
 def loopback_packets() -> int:
@@ -324,17 +337,23 @@ def _is_silent(neighbour: Address, interface: int) -> bool:
     apart (linux/neighbour.h). A live one answers within milliseconds. The kernel asks again five
     seconds after it has begun to doubt, which is when attempts of five seconds end.
     """
+    state, probes = _neighbour_state(neighbour, interface)
+    return bool(state & (_NUD_INCOMPLETE | _NUD_FAILED)) or (state == _NUD_PROBE and probes > 1)
+
+
+def _neighbour_state(neighbour: Address, interface: int) -> tuple[int, int]:
+    """Return what the kernel knows of a neighbour, and how often it has asked; zeros if nothing."""
     family = socket.AF_INET if neighbour.version == 4 else socket.AF_INET6
     request = struct.pack("=B3xiHBB", family, interface, 0, 0, 0)
     try:
         answer = _ask(_RTM_GETNEIGH, request + _attribute(_NDA_DST, neighbour.packed))
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.EOPNOTSUPP, errno.EINVAL):  # Linux before 5.0
-            return False
+            return 0, 0
         raise
     (state,) = struct.unpack_from("=8xH", answer)
     (probes,) = struct.unpack("=I", dict(_attributes(answer[12:])).get(_NDA_PROBES, bytes(4)))
-    return bool(state & (_NUD_INCOMPLETE | _NUD_FAILED)) or (state == _NUD_PROBE and probes > 1)
+    return int(state), int(probes)
 
 
 class RouteChanges:
@@ -616,6 +635,11 @@ def could_not_retransmit(sock: socket.SocketType) -> bool:
     retrans, total_retrans = struct.unpack_from("=36xI60xI", info)
     # On a connected socket nothing remains to be sent again, whatever happened before.
     return bool(total_retrans and not retrans) and info[0] in (TcpState.SYN_SENT, TcpState.CLOSE)
+
+
+def is_connecting(sock: socket.SocketType) -> bool:
+    """Whether a socket's attempt to connect still goes on."""
+    return _tcp_info(sock)[0] == TcpState.SYN_SENT
 
 
 def round_trip_time(sock: socket.SocketType) -> float:

@@ -12,7 +12,7 @@ from tests.lab.network import Lab
 pytestmark = pytest.mark.xdist_group("lab 2")
 
 DROPS = "this machine's own firewall or a full queue drops what it sends"
-REJECTS = "this machine's own firewall rejects what it sends"
+REJECTS = "this machine's own firewall or tunnel rejects what it sends"
 RESETS = "this machine itself refuses in its place: a rule of its firewall resets what it sends"
 STATEMENTS = {
     "drop": DROPS,

@@ -1,6 +1,7 @@
 """The checker's own network must not be taken for the provider's: nothing here blames anybody."""
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from subprocess import CalledProcessError
 
@@ -24,6 +25,7 @@ DEAD_LINK = {4: "60.8.0.1/24", 6: "2a00:8::1/64"}
 
 NO_GATEWAY = "the gateway of this machine's route does not answer"
 LINK_DOWN = "the link of this machine's route is down"
+REJECTS_ITSELF = "this machine's own firewall or tunnel rejects what it sends"
 REFUSES_ITSELF = "this machine itself refuses in its place: a rule of its firewall resets what it "
 ANSWERS_ITSELF = "something on this machine, a redirect of a proxy or a service mesh, answers in "
 
@@ -117,6 +119,75 @@ def test_an_address_that_goes_in_the_middle_of_a_check_blames_nobody(lab: Lab) -
                 lab.run("third", "ip", "address", "delete", new[version], "dev", "internet")
                 route = ["route", "replace", "default", "via", gateway]
                 lab.run("third", "ip", f"-{version}", *route)
+
+
+def test_what_this_machine_itself_calls_unreachable(lab: Lab) -> None:
+    """Its own error comes from a network's first address, whatever the connection's own is."""
+    rejected, (closed,) = lab.take(1), lab.take(1)
+    link = ["link", "add", "hole", "arp", "off", "type", "veth", "peer", "name", "bottom"]
+    lab.run("third", "ip", *link)
+    for end in "hole", "bottom":
+        lab.run("third", "ip", "link", "set", end, "up")
+    for address in "60.0.3.5/24", "2a00:3::5/64":
+        lab.run("third", "ip", "address", "add", address, "dev", "internet")
+    for target, *way in [
+        ("61.4.0.1", "via", "60.0.3.78", "src", "60.0.3.5"),
+        ("2b04::1", "via", "2a00:3::78", "src", "2a00:3::5"),
+        ("61.5.0.1", "dev", "hole"),
+        ("2b05::1", "dev", "hole"),
+    ]:
+        lab.run("third", "ip", "route", "add", target, *way)
+    lab.filter("third", "output", rejected, "reject with icmpx host-unreachable")
+    with service(lab, "third", timeout=4, retries=1):
+
+        def ask(target: str, port: int) -> Future[Answer]:
+            server = network.THIRD[6 if ":" in target else 4]
+            return lab.ask("ams", target, [port], server=server)
+
+        pending = [
+            *((ask(target, closed), NO_GATEWAY) for target in ("61.4.0.1", "2b04::1")),
+            # On a link without ARP, such as a tunnel's; and at a neighbour that is there.
+            *((ask(target, rejected[0]), REJECTS_ITSELF) for target in ("61.5.0.1", "2b05::1")),
+            *((ask(target, rejected[0]), REJECTS_ITSELF) for target in ("60.0.3.1", "2a00:3::1")),
+        ]
+        on_link = [ask(target, closed) for target in ("60.0.3.66", "2a00:3::66")]
+        assert not wrong([(answer.result(), reason) for answer, reason in pending])
+    for answer in on_link:
+        assert answer.result().body["results"][str(closed)]["error"] == "No route to host"
+
+
+def test_a_route_that_goes_in_the_middle_of_a_check_blames_nobody(lab: Lab) -> None:
+    """Whether it has come back by the end or not: other routes to the target are fine here."""
+    kinds = "blackhole", "prohibit", "unreachable"
+    silent = lab.take(len(kinds) + 1)
+    lab.filter("internet", "forward", silent, "drop")
+
+    def are_under_way() -> bool:
+        sent = lab.run("third", "ss", "-Htn", "state", "syn-sent").stdout
+        return len(sent.splitlines()) == len(VERSIONS) * len(silent)
+
+    with service(lab, "third", timeout=2.5, retries=1):
+        pending = [
+            [
+                lab.ask("ams", network.PROVIDER[it], [port], server=network.THIRD[it])
+                for it in VERSIONS
+            ]
+            for port in silent
+        ]
+        wait_until(are_under_way, "the checks")
+        rules = [
+            (f"-{it}", "rule", "{}", "ipproto", "tcp", "dport", str(port), kind)
+            for port, kind in zip(silent, kinds, strict=False)
+            for it in VERSIONS
+        ]
+        for rule in rules:
+            lab.run("third", "ip", *(word.format("add") for word in rule))
+        *failed, passed = [[answer.result() for answer in answers] for answers in pending]
+        for rule in rules:
+            lab.run("third", "ip", *(word.format("delete") for word in rule))
+    assert not wrong([(answer, "this machine had no route to ") for it in failed for answer in it])
+    for answer in passed:
+        assert answer.body["results"][str(silent[-1])]["error"] == "Connection timed out"
 
 
 def test_a_rule_for_another_protocol_says_nothing_of_tcp(lab: Lab) -> None:
