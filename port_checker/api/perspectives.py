@@ -588,4 +588,5 @@ def _tls_context() -> ssl.SSLContext:
     context = ssl.create_default_context()
     # Python 3.13 sets this flag; here every Python judges alike.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    context.options |= ssl.OP_NO_RENEGOTIATION
     return context

@@ -19,6 +19,7 @@ import h11
 
 from port_checker import __version__
 from port_checker.addresses import Address, parse_address, parse_host
+from port_checker.api.place_tls import HandshakeSteps, PlaceTls
 from port_checker.api.targets import special_purpose
 from port_checker.resolver import Resolver
 
@@ -64,7 +65,7 @@ class PlaceClient:
     Args:
         url: Its base URL.
         resolver: What looks its name up.
-        tls: How to verify its certificate, if it has one.
+        tls: How to verify its certificate, if it has one; it must forbid renegotiation.
 
     Attributes:
         url: As given.
@@ -83,6 +84,7 @@ class PlaceClient:
         self._tls = tls if parts.scheme == "https" else None
         self._port = parts.port or (443 if self._tls else 80)
         self._path = parts.path
+        self._handshakes = HandshakeSteps()
         self._kept: dict[_Connection, asyncio.TimerHandle] = {}
 
     @property
@@ -188,11 +190,15 @@ class PlaceClient:
 
     async def _connect_to(self, address: str) -> "_Connection | str":
         """Return a connection, or why there is none."""
-        name = self._host if self._tls else None
+        create_connection = asyncio.get_running_loop().create_connection
+        connection = _Connection()
         try:
-            _, connection = await asyncio.get_running_loop().create_connection(
-                _Connection, address, self._port, ssl=self._tls, server_hostname=name
-            )
+            if self._tls:
+                tls = PlaceTls(self._tls, self._host, connection, self._handshakes)
+                await create_connection(lambda: tls, address, self._port)
+                await tls.shake_hands()
+            else:
+                await create_connection(lambda: connection, address, self._port)
         except OSError as error:
             return _reason(error)
         self.address = parse_host(address)

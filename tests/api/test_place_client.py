@@ -7,6 +7,7 @@ import socket
 import ssl
 import struct
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -18,7 +19,9 @@ import uvloop
 
 from port_checker.api.place_client import NoAnswer, PlaceAnswer, PlaceClient
 from port_checker.resolver import Resolver
+from tests.support.hostile_tls import showing_in_tls_1_3, slow_certificate
 from tests.support.loopback import refused_port, silent_port
+from tests.support.tls import endpoint
 
 Behave = Callable[["Place", asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 Use = Callable[[PlaceClient], Awaitable[None]]
@@ -391,3 +394,61 @@ def test_a_place_whose_certificate_is_bad_hears_no_request(authority: trustme.CA
         resolver = Addresses("127.0.0.1")
         place = visit(answer(b"{}"), use, resolver, context=context, trusting=trusting)
         assert place.requests == []
+
+
+def test_answers_over_tls_are_read_as_others(authority: trustme.CA) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("place.test").configure_cert(context)
+    long = b"a" * 100_000
+
+    async def behave(place: Place, _: object, writer: asyncio.StreamWriter) -> None:
+        if len(place.requests) < 3:
+            writer.write(answer(long))
+        else:
+            writer.write(OK + b"\r\n{}")
+            writer.close()  # the end of a body without a length
+
+    async def use(client: PlaceClient) -> None:
+        for body in long, long, b"{}", b"{}":
+            assert (await get(client, 200_000)).body == body
+
+    place = visit(behave, use, Addresses("127.0.0.1"), context=context)
+    assert place.connections == 2
+
+
+def test_who_asks_others_waits_for_no_places_certificates() -> None:
+    """OpenSSL would take two seconds in the event loop's turn, and minutes for a longer chain."""
+    certificates = [slow_certificate(serial) for serial in range(1, 11)]
+
+    async def run(port: int) -> tuple[float, int]:
+        client = PlaceClient(f"https://127.0.0.1:{port}", Resolver(), ssl.create_default_context())
+        before = time.thread_time(), threading.active_count()
+        requests = [asyncio.create_task(get(client)) for _ in range(5)]
+        for request in requests:
+            with pytest.raises(NoAnswer, match="timed out"):
+                await request
+        return time.thread_time() - before[0], threading.active_count() - before[1]
+
+    with endpoint(showing_in_tls_1_3(certificates)) as port:
+        before = time.process_time()
+        loops, threads = uvloop.run(run(port))
+        assert loops < (time.process_time() - before) / 2
+        # The endpoint has one for each connection.
+    assert threads <= 1 + 5
+
+
+def test_a_handshake_that_never_ends_is_bounded_in_bytes() -> None:
+    hello_requests = b"\x16\3\3\x3e\x80" + b"\0\0\0\0" * 4000  # which OpenSSL ignores
+
+    def behave(connection: socket.socket) -> None:
+        connection.recv(1000)
+        while True:
+            connection.sendall(hello_requests)
+
+    async def run(port: int) -> None:
+        client = PlaceClient(f"https://127.0.0.1:{port}", Resolver(), ssl.create_default_context())
+        with pytest.raises(NoAnswer, match="its handshake is too long"):
+            await get(client)
+
+    with endpoint(behave) as port:
+        asyncio.run(run(port))
