@@ -15,7 +15,7 @@ from typing import Literal
 import httpx
 import pytest
 import trustme
-from playwright.sync_api import Browser, FloatRect, expect
+from playwright.sync_api import Browser, FloatRect, Route, expect
 
 from port_checker import advice
 from port_checker.addresses import parse_networks
@@ -230,6 +230,8 @@ def test_a_wrong_port_is_told_before_anything_is_sent(url: str, visit: Visit) ->
         expect(field).to_be_focused()
         expect(field).to_have_attribute("aria-invalid", "true")
         expect(field).to_have_accessible_description(f"{HINT} {fault}")
+        # It is read out where the focus was in the field already, too.
+        expect(visitor.page.get_by_role("alert")).to_have_text(fault)
         assert not visitor.checks
         field.fill("7466")
         expect(visitor.page.get_by_text(fault, exact=True)).to_be_hidden()
@@ -391,6 +393,47 @@ def test_a_proxys_own_error_is_told_in_words(url: str, visit: Visit, tmp_path: P
             "The service did not answer as it should (HTTP status 503). Try again in 7 s."
         )
         visitor.forgive("503")
+
+
+@pytest.mark.parametrize("wait", ["-7", "1.5", "Thu, 01 Jan 2099 00:00:00 GMT"])
+def test_what_is_no_number_of_seconds_is_not_waited_for(url: str, visit: Visit, wait: str) -> None:
+    visitor = visit(url)
+    answer = {"status": 429, "headers": {"Retry-After": wait}}
+    visitor.page.route("**/check-ports", lambda route: route.fulfill(**answer), times=1)
+    visitor.check(7466)
+    visitor.expect_status(
+        "The service did not answer as it should (HTTP status 429). Try again later."
+    )
+    assert len(visitor.checks) == 1
+    visitor.forgive("429")
+
+
+def test_what_the_page_asked_first_hides_no_result_when_it_fails(url: str, visit: Visit) -> None:
+    visitor = visit(url)
+    first: list[Route] = []
+    visitor.page.route("**/ip", lambda route: first.append(route), times=1)
+    visitor.page.reload()
+    with open_port() as opened:
+        visitor.check(opened)
+        visitor.expect_status("✓ The port can be reached")
+    first[0].abort()
+    visitor.page.evaluate("() => fetch('ip')")
+    visitor.expect_status("✓ The port can be reached")
+    visitor.forgive("ERR_FAILED")
+
+
+def test_a_link_may_have_a_user_and_a_password(url: str, visit: Visit) -> None:
+    visitor = visit(url.replace("//", "//user:password@"))
+    with open_port() as opened:
+        visitor.check(opened)
+        visitor.expect_status("✓ The port can be reached")
+    assert "password" not in visitor.page.content()
+    visitor.page.get_by_role("link", name="API").first.click()
+    visitor.page.locator("#operations-checks-ip").click()
+    visitor.page.get_by_role("button", name="Execute").click()
+    expect(visitor.page.locator("tr.response").get_by_text("200").first).to_be_visible()
+    visitor.requests.clear()  # that of the link has its user and password
+    visitor.page.goto(url)
 
 
 def test_a_service_that_is_gone_is_told_in_words(visit: Visit) -> None:
@@ -555,6 +598,8 @@ def test_nothing_is_wider_than_the_window(url: str, visit: Visit) -> None:
     with ports(40, refused_port) as refused, open_port() as opened:
         visitor.check(*refused, opened)
         visitor.expect_status("✕ 1 of 41 ports can be reached")
+    # As long as another place's error may be.
+    visitor.page.locator(".verdict").first.evaluate("it => it.append('x'.repeat(400))")
     for width in 320, 480, 768, 1920:
         visitor.page.set_viewport_size({"width": width, "height": 700})
         assert visitor.page.evaluate("() => document.documentElement.scrollWidth") <= width

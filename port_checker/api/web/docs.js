@@ -1,5 +1,8 @@
 "use strict";
 
+// Beside this page, under whatever path, without the user and password that its URL may have.
+const beside = (name) => new URL(name, location.href).href;
+
 // Swagger UI takes its colours from a class, not from the system.
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const follow = () => document.documentElement.classList.toggle("dark-mode", dark.matches);
@@ -8,7 +11,7 @@ follow();
 
 SwaggerUIBundle({
   dom_id: "#api",
-  url: "openapi.json", // beside this page, under whatever path
+  url: beside("openapi.json"),
   presets: [SwaggerUIBundle.presets.apis],
   deepLinking: true,
   tryItOutEnabled: true,
@@ -23,7 +26,7 @@ SwaggerUIBundle({
 /** Return the visitor's address; null if nobody knows it. */
 async function findAddress() {
   try {
-    return (await (await fetch("ip", { cache: "no-store" })).json()).ip;
+    return (await (await fetch(beside("ip"), { cache: "no-store" })).json()).ip;
   } catch {
     return null;
   }

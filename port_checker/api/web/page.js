@@ -6,7 +6,8 @@
 const { advice, reachable, allReachable, nearby, validCertificate, tlsErrors, longestCheck, maxPorts } =
   JSON.parse(find("page-data").textContent);
 
-// The page may stand under any path: all that it asks for is beside it.
+// The page may stand under any path: all that it asks for is beside it. A relative URL would have the
+// user and password of a link such as https://user:password@checker.example, and fetch takes none.
 const url = new URL(".", location.href).href.replace(/\/$/, "");
 // A link may lead here by a path or a name of its author's choice, and people paste what they copy into
 // a shell. So it holds nothing that a shell would take apart.
@@ -52,7 +53,7 @@ find("plain-http").hidden = isSecureContext;
 // Some shells look for files by what is in the brackets of an IPv6 address.
 if (here) fill("url", here.includes("[") ? `'${here}'` : here);
 readLink();
-findAddress().catch((error) => say(error.message, "bad"));
+findAddress().catch((error) => find("status").textContent || say(error.message, "bad"));
 
 /** Read a field with `parse`, and have `run` check what it says, at the visitor's address. */
 async function check(field, parse, run, table) {
@@ -170,14 +171,14 @@ async function ask(path, options, onLines) {
   let response, answer;
   try {
     const signal = AbortSignal.timeout?.((longestCheck + 30) * 1000); // Safari has it from 16 on
-    response = await fetch(path, { cache: "no-store", signal, ...options });
+    response = await fetch(`${url}/${path}`, { cache: "no-store", signal, ...options });
     answer = await (response.ok && onLines ? readLines(response.body, onLines) : response.json());
   } catch {
     if (!response) throw new Error("The service cannot be reached. See whether you are online, and try again.");
     if (response.ok && onLines) throw new Error("The answer broke off, so nothing of it counts. Check again.");
   }
   if (response.ok && answer && !answer.detail) return answer;
-  const wait = Number(response.headers.get("Retry-After"));
+  const wait = Number(/^\d+$/.exec(response.headers.get("Retry-After"))); // 0 for a date
   const message =
     answer?.detail?.message ??
     `The service did not answer as it should (HTTP status ${response.status}). ` +
