@@ -561,7 +561,8 @@ class Perspectives:
         if seen != _FORWARDED_TEST_ADDRESS:
             return (
                 "It does not trust this server. Add this server's address to its "
-                "PORT_CHECKER_TRUSTED_PROXIES."
+                "PORT_CHECKER_TRUSTED_PROXIES, and have a proxy in front of it add to "
+                "X-Forwarded-For, not replace it."
             )
         if client.url.startswith("http:") and not client.is_nearby:
             return "It is asked in plain text over the internet. Use https."

@@ -588,7 +588,8 @@ def test_what_is_wrong_with_a_place_is_warned_of_once(caplog: pytest.LogCaptureF
     assert sorted(lines) == sorted(
         [
             f"The perspective {distrustful}: It does not trust this server. Add this server's "
-            "address to its PORT_CHECKER_TRUSTED_PROXIES.",
+            "address to its PORT_CHECKER_TRUSTED_PROXIES, and have a proxy in front of it add to "
+            "X-Forwarded-For, not replace it.",
             f"The perspective {away}: It cannot be reached (Connection refused).",
         ]
     )

@@ -352,21 +352,55 @@ def test_ports_come_as_they_become_known_and_a_caller_that_leaves_ends_its_check
         )
 
 
+# The name that Caddy has a certificate for.
+SNI = {"sni_hostname": CADDY_NAME}
+
+
+@contextmanager
+def outsider_of(name: str, directory: Path) -> Iterator[httpx.Client]:
+    """A client of a proxy that runs with a file that operators copy."""
+    if name != "Caddyfile":
+        with outsider(80) as client:
+            yield client
+        return
+    trusted = ssl.create_default_context(cafile=directory / CADDY_AUTHORITY)
+    transport = httpx.HTTPTransport(local_address=OUTSIDE, verify=trusted)
+    host = {"Host": CADDY_NAME}
+    with httpx.Client(
+        base_url="https://127.0.0.1", headers=host, transport=transport, timeout=60
+    ) as client:
+        yield client
+
+
 @needs_root
 def test_the_caddyfile_works_as_it_stands(tmp_path: Path) -> None:
-    name = {"sni_hostname": CADDY_NAME}
     with (
         loopback_alone(),
         serve(on_port=9000),
         as_shipped(ROOT / "contrib" / "Caddyfile", tmp_path),
+        outsider_of("Caddyfile", tmp_path) as client,
     ):
-        trusted = ssl.create_default_context(cafile=tmp_path / CADDY_AUTHORITY)
-        transport = httpx.HTTPTransport(local_address=OUTSIDE, verify=trusted)
-        with httpx.Client(base_url="https://127.0.0.1", transport=transport, timeout=30) as client:
-            for forged in FORGED:
-                headers = httpx.Headers(forged)
-                headers["Host"] = CADDY_NAME
-                answer = client.get("/ip", headers=headers, extensions=name)
-                assert answer.json() == {"ip": OUTSIDE}, forged
-            page = client.get("/", headers={"Host": CADDY_NAME}, extensions=name)
-            assert page.status_code == 200
+        for headers in FORGED:
+            answer = client.get("/ip", headers=httpx.Headers(headers), extensions=SNI)
+            assert answer.json() == {"ip": OUTSIDE}, headers
+        assert client.get("/", extensions=SNI).status_code == 200
+
+
+@needs_root
+@pytest.mark.parametrize("name", ["nginx.conf", "haproxy.cfg", "Caddyfile"])
+def test_a_server_whose_place_is_behind_a_proxy_names_its_callers(
+    name: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "place" / name
+    file.parent.mkdir()
+    text = (ROOT / "contrib" / name).read_text()
+    file.write_text(text.replace("# trusted_proxies 192.0.2.10", f"trusted_proxies {OUTSIDE}"))
+    caller = "192.0.2.1"
+    with (
+        loopback_alone(),
+        serve(on_port=9000, trusted_proxies=f"127.0.0.1,{OUTSIDE}"),
+        as_shipped(file, tmp_path),
+        outsider_of(name, tmp_path) as server,
+    ):
+        answer = server.get("/ip", headers={"X-Forwarded-For": caller}, extensions=SNI)
+        assert answer.json() == {"ip": caller}
