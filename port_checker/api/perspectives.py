@@ -7,6 +7,7 @@ caller's request with ``X-Forwarded-For``, and votes.
 import asyncio
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import ssl
@@ -48,6 +49,9 @@ _ERROR_LENGTH: Final = 400
 
 # Checks whose votes are compared at once, where places are only observed.
 _MOST_COMPARED: Final = 1000
+
+# Lines in the log about one of them.
+_MOST_DIFFERENCES: Final = 10
 
 # Why a place that answered has no vote.
 _WORDS: Final = {
@@ -435,12 +439,17 @@ class Perspectives:
         poll = self._poll(ballot, asyncio.shield(here), ask)
         together = await words(poll)
         alone = await words(here)
+        differences: dict[tuple[str, str], list[int]] = {}
         for port in ballot.ports:
             one, other = alone.get(port, "CHECK_FAILED"), together.get(port, "CHECK_FAILED")
             if one != other:
-                logger.info(
-                    "observed target=%s port=%d here=%r together=%r", target, port, one, other
-                )
+                differences.setdefault((one, other), []).append(port)
+        # Not one for each port: where a place is away, all ports of all checks differ.
+        for (one, other), ports in itertools.islice(differences.items(), _MOST_DIFFERENCES):
+            logger.info(
+                "observed target=%s port=%d here=%r together=%r ports=%d",
+                *(target, ports[0], one, other, len(ports)),
+            )
 
     async def _poll(
         self,

@@ -394,9 +394,36 @@ def test_observing_changes_no_answer_and_logs_what_would_have(
         assert ask(client, opened).json()["success"] is True
         line = (
             f"observed target=127.0.0.1 port={opened} here='reachable' "
-            "together='Connection timed out'"
+            "together='Connection timed out' ports=1"
         )
         wait_until(lambda: line in caplog.messages, "the comparison")
+
+
+def test_what_would_have_differed_is_a_few_lines_for_a_check(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "port_checker.api.perspectives")
+    ports = range(1, 1001)
+
+    async def open_here() -> dict[int, Verdict]:
+        return dict.fromkeys(ports, OPEN)
+
+    async def check(url: str) -> None:
+        perspectives = Perspectives([url], 60, observes=True)
+        own = open_here()
+        await perspectives.check_ports(own, None, parse_address("192.0.2.7"), ports)
+        await asyncio.gather(*perspectives._compared)
+
+    asyncio.run(check(dead()))
+    together = "here='reachable' together='CHECK_FAILED' ports=1000"
+    assert caplog.messages == [f"observed target=192.0.2.7 port=1 {together}"]
+
+    caplog.clear()
+    results = {str(port): {"accessible": False, "error": f"No. {port}"} for port in ports}
+    answer = body_of({"success": False, "results": results, "message": ""})
+    with raw_place(lambda connection: connection.sendall(answer)) as strange:
+        asyncio.run(check(strange))
+    assert len(caplog.messages) == 10
 
 
 def test_a_caller_that_leaves_while_places_are_observed_ends_the_comparison() -> None:
