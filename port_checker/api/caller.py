@@ -29,6 +29,9 @@ _TRACE_PREFIXES = (b"x-forwarded-", b"x-envoy-", b"x-vercel-forwarded-", b"x-tra
 # a request may have would take 0.2 s.
 _MAX_HOPS = 20
 
+# Characters of an element that is no address, in the log.
+_MAX_LOGGED = 100
+
 # An element of X-Forwarded-For: an address, to which some proxies add a port. Brackets and
 # obfuscated ports are as in RFC 7239 section 6.
 _HOP = re.compile(r"(?:\[([^]:]*:[^]]*)\]|([0-9.]+))(?::(?:[0-9]{1,5}|_[A-Za-z0-9._-]+))?|([^[]*)")
@@ -251,7 +254,8 @@ def forwarded_caller(
         try:
             address = _parse_hop(hop)
         except ValueError:
-            raise UnknownCaller(_why_no_address(hop, is_last=hop is hops[0]), hop) from None
+            why = _why_no_address(hop, is_last=hop is hops[0])
+            raise UnknownCaller(why, hop[-_MAX_LOGGED:]) from None
         if not lies_in(address, trusted_proxies):
             try:
                 if special_purpose(address) and not _can_be_forwarded(address, proxies, is_own):

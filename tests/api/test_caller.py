@@ -253,14 +253,17 @@ def test_one_warning_about_a_proxy_that_forwards_no_address(
 def test_one_warning_about_a_proxy_that_forwards_what_is_no_address(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    callers = CallerResolver(PROXIES)
-    for _ in range(3):
-        assert not callers.resolve(request("127.0.0.1", ("x-forwarded-for", "203.0.113.7, x y")))
-    assert caplog.messages == [
-        "The proxy at 127.0.0.1, listed in PORT_CHECKER_TRUSTED_PROXIES, forwards what is no "
-        "address: X-Forwarded-For ends in 'x y'. Its callers are unknown. Configure it to append "
-        "the address of its client, alone."
-    ]
+    for last, logged in ("x y", "x y"), ("x" * 10_000 + "\x9by", "x" * 98 + r"\x9by"):
+        caplog.clear()
+        callers = CallerResolver(PROXIES)
+        for _ in range(3):
+            forwarded = request("127.0.0.1", ("x-forwarded-for", f"203.0.113.7, {last}"))
+            assert not callers.resolve(forwarded)
+        assert caplog.messages == [
+            "The proxy at 127.0.0.1, listed in PORT_CHECKER_TRUSTED_PROXIES, forwards what is no "
+            f"address: X-Forwarded-For ends in '{logged}'. Its callers are unknown. "
+            "Configure it to append the address of its client, alone."
+        ]
 
 
 @pytest.mark.parametrize("nameless", ["unknown", "unix:", "_hidden", ""])
