@@ -541,10 +541,14 @@ class WayToTarget:
         self._route = self._route or route_to(self.target)
         return self._route
 
-    def require_network(self, sock: socket.SocketType) -> None:
+    def require_network(self, sock: socket.SocketType, port: int | None = None) -> None:
         """Require that packets to the target leave this machine, and answers can arrive.
 
         It sees no further than the next hop. Called when nothing has arrived.
+
+        Args:
+            sock: The socket that waits for answers.
+            port: The port that it waits for, which rules may look at.
 
         Raises:
             CheckFailed: They do not, or cannot.
@@ -553,13 +557,16 @@ class WayToTarget:
         now = time.monotonic()
         if now < self._fine_until:
             return
-        self._route = None  # it may have changed
-        route = self.route()
+        source = parse_host(sock.getsockname()[0])
+        # It may have changed. IPv4 looks for it once the socket has an address (Linux
+        # ip_route_connect()), IPv6 before that.
+        route = route_to(self.target, source if source.version == 4 else None, port)
+        self._route = route
+        is_usual = route and source == route.source
+        if not (is_usual or source == self.target or route_type(source) is RouteType.LOCAL):
+            raise CheckFailed(f"this machine no longer has the address {source}")
         if not route:
             raise CheckFailed(f"this machine has no route to {self.target}")
-        source = parse_host(sock.getsockname()[0])
-        if source not in (route.source, self.target) and route_type(source) is not RouteType.LOCAL:
-            raise CheckFailed(f"this machine no longer has the address {source}")
         if trouble := route.source_trouble(self.target) or route.trouble():
             raise CheckFailed(trouble)
         self._fine_until = now + _STAYS_FINE
@@ -791,7 +798,7 @@ class _Round:
             try:
                 # The kernel sets an ICMP error aside while a socket is in use; SO_ERROR returns it.
                 error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                verdict = self._verdict_of(sock, error or errno.ETIMEDOUT)
+                verdict = self._verdict_of(sock, port, error or errno.ETIMEDOUT)
                 if verdict is not TIMED_OUT or not self._held_up:
                     self._add(port, verdict)
             except _Forbidden as reason:
@@ -821,29 +828,29 @@ class _Round:
                 self._require_peer(sock, port)
             return REFUSED if self._is_echo(sock, port) else OPEN
         if error := self._failed_at_once.pop(port, 0):
-            verdict = self._verdict_of(sock, error)
+            verdict = self._verdict_of(sock, port, error)
             if verdict is REFUSED and self._is_refused_here(port):
                 raise _Forbidden(_REFUSES_ITSELF)
             return verdict
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         # The kernel queues an ICMP error, which is an event, before it sets SO_ERROR: in between
         # there is no verdict yet (seen on Linux 6.18). The event will come again.
-        return self._verdict_of(sock, error) if error else None
+        return self._verdict_of(sock, port, error) if error else None
 
-    def _verdict_of(self, sock: socket.SocketType, error: int) -> Verdict:
+    def _verdict_of(self, sock: socket.SocketType, port: int, error: int) -> Verdict:
         if error in OWN_TROUBLE:
             raise OSError(error, os.strerror(error))
         if error == errno.EPERM:
             raise _Forbidden(os.strerror(error))
         if error == errno.ETIMEDOUT:  # or the kernel gave up before we did (tcp_syn_retries)
-            self._way.require_network(sock)
+            self._way.require_network(sock, port)
             if could_not_retransmit(sock):
                 raise _Forbidden(_DROPPED)
             return TIMED_OUT
-        self._require_other_sender(sock, error)
+        self._require_other_sender(sock, port, error)
         return _VERDICTS.get(error) or Verdict(VerdictKind.OTHER, os.strerror(error))
 
-    def _require_other_sender(self, sock: socket.SocketType, error: int) -> None:
+    def _require_other_sender(self, sock: socket.SocketType, port: int, error: int) -> None:
         """Require that another machine sent the ICMP error that ended an attempt.
 
         If this machine itself did, that is the checker's fault, with two exceptions: a host on a
@@ -857,7 +864,7 @@ class _Round:
             # has not recorded (Linux before 5.8), which ends the attempt.
             if error in _FROM_RESETS:
                 return
-            way.require_network(sock)
+            way.require_network(sock, port)
             if is_connecting(sock):
                 raise CheckFailed(f"this machine had no route to {way.target} for a while")
             return
@@ -866,7 +873,7 @@ class _Round:
             return
         if (icmp.sender.version, icmp.type, icmp.code) not in _HOST_UNREACHABLE:
             raise _Forbidden(_REJECTS_ITSELF)
-        way.require_network(sock)
+        way.require_network(sock, port)
         route = way.route()
         if route and route.next_hop:
             raise CheckFailed("the gateway of this machine's route does not answer")

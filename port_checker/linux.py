@@ -27,6 +27,7 @@ from port_checker.addresses import Address, Network, parse_address, parse_host, 
 # linux/rtnetlink.h and linux/netlink.h
 _RTM_GETROUTE, _RTA_DST, _NLM_F_REQUEST, _NLMSG_ERROR = 26, 1, 1, 2
 _RTA_SRC, _RTA_IIF, _RTA_OIF, _RTA_PREFSRC, _RTA_IP_PROTO = 2, 3, 4, 7, 27
+_RTA_DPORT = 29
 _RTM_GETNEIGH, _NDA_DST, _NDA_PROBES = 30, 1, 4  # and linux/neighbour.h
 _NUD_INCOMPLETE, _NUD_PROBE, _NUD_FAILED = 0x01, 0x10, 0x20
 _IFF_RUNNING, _IFF_NOARP = 0x40, 0x80  # linux/if.h
@@ -163,7 +164,10 @@ def route_type(address: Address) -> RouteType | None:
 
 
 def _route(
-    address: Address, source: Address | None = None, interface: int | None = None
+    address: Address,
+    source: Address | None = None,
+    interface: int | None = None,
+    port: int | None = None,
 ) -> bytes | None:
     """Ask the kernel for its route to an address: a struct rtmsg with attributes; None without.
 
@@ -173,6 +177,7 @@ def _route(
         address: The destination of packets.
         source: Their source.
         interface: The index of the interface at which they arrive, if they come from elsewhere.
+        port: Their destination port, if it is about one alone.
 
     Raises:
         OSError: The kernel cannot tell now.
@@ -186,6 +191,8 @@ def _route(
         request += _attribute(_RTA_SRC, source.packed)
     if interface:
         request += _attribute(_RTA_IIF, struct.pack("=I", interface))
+    if port:
+        request += _attribute(_RTA_DPORT, port.to_bytes(2, "big"))
     try:
         return _ask(_RTM_GETROUTE, request)
     except OSError as error:
@@ -278,17 +285,20 @@ class Route:
         return not state or bool(state & (_NUD_INCOMPLETE | _NUD_FAILED))
 
 
-def route_to(address: Address, source: Address | None = None) -> Route | None:
+def route_to(
+    address: Address, source: Address | None = None, port: int | None = None
+) -> Route | None:
     """Ask the kernel for its route to ``address``; None if it has none.
 
     Args:
         address: The destination.
         source: The address of this machine that packets have, which rules may look at.
+        port: Their destination port, which rules may look at, too.
 
     Raises:
         OSError: The kernel cannot tell now: no descriptor is left, say.
     """
-    answer = _route(address, source)
+    answer = _route(address, source, port=port)
     if answer is None:
         return None
     (number,) = struct.unpack_from("=7xB", answer)
@@ -300,7 +310,7 @@ def route_to(address: Address, source: Address | None = None) -> Route | None:
     (interface,) = struct.unpack("=I", attributes.get(_RTA_OIF, bytes(4)))
     return Route(
         RouteType(number),
-        unpack_address(preferred) if preferred else None,
+        unpack_address(preferred) if preferred else source,
         unpack_address(next_hop) if next_hop else None,
         interface,
     )

@@ -1,6 +1,6 @@
 """The checker's own network must not be taken for the provider's: nothing here blames anybody."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from subprocess import CalledProcessError
@@ -157,37 +157,63 @@ def test_what_this_machine_itself_calls_unreachable(lab: Lab) -> None:
 
 
 def test_a_route_that_goes_in_the_middle_of_a_check_blames_nobody(lab: Lab) -> None:
-    """Whether it has come back by the end or not: other routes to the target are fine here."""
+    """Whether it has come back by the end or not."""
     kinds = "blackhole", "prohibit", "unreachable"
-    silent = lab.take(len(kinds) + 1)
+    silent = lab.take(2 * len(kinds) + 1)
+    *led_astray, passing = silent
     lab.filter("internet", "forward", silent, "drop")
+    rules = [
+        (f"-{version}", "rule", "{}", "ipproto", "tcp", "dport", str(port), kind)
+        for port, kind in zip(led_astray, kinds * 2, strict=True)
+        for version in VERSIONS
+    ]
 
-    def are_under_way() -> bool:
-        sent = lab.run("third", "ss", "-Htn", "state", "syn-sent").stdout
-        return len(sent.splitlines()) == len(VERSIONS) * len(silent)
+    def change(rules: Sequence[Sequence[str]], verb: str) -> None:
+        for rule in rules:
+            lab.run("third", "ip", *(word.format(verb) for word in rule))
 
-    with service(lab, "third", timeout=2.5, retries=1):
-        pending = [
-            [
-                lab.ask("ams", network.PROVIDER[it], [port], server=network.THIRD[it])
-                for it in VERSIONS
+    def are_under_way(again: bool) -> bool:
+        sent = lab.run("third", "ss", "-Htno", "state", "syn-sent").stdout.splitlines()
+        ours = [line for line in sent if not again or ",0)" not in line]  # sent again: 0 times
+        return len(ours) == len(VERSIONS) * len(silent)
+
+    with service(lab, "third", timeout=3, retries=1):
+        pending = {
+            port: [
+                lab.ask("ams", network.PROVIDER[version], [port], server=network.THIRD[version])
+                for version in VERSIONS
             ]
             for port in silent
-        ]
-        wait_until(are_under_way, "the checks")
-        rules = [
-            (f"-{it}", "rule", "{}", "ipproto", "tcp", "dport", str(port), kind)
-            for port, kind in zip(silent, kinds, strict=False)
-            for it in VERSIONS
-        ]
-        for rule in rules:
-            lab.run("third", "ip", *(word.format("add") for word in rule))
-        *failed, passed = [[answer.result() for answer in answers] for answers in pending]
-        for rule in rules:
-            lab.run("third", "ip", *(word.format("delete") for word in rule))
-    assert not wrong([(answer, "this machine had no route to ") for it in failed for answer in it])
-    for answer in passed:
-        assert answer.body["results"][str(silent[-1])]["error"] == "Connection timed out"
+        }
+        wait_until(lambda: are_under_way(again=False), "the checks")
+        change(rules, "add")
+        wait_until(lambda: are_under_way(again=True), "the second packets")
+        half = len(rules) // 2
+        change(rules[:half], "delete")
+        for port in led_astray:
+            reason = "had no route to" if port in led_astray[: len(kinds)] else "has no route to"
+            assert not wrong([(answer.result(), reason) for answer in pending[port]])
+        change(rules[half:], "delete")
+    for answer in pending[passing]:
+        assert answer.result().body["results"][str(passing)]["error"] == "Connection timed out"
+
+
+def test_a_rule_for_some_packets_may_lead_to_a_gateway_of_its_own(lab: Lab) -> None:
+    """IPv4 looks at its own address in rules; both look at ports."""
+    opened = open_ports(lab, 1)
+    of_the_port = ("ipproto", "tcp", "dport", str(opened[0]))
+    conditions = (4, ("from", network.THIRD[4])), (4, of_the_port), (6, of_the_port)
+    with service(lab, "third", timeout=1, retries=1):
+        for version, condition in conditions:
+            gateway = DEAD_GATEWAY[version].replace("60.0.1", "60.0.3").replace("00:1:", "00:3:")
+            target = network.PROVIDER[version]
+            route = ("route", "replace", target, "via", gateway, "table", "99")
+            rule = ("to", target, *condition, "lookup", "99")
+            lab.run("third", "ip", f"-{version}", *route)
+            lab.run("third", "ip", f"-{version}", "rule", "add", *rule)
+            answer = lab.ask("ams", target, opened, server=network.THIRD[version]).result()
+            lab.run("third", "ip", f"-{version}", "rule", "delete", *rule)
+            assert not wrong([(answer, NO_GATEWAY)])
 
 
 def test_a_rule_for_another_protocol_says_nothing_of_tcp(lab: Lab) -> None:
