@@ -43,6 +43,7 @@ def test_what_compose_puts_together_works_together(tmp_path: Path) -> None:
     ]
     assert all((ROOT / "contrib" / source).exists() for source, *_ in mounted)
     assert (ROOT / "contrib" / checker["build"]["context"] / "Containerfile").exists()
+    assert all("max-size" in each["logging"]["options"] for each in services.values())
     assert checker["environment"].keys() <= dotenv_values(ROOT / ".env.example").keys()
     assert float(checker["stop_grace_period"].rstrip("s")) > Settings().longest_check
     arguments = [
