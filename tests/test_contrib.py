@@ -101,6 +101,14 @@ def test_no_two_panels_of_the_dashboard_lie_on_each_other_or_have_one_id() -> No
     assert len({panel["id"] for panel in panels}) == len(panels)
 
 
+def test_the_dashboard_shows_rates_as_such() -> None:
+    for panel in json.loads((PROMETHEUS / "dashboard.json").read_text())["panels"]:
+        expressions = [target["expr"] for target in panel["targets"]]
+        unit = panel["fieldConfig"]["defaults"]["unit"]
+        if any(re.match(r"sum by \([\w, ]+\) \(rate\(", each) for each in expressions):
+            assert unit in ("cps", "reqps"), panel["title"]
+
+
 def test_the_dashboard_shows_every_metric() -> None:
     text = (PROMETHEUS / "dashboard.json").read_text()
     assert json.loads(text)["panels"]
