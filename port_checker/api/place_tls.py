@@ -108,6 +108,8 @@ class PlaceTls(asyncio.Protocol):
                 raise self._end
             self._take_received()
         self._flush()
+        if self._end:  # during the last step
+            raise self._end
 
     # Called by the transport
 

@@ -18,6 +18,7 @@ import trustme
 import uvloop
 
 from port_checker.api.place_client import NoAnswer, PlaceAnswer, PlaceClient
+from port_checker.api.place_tls import HandshakeSteps, PlaceTls
 from port_checker.resolver import Resolver
 from tests.support.hostile_tls import showing_in_tls_1_3, slow_certificate
 from tests.support.loopback import refused_port, silent_port
@@ -435,6 +436,34 @@ def test_who_asks_others_waits_for_no_places_certificates() -> None:
         assert loops < (time.process_time() - before) / 2
         # The endpoint has one for each connection.
     assert threads <= 1 + 5
+
+
+def test_a_place_that_leaves_during_the_last_step_of_a_handshake(authority: trustme.CA) -> None:
+    context, trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2  # the server says the last word
+    authority.configure_trust(trusting)
+
+    def behave(connection: socket.socket) -> None:
+        context.wrap_socket(connection, server_side=True).close()
+
+    class SlowSteps(HandshakeSteps):
+        async def take(self, step: Callable[[], object]) -> Exception | None:
+            error = await super().take(step)
+            while error is None and not connections[0].is_closing():
+                await asyncio.sleep(0.01)
+            return error
+
+    async def run(port: int) -> None:
+        tls = PlaceTls(trusting, "127.0.0.1", asyncio.Protocol(), SlowSteps())
+        connections.append(tls)
+        await asyncio.get_running_loop().create_connection(lambda: tls, "127.0.0.1", port)
+        with pytest.raises(ConnectionResetError):
+            await tls.shake_hands()
+
+    connections: list[PlaceTls] = []
+    with endpoint(behave) as port:
+        asyncio.run(run(port))
 
 
 def test_a_handshake_that_never_ends_is_bounded_in_bytes() -> None:
