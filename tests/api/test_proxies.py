@@ -5,6 +5,7 @@ They connect to the service from 127.0.0.1, which is trusted by default. Their c
 """
 
 import json
+import re
 import socket
 import ssl
 from collections.abc import Iterator
@@ -293,22 +294,41 @@ def test_what_operators_copy_works_as_it_stands(name: str, tmp_path: Path) -> No
             client.get("/health").raise_for_status()
 
 
+def with_a_second_server(name: str, directory: Path) -> Path:
+    """What operators copy, with the second server that it mentions on port 9001."""
+    text = (ROOT / "contrib" / name).read_text()
+    second = re.compile(r"# (server .*)192\.0\.2\.11:9000")
+    assert second.search(text)
+    file = directory / "two" / name
+    file.parent.mkdir()
+    file.write_text(second.sub(r"\g<1>127.0.0.1:9001", text))
+    return file
+
+
 @needs_root
 def test_a_callers_503_takes_no_server_of_nginx_from_others(tmp_path: Path) -> None:
-    text = (ROOT / "contrib" / "nginx.conf").read_text()
-    second = "# server 192.0.2.11:9000"
-    assert second in text
-    file = tmp_path / "nginx.conf"
-    file.write_text(text.replace(second, "server 127.0.0.1:9001"))
     with (
         loopback_alone(),
         serve(on_port=9000),
         serve(on_port=9001),
-        as_shipped(file, tmp_path),
+        as_shipped(with_a_second_server("nginx.conf", tmp_path), tmp_path),
         outsider(80) as client,
     ):
         for _ in range(2):
             assert check(client, "2001:4860::1", 80) == "CHECK_FAILED"  # there is no route to it
+            client.get("/health").raise_for_status()
+
+
+@needs_root
+@pytest.mark.parametrize("name", ["nginx.conf", "haproxy.cfg"])
+def test_a_server_that_is_away_costs_nobody_an_answer(name: str, tmp_path: Path) -> None:
+    with (
+        loopback_alone(),
+        serve(on_port=9000),
+        as_shipped(with_a_second_server(name, tmp_path), tmp_path),
+        outsider(80) as client,
+    ):
+        for _ in range(4):
             client.get("/health").raise_for_status()
 
 
