@@ -498,6 +498,9 @@ async def connect(
                 raise CheckFailed(HELD_UP)
             connection = socket.socket(fileno=connected.detach())
             connection.setblocking(False)
+            if target.version == 6:
+                with suppress(OSError):  # as in close_for_good()
+                    report_icmp_errors(connection, False)
             return connection
         finally:
             round_.close()

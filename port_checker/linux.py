@@ -606,9 +606,12 @@ class IcmpError:
     sender: Address
 
 
-def report_icmp_errors(sock: socket.SocketType) -> None:
-    """Have ICMPv6 errors reported to an IPv6 socket at once, and queued, as ICMP errors are."""
-    sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVERR, 1)
+def report_icmp_errors(sock: socket.SocketType, report: bool = True) -> None:
+    """Have ICMPv6 errors reported to an IPv6 socket at once, and queued, as ICMP errors are.
+
+    They end a connection, too, which ICMP errors do not: IPv4 reports these to attempts alone.
+    """
+    sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVERR, report)
 
 
 def take_icmp_error(sock: socket.SocketType) -> IcmpError | None:

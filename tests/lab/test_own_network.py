@@ -2,14 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from subprocess import CalledProcessError
+from typing import Any
 
 import pytest
+import trustme
 
 from tests.lab import network
-from tests.lab.checks import LOOPBACK, service
+from tests.lab.checks import LOOPBACK, service, url_of
 from tests.lab.network import Answer, Lab
+from tests.support.http import client_of
+from tests.support.tls import endpoint, server_context, speaking_tls, trust
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.xdist_group("lab 2")
@@ -224,6 +229,32 @@ def test_a_rule_for_another_protocol_says_nothing_of_tcp(lab: Lab) -> None:
         answer = lab.ask("third", network.PROVIDER[version], opened).result()
         lab.run("checker", "ip", f"-{version}", "rule", "delete", *rule[2:])
         assert all(result["accessible"] for result in answer.body["results"].values())
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_error_for_one_packet_of_a_handshake_says_nothing(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: int
+) -> None:
+    """TCP sends the packet again (RFC 5461 section 2.2)."""
+    target = network.THIRD[version]
+    authority = trustme.CA()
+    trust(authority, monkeypatch, tmp_path)
+    context = server_context(authority.issue_cert(target))
+    here, port = lab.take(2)
+    # The first is lost, since an error that comes while it is being sent is put aside.
+    for statement in "drop", "reject with icmpx no-route":
+        once = f"tcp flags & psh == psh limit rate 1/day burst 1 packets {statement}"
+        lab.filter("internet", "forward", range(port, port + 1), once, version=version)
+
+    def post() -> Any:
+        with client_of(url_of(LOOPBACK, version, here)) as client:
+            return client.post("/check-tls", json={"host": target, "port": port}).json()
+
+    with ExitStack() as stack:
+        stack.enter_context(service(lab, "checker", here, timeout=30, retries=1))
+        serving = endpoint(speaking_tls(context), target, port)
+        lab.submit("third", stack.enter_context, serving).result()
+        assert lab.submit("checker", post).result()["error"] is None
 
 
 @contextmanager
