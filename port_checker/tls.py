@@ -482,6 +482,7 @@ class _Messages:
     def __init__(self) -> None:
         self.count = 0
         self._looked_at = 0  # bytes of whole records
+        self._whole = 0  # of these, those that end with a message
         self._can_be_told = True
         self._head = b""  # of a message that is not whole
         self._left = 0  # bytes of such a message
@@ -500,7 +501,9 @@ class _Messages:
             self._look_at(data[self._looked_at], data[self._looked_at + 5 : end])
             self._looked_at = end
             self.count += 1
-        return 0 if self._head or self._left else self._looked_at
+            if not (self._head or self._left):
+                self._whole = end
+        return self._whole
 
     def missing(self, data: bytearray) -> int:
         """Return how many more bytes are needed, at the least, before that can change."""
@@ -512,6 +515,7 @@ class _Messages:
     def forget(self, size: int) -> None:
         """Forget the first ``size`` bytes, which have been taken."""
         self._looked_at -= size
+        self._whole -= size
 
     def _look_at(self, kind: int, content: bytearray) -> None:
         self._can_be_told &= kind == _HANDSHAKE  # what follows another kind may be encrypted

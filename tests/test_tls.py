@@ -49,6 +49,7 @@ from tests.support.loopback import (
     open_listener,
     refused_port,
     silent_port,
+    unread_by_peer,
 )
 from tests.support.namespace import ROOT, loopback_alone, needs_root, needs_setpriv
 from tests.support.tls import (
@@ -794,6 +795,7 @@ CHAIN = b"\x0b\0\x90\0" + bytes(0x9000)
         ([record(HELLO + CHAIN[:3])], (0, 5)),
         ([record(HELLO + CHAIN[:3]), record(CHAIN[3:4])], (0, 0x9000 + 15)),
         ([record(HELLO + CHAIN[:0x4000])], (0, 0x5004 + 10)),
+        ([record(HELLO), record(CHAIN[:0x4000])], (12, 0)),
         ([record(CHAIN[:0x4000]), record(CHAIN[0x4000:0x8000])[:-7]], (0, 7 + 0x1004 + 5)),
         (
             [record(CHAIN[:0x4000]), record(CHAIN[0x4000:0x8000]), record(CHAIN[0x8000:])],
@@ -811,6 +813,20 @@ def test_a_step_is_taken_with_whole_messages(
     records: list[bytes], expected: tuple[int, int]
 ) -> None:
     assert whole(*records) == expected
+
+
+def test_a_step_is_taken_when_the_next_message_has_begun(judge: Judge) -> None:
+    """It is no silence of the peer's."""
+    first = record(bytes(4096)) * 3 + record(bytes(4332))  # all that is received at once
+
+    def behave(connection: socket.socket) -> None:
+        connection.recv(1000)
+        connection.sendall(first + record(b"\0") * 2)  # of four
+        wait_until(lambda: unread_by_peer(connection) == 0)
+        connection.sendall(record(b"\0") * 2)
+
+    with endpoint(behave) as port:
+        assert judge(port) == failed("connection closed by peer", try_again=True)
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])

@@ -77,6 +77,16 @@ def is_closing() -> bool:
     return any(state in ("04", "05") for _, state in _connections())
 
 
+def unread_by_peer(connection: socket.socket) -> int:
+    """How many bytes wait at the other end of a connection of 127.0.0.1 to be read."""
+    ends = f":{connection.getpeername()[1]:04X}", f":{connection.getsockname()[1]:04X}"
+    with open("/proc/thread-self/net/tcp") as table:
+        for _, local, remote, _, queues, *_ in map(str.split, table):
+            if (local[8:], remote[8:]) == ends:
+                return int(queues[9:], 16)
+    return 0
+
+
 def _connections() -> list[list[str]]:
     """The other end and the state of each, as the kernel writes them."""
     with open("/proc/thread-self/net/tcp") as table:
