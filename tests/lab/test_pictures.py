@@ -20,7 +20,7 @@ from tests.lab.network import Lab
 from tests.support.namespace import ROOT
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.xdist_group("lab 4")
+pytestmark = pytest.mark.xdist_group("lab 2")
 
 # Of the terminals on the pictures: background, text, red and green, in the colours of the page.
 THEMES = {

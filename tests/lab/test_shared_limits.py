@@ -21,7 +21,7 @@ from tests.lab.network import Answer, Lab, end
 from tests.support.waiting import wait_until
 
 pytestmark = [
-    pytest.mark.xdist_group("lab 3"),
+    pytest.mark.xdist_group("lab 4"),
     pytest.mark.skipif(
         os.environ.get("CI") != "true"
         and not (shutil.which("redis-server") and shutil.which("faketime")),

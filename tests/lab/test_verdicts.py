@@ -12,7 +12,7 @@ import pytest
 from tests.lab import network
 from tests.lab.network import Answer, Lab, end
 
-pytestmark = pytest.mark.xdist_group("lab 4")
+pytestmark = pytest.mark.xdist_group("lab 3")
 
 ACCESSIBLE = None
 REFUSED = "Connection refused"

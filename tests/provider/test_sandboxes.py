@@ -8,7 +8,7 @@ import pytest
 
 from port_checker import advice
 from tests.support.loopback import free_port, open_port
-from tests.support.namespace import ROOT, needs_root
+from tests.support.namespace import ROOT, loopback_alone, needs_root
 from tests.support.seccomp import refuse
 from tests.support.service import serve
 
@@ -36,7 +36,8 @@ def run(
 @pytest.mark.parametrize("hide", [HIDE_SOCKETS, HIDE_ALL], ids=["sockets", "all"])
 def test_what_is_hidden_is_no_evidence(hide: str) -> None:
     free = str(free_port())
-    with open_port() as busy, serve(retries=1) as client:
+    # Alone, since other tests' checks may take ports below and above this one.
+    with loopback_alone(), open_port() as busy, serve(retries=1) as client:
         hidden = ("unshare", "--mount", "sh", "-c", hide, "sh")
         done = run("--server", str(client.base_url), free, str(busy), behind=hidden)
     assert f"{busy}: in use; reachable." in done.stdout

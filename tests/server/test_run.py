@@ -249,7 +249,7 @@ def test_localhost_is_an_address_to_listen_on() -> None:
 @needs_root
 def test_an_address_of_one_link_to_listen_on() -> None:
     with (
-        loopback_alone("ip -6 address add fe80::7/64 dev lo"),
+        loopback_alone("ip -6 address add fe80::7/64 dev lo nodad"),
         listen("fe80::7%lo", 0) as listener,
     ):
         assert listener.getsockname()[0] == "fe80::7"
