@@ -33,7 +33,8 @@ _MAX_HOPS = 20
 _MAX_LOGGED = 100
 
 # An element of X-Forwarded-For: an address, to which some proxies add a port. Brackets and
-# obfuscated ports are as in RFC 7239 section 6.
+# obfuscated ports are as in RFC 7239 section 6. What precedes the first colon has none, or a long
+# row of colons would take a time that grows with its square.
 _HOP = re.compile(r"(?:\[([^]:]*:[^]]*)\]|([0-9.]+))(?::(?:[0-9]{1,5}|_[A-Za-z0-9._-]+))?|([^[]*)")
 # What proxies write for a client that has no address, or whose address they hide (RFC 7239,
 # sections 6.2 and 6.3).
